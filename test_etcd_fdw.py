@@ -1,0 +1,857 @@
+"""Tests of etcd_fdw, against real servers: the program runs as a subprocess, as a user runs it.
+
+The servers come from ETCD_FDW_TEST_POSTGRES_DSN and ETCD_FDW_TEST_ETCD_DSN if set, else they are
+started from the binaries that etcd_fdw.find_program finds (ETCD_FDW_TEST_POSTGRES_BIN and
+ETCD_FDW_TEST_ETCD_BIN name directories, to choose a version). Each test has a database and a key
+prefix of its own.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import os
+import re
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, suppress
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
+
+import grpc
+import psycopg2
+import psycopg2.errors
+import pytest
+from psycopg2.extensions import make_dsn
+
+import etcd_fdw
+from etcd_fdw import LocalEtcd, LocalPostgres, etcdrpc, wait_until
+
+SCRIPT = Path(etcd_fdw.__file__).resolve()
+RUN_ID = uuid.uuid4().hex[:6]  # servers from the environment may be shared with other runs
+_numbers = itertools.count(1)
+
+# ── harness: PostgreSQL ────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="session")
+def postgres_dsn() -> Iterator[str]:
+    """The DSN of a PostgreSQL that all tests share."""
+    if dsn := os.environ.get("ETCD_FDW_TEST_POSTGRES_DSN"):
+        yield dsn
+        return
+    with LocalPostgres() as server:
+        yield server.dsn()
+
+
+@pytest.fixture
+def db(postgres_dsn: str) -> Iterator[str]:
+    """The DSN of an empty database, for this test alone."""
+    name = f"etcd_fdw_{RUN_ID}_{next(_numbers)}"
+    rows(postgres_dsn, f"CREATE DATABASE {name} ENCODING 'UTF8' TEMPLATE template0")
+    yield make_dsn(postgres_dsn, dbname=name)
+    rows(postgres_dsn, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[LocalPostgres]:
+    """A PostgreSQL for this test alone, to kill, pause and restart."""
+    with LocalPostgres() as server:
+        yield server
+
+
+def connect(db: str, **options: Any) -> psycopg2.extensions.connection:
+    """Open a connection in autocommit mode; options are libpq's, such as port=proxy.port."""
+    conn = psycopg2.connect(make_dsn(db, **{"connect_timeout": 10, **options}))
+    conn.autocommit = True
+    return conn
+
+
+def rows(db: str, sql: str, *args: Any) -> list[tuple[Any, ...]]:
+    """Run one statement, committed, on its own connection; return its rows (bytea as bytes)."""
+    with closing(connect(db)) as conn, conn.cursor() as cur:
+        cur.execute(sql, args or None)
+        return [] if cur.description is None else [_plain(row) for row in cur]
+
+
+def scalar(db: str, sql: str, *args: Any) -> Any:
+    """Return the first column of the first row, or None if there is no row."""
+    return next(iter(rows(db, sql, *args)), (None,))[0]
+
+
+def _plain(row: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(bytes(item) if isinstance(item, memoryview) else item for item in row)
+
+
+# ── harness: etcd ──────────────────────────────────────────────────────────────
+
+DELETE = 1  # mvccpb.Event.DELETE, which etcdrpc does not export
+CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.use_local_subchannel_pool", 1),  # no connection or backoff shared between clients
+]
+
+
+class Event(NamedTuple):
+    """What happened to a key at a revision, as etcd tells it and as the mirror should have it."""
+
+    revision: int
+    key: bytes
+    value: bytes | None  # None: deleted
+
+
+def _bytes(text: str | bytes) -> bytes:
+    return text.encode() if isinstance(text, str) else text
+
+
+def prefix_end(prefix: str | bytes) -> bytes:
+    """Return the range_end that covers the keys with this prefix; the empty prefix covers all."""
+    stem = _bytes(prefix).rstrip(b"\xff")
+    return stem[:-1] + bytes([stem[-1] + 1]) if stem else b"\0"
+
+
+class EtcdClient:
+    """A bare client: raw stubs, no retries. Raises grpc.RpcError. Keys may be str or bytes."""
+
+    def __init__(
+        self,
+        endpoint: str,
+        user: str | None = None,
+        password: str = "",
+        credentials: grpc.ChannelCredentials | None = None,
+        timeout: float = 10.0,
+    ) -> None:
+        self.endpoint, self.timeout = endpoint, timeout
+        self.metadata: list[tuple[str, str]] = []
+        if credentials is not None:
+            self.channel = grpc.secure_channel(endpoint, credentials, options=CHANNEL_OPTIONS)
+        else:
+            self.channel = grpc.insecure_channel(endpoint, options=CHANNEL_OPTIONS)
+        self.kv = etcdrpc.KVStub(self.channel)
+        self.leases = etcdrpc.LeaseStub(self.channel)
+        self.watches = etcdrpc.WatchStub(self.channel)
+        self.maintenance = etcdrpc.MaintenanceStub(self.channel)
+        self.auth = etcdrpc.AuthStub(self.channel)
+        if user:
+            answer = self.auth.Authenticate(
+                etcdrpc.AuthenticateRequest(name=user, password=password), timeout=timeout
+            )
+            self.metadata = [("token", answer.token)]
+
+    def call(self, method: Callable[..., Any], request: Any) -> Any:
+        """Send one request, such as call(client.auth.UserAdd, etcdrpc.AuthUserAddRequest(…))."""
+        return method(request, timeout=self.timeout, metadata=self.metadata)
+
+    def put(self, key: str | bytes, value: str | bytes, lease: int = 0) -> int:
+        """Return the revision."""
+        return int(self.txn([self.put_op(key, value, lease)]).header.revision)
+
+    def delete(self, key: str | bytes, prefix: bool = False) -> int:
+        """Delete a key, or all with the prefix; return the number of keys deleted."""
+        answer = self.txn([self.delete_op(key, prefix)])
+        return int(answer.responses[0].response_delete_range.deleted)
+
+    def get(self, key: str | bytes) -> Any:
+        """Return the KeyValue (value, mod_revision, version, lease, …), or None."""
+        answer = self.call(self.kv.Range, etcdrpc.RangeRequest(key=_bytes(key)))
+        return answer.kvs[0] if answer.kvs else None
+
+    def range(self, prefix: str | bytes, revision: int = 0) -> Any:
+        """Return the RangeResponse for all keys with the prefix, now or at a revision."""
+        request = etcdrpc.RangeRequest(
+            key=_bytes(prefix) or b"\0", range_end=prefix_end(prefix), revision=revision
+        )
+        return self.call(self.kv.Range, request)
+
+    def revision(self) -> int:
+        """Return the store's revision."""
+        request = etcdrpc.RangeRequest(key=b"\0", count_only=True)
+        return int(self.call(self.kv.Range, request).header.revision)
+
+    def txn(
+        self, success: Sequence[Any], failure: Sequence[Any] = (), compare: Sequence[Any] = ()
+    ) -> Any:
+        """Return the TxnResponse; see put_op, delete_op, get_op, txn_op, unchanged."""
+        request = etcdrpc.TxnRequest(compare=compare, success=success, failure=failure)
+        return self.call(self.kv.Txn, request)
+
+    @staticmethod
+    def put_op(key: str | bytes, value: str | bytes, lease: int = 0) -> Any:
+        put = etcdrpc.PutRequest(key=_bytes(key), value=_bytes(value), lease=lease)
+        return etcdrpc.RequestOp(request_put=put)
+
+    @staticmethod
+    def delete_op(key: str | bytes, prefix: bool = False) -> Any:
+        request = etcdrpc.DeleteRangeRequest(key=_bytes(key))
+        if prefix:
+            request.key, request.range_end = _bytes(key) or b"\0", prefix_end(key)
+        return etcdrpc.RequestOp(request_delete_range=request)
+
+    @staticmethod
+    def get_op(key: str | bytes) -> Any:
+        return etcdrpc.RequestOp(request_range=etcdrpc.RangeRequest(key=_bytes(key)))
+
+    @staticmethod
+    def txn_op(
+        success: Sequence[Any], failure: Sequence[Any] = (), compare: Sequence[Any] = ()
+    ) -> Any:
+        inner = etcdrpc.TxnRequest(compare=compare, success=success, failure=failure)
+        return etcdrpc.RequestOp(request_txn=inner)
+
+    @staticmethod
+    def unchanged(key: str | bytes, mod_revision: int) -> Any:
+        """Compare: the key's version is still the one of mod_revision (0: there is no such key)."""
+        return etcdrpc.Compare(
+            key=_bytes(key),
+            target=etcdrpc.Compare.MOD,
+            result=etcdrpc.Compare.EQUAL,
+            mod_revision=mod_revision,
+        )
+
+    def grant(self, ttl: int) -> int:
+        """Return the id of a new lease of ttl seconds."""
+        return int(self.call(self.leases.LeaseGrant, etcdrpc.LeaseGrantRequest(TTL=ttl)).ID)
+
+    def revoke(self, lease: int) -> None:
+        self.call(self.leases.LeaseRevoke, etcdrpc.LeaseRevokeRequest(ID=lease))
+
+    def compact(self, revision: int) -> None:
+        """Forget what was superseded by the revision."""
+        request = etcdrpc.CompactionRequest(revision=revision, physical=True)
+        self.call(self.kv.Compact, request)
+
+    def snapshot(self, path: Path) -> None:
+        """Save the store as `etcdctl snapshot save` does (sha256 at the end, so restore checks)."""
+        request = etcdrpc.SnapshotRequest()
+        with path.open("wb") as file:
+            for part in self.maintenance.Snapshot(request, timeout=60, metadata=self.metadata):
+                file.write(part.blob)
+
+    def close(self) -> None:
+        self.channel.close()
+
+    def __enter__(self) -> EtcdClient:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class EtcdAddress(NamedTuple):
+    """Where the shared etcd is."""
+
+    endpoint: str  # host:port
+    user: str | None = None
+    password: str = ""
+
+    def client(self) -> EtcdClient:
+        return EtcdClient(self.endpoint, self.user, self.password)
+
+    def dsn(self, prefix: str) -> str:
+        return etcd_dsn(self.endpoint, prefix, self.user, self.password)
+
+
+def etcd_dsn(endpoint: str, prefix: str, user: str | None = None, password: str = "") -> str:
+    """Return the --etcd-dsn for a prefix; endpoint is host:port[,host:port…]."""
+    login = f"{urllib.parse.quote(user, '')}:{urllib.parse.quote(password, '')}@" if user else ""
+    return f"etcd://{login}{endpoint}{urllib.parse.quote(prefix)}"
+
+
+@pytest.fixture(scope="session")
+def etcd_address() -> Iterator[EtcdAddress]:
+    """The address of an etcd that all tests share: do not stop it, see own_etcd."""
+    if dsn := os.environ.get("ETCD_FDW_TEST_ETCD_DSN"):
+        login, _, hosts = urllib.parse.urlsplit(dsn).netloc.rpartition("@")
+        user, _, password = (urllib.parse.unquote(part) for part in login.partition(":"))
+        host = hosts.split(",")[0]
+        yield EtcdAddress(host if ":" in host else f"{host}:2379", user or None, password)
+        return
+    with LocalEtcd() as server:
+        yield EtcdAddress(server.endpoint)
+
+
+@pytest.fixture
+def etcd(etcd_address: EtcdAddress) -> Iterator[EtcdClient]:
+    """A bare client of the shared etcd."""
+    with etcd_address.client() as client:
+        yield client
+
+
+@pytest.fixture
+def prefix(etcd: EtcdClient) -> Iterator[str]:
+    """A key prefix for this test alone, such as /t17-3fa9c0/."""
+    name = f"/t{next(_numbers)}-{RUN_ID}/"
+    yield name
+    etcd.delete(name, prefix=True)
+
+
+@pytest.fixture
+def own_etcd() -> Iterator[LocalEtcd]:
+    """An etcd for this test alone, to kill, pause, restart and wipe."""
+    with LocalEtcd() as server:
+        yield server
+
+
+@pytest.fixture
+def own_cluster() -> Iterator[list[LocalEtcd]]:
+    """An etcd cluster of three members for this test alone."""
+    with ExitStack() as stack:
+        members = [LocalEtcd(name=f"m{number}") for number in range(3)]
+        cluster = ",".join(f"{member.name}={member.peer_url}" for member in members)
+        for member in members:
+            stack.callback(member.close)
+            member.args += ["--initial-cluster", cluster]
+            member.start(wait=False)  # none is ready before a majority is there
+        for member in members:
+            member.wait_ready()
+        yield members
+
+
+# ── harness: the program under test ────────────────────────────────────────────
+
+
+def clean_environ(env: dict[str, str] | None = None) -> dict[str, str]:
+    """Return this environment without what would configure the program or libpq, and with env."""
+    names = ("ETCD_FDW_", "PG")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(names)}
+    return {**kept, "PYTHONDONTWRITEBYTECODE": "1", **(env or {})}
+
+
+def run_script(
+    *args: str, env: dict[str, str] | None = None, timeout: float = 60.0
+) -> subprocess.CompletedProcess[str]:
+    """Run `etcd_fdw.py args` to its end; return its returncode, stdout and stderr."""
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *args],
+        env=clean_environ(env),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+class Daemon:
+    """A running `etcd_fdw.py args`; its output goes to a log file."""
+
+    def __init__(self, log_path: Path, *args: str, env: dict[str, str] | None = None) -> None:
+        self.log_path = log_path
+        with log_path.open("ab") as log_file:
+            self.process = subprocess.Popen(
+                [sys.executable, str(SCRIPT), *args],
+                env=clean_environ(env),
+                stdin=subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code, negative for a signal; None while the program runs."""
+        return self.process.poll()
+
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    def mark(self) -> int:
+        """Return a position: wait_log(…, after=position) looks only at what is logged from now."""
+        return len(self.log())
+
+    def wait_log(self, pattern: str, timeout: float = 15.0, after: int = 0) -> re.Match[str]:
+        """Wait for a line that the regular expression finds; fail at once if the program ended."""
+
+        def look() -> re.Match[str] | None:
+            gone = self.returncode is not None  # before the look, or its last words are missed
+            match = re.search(pattern, self.log()[after:], re.MULTILINE)
+            assert match or not gone, f"ended ({self.returncode}) without logging {pattern!r}"
+            return match
+
+        match = wait_until(f"{pattern!r} was not logged", look, timeout)
+        assert match is not None
+        return match
+
+    def wait_exit(self, timeout: float = 20.0) -> int:
+        """Wait until the program ends by itself; return its exit code."""
+        return self.process.wait(timeout)
+
+    def signal(self, signum: signal.Signals) -> None:
+        self.process.send_signal(signum)
+
+    def stop(self, timeout: float = 20.0) -> int:
+        """Stop as supervisord does (SIGTERM); return the exit code."""
+        self.signal(signal.SIGTERM)
+        return self.process.wait(timeout)
+
+    def kill(self) -> None:
+        """End it as a crash would (SIGKILL)."""
+        self.process.kill()
+        self.process.wait()
+
+    def pause(self) -> None:
+        self.signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self.signal(signal.SIGCONT)
+
+
+StartDaemon = Callable[..., Daemon]
+
+
+@pytest.fixture
+def daemon(
+    request: pytest.FixtureRequest, tmp_path: Path, db: str, etcd_address: EtcdAddress, prefix: str
+) -> Iterator[StartDaemon]:
+    """Start daemons for this test's database and prefix; they end with it.
+
+    daemon("--audit", "all"); daemon(postgres=other_dsn, etcd=other_dsn, env={…}); ready=False: do
+    not wait until it mirrors. The logs are shown if the test fails.
+    """
+    started: list[Daemon] = []
+    failures_before = request.session.testsfailed
+
+    def start(
+        *args: str,
+        postgres: str | None = None,
+        etcd: str | None = None,
+        env: dict[str, str] | None = None,
+        ready: bool = True,
+    ) -> Daemon:
+        servers = ["-p", postgres or db, "-e", etcd or etcd_address.dsn(prefix)]
+        log_path = tmp_path / f"daemon{len(started) + 1}.log"
+        started.append(Daemon(log_path, *servers, *args, env=env))
+        if ready:
+            started[-1].wait_log("watching")
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.kill()
+        if request.session.testsfailed > failures_before:
+            print(f"── {one.log_path.name}: exit code {one.returncode}\n{one.log()}")
+
+
+# ── harness: both sides compared ───────────────────────────────────────────────
+
+
+class Recorder:
+    """An independent record of what etcd tells about a prefix, from a thread of its own.
+
+    It watches the whole key space, so that a key outside the prefix can mark where it has got to.
+    """
+
+    def __init__(self, client: EtcdClient, prefix: str, start_revision: int = 1) -> None:
+        self.client, self.prefix = client, prefix.encode()
+        self.events: list[Event] = []  # in order, appended by the thread
+        self.revision = start_revision - 1  # all of it and before has been seen
+        self.error: str | None = None  # a watch that etcd canceled
+        self._closing = threading.Event()
+        self._call: Any = None
+        self._thread = threading.Thread(target=self._record, daemon=True)
+        self._thread.start()
+
+    def _requests(self, ended: threading.Event) -> Iterator[Any]:
+        create = etcdrpc.WatchCreateRequest(
+            key=b"\0", range_end=b"\0", start_revision=self.revision + 1
+        )
+        yield etcdrpc.WatchRequest(create_request=create)
+        ended.wait()  # the end of the requests would end the watch
+
+    def _record(self) -> None:
+        while not self._closing.is_set() and self.error is None:
+            ended = threading.Event()
+            self._call = self.client.watches.Watch(
+                self._requests(ended), metadata=self.client.metadata, wait_for_ready=True
+            )
+            with suppress(grpc.RpcError):  # etcd may restart under the test
+                for response in self._call:
+                    self._take(response)
+                    if self.error is not None:
+                        break
+            ended.set()
+            self._call.cancel()
+            self._closing.wait(0.05)
+
+    def _take(self, response: Any) -> None:
+        if response.canceled:
+            self.error = f"{response.cancel_reason} (compacted: {response.compact_revision})"
+        for event in response.events:  # whole revisions, since no fragments were asked for
+            kv = event.kv
+            if kv.key.startswith(self.prefix):
+                deleted = event.type == DELETE
+                self.events.append(Event(kv.mod_revision, kv.key, None if deleted else kv.value))
+        if response.events:
+            self.revision = response.events[-1].kv.mod_revision
+
+    def sync(self, timeout: float = 10.0) -> int:
+        """Wait until all that etcd holds now is recorded; return its revision."""
+
+        def mark() -> int:
+            with suppress(grpc.RpcError):  # etcd may be restarting, or electing a leader
+                return self.client.put(f"_recorder/{RUN_ID}", "")
+            return 0
+
+        revision = wait_until("the recorder cannot write to etcd", mark, timeout)
+
+        def caught_up() -> bool:
+            assert self.error is None, f"the recorder's watch was canceled: {self.error}"
+            return self.revision >= revision
+
+        wait_until(f"the recorder did not see revision {revision}", caught_up, timeout)
+        return revision
+
+    def history(self) -> list[Event]:
+        """Return one event per key and revision, the last one, sorted by revision and key."""
+        last = {(event.revision, event.key): event for event in self.events}
+        return sorted(last.values(), key=lambda event: event[:2])
+
+    def close(self) -> None:
+        self._closing.set()
+
+        def ended() -> bool:
+            if self._call is not None:  # the thread may just be making another one
+                self._call.cancel()
+            return not self._thread.is_alive()
+
+        wait_until("the recorder's thread did not end", ended)
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+@pytest.fixture
+def recorder(etcd: EtcdClient, prefix: str) -> Iterator[Recorder]:
+    """A recorder of this test's prefix from before the test's first change."""
+    with Recorder(etcd, prefix, etcd.revision() + 1) as recorder:
+        yield recorder
+
+
+def mirror_rows(db: str, prefix: str = "", since: int = 0) -> list[Event]:
+    """Return the mirror's rows of revision `since` and later, as Recorder.history does."""
+    sql = """
+        SELECT revision, convert_to(key, 'UTF8'),
+               CASE WHEN NOT tombstone THEN coalesce(value_bytes, convert_to(value, 'UTF8')) END
+        FROM etcd WHERE starts_with(key, %s) AND revision >= %s
+        ORDER BY revision, key COLLATE "C"
+    """
+    return [Event(*row) for row in rows(db, sql, prefix, since)]
+
+
+def assert_same(
+    recorder: Recorder, db: str, prefix: str, since: int = 0, timeout: float = 15.0
+) -> None:
+    """Wait until the mirror has, row for row, what the recorder saw from revision `since` on."""
+    recorder.sync()
+    expected = [event for event in recorder.history() if event.revision >= since]
+
+    def same() -> bool:
+        # PostgreSQL may be restarting, or the daemon about to apply the schema
+        with suppress(psycopg2.OperationalError, psycopg2.errors.UndefinedTable):
+            return mirror_rows(db, prefix, since) == expected
+        return False
+
+    with suppress(TimeoutError):
+        wait_until("not the same", same, timeout)
+        return
+    mirrored = mirror_rows(db, prefix, since)
+    missing = sorted(set(expected) - set(mirrored), key=lambda event: event[:2])
+    surplus = sorted(set(mirrored) - set(expected), key=lambda event: event[:2])
+    pytest.fail(
+        f"the mirror has {len(mirrored)} rows, etcd told {len(expected)}; "
+        f"{len(missing)} missing: {missing[:5]}; {len(surplus)} too many: {surplus[:5]}"
+    )
+
+
+# ── harness: a network that fails ──────────────────────────────────────────────
+
+PROXY_BUFFER_BYTES = 1 << 18
+
+
+_Order = tuple[Callable[[], None], threading.Event]  # what to do, and when it is done
+
+
+class _Half:
+    """One direction of a proxied connection."""
+
+    def __init__(self, source: socket.socket, target: socket.socket, black_hole: bool) -> None:
+        self.source, self.target, self.black_hole = source, target, black_hole
+        self.chunks: collections.deque[tuple[float, bytes]] = collections.deque()  # (due, data)
+        self.size = 0
+        self.next_send = 0.0  # the throttle's
+        self.ended = False
+
+
+class Proxy:
+    """A TCP proxy on 127.0.0.1 that can cut, stall, delay and throttle; all takes effect at once.
+
+    The kernel goes on acknowledging what a stalled proxy does not read, as a hung peer's would.
+    """
+
+    def __init__(self, target_port: int, target_host: str = "127.0.0.1") -> None:
+        self.target = (target_host, target_port)
+        self.accepted = 0  # connections so far
+        self.forwarded = 0  # bytes so far, both directions
+        self._stalled = self._black_hole = self._refusing = self._closing = False
+        self._delay_s = self._bytes_per_s = 0.0
+        self._halves: list[_Half] = []
+        self._orders: collections.deque[_Order] = collections.deque()
+        self._wake_read, self._wake_write = socket.socketpair()
+        self.port = etcd_fdw.free_port()
+        self._listener: socket.socket | None = self._listen()
+        self._thread = threading.Thread(target=self._loop, daemon=True)
+        self._thread.start()
+
+    @property
+    def endpoint(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def connections(self) -> int:
+        """The number of connections that are open now."""
+        return len(self._halves) // 2
+
+    def cut(self) -> None:
+        """Reset all connections; new ones are welcome."""
+        self._order(self._drop_all)
+
+    def refuse(self) -> None:
+        """Reset all connections and refuse new ones, as a dead server's host does; see resume."""
+
+        def refuse() -> None:
+            self._drop_all()
+            if self._listener is not None:
+                self._listener.close()
+                self._listener = None
+
+        self._order(refuse)
+
+    def stall(self) -> None:
+        """Forward nothing on any connection, old or new, but keep them open; see resume."""
+        self._order(lambda: setattr(self, "_stalled", True))
+
+    def black_hole(self) -> None:
+        """Accept new connections and forward nothing on them, ever; old ones go on; see resume."""
+        self._order(lambda: setattr(self, "_black_hole", True))
+
+    def resume(self) -> None:
+        """End stall, black_hole (for newer connections), refuse, delay and throttle."""
+
+        def resume() -> None:
+            self._stalled = self._black_hole = False
+            self._delay_s = self._bytes_per_s = 0.0
+            if self._listener is None:
+                self._listener = self._listen()
+
+        self._order(resume)
+
+    def delay(self, seconds: float) -> None:
+        """Hold back what arrives, in each direction, for that long."""
+        self._order(lambda: setattr(self, "_delay_s", seconds))
+
+    def throttle(self, bytes_per_s: float) -> None:
+        """Forward no more than that on each connection, in each direction; 0: no limit."""
+        self._order(lambda: setattr(self, "_bytes_per_s", bytes_per_s))
+
+    def close(self) -> None:
+        self._order(lambda: setattr(self, "_closing", True))
+        self._thread.join(5)
+
+    def __enter__(self) -> Proxy:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    # the rest runs in the thread
+
+    def _order(self, action: Callable[[], None]) -> None:
+        """Have the thread run the action, and wait for it (called by the test's thread)."""
+        done = threading.Event()
+        self._orders.append((action, done))
+        self._wake_write.send(b"!")
+        assert done.wait(5), "the proxy's thread does not answer"
+
+    def _listen(self) -> socket.socket:
+        listener = socket.socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", self.port))
+        listener.listen(64)
+        return listener
+
+    def _loop(self) -> None:
+        while not self._closing:
+            readable, writable = self._wait()
+            if self._wake_read in readable:
+                self._wake_read.recv(4096)
+                while self._orders:
+                    action, done = self._orders.popleft()
+                    action()
+                    done.set()
+                continue  # what was readable may be closed by now
+            if self._listener is not None and self._listener in readable:
+                self._accept(self._listener)
+            for half in list(self._halves):
+                try:
+                    if half.source in readable:
+                        self._receive(half)
+                    if half.target in writable:
+                        self._send(half)
+                except OSError:
+                    half.ended = True
+                    half.chunks.clear()
+                if half.ended and not half.chunks:
+                    self._drop(half)
+        self._drop_all()
+        for sock in (self._listener, self._wake_read, self._wake_write):
+            if sock is not None:
+                sock.close()
+
+    def _wait(self) -> tuple[set[Any], set[Any]]:
+        """Wait for something to do; return the sockets that are readable and writable."""
+        now, timeout = time.monotonic(), 60.0
+        buffer_bytes = PROXY_BUFFER_BYTES * (100 if self._delay_s else 1)  # what is on its way
+        interest = {self._wake_read: selectors.EVENT_READ}
+        if self._listener is not None:
+            interest[self._listener] = selectors.EVENT_READ
+        for half in [] if self._stalled else self._halves:
+            if half.size < buffer_bytes and not half.ended:
+                interest[half.source] = interest.get(half.source, 0) | selectors.EVENT_READ
+            if half.chunks and not half.black_hole:
+                due = max(half.chunks[0][0], half.next_send)
+                if due <= now:
+                    interest[half.target] = interest.get(half.target, 0) | selectors.EVENT_WRITE
+                else:
+                    timeout = min(timeout, due - now)
+        with selectors.DefaultSelector() as selector:
+            for sock, events in interest.items():
+                selector.register(sock, events)
+            ready = selector.select(timeout)
+        readable = {key.fileobj for key, events in ready if events & selectors.EVENT_READ}
+        writable = {key.fileobj for key, events in ready if events & selectors.EVENT_WRITE}
+        return readable, writable
+
+    def _accept(self, listener: socket.socket) -> None:
+        client, _ = listener.accept()
+        self.accepted += 1
+        try:
+            server = socket.create_connection(self.target, timeout=5)
+        except OSError:
+            client.close()
+            return
+        for sock in (client, server):
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._halves += [
+            _Half(client, server, self._black_hole),
+            _Half(server, client, self._black_hole),
+        ]
+
+    def _receive(self, half: _Half) -> None:
+        data = half.source.recv(1 << 16)
+        half.ended = not data
+        if data:
+            half.chunks.append((time.monotonic() + self._delay_s, data))
+            half.size += len(data)
+
+    def _send(self, half: _Half) -> None:
+        due, data = half.chunks.popleft()
+        limit = max(1, int(self._bytes_per_s / 20)) if self._bytes_per_s else len(data)
+        try:
+            sent = half.target.send(data[:limit])
+        except BlockingIOError:
+            sent = 0
+        if sent < len(data):
+            half.chunks.appendleft((due, data[sent:]))
+        half.size -= sent
+        self.forwarded += sent
+        if self._bytes_per_s:
+            half.next_send = time.monotonic() + sent / self._bytes_per_s
+
+    def _drop(self, half: _Half) -> None:
+        pair = {half.source, half.target}
+        self._halves = [other for other in self._halves if other.source not in pair]
+        for sock in pair:
+            sock.close()
+
+    def _drop_all(self) -> None:
+        reset = struct.pack("ii", 1, 0)  # not an orderly end
+        for half in self._halves:
+            with suppress(OSError):
+                half.source.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        while self._halves:
+            self._drop(self._halves[0])
+
+
+# ── command line and configuration ───────────────────────────────────────────
+
+
+# ── etcd to PostgreSQL ───────────────────────────────────────────────────────
+
+
+def test_put_in_etcd_arrives_in_sql(daemon, db, prefix, etcd):
+    daemon()
+    revision = etcd.put(prefix + "a", "1")
+    wait_until(
+        "the put did not arrive",
+        lambda: mirror_rows(db, prefix) == [(revision, (prefix + "a").encode(), b"1")],
+    )
+
+
+# ── PostgreSQL to etcd ───────────────────────────────────────────────────────
+
+
+# ── SQL interface ────────────────────────────────────────────────────────────
+
+
+# ── random histories ─────────────────────────────────────────────────────────
+
+
+# ── status, sync, validate, config ───────────────────────────────────────────
+
+
+# ── metrics, signals, supervision, housekeeping ──────────────────────────────
+
+
+# ── faults: etcd and network ─────────────────────────────────────────────────
+
+
+# ── faults: PostgreSQL ───────────────────────────────────────────────────────
+
+
+# ── faults: the daemon and its peers ─────────────────────────────────────────
+
+
+# ── security ─────────────────────────────────────────────────────────────────
+
+
+# ── Patroni ──────────────────────────────────────────────────────────────────
+
+
+# ── demo, README, packaging ──────────────────────────────────────────────────
+
+
+# ── soak ─────────────────────────────────────────────────────────────────────
+
+
+# ── benchmark ────────────────────────────────────────────────────────────────

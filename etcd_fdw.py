@@ -95,6 +95,7 @@ STATEMENT_LIMIT_S = 60.0  # an answer from PostgreSQL that takes longer will not
 LONG_STATEMENT_LIMIT_S = 3600.0  # applying the schema, merging a snapshot
 EVENT_LIMIT_S = 30.0  # a change that etcd took comes back through the watch by then
 STOP_LIMIT_S = 10.0
+PIPELINE_DEPTH = 8  # Txns prepared for etcd, so that it need not wait for PostgreSQL
 STANDBY_POLL_S = 1.0
 HEARTBEAT_S = 10.0
 SUMMARY_S = 60.0
@@ -1578,14 +1579,89 @@ def unpack_response(response: Any, groups: Sequence[Group]) -> list[Any]:
     return [item.response_txn for item in response.responses]
 
 
+class Pipeline:
+    """Sends Txns to etcd one after another: each as soon as the one before it was answered.
+
+    The next one leaves from gRPC's thread, so etcd has work while the loop waits for
+    PostgreSQL.  It must not touch the keys of those before it.  After an error nothing more
+    is sent until resume().  All other methods are for the loop's thread.
+    """
+
+    def __init__(self, etcd: Etcd, waker: Waker) -> None:
+        self.keys: set[str] = set()  # of every Txn whose answer was not taken yet
+        self._etcd = etcd
+        self._waker = waker
+        self._lock = threading.Lock()
+        self._unsent: collections.deque[tuple[list[Group], Any]] = collections.deque()
+        self._sent = self._halted = False
+        self._answered: collections.deque[tuple[list[Group], Any]] = collections.deque()
+
+    def __len__(self) -> int:
+        """The number of Txns whose answer was not taken yet."""
+        with self._lock:
+            return len(self._unsent) + self._sent + len(self._answered)
+
+    def add(self, groups: list[Group], first: bool = False) -> None:
+        """Send a Txn when its turn comes; first: before the others."""
+        for group in groups:
+            self.keys |= group.keys
+        item = groups, pack_request(groups)
+        with self._lock:
+            if first:
+                self._unsent.appendleft(item)
+            else:
+                self._unsent.append(item)
+        self._send()
+
+    def _send(self) -> None:
+        with self._lock:
+            if self._sent or self._halted or not self._unsent:
+                return
+            groups, request = self._unsent.popleft()
+            self._sent = True
+            future = self._etcd.txn_future(request)
+        future.add_done_callback(lambda future: self._done(groups, future))
+
+    def _done(self, groups: list[Group], future: Any) -> None:
+        with self._lock:
+            self._sent = False
+            self._halted |= future.code() is not grpc.StatusCode.OK
+            self._answered.append((groups, future))
+        self._send()
+        self._waker.wake()
+
+    def take(self) -> tuple[list[Group], Any] | None:
+        """The next answered Txn and its future, None if there is none."""
+        with self._lock:
+            if not self._answered:
+                return None
+            groups, future = self._answered.popleft()
+        for group in groups:
+            self.keys -= group.keys
+        return groups, future
+
+    def resume(self) -> None:
+        """Go on after an error."""
+        self._halted = False
+        self._send()
+
+    def drop(self) -> list[Group]:
+        """Forget what was not sent yet, and return it."""
+        with self._lock:
+            groups = [group for item, _ in self._unsent for group in item]
+            self._unsent.clear()
+        for group in groups:
+            self.keys -= group.keys
+        return groups
+
+    def close(self) -> None:
+        """Send nothing any more."""
+        with self._lock:
+            self._halted = True
+            self._unsent.clear()
+
+
 # ── engine ─────────────────────────────────────────────────────────────────────
-
-
-class InFlight(NamedTuple):
-    """A Txn that etcd was asked for."""
-
-    groups: list[Group]
-    future: Any
 
 
 class Landed(NamedTuple):
@@ -1668,9 +1744,8 @@ class Session:
         # push
         self.look = True  # there may be pending changes that were not read
         self.queue: collections.deque[Group] = collections.deque()
-        # halves of a Txn that etcd refused
-        self.parts: collections.deque[list[Group]] = collections.deque()
-        self.in_flight: InFlight | None = None
+        self.busy: set[int] = set()  # ids that were read, until their outcome is written
+        self.pipeline = Pipeline(etcd, engine.waker)
         self.landed: collections.deque[Landed] = collections.deque()
         self.doubts: list[Doubt] = []
         self.done: list[Outcome] = []  # to be written, without waiting for any event
@@ -1715,7 +1790,8 @@ class Session:
         self.postgres.deactivate()
 
     def close(self) -> None:
-        """End the watch."""
+        """End the watch, and send nothing any more."""
+        self.pipeline.close()
         if self.watch:
             self.watch.stop()
 
@@ -1723,7 +1799,8 @@ class Session:
         """Whether the session was asked to stop and has nothing left that is worth a wait."""
         if not self.guard.stopping:
             return False
-        return not (self.in_flight or self.landed or self.done) or (
+        self.pipeline.drop()
+        return not (self.pipeline or self.landed or self.done) or (
             self.guard.stop_by is not None and time.monotonic() > self.guard.stop_by
         )
 
@@ -1981,6 +2058,7 @@ class Session:
             self.careful = True
             self.write_once(batch, outcomes)
         self.checkpoint = batch.checkpoint
+        self.busy.difference_update(outcome.id for outcome in outcomes)
         self.written = replace(self.counters)
         self.heartbeat_at = time.monotonic() + HEARTBEAT_S
 
@@ -2009,35 +2087,37 @@ class Session:
     # ─ push ─
 
     def push(self) -> bool:
-        """Send the next Txn if none is under way; whether one was sent."""
-        waiting = sum(len(item.outcomes) for item in self.landed)
-        if self.in_flight or self.guard.stopping or time.monotonic() < self.push_after:
+        """Fill the pipeline; whether anything was added to it."""
+        if self.guard.stopping or time.monotonic() < self.push_after:
             return False
-        if waiting + len(self.doubts) >= self.config.batch_size:
-            return False  # until the mirror has caught up
-        groups = self.parts.popleft() if self.parts else self.pack()
-        if not groups and self.look:
-            self.read_pending()
+        added = False
+        while len(self.pipeline) < PIPELINE_DEPTH and self.unwritten() < self.config.batch_size:
             groups = self.pack()
-        if not groups and self.queue and not (self.look or self.landed or self.doubts):
-            groups = self.pack(force=True)
-        if groups:
-            self.send(groups)
-        return bool(groups)
+            if not groups and self.look:
+                self.read_pending()
+                groups = self.pack()
+            if not groups and not (self.look or self.pipeline or self.unwritten()):
+                groups = self.pack(force=True)
+            if not groups:
+                break
+            self.pipeline.add(groups)
+            added = True
+        return added
+
+    def unwritten(self) -> int:
+        """How many changes wait for the mirror to catch up."""
+        return sum(len(item.outcomes) for item in self.landed) + len(self.doubts)
 
     def read_pending(self) -> None:
         """Queue pending changes that are not on their way yet."""
-        busy = {e.id for group in self.queue for e in group.entries}
-        busy.update(o.id for item in self.landed for o in item.outcomes)
-        busy.update(e.id for doubt in self.doubts for e in doubt.group.entries)
-        busy.update(o.id for o in self.done)
         # what is written by now, the database tells; but what was read before may refer to it
-        needed = busy | {e.depends_on or 0 for group in self.queue for e in group.entries}
+        needed = self.busy | {e.depends_on or 0 for group in self.queue for e in group.entries}
         self.settled = {id_: v for id_, v in self.settled.items() if id_ in needed}
         entries, all_came = self.postgres.pending(
-            busy, self.before, self.config.batch_size, self.config.max_txn_ops
+            self.busy, self.before, self.config.batch_size, self.config.max_txn_ops
         )
         self.look = not all_came
+        self.busy.update(entry.id for entry in entries)
         self.queue.extend(group_entries(entries, self.config.max_txn_ops))
 
     def pack(self, force: bool = False) -> list[Group]:
@@ -2052,7 +2132,11 @@ class Session:
         widest = size = 0
         while self.queue:
             group = self.queue.popleft()
-            if not keys.isdisjoint(group.keys) or not self.resolve(group, force and not groups):
+            if not (
+                keys.isdisjoint(group.keys)
+                and self.pipeline.keys.isdisjoint(group.keys)
+                and self.resolve(group, force and not groups)
+            ):
                 kept.append(group)
                 keys |= group.keys
                 continue
@@ -2099,27 +2183,24 @@ class Session:
                 return None
         return entry.revision or 0
 
-    def send(self, groups: list[Group]) -> None:
-        """Ask etcd for a Txn; its answer wakes the loop."""
-        future = self.etcd.txn_future(pack_request(groups))
-        future.add_done_callback(self.engine.waker.wake)
-        self.in_flight = InFlight(groups, future)
-
     def receive(self) -> bool:
-        """Take the answer to the Txn in flight; whether it has come."""
-        if not self.in_flight or not self.in_flight.future.done():
+        """Take etcd's answers; whether there was any."""
+        answered = self.pipeline.take()
+        if not answered:
             return False
-        groups, future = self.in_flight
-        self.in_flight = None
-        try:
-            response = future.result()
-        except grpc.RpcError as exc:
-            self.refused(groups, etcd_error(exc, self.etcd.endpoint))
-            return True
-        self.renewed, self.push_attempt = False, 0
+        while answered:
+            groups, future = answered
+            try:
+                response = future.result()
+            except grpc.RpcError as exc:
+                self.refused(groups, etcd_error(exc, self.etcd.endpoint))
+                self.pipeline.resume()
+            else:
+                self.renewed, self.push_attempt = False, 0
+                for group, answer in zip(groups, unpack_response(response, groups)):
+                    self.settle(group, answer, response.header.revision)
+            answered = self.pipeline.take()
         self.heard_at = time.monotonic()
-        for group, answer in zip(groups, unpack_response(response, groups)):
-            self.settle(group, answer, response.header.revision)
         return True
 
     def settle(self, group: Group, answer: Any, revision: int) -> None:
@@ -2199,10 +2280,11 @@ class Session:
         if isinstance(error, TokenExpired) and not self.renewed:
             self.renewed = True
             self.etcd.authenticate()
-            self.send(groups)  # it was certainly not applied
+            self.pipeline.add(groups, first=True)  # it was certainly not applied
         elif isinstance(error, (Rejected, AccessDenied)) and len(groups) > 1:
             middle = len(groups) // 2
-            self.parts.extendleft([groups[middle:], groups[:middle]])
+            self.pipeline.add(groups[middle:], first=True)
+            self.pipeline.add(groups[:middle], first=True)
         elif isinstance(error, (Rejected, AccessDenied)):
             self.fail(groups[0], error)
         else:
@@ -2210,17 +2292,18 @@ class Session:
             self.postgres.record_retry(ids, one_line(error))
             if not isinstance(error, NoSpace):
                 raise error
-            self.pause_push(error)
+            self.pause_push(groups, error)
 
-    def pause_push(self, error: EtcdFdwError) -> None:
+    def pause_push(self, groups: list[Group], error: EtcdFdwError) -> None:
         """Read everything anew after a while; what was sent may have been applied all the same."""
         self.push_attempt += 1
         delay = backoff(self.push_attempt, self.config.retry_initial, self.config.retry_max)
         log.warning("%s; changes wait, sending again in %.1fs", error, delay)
         self.push_after = time.monotonic() + delay
         self.before = self.postgres.snapshot_id()
+        for group in [*groups, *self.pipeline.drop(), *self.queue]:
+            self.busy.difference_update(entry.id for entry in group.entries)
         self.queue.clear()
-        self.parts.clear()
         self.look = True
 
 

@@ -1821,6 +1821,8 @@ class Session:
             times.append(self.push_after)
         if self.landed or self.doubts:
             times.append(time.monotonic() + 1)
+        if self.guard.stop_by is not None:
+            times.append(self.guard.stop_by)
         return min(times)
 
     def wait(self, deadline: float) -> None:
@@ -1908,7 +1910,7 @@ class Session:
     def take_over(self, state: SyncState) -> None:
         """Register as the active instance; note it if the last one did not say goodbye."""
         self.postgres.activate()
-        if state.pid is None:
+        if state.pid is None or (state.pid, state.host) == (os.getpid(), socket.gethostname()):
             return
         event = SynchronizationEvent(
             "takeover", "done", details={"from_host": state.host, "from_pid": state.pid}
@@ -2093,7 +2095,7 @@ class Session:
         added = False
         while len(self.pipeline) < PIPELINE_DEPTH and self.unwritten() < self.config.batch_size:
             groups = self.pack()
-            if not groups and self.look:
+            while not groups and self.look:
                 self.read_pending()
                 groups = self.pack()
             if not groups and not (self.look or self.pipeline or self.unwritten()):
@@ -2338,24 +2340,25 @@ class Engine:
             except Compacted:
                 self.resync = True
                 self.retry(EtcdAway("resync needed"), quiet=True)
-            except TokenExpired as exc:
-                self.retry(exc)
             except Away as exc:
                 if not self.connected and time.monotonic() > give_up_at:
                     raise
                 self.retry(exc)
             except AccessDenied as exc:
-                if not self.connected:
+                renewable = isinstance(exc, TokenExpired) and not self.attempt
+                if not (self.connected or renewable):
                     raise
                 self.retry(exc)
         log.info("stopped")
 
     def retry(self, error: EtcdFdwError, quiet: bool = False) -> None:
-        """Wait before the next session: not at all the first time, then longer and longer."""
+        """Wait before the next session; a first expired token is nothing to wait for long."""
         self.counters.reconnects += 1
         self.attempt += 1
         delay = backoff(self.attempt, self.config.retry_initial, self.config.retry_max)
-        if isinstance(error, AccessDenied) and not isinstance(error, TokenExpired):
+        if isinstance(error, AccessDenied) and (
+            not isinstance(error, TokenExpired) or self.attempt > 1
+        ):
             delay = self.config.retry_max
             log.error("%s; grant what is missing; retrying in %.1fs", error, delay)
         elif not quiet:
@@ -2398,6 +2401,7 @@ class Engine:
             if not waiting:
                 log.info("standing by: another instance is active on %r", postgres.prefix)
                 self.connected = waiting = True
+                self.resync = False  # the other one sees to it
             self.pause(STANDBY_POLL_S)
             self.check_stop()
             postgres.notified()

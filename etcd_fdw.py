@@ -51,6 +51,7 @@ import os
 import pwd
 import random
 import re
+import secrets
 import select
 import shutil
 import signal
@@ -62,6 +63,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import types
 import urllib.parse
 import urllib.request
@@ -2639,19 +2641,24 @@ class LocalEtcd(LocalServer):
 
 
 class LocalPostgres(LocalServer):
-    """A PostgreSQL; its superuser "postgres" needs no password. Runs as another user than root."""
+    """A PostgreSQL; its superuser "postgres" has this password, or needs none.
+
+    It runs as another user than root.
+    """
 
     stop_signal = signal.SIGINT  # fast shutdown: does not wait for clients to leave
 
-    def __init__(self, args: Sequence[str] = ()) -> None:
+    def __init__(self, args: Sequence[str] = (), password: str | None = None) -> None:
         self.bin_dir = find_program("initdb").parent
+        self.password = password
         super().__init__(args)
         self.frozen: list[int] = []
         if os.geteuid() == 0:
             self._leave_root()
 
     def dsn(self, dbname: str = "postgres") -> str:
-        return f"postgresql://postgres@127.0.0.1:{self.port}/{dbname}"
+        login = f"postgres:{self.password}" if self.password else "postgres"
+        return f"postgresql://{login}@127.0.0.1:{self.port}/{dbname}"
 
     def command(self) -> list[str]:
         settings = {
@@ -2674,7 +2681,16 @@ class LocalPostgres(LocalServer):
     def start(self, wait: bool = True) -> None:
         """Start as above; make the data directory if there is none."""
         if not self.data_dir.exists():
-            options = ["-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale", "--no-sync"]
+            options = ["-U", "postgres", "-E", "UTF8", "--no-locale", "--no-sync"]
+            if self.password:
+                pwfile = self.directory / "password"
+                pwfile.write_text(self.password)
+                os.chmod(pwfile, 0o600)
+                if self.account:
+                    os.chown(pwfile, self.account["user"], self.account["group"])
+                options += ["-A", "scram-sha-256", f"--pwfile={pwfile}"]
+            else:
+                options += ["-A", "trust"]
             initdb = self.run([self.bin_dir / "initdb", "-D", self.data_dir, *options])
             if initdb.wait() != 0:
                 raise LocalServerError(f"initdb failed:\n{self.log()[-2000:]}")
@@ -2746,6 +2762,120 @@ def start(config: Config) -> int:
     """Run until stopped."""
     Engine(config).run()
     return 0
+
+
+def demo() -> int:
+    """Show both directions, a conflict and a look into the past on throw-away servers."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with ExitStack() as stack:
+        print("starting a throw-away etcd and PostgreSQL …", flush=True)
+        etcd = stack.enter_context(LocalEtcd())
+        postgres = stack.enter_context(LocalPostgres(password=secrets.token_urlsafe(12)))
+        dsn, etcd_dsn = postgres.dsn(), f"etcd://{etcd.endpoint}/config/"
+        command = [sys.executable, __file__, "--postgres-dsn", dsn, "--etcd-dsn", etcd_dsn]
+        log_file = stack.enter_context((postgres.directory / "etcd_fdw.log").open("ab"))
+        daemon = subprocess.Popen(command, stderr=log_file, start_new_session=True)
+        stack.callback(daemon.wait)
+        stack.callback(daemon.terminate)
+        connection = stack.enter_context(closing(psycopg2.connect(dsn)))
+        connection.autocommit = True
+        show = DemoStage(connection, etcd)
+        wait_until("etcd_fdw is not watching", lambda: "watching" in log_text(log_file.name), 30)
+        show.tour()
+        print(
+            f"""
+etcd_fdw keeps them in step until you press Ctrl-C.  Play with it:
+  psql {dsn}
+  {find_program("etcdctl")} --endpoints {etcd.endpoint} put /config/hello world
+The daemon that does it, and its log:
+  python etcd_fdw.py --postgres-dsn {dsn} --etcd-dsn {etcd_dsn}
+  {log_file.name}""",
+            flush=True,
+        )
+        with suppress(KeyboardInterrupt):
+            raise EtcdFdwError(f"the daemon ended by itself with exit code {daemon.wait()}")
+    return 0
+
+
+def log_text(path: str) -> str:
+    """What a log file holds."""
+    return Path(path).read_text(errors="replace")
+
+
+class DemoStage:
+    """Runs the demo's statements and shows them with their results, as a terminal would."""
+
+    def __init__(self, connection: Any, etcd: LocalEtcd) -> None:
+        self.connection = connection
+        self.etcd = etcd
+
+    def tour(self) -> None:
+        """Show what etcd_fdw does."""
+        print("\n-- etcd → PostgreSQL: a put in etcd is a row in table etcd")
+        self.etcdctl("put", "/config/app/timeout", "30s")
+        self.arrived("30s")
+        self.sql("SELECT key, value, revision FROM etcd")
+        print("\n-- PostgreSQL → etcd: a row in etcd_wal is a put in etcd")
+        self.sql("INSERT INTO etcd_wal (key, value) VALUES ('/config/app/debug', 'true')")
+        self.finished()
+        self.sql("SELECT key, value, status, result_revision FROM etcd_wal")
+        self.etcdctl("get", "/config/app/debug")
+        print("\n-- the live keys are a view that can be updated")
+        self.sql("UPDATE etcd_kv SET value = '45s' WHERE key = '/config/app/timeout'")
+        self.finished()
+        self.etcdctl("get", "/config/app/timeout")
+        print("\n-- etcd wins: a change made on an old version is a conflict")
+        (old,) = self.sql("SELECT revision FROM etcd_get('/config/app/timeout')")[0]
+        self.etcdctl("put", "/config/app/timeout", "60s")
+        self.sql(
+            "INSERT INTO etcd_wal (key, value, revision)"
+            f" VALUES ('/config/app/timeout', '5s', {old})"
+        )
+        self.finished()
+        self.arrived("60s")
+        self.sql("SELECT status, error_message FROM etcd_wal ORDER BY id DESC LIMIT 1")
+        print("\n-- the past is kept, also when etcd has compacted it")
+        self.sql(f"SELECT key, value, revision FROM etcd_at({old})")
+        self.sql("SELECT key, value, revision FROM etcd_kv")
+
+    def etcdctl(self, *words: str) -> None:
+        """Run etcdctl, and show it."""
+        print("$ etcdctl " + " ".join(words), flush=True)
+        program = [str(find_program("etcdctl")), "--endpoints", self.etcd.endpoint]
+        subprocess.run([*program, *words], check=True, env={**os.environ, "ETCDCTL_API": "3"})
+
+    def sql(self, statement: str) -> list[tuple[Any, ...]]:
+        """Run a statement, and show it with its rows."""
+        print(f"postgres=# {statement};")
+        with self.connection.cursor() as cur:
+            cur.execute(statement)
+            if cur.description is None:
+                print(cur.statusmessage, flush=True)
+                return []
+            rows: list[tuple[Any, ...]] = cur.fetchall()
+            table = [[column.name for column in cur.description], *([*map(str, r)] for r in rows)]
+        widths = [max(map(len, column)) for column in zip(*table)]
+        for number, line in enumerate(table):
+            print(" " + " | ".join(map(str.ljust, line, widths)).rstrip())
+            if not number:
+                print("-" + "-+-".join("-" * width for width in widths) + "-")
+        sys.stdout.flush()
+        return rows
+
+    def arrived(self, value: str) -> None:
+        """Wait for a value in the mirror."""
+        wait_until(f"{value} has not arrived", lambda: self.count("etcd WHERE value = %s", value))
+
+    def finished(self) -> None:
+        """Wait until no change is pending."""
+        pending = "etcd_wal WHERE status = 'pending'"
+        wait_until("a change is still pending", lambda: not self.count(pending))
+
+    def count(self, what: str, *arguments: str) -> int:
+        """How many rows there are, without showing it."""
+        with self.connection.cursor() as cur:
+            cur.execute(f"SELECT count(*) FROM {what}", arguments)
+            return int(cur.fetchone()[0])
 
 
 # ── command line ───────────────────────────────────────────────────────────────
@@ -2830,6 +2960,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "start", parents=[common], allow_abbrev=False, help="run until stopped (the default)"
     )
+    commands.add_parser("demo", help="show it all on throw-away servers, until Ctrl-C")
     return parser
 
 
@@ -2951,6 +3082,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     redact: Callable[[str], str] = str
     try:
         given = vars(build_parser().parse_args(argv))
+        if given["command"] == "demo":
+            return demo()
         config = make_config(settings(given, os.environ))
         redact = set_up_logging(config).redact
         return start(config)
@@ -2961,6 +3094,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exc.exit_code
     except KeyboardInterrupt:
         return 130
+    except Exception as exc:  # noqa: BLE001  a bug, or something that nobody has thought of
+        message = redact(f"{type(exc).__name__}: {one_line(exc)}")
+        where = traceback.extract_tb(exc.__traceback__)[-1]
+        print(f"etcd_fdw: internal error: {message} (line {where.lineno})", file=sys.stderr)
+        log.debug("%s", traceback.format_exc())
+        return 4
 
 
 if __name__ == "__main__":

@@ -851,6 +851,23 @@ def test_put_in_etcd_arrives_in_sql(daemon, db, prefix, etcd):
 # ── demo, README, packaging ──────────────────────────────────────────────────
 
 
+def test_demo_shows_everything_and_cleans_up(tmp_path):
+    demo = Daemon(tmp_path / "demo.log", "demo")
+    try:
+        demo.wait_log("until you press Ctrl-C", timeout=60)
+        shown = demo.log()
+        dsn = demo.wait_log(r"psql (\S+)")[1]
+        assert "etcd wins: /config/app/timeout is at revision 5" in shown
+        assert scalar(dsn, "SELECT count(*) FROM etcd_kv") == 2
+        demo.signal(signal.SIGINT)
+        assert demo.wait_exit() == 0
+        assert "Traceback" not in demo.log()
+    finally:
+        demo.kill()
+    with pytest.raises(psycopg2.OperationalError):
+        connect(dsn)
+
+
 # ── soak ─────────────────────────────────────────────────────────────────────
 
 

@@ -843,11 +843,16 @@ class Guard(threading.Thread):
 # ── PostgreSQL side ────────────────────────────────────────────────────────────
 
 # The guard sets the limits, so the server's must not end a long merge or an idle session.
-# Its keepalives find a vanished peer, and so free the lock, within about 30 s.
+# But whoever waits in a lock queue holds up all behind, and must not do so for ever.
+# Keepalives find a vanished peer, and so free the lock, within about 30 s; a killed peer is
+# noticed even while its last statement runs, where PostgreSQL (14 and later) can.
 SESSION_SQL = """
 SELECT set_config(name, '0', false) FROM pg_settings
 WHERE name IN ('statement_timeout', 'transaction_timeout', 'idle_session_timeout',
                'idle_in_transaction_session_timeout');
+SELECT set_config('lock_timeout', '30s', false) WHERE current_setting('lock_timeout') = '0';
+SELECT set_config(name, '2s', false) FROM pg_settings
+WHERE name = 'client_connection_check_interval' AND version() LIKE '%linux%';
 SET enable_sort = off;
 SET jit = off;
 SET tcp_keepalives_idle = 10;

@@ -838,6 +838,317 @@ def test_put_in_etcd_arrives_in_sql(daemon, db, prefix, etcd):
 
 # ── faults: PostgreSQL ───────────────────────────────────────────────────────
 
+FAST = ("--retry-initial", "50ms", "--retry-max", "200ms", "--poll-interval", "500ms")
+
+
+class Load:
+    """Changes some keys of a prefix from both sides until it ends, whatever the servers do.
+
+    Every value is written once, so that what etcd tells can be held against etcd_wal.
+    """
+
+    def __init__(self, db: str, endpoint: str, prefix: str) -> None:
+        self.db, self.endpoint, self.prefix = db, endpoint, prefix
+        self.committed: list[int] = []  # ids of etcd_wal whose commit was confirmed
+        self.puts = 0  # confirmed by etcd
+        self._ended = threading.Event()
+        self._threads = [threading.Thread(target=t, daemon=True) for t in (self._etcd, self._sql)]
+        for thread in self._threads:
+            thread.start()
+
+    def _keys(self) -> Iterator[tuple[int, str]]:
+        for number in itertools.count():
+            if self._ended.wait(0.003):
+                return
+            yield number, f"{self.prefix}{number * 7 % 50}"
+
+    def _etcd(self) -> None:
+        with EtcdClient(self.endpoint, timeout=2) as client:
+            for number, key in self._keys():
+                with suppress(grpc.RpcError):
+                    if number % 10:
+                        client.put(key, f"etcd {number}")
+                        self.puts += 1
+                    else:
+                        client.delete(key)
+
+    def _sql(self) -> None:
+        conn = None
+        for number, key in self._keys():
+            try:
+                conn = conn or connect(self.db)
+                with conn.cursor() as cur:
+                    if number % 10:
+                        sql = "SELECT etcd_set(%s, %s) UNION ALL SELECT etcd_set(%s, %s)"
+                        cur.execute(sql, (key, f"sql {number}a", key + "x", f"sql {number}b"))
+                    else:
+                        cur.execute("SELECT etcd_delete(%s)", (key,))
+                    self.committed += [id_ for (id_,) in cur.fetchall()]
+            except psycopg2.Error:  # try with a new connection; servers may be away
+                if conn is not None:
+                    conn.close()
+                conn = None
+        if conn is not None:
+            conn.close()
+
+    def run(self, changes: int, timeout: float = 20.0) -> None:
+        """Wait until that many more changes were made on each side."""
+        puts, committed = self.puts + changes, len(self.committed) + changes
+        wait_until(
+            "the load makes no progress",
+            lambda: self.puts >= puts and len(self.committed) >= committed,
+            timeout,
+        )
+
+    def close(self) -> None:
+        self._ended.set()
+        for thread in self._threads:
+            thread.join(30)
+
+    def __enter__(self) -> Load:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def assert_settled(load: Load, recorder: Recorder, timeout: float = 20.0) -> None:
+    """The mirror is right row for row, and each change that SQL made ended as etcd tells it did."""
+    load.close()
+
+    def pending() -> int:
+        with suppress(psycopg2.OperationalError):
+            return int(
+                scalar(load.db, "SELECT count(*) FROM etcd_wal WHERE status = 'pending'") or 0
+            )
+        return -1
+
+    wait_until("changes stay pending", lambda: pending() == 0, timeout)
+    assert_same(recorder, load.db, load.prefix, timeout=timeout)
+    wal = rows(load.db, "SELECT id, key, value, status, result_revision FROM etcd_wal")
+    assert set(load.committed) <= {row[0] for row in wal}, "committed changes are gone"
+    assert {row[3] for row in wal} <= {"success", "conflict"}
+    told = recorder.history()
+    values = [(e.key.decode(), (e.value or b"").decode(), e.revision) for e in told]
+    from_sql = {(key, value): r for key, value, r in values if value.startswith("sql ")}
+    assert from_sql, "no change from SQL came through"
+    assert from_sql == {(key, value): r for _, key, value, s, r in wal if value and s == "success"}
+    deletes = {(e.key.decode(), e.revision) for e in told if e.value is None}
+    deleted = [(key, r) for _, key, value, s, r in wal if not value and s == "success" and r]
+    assert set(deleted) <= deletes
+
+
+def crash(server: LocalPostgres) -> None:
+    server.kill()
+    server.start()
+
+
+def end_sessions(server: LocalPostgres) -> None:
+    sql = (
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE application_name LIKE 'etcd_fdw%'"
+    )
+    for _ in range(5):
+        wait_until("the daemon has no session", lambda: rows(server.dsn(), sql))
+
+
+def cancel_statements(server: LocalPostgres) -> None:
+    sql = (
+        "SELECT pg_cancel_backend(pid) FROM pg_stat_activity"
+        " WHERE application_name LIKE 'etcd_fdw%'"
+    )
+    for _ in range(50):
+        rows(server.dsn(), sql)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [LocalPostgres.restart, crash, end_sessions, cancel_statements],
+    ids=lambda f: f.__name__,
+)
+def test_nothing_is_lost_when_postgres_fails_under_load(
+    daemon, own_postgres, etcd_address, recorder, prefix, fault
+):
+    started = daemon(*FAST, postgres=own_postgres.dsn())
+    with Load(own_postgres.dsn(), etcd_address.endpoint, prefix) as load:
+        for _ in range(2):
+            load.run(100)
+            fault(own_postgres)
+        load.run(100)
+        assert_settled(load, recorder)
+    assert started.stop() == 0
+
+
+def daemon_waits_on(db: str, event: str) -> bool:
+    """Whether the daemon's session is in that wait event (pg_stat_activity)."""
+    sql = (
+        "SELECT count(*) FROM pg_stat_activity"
+        " WHERE application_name LIKE 'etcd_fdw%%' AND wait_event = %s"
+    )
+    return bool(scalar(db, sql, event))
+
+
+SLOW_INSERT = """
+CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS
+$$ BEGIN PERFORM pg_sleep(0.05); RETURN NEW; END $$;
+CREATE TRIGGER slow BEFORE INSERT ON etcd FOR EACH ROW EXECUTE FUNCTION slow();
+"""
+
+
+def test_immediate_shutdown_during_copy(daemon, own_postgres, etcd, recorder, prefix):
+    db = own_postgres.dsn()
+    daemon(*FAST, postgres=db)
+    rows(db, SLOW_INSERT)
+    etcd.txn([etcd.put_op(f"{prefix}{n}", "1") for n in range(100)])
+    wait_until("the daemon does not copy", lambda: daemon_waits_on(db, "PgSleep"))
+    own_postgres.process.send_signal(signal.SIGQUIT)
+    own_postgres.process.wait(20)
+    assert not own_postgres.is_ready()
+    own_postgres.start()
+    rows(db, "DROP FUNCTION slow CASCADE")
+    assert_same(recorder, db, prefix)
+
+
+def test_standby_is_promoted(daemon, own_postgres, etcd_address, recorder, prefix):
+    """With a two-host DSN the daemon follows the role of primary, without a restart."""
+    db = own_postgres.dsn()
+    with ExitStack() as stack:
+        standby = LocalPostgres()
+        stack.callback(standby.close)
+        program, target = standby.bin_dir / "pg_basebackup", standby.data_dir
+        copy = standby.run([program, "-R", "-c", "fast", "-D", target, "-d", db])
+        assert copy.wait(60) == 0, standby.log()
+        standby.start()
+        both = (
+            f"postgresql://postgres@127.0.0.1:{standby.port},127.0.0.1:{own_postgres.port}"
+            "/postgres?target_session_attrs=read-write"
+        )
+        rows(db, "ALTER SYSTEM SET synchronous_standby_names = '*'")
+        rows(db, "SELECT pg_reload_conf()")
+        started = daemon(*FAST, postgres=both)
+        load = stack.enter_context(Load(both, etcd_address.endpoint, prefix))
+        load.run(100)
+        mark = started.mark()
+        own_postgres.kill()
+        started.wait_log("retrying in", after=mark)
+        rows(standby.dsn(), "SELECT pg_promote()")
+        load.run(100)
+        assert_settled(load, recorder)
+        assert started.returncode is None
+
+
+def test_daemon_on_a_standby_says_so(daemon, own_postgres, etcd_address, prefix):
+    own_postgres.stop()
+    (own_postgres.data_dir / "standby.signal").touch()
+    own_postgres.start()
+    started = daemon(*FAST, "--startup-timeout", "0s", postgres=own_postgres.dsn(), ready=False)
+    assert started.wait_exit() == 2
+    assert "recovery" in started.log()
+
+
+@pytest.fixture
+def small_disk(own_postgres: LocalPostgres) -> Iterator[Path]:
+    """A file system of 3 MiB that own_postgres can write to, or the test is skipped."""
+    path = own_postgres.directory / "small"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(path)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a small file system takes the right to mount one")
+    os.chown(path, own_postgres.account["user"], own_postgres.account["group"])
+    yield path
+    own_postgres.stop()
+    subprocess.run(["umount", path], check=True)
+
+
+def test_disk_full(daemon, own_postgres, small_disk, etcd, recorder, prefix):
+    db = own_postgres.dsn()
+    started = daemon(*FAST, postgres=db)
+    rows(db, f"CREATE TABLESPACE small LOCATION '{small_disk}'")
+    rows(db, "ALTER TABLE etcd SET TABLESPACE small")
+    rows(db, "ALTER TABLE etcd ALTER value SET STORAGE PLAIN")
+    for number in range(600):
+        etcd.put(f"{prefix}{number}", "x" * 7000)
+    started.wait_log(r"WARN .*No space left on device.*\(53100\); retrying")
+    change = scalar(db, "SELECT etcd_set(%s, 'made when the disk was full')", prefix + "a")
+    rows(db, "SELECT 1")  # PostgreSQL still answers
+    subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
+    wait_until(
+        "the change was not applied",
+        lambda: scalar(db, "SELECT status FROM etcd_wal WHERE id = %s", change) == "success",
+    )
+    assert_same(recorder, db, prefix)
+
+
+def test_lock_on_etcd_is_waited_for(daemon, db, etcd, recorder, prefix):
+    started = daemon(*FAST)
+    with closing(connect(db)) as conn, conn.cursor() as cur:
+        cur.execute("BEGIN; LOCK TABLE etcd IN EXCLUSIVE MODE")
+        etcd.put(prefix + "a", "1")
+        wait_until("the daemon does not wait", lambda: daemon_waits_on(db, "relation"))
+        cur.execute("COMMIT")
+    assert_same(recorder, db, prefix)
+    assert "WARN" not in started.log()
+
+
+def test_lock_on_etcd_is_not_waited_for_for_ever(daemon, db, etcd, recorder, prefix):
+    """Who waits in the lock queue holds up everybody behind: the DBA must get a chance."""
+    started = daemon(*FAST, postgres=make_dsn(db, options="-clock_timeout=300ms"))
+    with closing(connect(db)) as conn, conn.cursor() as cur:
+        cur.execute("BEGIN; LOCK TABLE etcd IN EXCLUSIVE MODE")
+        etcd.put(prefix + "a", "1")
+        started.wait_log(r"WARN .*lock timeout.*retrying")
+        cur.execute("COMMIT")
+    assert_same(recorder, db, prefix)
+
+
+def test_second_signal_ends_at_once_while_a_lock_is_waited_for(daemon, db, etcd, prefix):
+    started = daemon(*FAST)
+    with closing(connect(db)) as conn, conn.cursor() as cur:
+        cur.execute("BEGIN; LOCK TABLE etcd IN EXCLUSIVE MODE")
+        etcd.put(prefix + "a", "1")
+        wait_until("the daemon does not wait", lambda: daemon_waits_on(db, "relation"))
+        started.signal(signal.SIGTERM)
+        started.signal(signal.SIGINT)
+        assert started.wait_exit(5) == 0
+
+
+def test_takeover_from_a_killed_daemon_whose_statement_goes_on(daemon, db, etcd, prefix):
+    first = daemon(*FAST)
+    rows(db, SLOW_INSERT.replace("0.05", "60"))
+    etcd.put(prefix + "a", "1")
+    wait_until("the daemon does not copy", lambda: daemon_waits_on(db, "PgSleep"))
+    first.kill()
+    daemon(*FAST)  # ready: it has the lock
+
+
+def test_timeouts_set_for_the_role_do_not_apply(daemon, db, etcd, recorder, prefix):
+    name = scalar(db, "SELECT current_database()")
+    for setting in ("statement_timeout", "idle_in_transaction_session_timeout"):
+        rows(db, f"ALTER DATABASE {name} SET {setting} = '200ms'")
+    started = daemon(*FAST)
+    with closing(connect(db)) as conn, conn.cursor() as cur:
+        cur.execute("SET statement_timeout = 0")
+        cur.execute(SLOW_INSERT)
+    etcd.txn([etcd.put_op(f"{prefix}{n}", "1") for n in range(10)])
+    assert_same(recorder, db, prefix)
+    assert "WARN" not in started.log()
+
+
+def test_read_only_database_is_waited_for(daemon, db, etcd, recorder, prefix):
+    """As DBAs do it before a switch-over: the daemon must not write, nor end."""
+    name = scalar(db, "SELECT current_database()")
+    started = daemon(*FAST)
+    rows(db, f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    sql = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+    rows(db, sql + " AND datname = current_database()")
+    etcd.put(prefix + "a", "1")
+    started.wait_log(r"WARN .*read-only transaction \(25006\); retrying")
+    assert mirror_rows(db, prefix) == []
+    with closing(connect(db)) as conn, conn.cursor() as cur:
+        cur.execute("SET default_transaction_read_only = off")
+        cur.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+    assert_same(recorder, db, prefix)
+
 
 # ── faults: the daemon and its peers ─────────────────────────────────────────
 

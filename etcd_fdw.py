@@ -42,6 +42,7 @@ from __future__ import annotations
 import argparse
 import ast
 import collections
+import difflib
 import importlib
 import importlib.util
 import io
@@ -57,6 +58,7 @@ import shutil
 import signal
 import socket
 import ssl
+import stat
 import struct
 import subprocess
 import sys
@@ -72,7 +74,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, TypeVar
+from typing import Any, Callable, NamedTuple, TypeVar, Union
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's C core would write to stderr by itself
 
@@ -639,6 +641,11 @@ def int_array(numbers: Iterable[int]) -> str:
 def backoff(attempt: int, initial: float, longest: float) -> float:
     """Seconds to wait before this attempt (1, 2, …): exponential, with full jitter."""
     return random.uniform(0, min(longest, initial * 2 ** min(attempt, 30)))
+
+
+def clip(text: str, width: int = 100) -> str:
+    """The text, shortened to a terminal's width."""
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def one_line(exc: BaseException) -> str:
@@ -1444,6 +1451,20 @@ class Etcd:
         return self.kv.Txn.future(
             request, timeout=self.target.request_timeout, metadata=self.metadata
         )
+
+    def check_write(self) -> None:
+        """Ask whether the prefix may be written, without writing. Raises AccessDenied."""
+        request = etcdrpc.TxnRequest()
+        # etcd checks the permissions of both branches, and no revision is below zero
+        request.compare.add(
+            result=etcdrpc.Compare.LESS, target=etcdrpc.Compare.MOD, key=self.key, mod_revision=0
+        )
+        delete = request.success.add().request_delete_range
+        delete.key, delete.range_end = self.key, self.range_end
+        try:
+            self.txn_future(request).result()
+        except grpc.RpcError as exc:
+            raise etcd_error(exc, self.endpoint) from exc
 
     def pages(self, revision: int) -> Iterator[Any]:
         """RangeResponses over the prefix at one revision, in key order; 0: the current one.
@@ -2763,10 +2784,70 @@ class LocalPostgres(LocalServer):
 # ── commands ───────────────────────────────────────────────────────────────────
 
 
-def start(config: Config) -> int:
+def start(config: Config, given: Mapping[str, Any]) -> int:
     """Run until stopped."""
     Engine(config).run()
     return 0
+
+
+Finding = Union[str, EtcdFdwError]  # what a check found: good news, or what is wrong
+
+PRIVILEGES_SQL = """
+SELECT format('GRANT %s ON %I TO %I', p.name, t.name, current_user)
+FROM unnest(ARRAY['etcd', 'etcd_wal', 'etcd_sync_state', 'etcd_sync_event']) t (name)
+CROSS JOIN unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) p (name)
+WHERE to_regclass(t.name) IS NOT NULL AND NOT has_table_privilege(to_regclass(t.name), p.name)
+UNION ALL
+SELECT format('GRANT TEMPORARY ON DATABASE %I TO %I', current_database(), current_user)
+WHERE NOT has_database_privilege(current_database(), 'TEMPORARY')
+UNION ALL
+SELECT format('GRANT CREATE ON SCHEMA %I TO %I', current_schema(), current_user)
+WHERE to_regclass('etcd') IS NULL AND NOT has_schema_privilege(current_schema(), 'CREATE')
+"""
+
+
+def check_postgres(config: Config) -> Iterator[Finding]:
+    """Whether PostgreSQL is as the daemon needs it. Raises if it cannot be reached."""
+    engine = Engine(config)
+    engine.guard.start()
+    with closing(Postgres(config, engine.guard)) as postgres, postgres.cursor() as cur:
+        version = f"{postgres.version // 10000}.{postgres.version % 10000}"
+        info = postgres.conn.info
+        yield f"PostgreSQL {version} at {postgres.where}, database {info.dbname}, user {info.user}"
+        if postgres.version < 130000:
+            yield EtcdFdwError("PostgreSQL 13 or later is needed: upgrade it")
+        cur.execute("SHOW server_encoding")
+        (encoding,) = cur.fetchone()
+        if encoding != "UTF8":
+            yield EtcdFdwError(f"the database's encoding is {encoding}: create one with UTF8")
+        found = postgres.schema_version()
+        if found > SCHEMA_VERSION:
+            yield EtcdFdwError(f"its schema version {found} is newer: install that etcd_fdw.py")
+        yield f"schema version {found}" if found else "no schema yet: the first start applies it"
+        cur.execute(PRIVILEGES_SQL)
+        missing = [row[0] for row in cur]
+        yield from (AccessDenied(f"a privilege is missing: {grant}") for grant in missing)
+        if not missing:
+            yield "PostgreSQL grants all that is needed"
+
+
+def check_etcd(config: Config) -> Iterator[Finding]:
+    """Whether etcd is as the daemon needs it. Raises if it cannot be reached."""
+    prefix = config.etcd_dsn.prefix
+    remedy = f"etcdctl role grant-permission ROLE readwrite {prefix!r} --prefix=true"
+    try:
+        etcd = Engine(config).connect_etcd()
+    except AccessDenied as exc:
+        raise AccessDenied(f"{exc}; for reading: {remedy}") from exc
+    with closing(etcd):
+        yield f"etcd {etcd.version} at {etcd.endpoint}, cluster {etcd.cluster_id}"
+        if [int(n) for n in re.findall(r"\d+", etcd.version)[:2]] < [3, 4]:
+            yield EtcdFdwError("etcd 3.4 or later is needed: upgrade it")
+        try:
+            etcd.check_write()
+        except AccessDenied as exc:
+            raise AccessDenied(f"{exc}; for writing: {remedy}") from exc
+        yield f"etcd grants reading and writing {prefix or 'all keys'!r}"
 
 
 def demo() -> int:
@@ -2907,6 +2988,7 @@ OPTIONS = (
         "etcd://[user:password@]host[:2379][,host…]/[prefix][?param=value…]",
         "DSN",
     ),
+    Option("config", "-c", str, None, "YAML file with one key per option", "FILE"),
     Option("log_level", "-l", parse_log_level, "info", "debug, info, warn or error", "LEVEL"),
     Option("log_format", None, choice("text", "json"), "text", "text or json", "FORMAT"),
     Option("dry_run", None, parse_flag, "false", "report what would be written, write nothing"),
@@ -2958,15 +3040,53 @@ def build_parser() -> argparse.ArgumentParser:
         parents=[common],
         allow_abbrev=False,
         description="Keep an etcd v3 key prefix and PostgreSQL in step, both ways.",
-        epilog="Every option can also be set by an environment variable: ETCD_FDW_POSTGRES_DSN, …",
+        epilog="Every option can also be set by an environment variable (ETCD_FDW_POSTGRES_DSN, …)"
+        " or in the file named by --config. A flag wins over the environment, that over the file.",
     )
     parser.add_argument("-v", "--version", action="version", version=f"etcd_fdw {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-    commands.add_parser(
-        "start", parents=[common], allow_abbrev=False, help="run until stopped (the default)"
-    )
+
+    def command(to: Any, name: str, text: str, *examples: str) -> Parser:
+        lines = ["examples:", *(f"  etcd_fdw.py {example}" for example in examples)]
+        added: Parser = to.add_parser(
+            name,
+            parents=[common],
+            allow_abbrev=False,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog="\n".join(lines),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        return added
+
+    command(commands, "start", "run until stopped (the default)", "-c /etc/etcd_fdw.yaml start")
+    add_config_command(commands, command)
     commands.add_parser("demo", help="show it all on throw-away servers, until Ctrl-C")
     return parser
+
+
+def add_config_command(commands: Any, command: Callable[..., Parser]) -> None:
+    """The command line of config show and config validate."""
+    config = commands.add_parser("config", help="show the effective settings, or check them")
+    actions = config.add_subparsers(dest="action", metavar="{show,validate}", required=True)
+    command(
+        actions,
+        "show",
+        "show each option's value and where it came from; passwords are masked",
+        "-c /etc/etcd_fdw.yaml config show",
+    )
+    validate = command(
+        actions,
+        "validate",
+        "check the settings",
+        "-c /etc/etcd_fdw.yaml config validate",
+        "-c /etc/etcd_fdw.yaml config validate --connect",
+    )
+    validate.add_argument(
+        "--connect",
+        action="store_true",
+        help="also try both servers, their versions and the permissions needed",
+    )
 
 
 class Setting(NamedTuple):
@@ -2977,7 +3097,12 @@ class Setting(NamedTuple):
 
 
 def settings(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Setting]:
-    """Each option's setting: flag before environment before default."""
+    """Each option's setting: flag before environment before configuration file before default.
+
+    Raises ConfigurationError if the file is wrong.
+    """
+    path = given.get("config") or environ.get("ETCD_FDW_CONFIG")
+    from_file = read_config_file(path) if path else {}
     result = {}
     for option in OPTIONS:
         variable = f"ETCD_FDW_{option.name.upper()}"
@@ -2986,29 +3111,85 @@ def settings(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, 
             result[option.name] = Setting(given[option.name], flag)
         elif environ.get(variable):
             result[option.name] = Setting(environ[variable], variable)
+        elif option.name in from_file:
+            result[option.name] = Setting(from_file[option.name], f"{path}: {flag[2:]}")
         else:
             result[option.name] = Setting(option.default, "default")
     return result
 
 
+def read_config_file(path: str) -> dict[str, str]:
+    """The options in a YAML file, as text by name. Raises ConfigurationError."""
+    try:
+        yaml = importlib.import_module("yaml")
+    except ImportError:
+        raise ConfigurationError("--config needs PyYAML: pip install PyYAML") from None
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise ConfigurationError(f"--config: cannot read {path}: {exc.strerror}") from exc
+    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+        # the whole message would quote the line, and with it perhaps a password
+        mark = getattr(exc, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(exc, "problem", None) or "not UTF-8"
+        raise ConfigurationError(f"{path}{line}: not YAML: {problem}") from None
+    if data is not None and not isinstance(data, dict):
+        raise ConfigurationError(f'{path}: expected one "option: value" a line')
+    return dict(file_setting(path, str(key), value) for key, value in (data or {}).items())
+
+
+def file_setting(path: str, key: str, value: Any) -> tuple[str, str]:
+    """Name and text of one entry of a configuration file. Raises ConfigurationError."""
+    names = [option.name for option in OPTIONS if option.name != "config"]
+    name = key.replace("-", "_")
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f"; did you mean {near[0].replace('_', '-')}?" if near else ""
+        raise ConfigurationError(f"{path}: unknown option {key!r}{hint}")
+    if isinstance(value, bool):
+        value = str(value).lower()
+    if not isinstance(value, (str, int, float)):
+        raise ConfigurationError(f"{path}: {key}: expected a single value")
+    return name, str(value)
+
+
+def parse_setting(option: Option, setting: Setting) -> Any:
+    """An option's value; None if it is absent. Raises ConfigurationError that names it."""
+    if setting.text is None and option.name in REQUIRED:
+        flag, variable = option.name.replace("_", "-"), f"ETCD_FDW_{option.name.upper()}"
+        raise ConfigurationError(f"--{flag} is missing: give it, or set {variable}")
+    try:
+        return None if setting.text is None else option.parse(setting.text)
+    except ValueError as exc:
+        raise ConfigurationError(f"{setting.source}: {exc}") from exc
+
+
 def make_config(chosen: Mapping[str, Setting]) -> Config:
     """Parse all settings. Raises ConfigurationError that names the option."""
-    values: dict[str, Any] = {"config": None}
-    for option in OPTIONS:
-        setting = chosen[option.name]
-        if setting.text is None:
-            if option.name in REQUIRED:
-                flag = option.name.replace("_", "-")
-                raise ConfigurationError(
-                    f"--{flag} is missing: give it, or set ETCD_FDW_{option.name.upper()}"
-                )
-            values[option.name] = None
-            continue
-        try:
-            values[option.name] = option.parse(setting.text)
-        except ValueError as exc:
-            raise ConfigurationError(f"{setting.source}: {exc}") from exc
-    return Config(**values)
+    return Config(**{o.name: parse_setting(o, chosen[o.name]) for o in OPTIONS})
+
+
+def mask_dsn(text: str) -> str:
+    """A DSN that can be parsed, without its passwords."""
+    if text.startswith(("etcd://", "postgres://", "postgresql://")):
+        text = re.sub(r"(://[^:/?#]*):[^/]*@", r"\1:****@", text)
+        return re.sub(r"([?&](?:ssl)?password=)[^&]*", r"\1****", text)
+    parts = psycopg2.extensions.parse_dsn(text)
+    masked = {k: "****" for k in ("password", "sslpassword") if k in parts}
+    return str(psycopg2.extensions.make_dsn(**{**parts, **masked})) if masked else text
+
+
+def warn_of_exposure(config: Config, chosen: Mapping[str, Setting]) -> None:
+    """Warn if anybody on this machine can read a password or a private key."""
+    path = config.config
+    exposed = {"the private key": config.etcd_dsn.key}
+    in_file = [chosen[n].text or "" for n in REQUIRED if chosen[n].source.startswith(f"{path}: ")]
+    if any(mask_dsn(text) != text for text in in_file):
+        exposed["a password"] = path
+    for what, name in exposed.items():
+        if name and os.stat(name).st_mode & stat.S_IROTH:
+            log.warning("everybody can read %s, which holds %s: chmod o-r %s", name, what, name)
 
 
 class Redactor(logging.Filter):
@@ -3082,6 +3263,74 @@ def set_up_logging(config: Config) -> Redactor:
     return redactor
 
 
+def config_command(given: Mapping[str, Any], chosen: Mapping[str, Setting]) -> int:
+    """Show or check the settings."""
+    if given["action"] == "show":
+        return config_show(chosen)
+    return config_validate(given, chosen)
+
+
+def config_show(chosen: Mapping[str, Setting]) -> int:
+    """Print each option's value and where it came from."""
+    width = 2 + max(len(setting.source) for setting in chosen.values())
+    print(f"{'OPTION':20}{'SOURCE':{width}}VALUE")
+    for option in OPTIONS:
+        text, source = chosen[option.name]
+        if text is not None and option.name in REQUIRED:
+            try:
+                parse_setting(option, chosen[option.name])
+                text = mask_dsn(text)
+            except ConfigurationError:
+                text = "(not valid)"
+        print(f"{option.name.replace('_', '-'):20}{source:{width}}{text or '-'}")
+    return 0
+
+
+def check_options(chosen: Mapping[str, Setting]) -> Iterator[Finding]:
+    """What is wrong with each option, or that nothing is."""
+    wrong = False
+    for option in OPTIONS:
+        try:
+            parse_setting(option, chosen[option.name])
+        except ConfigurationError as exc:
+            wrong = True
+            yield exc
+    if not wrong:
+        yield "every option is valid"
+
+
+def report(findings: Iterator[Finding], redact: Callable[[str], str] = str) -> list[EtcdFdwError]:
+    """Print findings, a line for each; the error that ends them is one too. Returns the errors."""
+    errors: list[EtcdFdwError] = []
+    while True:
+        try:
+            finding = next(findings, None)
+        except EtcdFdwError as exc:
+            finding = exc
+        if finding is None:
+            return errors
+        if isinstance(finding, EtcdFdwError):
+            errors.append(finding)
+        print(f"{'FAIL' if finding in errors else 'ok':6}{redact(str(finding))}", flush=True)
+
+
+def config_validate(given: Mapping[str, Any], chosen: Mapping[str, Setting]) -> int:
+    """Check each option, with --connect both servers as well."""
+    errors = report(check_options(chosen))
+    if given["connect"] and not errors:
+        config = make_config(chosen)
+        redact = set_up_logging(config).redact
+        warn_of_exposure(config, chosen)
+        errors = report(check_postgres(config), redact) + report(check_etcd(config), redact)
+    return errors[0].exit_code if errors else 0
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "start": start,
+    "config": config_command,
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     redact: Callable[[str], str] = str
@@ -3089,9 +3338,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = vars(build_parser().parse_args(argv))
         if given["command"] == "demo":
             return demo()
-        config = make_config(settings(given, os.environ))
+        command = COMMANDS[given["command"] or "start"]
+        if command is not start:
+            # end at once and in silence, as a program does that is used in a pipe
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        chosen = settings(given, os.environ)
+        if command is config_command:
+            return config_command(given, chosen)
+        config = make_config(chosen)
         redact = set_up_logging(config).redact
-        return start(config)
+        warn_of_exposure(config, chosen)
+        return command(config, given)
     except Stopped:
         return 0
     except EtcdFdwError as exc:

@@ -830,6 +830,177 @@ def test_put_in_etcd_arrives_in_sql(daemon, db, prefix, etcd):
 # ── status, sync, validate, config ───────────────────────────────────────────
 
 
+def settings_shown(output: str) -> dict[str, list[str]]:
+    """What `config show` printed: [source, value] by option."""
+    return {line.split()[0]: line.split(None, 2)[1:] for line in output.splitlines()}
+
+
+def test_flag_beats_environment_beats_file_beats_default(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("batch-size: 11\nmax_txn_ops: 12\nlog-level: warn\ndry-run: true\n")
+    env = {"ETCD_FDW_CONFIG": str(file), "ETCD_FDW_MAX_TXN_OPS": "22", "ETCD_FDW_LOG_LEVEL": "info"}
+    done = run_script("config", "show", "--log-level", "debug", env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    shown = settings_shown(done.stdout)
+    assert shown["log-level"] == ["--log-level", "debug"]
+    assert shown["max-txn-ops"] == ["ETCD_FDW_MAX_TXN_OPS", "22"]
+    assert shown["batch-size"] == [f"{file}:", "batch-size  11"]
+    assert shown["dry-run"] == [f"{file}:", "dry-run     true"]
+    assert shown["retry-initial"] == ["default", "500ms"]
+    assert shown["config"] == ["ETCD_FDW_CONFIG", str(file)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("bach-size: 5\n", "unknown option 'bach-size'; did you mean batch-size?"),
+        ("zzz: 5\n", "unknown option 'zzz'"),
+        ("batch-size: many\n", "batch-size: 'many' is not a whole number above zero"),
+        ("batch-size: [1]\n", "batch-size: expected a single value"),
+        ("batch-size\n", 'expected one "option: value" a line'),
+        ("postgres-dsn: 'host=h password=sesame\nx: y\n", "not YAML: "),
+        (None, "--config: cannot read"),
+    ],
+)
+def test_wrong_config_file_is_one_line_that_says_what(tmp_path, content, message):
+    file = tmp_path / "c.yaml"
+    if content is not None:
+        file.write_text(content)
+    done = run_script("-c", str(file), "-p", "host=h", "-e", "etcd://h/x")
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "sesame" not in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_config_file_without_pyyaml_says_so(tmp_path):
+    (tmp_path / "yaml.py").write_text("raise ImportError")
+    done = run_script("-c", "c.yaml", "config", "show", env={"PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stderr) == (
+        1,
+        "etcd_fdw: --config needs PyYAML: pip install PyYAML\n",
+    )
+
+
+def test_config_show_masks_passwords():
+    for postgres in (
+        "postgresql://me:ses%40me@h/db?sslpassword=sesame2",
+        "host=h password='ses@me' sslpassword=sesame2",
+    ):
+        done = run_script("-p", postgres, "-e", "etcd://u:sesame3@h/x", "config", "show")
+        assert done.returncode == 0
+        assert done.stdout.count("****") == 3
+        assert not re.search("ses(%40|@|a)me", done.stdout)
+    done = run_script("-p", "host=h pass word=sesame", "-e", "etcd://u:ses#me@h", "config", "show")
+    assert done.stdout.count("(not valid)") == 2
+
+
+def test_password_or_key_that_everybody_can_read_earns_a_warning(tmp_path):
+    file, key = tmp_path / "c.yaml", tmp_path / "key.pem"
+    key.touch(0o644)
+    file.write_text(
+        "postgres-dsn: postgresql://me:sesame@127.0.0.1:1/db\nstartup-timeout: 0s\n"
+        f"etcd-dsn: etcd://h/x?key={key}&cert={key}\n"
+    )
+    file.chmod(0o644)
+    done = run_script("-c", str(file))
+    assert f"everybody can read {file}, which holds a password: chmod o-r {file}" in done.stderr
+    assert f"everybody can read {key}, which holds the private key" in done.stderr
+    file.chmod(0o640)
+    key.chmod(0o600)
+    assert "everybody" not in run_script("-c", str(file)).stderr
+
+
+def test_config_validate_names_every_problem():
+    done = run_script("-p", "nonsense", "--batch-size", "0", "config", "validate")
+    assert done.returncode == 1
+    assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("FAIL")] == [
+        "--postgres-dsn:",
+        "--etcd-dsn",
+        "--batch-size:",
+    ]
+
+
+def test_config_validate_connects_to_both_servers(db, prefix, etcd_address):
+    servers = ["-p", db, "-e", etcd_address.dsn(prefix)]
+    done = run_script(*servers, "config", "validate", "--connect")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(line.startswith("ok ") for line in done.stdout.splitlines())
+    assert "no schema yet" in done.stdout
+    assert f"reading and writing '{prefix}'" in done.stdout
+
+
+def test_config_validate_says_which_server_does_not_answer(db, prefix, etcd_address):
+    nowhere = etcd_fdw.free_port()
+    done = run_script(
+        "-p",
+        make_dsn(db, port=nowhere),
+        "-e",
+        etcd_address.dsn(prefix),
+        "config",
+        "validate",
+        "--connect",
+    )
+    assert done.returncode == 2
+    assert re.search(r"^FAIL  PostgreSQL: .*refused", done.stdout, re.MULTILINE)
+    assert "ok    etcd grants" in done.stdout
+    done = run_script(
+        "-p", db, "-e", etcd_dsn(f"127.0.0.1:{nowhere}", prefix), "config", "validate", "--connect"
+    )
+    assert done.returncode == 2
+    assert re.search(rf"^FAIL  etcd at 127.0.0.1:{nowhere}: ", done.stdout, re.MULTILINE)
+    assert "ok    PostgreSQL grants" in done.stdout
+
+
+def test_config_validate_names_the_grant_that_is_missing(db, prefix, etcd_address):
+    role = f"limited_{RUN_ID}_{next(_numbers)}"
+    name = scalar(db, "SELECT current_database()")
+    rows(db, f"CREATE ROLE {role} LOGIN")
+    rows(
+        db, f"REVOKE ALL ON DATABASE {name} FROM PUBLIC; GRANT CONNECT ON DATABASE {name} TO {role}"
+    )
+    rows(db, "REVOKE CREATE ON SCHEMA public FROM PUBLIC")
+    limited = ["-p", make_dsn(db, user=role), "-e", etcd_address.dsn(prefix)]
+    done = run_script(*limited, "config", "validate", "--connect")
+    assert done.returncode == 3
+    for grant in (
+        f"GRANT TEMPORARY ON DATABASE {name} TO {role}",
+        f"GRANT CREATE ON SCHEMA public TO {role}",
+    ):
+        assert f"FAIL  a privilege is missing: {grant}\n" in done.stdout
+        rows(db, grant)
+    assert run_script(*limited, "config", "validate", "--connect").returncode == 0
+    rows(db, f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+def test_config_validate_tells_reading_from_writing_in_etcd(own_etcd, db):
+    with EtcdClient(own_etcd.endpoint) as client:
+        add_etcd_user(client, "root", "secret", "", "root")
+        add_etcd_user(client, "reader", "secret", "/a/", "readers", kind=0)
+        client.call(client.auth.AuthEnable, etcdrpc.AuthEnableRequest())
+    for prefix, text in (("/a/", "for writing: etcdctl"), ("/b/", "for reading: etcdctl")):
+        dsn = etcd_dsn(own_etcd.endpoint, prefix, "reader", "secret")
+        done = run_script("-p", db, "-e", dsn, "config", "validate", "--connect")
+        assert done.returncode == 3
+        assert text in done.stdout.splitlines()[-1]
+        assert "secret" not in done.stdout
+
+
+def add_etcd_user(
+    client: EtcdClient, user: str, password: str, prefix: str, role: str, kind: int = 2
+) -> None:
+    """Add a user with one role; kind: 0 to read, 1 to write, 2 for both."""
+    call, auth = client.call, client.auth
+    call(auth.UserAdd, etcdrpc.AuthUserAddRequest(name=user, password=password))
+    call(auth.RoleAdd, etcdrpc.AuthRoleAddRequest(name=role))
+    if prefix:
+        request = etcdrpc.AuthRoleGrantPermissionRequest(name=role)
+        request.perm.permType, request.perm.key = kind, prefix.encode()
+        request.perm.range_end = prefix_end(prefix)
+        call(auth.RoleGrantPermission, request)
+    call(auth.UserGrantRole, etcdrpc.AuthUserGrantRoleRequest(user=user, role=role))
+
+
 # ── metrics, signals, supervision, housekeeping ──────────────────────────────
 
 

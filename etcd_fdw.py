@@ -291,6 +291,11 @@ POSTGRES_LOGIN_MESSAGES = (
     "is not permitted to log in",
 )
 LOGIN_ROLE_MISSING = re.compile(r'role "[^"]*" does not exist')
+# Nor does it when it is libpq itself that finds a value wrong.
+POSTGRES_DSN_MESSAGES = re.compile(
+    r'invalid (\S+ value: |integer value |port number|channel_binding)|definition of service "|'
+    r"service file .* not found"
+)
 
 
 def postgres_error(exc: psycopg2.Error) -> EtcdFdwError:
@@ -307,6 +312,8 @@ def postgres_error(exc: psycopg2.Error) -> EtcdFdwError:
         or LOGIN_ROLE_MISSING.search(message)
     ):
         kind = AccessDenied
+    elif not code and POSTGRES_DSN_MESSAGES.search(message):
+        kind = ConfigurationError
     return kind(f"PostgreSQL: {message}" + (f" ({code})" if code else ""))
 
 
@@ -542,6 +549,26 @@ def parse_etcd_host(text: str) -> str:
     return f"{match[1]}:{match[2] or 2379}"
 
 
+def check_certificates(
+    ca: str | None = None, cert: str | None = None, key: str | None = None
+) -> None:
+    """Raises ValueError unless the files are PEM and the key is the certificate's."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        if ca:
+            context.load_verify_locations(ca)
+    except (ssl.SSLError, OSError):
+        raise ValueError(f"ca: no certificate in PEM format in {ca!r}") from None
+    try:
+        if cert:
+            context.load_cert_chain(cert, key, password="")  # never ask on the terminal
+    except (ssl.SSLError, OSError):
+        raise ValueError(
+            f"cert, key: no certificate in PEM format in {cert!r}, or not its key in {key!r}"
+            " (unencrypted)"
+        ) from None
+
+
 def parse_etcd_dsn(text: str) -> EtcdTarget:
     """etcd://[user:password@]host[:2379][,host…]/[prefix][?param=value…]; raises ValueError."""
     if not text.startswith("etcd://"):
@@ -586,6 +613,7 @@ def parse_etcd_dsn(text: str) -> EtcdTarget:
             raise ValueError(f"{name}: cannot read the file {path!r}")
     if ("cert" in given) != ("key" in given):
         raise ValueError("cert and key go together")
+    check_certificates(**files)
     if target["password"] and not target["username"]:
         raise ValueError("a password is given without a user name")
     if target["username"] and not target["password"]:
@@ -646,6 +674,12 @@ def backoff(attempt: int, initial: float, longest: float) -> float:
 def clip(text: str, width: int = 100) -> str:
     """The text, shortened to a terminal's width."""
     return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def mask_passwords(text: str) -> str:
+    """The text without what looks like a password in a DSN, wherever somebody put the DSN."""
+    text = re.sub(r"(://[^:/@\s]*:)\S*@", r"\1****@", text)
+    return re.sub(r"(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&]+)", r"\1****", text, flags=re.I)
 
 
 def one_line(exc: BaseException) -> str:
@@ -1020,6 +1054,9 @@ DEACTIVATE_SQL = """
 UPDATE etcd_sync_state SET host = NULL, pid = NULL, started_at = NULL, heartbeat_at = NULL
 WHERE prefix = %(prefix)s
 """
+PENDING_COUNT_SQL = """
+SELECT count(*) FROM etcd_wal WHERE status = 'pending' AND starts_with(key, %(prefix)s)
+"""
 STRAY_SQL = """
 SELECT count(*) FROM etcd_wal w
 WHERE status = 'pending'
@@ -1069,6 +1106,16 @@ class Postgres:
         with self.cursor(limit_s) as cur, self.conn:
             yield cur
 
+    @contextmanager
+    def rehearsal(self) -> Iterator[Any]:
+        """As transaction, but nothing of it stays."""
+        with self.transaction(LONG_STATEMENT_LIMIT_S) as cur:
+            try:
+                yield cur
+            finally:
+                with suppress(psycopg2.Error):  # a lost connection undoes it as well
+                    self.conn.rollback()
+
     def notified(self) -> bool:
         """Whether a notification came, forgetting it. They also arrive while statements run."""
         try:
@@ -1097,28 +1144,34 @@ class Postgres:
     def ensure_schema(self) -> None:
         """Apply schema.sql if the database has none, or an older one."""
         with self.transaction(LONG_STATEMENT_LIMIT_S) as cur:
-            cur.execute("SELECT pg_advisory_xact_lock(hashtextextended('etcd_fdw schema', 0))")
-            found = self.schema_version()
-            if found > SCHEMA_VERSION:
-                raise EtcdFdwError(
-                    f"the database has schema version {found}, newer than this script's"
-                    f" {SCHEMA_VERSION}: install the etcd_fdw.py that belongs to it"
-                )
-            if found == SCHEMA_VERSION:
-                return
-            cur.execute("SHOW server_encoding")
-            encoding = cur.fetchone()[0]
-            if encoding != "UTF8":
-                raise EtcdFdwError(
-                    f"the database's encoding is {encoding}: etcd_fdw needs a UTF8 database"
-                )
-            try:
-                cur.execute(SCHEMA_FILE.read_text(encoding="utf-8"))
-            except OSError as exc:
-                raise ConfigurationError(
-                    f"cannot read {SCHEMA_FILE}: {exc.strerror}; put it beside the script"
-                ) from exc
-        log.info("applied schema version %d", SCHEMA_VERSION)
+            applied = self.apply_schema(cur)
+        if applied:
+            log.info("applied schema version %d", SCHEMA_VERSION)
+
+    def apply_schema(self, cur: Any) -> bool:
+        """Apply schema.sql if it is needed; whether it was."""
+        cur.execute("SELECT pg_advisory_xact_lock(hashtextextended('etcd_fdw schema', 0))")
+        found = self.schema_version()
+        if found > SCHEMA_VERSION:
+            raise EtcdFdwError(
+                f"the database has schema version {found}, newer than this script's"
+                f" {SCHEMA_VERSION}: install the etcd_fdw.py that belongs to it"
+            )
+        if found == SCHEMA_VERSION:
+            return False
+        cur.execute("SHOW server_encoding")
+        encoding = cur.fetchone()[0]
+        if encoding != "UTF8":
+            raise EtcdFdwError(
+                f"the database's encoding is {encoding}: etcd_fdw needs a UTF8 database"
+            )
+        try:
+            cur.execute(SCHEMA_FILE.read_text(encoding="utf-8"))
+        except OSError as exc:
+            raise ConfigurationError(
+                f"cannot read {SCHEMA_FILE}: {exc.strerror}; put it beside the script"
+            ) from exc
+        return True
 
     def state(self) -> SyncState | None:
         """What is known of this prefix's mirror; None before the first snapshot."""
@@ -1304,9 +1357,7 @@ class Postgres:
                 )
             )
 
-    def merge_snapshot(
-        self, cur: Any, cluster_id: str, revision: int, old: int | None
-    ) -> tuple[int, int]:
+    def merge_staging(self, cur: Any, revision: int) -> tuple[int, int]:
         """Bring the mirror from the staging table to revision; rows put and keys buried.
 
         Raises AnotherTimeline if the mirror holds something else at the same revision.
@@ -1322,7 +1373,10 @@ class Postgres:
         put = cur.rowcount
         bounds = {"prefix": self.prefix, "after": text_after(self.prefix), "revision": revision}
         cur.execute(BURY_SQL, bounds)
-        buried = cur.rowcount
+        return put, cur.rowcount
+
+    def reach(self, cur: Any, cluster_id: str, revision: int, old: int | None) -> None:
+        """Set the checkpoint after merge_staging(). Raises PostgresAway if it has moved."""
         cur.execute("SELECT key FROM etcd_staging ORDER BY revision DESC LIMIT 1")
         row = cur.fetchone()
         arguments = {
@@ -1335,7 +1389,6 @@ class Postgres:
         cur.execute(BEGIN_STATE_SQL if old is None else RESYNC_STATE_SQL, arguments)
         if cur.rowcount != 1:
             raise PostgresAway("another writer has moved the checkpoint: starting over")
-        return put, buried
 
     def strays(self) -> int:
         """How many pending changes lie outside every mirrored prefix."""
@@ -1403,8 +1456,10 @@ class Etcd:
         except grpc.RpcError as exc:
             self.close()
             raise etcd_error(exc, host) from exc
-        except EtcdFdwError:
+        except EtcdFdwError as exc:
             self.close()
+            if isinstance(exc, TokenExpired) and not target.username:
+                raise AccessDenied(f"{exc}: the DSN names no user and password") from exc
             raise
 
     @property
@@ -1438,6 +1493,22 @@ class Etcd:
             return self.range_future(key, range_end, **fields).result()
         except grpc.RpcError as exc:
             raise etcd_error(exc, self.endpoint) from exc
+
+    def revisions(self, keys: Iterable[bytes], at_once: int) -> dict[bytes, int]:
+        """The mod_revision of each key, 0 for none."""
+        found = dict.fromkeys(keys, 0)
+        names = list(found)
+        for start in range(0, len(names), at_once):
+            request = etcdrpc.TxnRequest()
+            for name in names[start : start + at_once]:
+                look = request.success.add().request_range
+                look.key, look.keys_only = name, True
+            try:
+                answers = self.txn_future(request).result().responses
+            except grpc.RpcError as exc:
+                raise etcd_error(exc, self.endpoint) from exc
+            found.update((kv.key, kv.mod_revision) for a in answers for kv in a.response_range.kvs)
+        return found
 
     def range_future(self, key: bytes, range_end: bytes = b"", **fields: Any) -> Any:
         """The future of a RangeResponse."""
@@ -1952,30 +2023,12 @@ class Session:
 
         Constant memory: pages go to a staging table, and are merged in one transaction.
         """
-        started = reported = time.monotonic()
-        revision = keys = 0
-        unstorable: list[KeyValueRecord] = []
-        with self.postgres.cursor() as cur:
-            cur.execute(STAGING_SQL)
-        for page in self.etcd.pages(0):
-            revision = revision or page.header.revision
-            rows = []
-            for kv in page.kvs:
-                if is_storable(kv.key):
-                    rows.append(copy_row(kv.key, kv.value, kv.mod_revision))
-                else:
-                    unstorable.append(KeyValueRecord(kv.key, kv.value, kv.mod_revision))
-            with self.postgres.cursor() as cur:
-                self.postgres.copy_in(cur, "etcd_staging", rows)
-            keys += len(rows)
-            now = time.monotonic()
-            if now > reported + PROGRESS_S:
-                reported = now
-                log.info("copying from etcd: %d of %d keys", keys, keys + page.count - len(rows))
-            self.engine.check_stop()
+        started = time.monotonic()
+        revision, keys, unstorable = self.load_staging()
         old = state.revision if state else None
         with self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
-            put, buried = self.postgres.merge_snapshot(cur, self.etcd.cluster_id, revision, old)
+            put, buried = self.postgres.merge_staging(cur, revision)
+            self.postgres.reach(cur, self.etcd.cluster_id, revision, old)
             event = SynchronizationEvent(
                 operation="snapshot" if state is None else "resync",
                 status="done",
@@ -1998,6 +2051,31 @@ class Session:
             buried,
             time.monotonic() - started,
         )
+
+    def load_staging(self) -> tuple[int, int, list[KeyValueRecord]]:
+        """Copy the prefix into the staging table: revision, number of keys, what has no room."""
+        reported = time.monotonic()
+        revision = keys = 0
+        unstorable: list[KeyValueRecord] = []
+        with self.postgres.cursor() as cur:
+            cur.execute(STAGING_SQL)
+        for page in self.etcd.pages(0):
+            revision = revision or page.header.revision
+            rows = []
+            for kv in page.kvs:
+                if is_storable(kv.key):
+                    rows.append(copy_row(kv.key, kv.value, kv.mod_revision))
+                else:
+                    unstorable.append(KeyValueRecord(kv.key, kv.value, kv.mod_revision))
+            with self.postgres.cursor() as cur:
+                self.postgres.copy_in(cur, "etcd_staging", rows)
+            keys += len(rows)
+            now = time.monotonic()
+            if now > reported + PROGRESS_S:
+                reported = now
+                log.info("copying from etcd: %d of %d keys", keys, keys + page.count - len(rows))
+            self.engine.check_stop()
+        return revision, keys, unstorable
 
     def warn_of_unstorable(self, records: Sequence[KeyValueRecord]) -> None:
         """Count and report what the mirror cannot hold."""
@@ -2246,6 +2324,10 @@ class Session:
             item.response_range.kvs[0].mod_revision if item.response_range.kvs else 0
             for item in answer.responses
         ]
+        self.beaten(group, current)
+
+    def beaten(self, group: Group, current: list[int]) -> None:
+        """Note that a group's compare failed; its keys are at the current revisions."""
         maybe_sent = any(entry.seen_before for entry in group.entries)
         if maybe_sent and all(
             now != change.expected or is_noop(change) for change, now in zip(group.changes, current)
@@ -2254,6 +2336,26 @@ class Session:
             self.settle_doubts()
         else:
             self.conflict(group, current)
+
+    def rehearse_push(self) -> list[Outcome]:
+        """What would become of the first pending changes, as far as can be told beforehand."""
+        self.before, self.checkpoint = self.postgres.snapshot_id(), sys.maxsize
+        self.read_pending()
+        keys = [key.encode() for group in self.queue for key in group.keys]
+        held = self.etcd.revisions(dict.fromkeys(keys), self.config.max_txn_ops)
+        revision = self.seen_revision
+        while groups := self.pack() or self.pack(force=True):
+            for group in groups:
+                current = [held[change.key] for change in group.changes]
+                if current == [change.expected for change in group.changes]:
+                    revision += 1
+                    held.update((c.key, 0 if c.value is None else revision) for c in group.changes)
+                    self.land(group, revision)
+                else:
+                    self.beaten(group, current)
+                while self.doubts:  # nothing in the mirror says that it was applied
+                    self.conflict(*self.doubts.pop())
+        return self.done
 
     def land(self, group: Group, revision: int | None) -> None:
         """Note that a group was applied at a revision, None if it changed nothing."""
@@ -2786,8 +2888,65 @@ class LocalPostgres(LocalServer):
 
 def start(config: Config, given: Mapping[str, Any]) -> int:
     """Run until stopped."""
+    if config.dry_run:
+        return dry_run(config)
     Engine(config).run()
     return 0
+
+
+def dry_run(config: Config) -> int:
+    """Report what start would write to either side first, and write nothing.
+
+    All is done in one PostgreSQL transaction, which is undone; etcd is only read.
+    """
+    log.setLevel(max(config.log_level, logging.ERROR))  # the report says it all
+    engine = Engine(config)
+    engine.guard.listen(signal.SIGTERM, signal.SIGINT)
+    with ExitStack() as stack:
+        postgres = Postgres(config, engine.guard)
+        stack.callback(postgres.close)
+        etcd = engine.connect_etcd()
+        stack.callback(etcd.close)
+        session = Session(engine, postgres, etcd)
+        print(
+            f"PostgreSQL at {postgres.where}, etcd at {etcd.endpoint}, prefix {postgres.prefix!r}"
+        )
+        cur = stack.enter_context(postgres.rehearsal())
+        if postgres.apply_schema(cur):
+            print(f"schema version {SCHEMA_VERSION} would be applied")
+        report_mirror(session, cur)
+        report_push(session, cur)
+    print("nothing was written")
+    return 0
+
+
+def report_mirror(session: Session, cur: Any) -> None:
+    """Print what would come from etcd, as if by a snapshot."""
+    state = session.postgres.state()
+    session.check_timeline(state)
+    revision, keys, unstorable = session.load_staging()
+    put, buried = session.postgres.merge_staging(cur, revision)
+    known = f"mirror at revision {state.revision}" if state else "no mirror yet"
+    print(
+        f"etcd to PostgreSQL: {describe(keys, 'key')} at revision {revision}, {known};"
+        f" {put} to copy, {buried} to mark as deleted"
+        + (f", {len(unstorable)} that cannot be mirrored" if unstorable else "")
+    )
+
+
+def report_push(session: Session, cur: Any) -> None:
+    """Print what would become of pending changes."""
+    outcomes = session.rehearse_push()
+    cur.execute(PENDING_COUNT_SQL, {"prefix": session.postgres.prefix})
+    pending = cur.fetchone()[0]
+    conflicts = [outcome for outcome in outcomes if outcome.status == "conflict"]
+    first = f", of the first {len(outcomes)} of them" if len(outcomes) < pending else ""
+    print(
+        f"PostgreSQL to etcd: {describe(pending, 'pending change')}{first};"
+        f" {len(outcomes) - len(conflicts)} to apply, {len(conflicts)} in conflict"
+    )
+    for outcome in conflicts:
+        print(f"  change {outcome.id}: {outcome.message}")
 
 
 Finding = Union[str, EtcdFdwError]  # what a check found: good news, or what is wrong
@@ -3353,7 +3512,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped:
         return 0
     except EtcdFdwError as exc:
-        print(f"etcd_fdw: {redact(one_line(exc))}", file=sys.stderr)
+        # what was not parsed cannot be in redact's list
+        print(f"etcd_fdw: {mask_passwords(redact(one_line(exc)))}", file=sys.stderr)
         return exc.exit_code
     except KeyboardInterrupt:
         return 130

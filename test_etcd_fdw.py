@@ -9,7 +9,9 @@ prefix of its own.
 from __future__ import annotations
 
 import collections
+import io
 import itertools
+import json
 import os
 import re
 import selectors
@@ -28,17 +30,24 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import grpc
+import hypothesis
 import psycopg2
 import psycopg2.errors
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from psycopg2.extensions import make_dsn
 
 import etcd_fdw
 from etcd_fdw import LocalEtcd, LocalPostgres, etcdrpc, wait_until
 
 SCRIPT = Path(etcd_fdw.__file__).resolve()
+SCHEMA_SQL = etcd_fdw.SCHEMA_FILE.read_text(encoding="utf-8")
 RUN_ID = uuid.uuid4().hex[:6]  # servers from the environment may be shared with other runs
 _numbers = itertools.count(1)
+
+hypothesis.settings.register_profile("etcd_fdw", deadline=None)  # CI machines have slow moments
+hypothesis.settings.load_profile("etcd_fdw")
 
 # ── harness: PostgreSQL ────────────────────────────────────────────────────────
 
@@ -331,11 +340,11 @@ def clean_environ(env: dict[str, str] | None = None) -> dict[str, str]:
 
 
 def run_script(
-    *args: str, env: dict[str, str] | None = None, timeout: float = 60.0
+    *args: str, env: dict[str, str] | None = None, timeout: float = 60.0, script: Path = SCRIPT
 ) -> subprocess.CompletedProcess[str]:
     """Run `etcd_fdw.py args` to its end; return its returncode, stdout and stderr."""
     return subprocess.run(
-        [sys.executable, str(SCRIPT), *args],
+        [sys.executable, str(script), *args],
         env=clean_environ(env),
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -583,6 +592,24 @@ def assert_same(
     )
 
 
+EVERYTHING = """
+SELECT to_jsonb(t) FROM etcd t UNION ALL SELECT to_jsonb(t) FROM etcd_wal t
+UNION ALL SELECT to_jsonb(t) FROM etcd_sync_state t
+UNION ALL SELECT to_jsonb(t) FROM etcd_sync_event t
+ORDER BY 1
+"""
+
+
+def wait_settled(db: str, timeout: float = 20.0) -> list[str]:
+    """Wait until no change is pending; return the status of each change in id order."""
+
+    def settled() -> bool:
+        return not scalar(db, "SELECT count(*) FROM etcd_wal WHERE status = 'pending'")
+
+    wait_until("changes are still pending", settled, timeout)
+    return [status for (status,) in rows(db, "SELECT status FROM etcd_wal ORDER BY id")]
+
+
 # ── harness: a network that fails ──────────────────────────────────────────────
 
 PROXY_BUFFER_BYTES = 1 << 18
@@ -804,6 +831,473 @@ class Proxy:
 
 
 # ── command line and configuration ───────────────────────────────────────────
+
+
+P = "postgresql://u:s3cret@127.0.0.1/d"
+E = "etcd://root:s3cret@127.0.0.1/x/"
+NO_ONE = "127.0.0.1:1"  # a reserved port: nobody listens
+
+# What is wrong, the arguments, and what the message must name.
+WRONG_CONFIGURATION = [
+    ("nothing at all", [], "--postgres-dsn is missing"),
+    ("no etcd", ["-p", P], "--etcd-dsn is missing"),
+    ("no value", ["-p"], "-p/--postgres-dsn: expected one argument"),
+    ("libpq: a word", ["-p", "s3cret", "-e", E], "libpq connection string"),
+    ("libpq: unknown parameter", ["-p", P + "?nonsense=1", "-e", E], "unknown parameter"),
+    ("libpq: bad escape", ["-p", "postgresql://u:s3cret%zz@h/d", "-e", E], "bad escape"),
+    ("etcd: no scheme", ["-p", P, "-e", "127.0.0.1:2379"], "expected etcd://"),
+    ("etcd: wrong scheme", ["-p", P, "-e", "http://root:s3cret@h"], "expected etcd://"),
+    ("etcd: no host", ["-p", P, "-e", "etcd:///x/"], "host"),
+    ("etcd: port zero", ["-p", P, "-e", "etcd://h:0/x/"], "host:port"),
+    ("etcd: port too high", ["-p", P, "-e", "etcd://h:65536/x/"], "host:port"),
+    ("etcd: port is no number", ["-p", P, "-e", "etcd://h:http/x/"], "host:port"),
+    ("etcd: unescaped hash", ["-p", P, "-e", "etcd://root:s3#cret@h/"], "percent-encoded"),
+    ("etcd: unescaped slash", ["-p", P, "-e", "etcd://root:s3/cret@h/"], "percent-encoded"),
+    ("etcd: unescaped question", ["-p", P, "-e", "etcd://root:s3?cret@h/"], "percent-encoded"),
+    ("etcd: user, no password", ["-p", P, "-e", "etcd://root@h/"], "without a password"),
+    ("etcd: password, no user", ["-p", P, "-e", "etcd://:s3cret@h/"], "without a user name"),
+    ("etcd: unknown parameter", ["-p", P, "-e", E + "?nonsense=1"], "'nonsense'"),
+    ("etcd: no unit", ["-p", P, "-e", E + "?dial_timeout=5"], "dial_timeout: '5'"),
+    ("etcd: zero timeout", ["-p", P, "-e", E + "?request_timeout=0s"], "request_timeout"),
+    ("etcd: neither nor", ["-p", P, "-e", E + "?tls=maybe"], "tls: 'maybe'"),
+    ("etcd: TLS file without TLS", ["-p", P, "-e", E + "?tls=disabled&ca=x"], "ca given"),
+    ("etcd: no such file", ["-p", P, "-e", E + "?ca=/no/ca.pem"], "ca: cannot read"),
+    ("etcd: not a certificate", ["-p", P, "-e", E + f"?ca={SCRIPT}"], "ca: no certificate"),
+    ("etcd: cert alone", ["-p", P, "-e", E + f"?cert={SCRIPT}"], "cert and key go together"),
+    ("etcd: no key", ["-p", P, "-e", E + f"?cert={SCRIPT}&key={SCRIPT}"], "cert, key: no cert"),
+    ("etcd: prefix is not UTF-8", ["-p", P, "-e", "etcd://h/%ff"], "the prefix is not text"),
+    ("etcd: prefix has NUL", ["-p", P, "-e", "etcd://h/%00"], "the prefix is not text"),
+    ("etcd: prefix too long", ["-p", P, "-e", "etcd://h/" + "x" * 2600], "up to 2600 bytes"),
+    ("unknown option", ["-p", P, "-e", E, "--bogus"], "--bogus"),
+    ("misspelt option", ["--postgres-dns", P, "--etcd-dns", E], "invalid choice"),
+    ("abbreviated option", ["--postgres", P, "-e", E], "invalid choice"),
+    ("unknown command", ["frobnicate", "-p", P, "-e", E], "frobnicate"),
+    ("DSN as command", [E, "-p", P], "COMMAND"),
+    ("DSN as number", ["-p", P, "-e", E, "--batch-size", E], "--batch-size"),
+    ("count: zero", ["-p", P, "-e", E, "--batch-size", "0"], "--batch-size: '0'"),
+    ("count: negative", ["-p", P, "-e", E, "--max-txn-ops=-1"], "--max-txn-ops: '-1'"),
+    ("count: fraction", ["-p", P, "-e", E, "--max-txn-ops=1.5"], "--max-txn-ops: '1.5'"),
+    ("duration: no unit", ["-p", P, "-e", E, "--poll-interval=30"], "--poll-interval: '30'"),
+    ("duration: zero", ["-p", P, "-e", E, "--retry-max=0s"], "--retry-max"),
+    ("duration: a word", ["-p", P, "-e", E, "--startup-timeout=soon"], "'soon'"),
+    ("log level", ["-p", P, "-e", E, "-l", "loud"], "'loud' is not one of debug"),
+    ("log format", ["-p", P, "-e", E, "--log-format=xml"], "'xml' is not one of text"),
+]
+
+
+def assert_error_line(stderr: str, text: str) -> None:
+    """It is one line with the text, without the password s3cret."""
+    assert re.fullmatch(r"etcd_fdw: [^\n]+\n", stderr), stderr
+    assert text in stderr
+    assert "s3cret" not in stderr
+
+
+def assert_one_error_line(
+    done: subprocess.CompletedProcess[str], exit_code: int, text: str
+) -> None:
+    """The program ended with this code and such a line, and said nothing else."""
+    assert done.returncode == exit_code, done.stderr
+    assert_error_line(done.stderr, text)
+    assert not done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "text"), [pytest.param(*case[1:], id=case[0]) for case in WRONG_CONFIGURATION]
+)
+def test_wrong_configuration_is_one_line_and_exit_code_1(args, text, capsys, monkeypatch):
+    monkeypatch.setattr(os, "environ", clean_environ())
+    assert etcd_fdw.main(args) == 1  # in this process, as there are so many
+    out, err = capsys.readouterr()
+    assert_error_line(err, text)
+    assert not out
+
+
+def test_what_libpq_finds_wrong_is_exit_code_1():
+    for dsn, text in [
+        ("host=h port=x password=s3cret", '"x"'),
+        (P + "?sslmode=maybe", '"maybe"'),
+        ("service=nosuch", '"nosuch"'),
+    ]:
+        assert_one_error_line(run_script("-p", dsn, "-e", E), 1, text)
+
+
+def test_wrong_environment_variable_is_named():
+    env = {"ETCD_FDW_POSTGRES_DSN": P, "ETCD_FDW_ETCD_DSN": E}
+    for name, value in {"BATCH_SIZE": "many", "DRY_RUN": "perhaps", "LOG_LEVEL": "loud"}.items():
+        done = run_script(env={**env, f"ETCD_FDW_{name}": value})
+        assert_one_error_line(done, 1, f"ETCD_FDW_{name}: '{value}'")
+
+
+def test_missing_schema_file_is_named(db, etcd_address, prefix, tmp_path):
+    copy = tmp_path / "etcd_fdw.py"
+    copy.write_bytes(SCRIPT.read_bytes())
+    done = run_script("-p", db, "-e", etcd_address.dsn(prefix), script=copy)
+    assert_one_error_line(done, 1, f"cannot read {tmp_path}/schema.sql")
+
+
+def test_unreachable_server_is_exit_code_2(db, postgres_dsn, etcd_address, prefix):
+    etcd_dsn_ = etcd_address.dsn(prefix)
+    wrong = [
+        (f"postgresql://u:s3cret@{NO_ONE}/d", etcd_dsn_, "port 1 failed"),
+        ("postgresql://u:s3cret@nosuch.invalid/d", etcd_dsn_, "nosuch.invalid"),
+        (make_dsn(postgres_dsn, dbname="nosuch"), etcd_dsn_, 'database "nosuch" does not exist'),
+        (make_dsn(postgres_dsn, sslmode="require"), etcd_dsn_, "SSL"),
+        (db, f"etcd://root:s3cret@{NO_ONE}/x/", NO_ONE),
+        (db, f"etcd://{NO_ONE},127.0.0.1:2/x/", "127.0.0.1:2"),
+        (db, "etcd://nosuch.invalid/x/", "nosuch.invalid"),
+        (db, f"etcd://{etcd_address.endpoint}/x/?tls=enabled", etcd_address.endpoint),
+    ]
+    for postgres, etcd_, text in wrong:
+        done = run_script("-p", postgres, "-e", etcd_, "--startup-timeout", "0s", "-l", "error")
+        assert_one_error_line(done, 2, text)
+
+
+def test_start_up_retries_until_its_timeout(db):
+    args = ["-p", db, "-e", f"etcd://{NO_ONE}/x/", "--retry-initial=100ms", "--retry-max=200ms"]
+    started = time.monotonic()
+    done = run_script(*args, "--startup-timeout", "1s")
+    assert time.monotonic() - started > 1
+    *retries, last = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert last.startswith("etcd_fdw: etcd at")
+    assert len(retries) > 2
+    waits = [re.search(r"Z WARN etcd at .*; retrying in 0\.[012]s$", line) for line in retries]
+    assert retries[0].endswith("applied schema version 1") and all(waits[1:])
+
+
+def test_missing_postgres_permission_is_exit_code_3(db, postgres_dsn, etcd_address, prefix):
+    role = f"r_{RUN_ID}_{next(_numbers)}"
+    args = ["-e", etcd_address.dsn(prefix), "--startup-timeout", "0s"]
+
+    def try_as(**options: str) -> subprocess.CompletedProcess[str]:
+        return run_script("-p", make_dsn(db, **options), *args)
+
+    assert_one_error_line(try_as(user="nosuch", password="s3cret"), 3, 'role "nosuch"')
+    rows(postgres_dsn, f"CREATE ROLE {role} NOLOGIN")
+    try:
+        assert_one_error_line(try_as(user=role), 3, "not permitted to log in")
+        rows(db, f"ALTER ROLE {role} LOGIN; REVOKE CREATE ON SCHEMA public FROM PUBLIC")
+        assert_one_error_line(try_as(user=role), 3, "permission denied for schema public")
+        rows(db, SCHEMA_SQL)
+        assert_one_error_line(try_as(user=role), 3, "permission denied for table")
+    finally:
+        rows(postgres_dsn, f"DROP ROLE {role}")
+
+
+def test_wrong_postgres_password_is_exit_code_3(own_postgres, etcd_address, prefix):
+    rows(own_postgres.dsn(), "ALTER ROLE postgres PASSWORD 'right'")
+    hba = own_postgres.data_dir / "pg_hba.conf"
+    hba.write_text("host postgres all 127.0.0.1/32 scram-sha-256\n")
+    rows(own_postgres.dsn(), "SELECT pg_reload_conf()")
+    args = ["-e", etcd_address.dsn(prefix), "--startup-timeout", "0s"]
+    base = own_postgres.dsn()
+
+    def refused() -> bool:
+        with suppress(psycopg2.OperationalError):
+            connect(base).close()
+            return False
+        return True
+
+    wait_until("PostgreSQL still takes all", refused)
+    done = run_script("-p", make_dsn(base, password="s3cret"), *args)
+    assert_one_error_line(done, 3, "password authentication failed")
+    assert_one_error_line(run_script("-p", base, *args), 3, "no password supplied")
+    done = run_script("-p", make_dsn(base, password="right", dbname="template1"), *args)
+    assert_one_error_line(done, 3, "no pg_hba.conf entry")
+    done = run_script("-p", make_dsn(base, password="right"), *args, "--dry-run")
+    assert done.returncode == 0, done.stderr
+
+
+def test_missing_etcd_permission_is_exit_code_3(db, own_etcd):
+    with EtcdClient(own_etcd.endpoint) as client:
+        for name in ("root", "app"):
+            request = etcdrpc.AuthUserAddRequest(name=name, password="right")
+            client.call(client.auth.UserAdd, request)
+        client.call(client.auth.RoleAdd, etcdrpc.AuthRoleAddRequest(name="root"))
+        client.call(
+            client.auth.UserGrantRole, etcdrpc.AuthUserGrantRoleRequest(user="root", role="root")
+        )
+        client.call(client.auth.AuthEnable, etcdrpc.AuthEnableRequest())
+    for login, password, text in [
+        ("root", "s3cret", "authentication failed"),
+        ("nosuch", "s3cret", "authentication failed"),
+        (None, "", "user name"),
+        ("app", "right", "permission denied"),
+    ]:
+        dsn = etcd_dsn(own_etcd.endpoint, "/x/", login, password)
+        done = run_script("-p", db, "-e", dsn, "--startup-timeout", "0s", "-l", "error")
+        assert_one_error_line(done, 3, text)
+    dsn = etcd_dsn(own_etcd.endpoint, "/x/", "root", "right")
+    assert run_script("-p", db, "-e", dsn, "--dry-run").returncode == 0
+
+
+def test_what_needs_a_person_is_exit_code_4(db, postgres_dsn, etcd_address, prefix):
+    args = ["-e", etcd_address.dsn(prefix)]
+    rows(db, SCHEMA_SQL)
+    rows(
+        db,
+        "CREATE OR REPLACE FUNCTION etcd_schema_version() RETURNS int LANGUAGE sql AS 'SELECT 99'",
+    )
+    assert_one_error_line(run_script("-p", db, *args), 4, "schema version 99, newer than")
+    name = f"latin_{RUN_ID}_{next(_numbers)}"
+    rows(
+        postgres_dsn,
+        f"CREATE DATABASE {name} ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0",
+    )
+    try:
+        done = run_script("-p", make_dsn(postgres_dsn, dbname=name), *args)
+        assert_one_error_line(done, 4, "encoding is LATIN1")
+    finally:
+        rows(postgres_dsn, f"DROP DATABASE {name}")
+
+
+def test_version_and_help():
+    for flag in ("-v", "--version"):
+        done = run_script(flag)
+        assert (done.returncode, done.stdout) == (0, f"etcd_fdw {etcd_fdw.__version__}\n")
+    done = run_script("--help")
+    assert done.returncode == 0 and not done.stderr
+    for option in etcd_fdw.OPTIONS:
+        assert "--" + option.name.replace("_", "-") in done.stdout
+
+
+def setting(*argv: str, **environ: str) -> Callable[[str], Any]:
+    """Return a function from an option's name to the value that the program would use."""
+    given = vars(etcd_fdw.build_parser().parse_args(["-p", P, "-e", E, *argv]))
+    environ = {f"ETCD_FDW_{name.upper()}": value for name, value in environ.items()}
+    config = etcd_fdw.make_config(etcd_fdw.settings(given, environ))
+    return lambda name: getattr(config, name)
+
+
+def test_flag_comes_before_environment_before_default():
+    assert setting()("batch_size") == 5000
+    assert setting(batch_size="7")("batch_size") == 7
+    assert setting("--batch-size", "8", batch_size="7")("batch_size") == 8
+    assert setting("start", "--batch-size", "9")("batch_size") == 9
+    assert setting(batch_size="")("batch_size") == 5000  # set but empty: not set
+    assert setting(dry_run="on")("dry_run") is True
+    assert setting("--dry-run", dry_run="off")("dry_run") is True
+
+
+def test_every_option_can_be_set_by_environment(db, prefix, etcd_address):
+    env = {"ETCD_FDW_POSTGRES_DSN": db, "ETCD_FDW_ETCD_DSN": etcd_address.dsn(prefix)}
+    done = run_script(env={**env, "ETCD_FDW_DRY_RUN": "true"})
+    assert done.returncode == 0 and "nothing was written" in done.stdout
+    names = [option.name for option in etcd_fdw.OPTIONS if option.name != "config"]  # no such file
+    environ = {f"ETCD_FDW_{name.upper()}": "x" for name in names}
+    chosen = etcd_fdw.settings({}, environ)
+    assert {chosen[name] for name in names} == {("x", variable) for variable in environ}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("etcd://h", {"hosts": ("h:2379",), "prefix": "", "tls": False}),
+        ("etcd://h/", {"prefix": "/"}),
+        ("etcd://h/config", {"prefix": "/config"}),
+        ("etcd://h/config/", {"prefix": "/config/"}),
+        ("etcd://h//a", {"prefix": "//a"}),
+        ("etcd://h/a%20b%25%2F%F0%9F%90%98/", {"prefix": "/a b%/🐘/"}),
+        ("etcd://a:1,b,[::1]:3,[::2]/x", {"hosts": ("a:1", "b:2379", "[::1]:3", "[::2]:2379")}),
+        ("etcd://u:p%40%3A%2F%25@h", {"username": "u", "password": "p@:/%"}),
+        ("etcd://h/?username=u&password=p%26w", {"username": "u", "password": "p&w"}),
+        ("etcd://u:s3@h/?password=s4", {"username": "u", "password": "s4"}),
+        ("etcd://h/?tls=enabled", {"tls": True}),
+        ("etcd://h/?server_name=x", {"tls": True, "server_name": "x"}),
+        ("etcd://h", {"dial_timeout": 5.0, "request_timeout": 10.0}),
+        ("etcd://h?dial_timeout=250ms&request_timeout=1m", {"dial_timeout": 0.25}),
+        ("etcd://h?request_timeout=1m", {"request_timeout": 60.0, "prefix": ""}),
+    ],
+)
+def test_etcd_dsn_says(text, expected):
+    target = etcd_fdw.parse_etcd_dsn(text)
+    assert {name: getattr(target, name) for name in expected} == expected
+    assert target.password is None or target.password not in repr(target)
+
+
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+
+
+@given(prefix=ANY_TEXT, user=ANY_TEXT.filter(bool), password=ANY_TEXT.filter(bool))
+def test_etcd_dsn_round_trip(prefix, user, password):
+    quoted = urllib.parse.quote
+    text = f"etcd://{quoted(user, '')}:{quoted(password, '')}@h/{quoted(prefix)}"
+    target = etcd_fdw.parse_etcd_dsn(text)
+    assert (target.username, target.password) == (user, password)
+    assert target.prefix == "/" + prefix
+
+
+@given(amount=st.decimals(0, 10**6, places=3), unit=st.sampled_from(list(etcd_fdw.DURATION_S)))
+def test_duration_round_trip(amount, unit):
+    seconds = etcd_fdw.parse_duration(f"{amount}{unit}")
+    assert seconds == pytest.approx(float(amount) * etcd_fdw.DURATION_S[unit])
+
+
+@pytest.mark.parametrize("text", ["", "s", "5", "-5s", "5 s", "5x", "1e3s", ".5s", "5s5s", "5sec"])
+def test_not_a_duration(text):
+    with pytest.raises(ValueError, match="is not a duration such as"):
+        etcd_fdw.parse_duration(text)
+
+
+@given(attempt=st.integers(1, 10**6), initial=st.floats(0.001, 60), longest=st.floats(0.001, 3600))
+def test_backoff_stays_within_its_limits(attempt, initial, longest):
+    delay = etcd_fdw.backoff(attempt, initial, longest)
+    assert 0 <= delay <= longest
+    assert delay <= initial * 2.0 ** min(attempt, 30)
+
+
+@given(prefix=ANY_TEXT, key=ANY_TEXT)
+def test_prefix_range_covers_what_starts_with_the_prefix(prefix, key):
+    start, end = etcd_fdw.prefix_range(prefix)
+    for text in (key, prefix + key):
+        data = text.encode()
+        inside = start <= data < end if prefix else data >= start
+        assert inside == (text.startswith(prefix) and data > b"")
+
+
+@given(prefix=ANY_TEXT, key=ANY_TEXT)
+def test_text_after_ends_what_starts_with_the_prefix(prefix, key):
+    after = etcd_fdw.text_after(prefix)
+    if after is None:
+        assert set(prefix) <= {"\U0010ffff"}
+        return
+    assert (prefix + key).encode() < after.encode()
+    if prefix.encode() <= key.encode() < after.encode():
+        assert key.startswith(prefix)
+
+
+@given(st.lists(st.integers(-(2**63), 2**63 - 1)))
+def test_int_array_is_what_postgres_reads(pure_db, numbers):
+    with pure_db.cursor() as cur:
+        cur.execute("SELECT %s::bigint[]", (etcd_fdw.int_array(numbers),))
+        assert cur.fetchone()[0] == numbers
+
+
+@given(
+    st.lists(
+        st.tuples(
+            ANY_TEXT.map(str.encode),
+            st.none() | st.binary() | ANY_TEXT.map(str.encode),
+            st.integers(1, 2**63 - 1),
+        )
+    )
+)
+def test_copy_row_is_what_postgres_reads(pure_db, records):
+    rows_ = [etcd_fdw.copy_row(*record) for record in records]
+    data = b"".join((etcd_fdw.COPY_HEADER, *rows_, etcd_fdw.COPY_TRAILER))
+    with pure_db.cursor() as cur:
+        cur.execute("TRUNCATE copied RESTART IDENTITY")
+        cur.copy_expert(etcd_fdw.COPY_SQL.format("copied"), io.BytesIO(data))
+        cur.execute(
+            "SELECT convert_to(key, 'UTF8'), coalesce(value_bytes, convert_to(value, 'UTF8')),"
+            " revision, tombstone, value IS NULL OR value_bytes IS NULL FROM copied ORDER BY id"
+        )
+        copied = [_plain(row) for row in cur]
+    assert copied == [(*record, record[1] is None, True) for record in records]
+
+
+@pytest.fixture(scope="module")
+def pure_db(postgres_dsn):
+    """A session with a temporary table for helpers that have to agree with PostgreSQL."""
+    with closing(connect(postgres_dsn)) as conn, conn.cursor() as cur:
+        cur.execute(
+            "CREATE TEMPORARY TABLE copied (id int GENERATED ALWAYS AS IDENTITY, key text,"
+            " value text, value_bytes bytea, revision bigint, tombstone boolean)"
+        )
+        yield conn
+
+
+def entry(id_: int, key: str, txid: int, **fields: Any) -> etcd_fdw.WriteAheadLogEntry:
+    """A pending change of a transaction."""
+    unset = dict.fromkeys(etcd_fdw.WriteAheadLogEntry._fields)
+    fields = {"value": "v", "seen_before": False, **fields}
+    return etcd_fdw.WriteAheadLogEntry(
+        **{**unset, "id": id_, "key": key, "txid": str(txid), **fields}
+    )
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 4))), st.integers(1, 5))
+def test_group_entries_parts_only_what_is_too_large(changes, max_ops):
+    entries = [entry(id_, key, txid) for id_, (key, txid) in enumerate(changes)]
+    groups = etcd_fdw.group_entries(entries, max_ops)
+    assert sorted(e.id for group in groups for e in group.entries) == list(range(len(entries)))
+    for group in groups:
+        (txid,) = {e.txid for e in group.entries}
+        together = [e for e in entries if e.txid == txid]
+        assert group.entries == together or (len(together) > max_ops and len(group.entries) == 1)
+
+
+def test_log_lines(daemon, db, prefix):
+    one = daemon()
+    one.stop()
+    for line in one.log().splitlines():
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (DEBUG|INFO|WARN|ERROR) .+", line)
+    one = daemon("--log-format", "json")
+    one.stop()
+    for line in one.log().splitlines():
+        assert set(json.loads(line)) == {"ts", "level", "message"}
+
+
+def test_password_and_value_stay_out_of_the_log(daemon, db, prefix, etcd, etcd_address):
+    args = ["-l", "debug", "--retry-initial=50ms", "--retry-max=50ms"]
+    one = daemon(*args, postgres=make_dsn(db, password="s3cret"))
+    etcd.put(prefix + "a", "v4lue")
+    rows(db, "SELECT etcd_set(%s, 'v4lue')", prefix + "b")
+    rows(db, "INSERT INTO etcd_wal (key, value) VALUES (%s, 'v4lue')", prefix + "a")
+    wait_settled(db)
+    one.stop()
+    etcd_password = etcd_dsn(NO_ONE, prefix, "root", "s3cret")
+    two = daemon(*args, etcd=etcd_password, ready=False)
+    two.wait_log("retrying")
+    two.stop()
+    for log in (one.log(), two.log()):
+        assert "s3cret" not in log and "v4lue" not in log
+
+
+def test_dry_run_reports_and_writes_nothing(daemon, db, prefix, etcd, etcd_address):
+    args = ["-p", db, "-e", etcd_address.dsn(prefix), "--dry-run"]
+    etcd.put(prefix + "a", "1")
+    revision = etcd.put(prefix + "b", "1")
+    first = run_script(*args)
+    assert (first.returncode, first.stderr) == (0, "")
+    assert f"schema version {etcd_fdw.SCHEMA_VERSION} would be applied" in first.stdout
+    assert f"2 keys at revision {revision}, no mirror yet; 2 to copy" in first.stdout
+    assert scalar(db, "SELECT count(*) FROM pg_class WHERE relname LIKE 'etcd%%'") == 0
+    daemon().stop()
+
+    etcd.put(prefix + "a", "2")
+    etcd.delete(prefix + "b")
+    etcd.put(prefix + "c", "1")
+    conflict = scalar(
+        db, "INSERT INTO etcd_wal (key, value) VALUES (%s, 'x') RETURNING id", prefix + "c"
+    )
+    rows(db, "SELECT etcd_set(%s, '1'), etcd_set(%s, '2')", prefix + "d", prefix + "e")
+    rows(db, "SELECT etcd_set(%s, '3')", prefix + "d")  # on top of a pending change
+    before = rows(db, EVERYTHING), etcd.range(prefix)
+    second = run_script(*args)
+    assert (second.returncode, second.stderr) == (0, "")
+    assert "would be applied" not in second.stdout
+    assert "2 to copy, 1 to mark as deleted" in second.stdout
+    assert "4 pending changes; 3 to apply, 1 in conflict" in second.stdout
+    assert f"  change {conflict}: etcd wins: {prefix}c is at revision" in second.stdout
+    after = rows(db, EVERYTHING), etcd.range(prefix)
+    assert (after[0], list(after[1].kvs)) == (before[0], list(before[1].kvs))
+
+    daemon()
+    wait_settled(db)
+    statuses = rows(db, "SELECT status FROM etcd_wal ORDER BY id")
+    assert statuses == [("conflict",), *[("success",)] * 3]  # as it was foretold
+
+
+def test_dry_run_beside_a_running_daemon(daemon, db, prefix, etcd, etcd_address):
+    daemon()
+    rows(db, "SELECT etcd_set(%s, '1')", prefix + "a")
+    wait_settled(db)
+    done = run_script("-p", db, "-e", etcd_address.dsn(prefix), "--dry-run")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "0 to copy, 0 to mark as deleted" in done.stdout
+    rows(db, "SELECT etcd_set(%s, '2')", prefix + "a")
+    assert wait_settled(db)[-1] == "success"
 
 
 # ── etcd to PostgreSQL ───────────────────────────────────────────────────────

@@ -8,12 +8,15 @@ prefix of its own.
 
 from __future__ import annotations
 
+import base64
 import collections
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import re
+import select
 import selectors
 import signal
 import socket
@@ -25,6 +28,7 @@ import time
 import urllib.parse
 import uuid
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -1848,3 +1852,465 @@ def test_demo_shows_everything_and_cleans_up(tmp_path):
 
 
 # ── benchmark ────────────────────────────────────────────────────────────────
+#
+# pytest -m bench -s: each measurement has servers of its own, with the defaults of PostgreSQL
+# (fsync and synchronous_commit on) and of etcd. Load and bare clients are processes of their own.
+# Nothing is asserted about time, only that what was measured is complete.
+
+BENCH_SCALE = float(os.environ.get("ETCD_FDW_BENCH_SCALE") or 1)
+MAX_TXN_OPS = 100  # the program's default
+
+
+def scaled(number: int, least: int = 100) -> int:
+    """Return the number of things to measure with, for the scale that was asked for."""
+    return max(least, int(number * BENCH_SCALE))
+
+
+def _serve(conn: Any, function: Callable[..., Iterator[None]], args: tuple[Any, ...]) -> None:
+    steps = function(*args)
+    next(steps)
+    conn.send(None)
+    conn.recv()
+    try:
+        next(steps)
+    except StopIteration as end:
+        conn.send(end.value)
+    os._exit(0)  # gRPC's threads would wait for streams that are still open
+
+
+class Helper:
+    """A generator function in a process of its own: prepares up to its yield, then waits for go."""
+
+    def __init__(self, function: Callable[..., Iterator[None]], *args: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.conn, theirs = context.Pipe()
+        context.Process(target=_serve, args=(theirs, function, args), daemon=True).start()
+        theirs.close()
+        self.result()
+
+    def go(self) -> Helper:
+        self.conn.send(None)
+        return self
+
+    def result(self, timeout: float = 600.0) -> Any:
+        """Return what the function returned."""
+        assert self.conn.poll(timeout), "a helper of the benchmark does not answer"
+        return self.conn.recv()
+
+
+def random_text(size: int) -> bytes:
+    """Return text that does not compress well."""
+    return base64.b64encode(os.urandom(size))[:size]
+
+
+def put_load(
+    endpoint: str, prefix: str, txns: int, keys: int, size: int, at_once: int, rate: float = 0.0
+) -> Any:
+    """Put `keys` keys in each of `txns` Txns, at_once of them in flight; rate: Txns per second.
+
+    Returns when it began and ended (monotonic). There are 100,000 different keys, or more.
+    """
+    client, value = EtcdClient(endpoint), random_text(size)
+    names = [f"{prefix}{n:07}" for n in range(max(100_000, txns * keys))]
+    requests = [
+        etcdrpc.TxnRequest(
+            success=[client.put_op(name, value) for name in names[n * keys : (n + 1) * keys]]
+        ).SerializeToString()
+        for n in range(txns)
+    ]
+    send = client.channel.unary_unary("/etcdserverpb.KV/Txn")  # bytes in, bytes out: cheap
+    slots, errors = threading.Semaphore(at_once), []
+    yield
+
+    def done(future: Any) -> None:
+        slots.release()
+        if future.exception():
+            errors.append(future.exception())
+
+    began = time.monotonic()
+    for n, request in enumerate(requests):
+        if rate:
+            time.sleep(max(0.0, began + n / rate - time.monotonic()))
+        slots.acquire()
+        send.future(request).add_done_callback(done)
+    for _ in range(at_once):
+        slots.acquire()
+    assert not errors, errors[0]
+    return began, time.monotonic()
+
+
+def watch_stream(client: EtcdClient, prefix: str, start_revision: int) -> Any:
+    """Return the responses of a watch that asks for the same things as the program's."""
+    create = etcdrpc.WatchCreateRequest(
+        key=prefix.encode(), range_end=prefix_end(prefix), start_revision=start_revision
+    )
+    create.progress_notify = create.fragment = True
+
+    def requests() -> Iterator[Any]:
+        yield etcdrpc.WatchRequest(create_request=create)
+        threading.Event().wait()
+
+    return client.watches.Watch(requests())
+
+
+def bare_watch(endpoint: str, prefix: str, start_revision: int, count: int) -> Any:
+    """Count the events of a watch, as the program asks for them; returns when all had come."""
+    client = EtcdClient(endpoint)
+    yield
+    began = time.monotonic()
+    for response in watch_stream(client, prefix, start_revision):
+        count -= len(response.events)
+        if count <= 0:
+            break
+    return began, time.monotonic()
+
+
+def bare_txns(endpoint: str, prefix: str, txns: int, groups: int, members: int, size: int) -> Any:
+    """Send the Txns that the program makes of transactions with `members` changes, one by one.
+
+    `groups` of them in each Txn; 0: all change one and the same key, one after another.
+    """
+    client, value = EtcdClient(endpoint), random_text(size)
+    numbers, revision = itertools.count(), 0
+    yield
+    began = time.monotonic()
+    for _ in range(txns):
+        batch = [etcd_fdw.Group([]) for _ in range(groups or 1)]
+        for group in batch:
+            for _ in range(members):
+                key = f"{prefix}{next(numbers) if groups else 0}".encode()
+                group.changes.append(etcd_fdw.Change(key, 0 if groups else revision, value))
+        answer = client.call(client.kv.Txn, etcd_fdw.pack_request(batch))
+        assert all(one.succeeded for one in etcd_fdw.unpack_response(answer, batch))
+        revision = answer.header.revision
+    return began, time.monotonic()
+
+
+def sql_load(db: str, sessions: int, each: int, statement: str) -> Any:
+    """Commit `each` transactions in each session, in a loop on the server; c, i: session, turn."""
+    block = "DO $$ DECLARE c int := {}; BEGIN FOR i IN 1..{} LOOP {}; COMMIT; END LOOP; END $$"
+    # without the wait for the disk, as only so many commits a second fit into one
+    conns = [connect(db, options="-csynchronous_commit=off") for _ in range(sessions)]
+    yield
+
+    def run(number: int) -> None:
+        with conns[number].cursor() as cur:
+            cur.execute(block.format(number, each, statement))
+
+    began = time.monotonic()
+    with ThreadPoolExecutor(sessions) as pool:
+        list(pool.map(run, range(sessions)))
+    return began, time.monotonic()
+
+
+class Figure(NamedTuple):
+    """One line of the table; bare: the same by a client that does nothing else."""
+
+    what: str
+    value: float
+    unit: str
+    bare: float | None = None
+    note: str = ""
+
+
+def percentiles(what: str, samples: Sequence[float]) -> list[Figure]:
+    """Return figures for latencies in seconds."""
+    ms = sorted(sample * 1000 for sample in samples)
+    points = {"p50": ms[len(ms) // 2], "p99": ms[len(ms) * 99 // 100], "max": ms[-1]}
+    return [Figure(f"{what}, {name}", value, "ms") for name, value in points.items()]
+
+
+class Bench:
+    """Servers for one measurement, and the figures of all."""
+
+    def __init__(self, figures: list[Figure], log_dir: Path, stack: ExitStack) -> None:
+        self.figures, self.log_dir, self.stack = figures, log_dir, stack
+        server_defaults = ["-c", "fsync=on"]
+        self.postgres = stack.enter_context(LocalPostgres(server_defaults))
+        self.etcd = stack.enter_context(LocalEtcd(["--quota-backend-bytes=8589934592"]))
+        self.client = stack.enter_context(EtcdClient(self.etcd.endpoint))
+        self.names = itertools.count(1)
+
+    def setting(self) -> tuple[str, str, Any]:
+        """Return a fresh prefix, the DSN of a fresh database, and a connection to that."""
+        number = next(self.names)
+        rows(self.postgres.dsn(), f"CREATE DATABASE b{number}")
+        db = self.postgres.dsn(f"b{number}")
+        conn = self.stack.enter_context(closing(connect(db)))
+        return f"/b{number}/", db, conn
+
+    def daemon(self, prefix: str, db: str, *args: str) -> Daemon:
+        """Start the program and wait until it mirrors."""
+        dsn = etcd_dsn(self.etcd.endpoint, prefix)
+        daemon = Daemon(self.log_dir / f"daemon{next(self.names)}.log", "-p", db, "-e", dsn, *args)
+        self.stack.callback(daemon.kill)
+        daemon.wait_log("watching", 300)
+        return daemon
+
+    def watched_load(
+        self, prefix: str, txns: int, keys: int, size: int, at_once: int
+    ) -> tuple[Helper, Helper]:
+        """Return a bare watch client at work, and a load that waits for go."""
+        endpoint, start = self.etcd.endpoint, self.client.revision() + 1
+        watch = Helper(bare_watch, endpoint, prefix, start, txns * keys).go()
+        return watch, Helper(put_load, endpoint, prefix, txns, keys, size, at_once)
+
+    def add(self, *figures: Figure) -> None:
+        for figure in figures:
+            self.figures.append(figure)
+            print(format_figure(figure), flush=True)
+
+
+def query(conn: Any, sql: str, *args: Any) -> Any:
+    """Return the first column of the first row, on a connection that stays."""
+    with conn.cursor() as cur:
+        cur.execute(sql, args or None)
+        row = cur.fetchone()
+        return row and row[0]
+
+
+def wait_state(conn: Any, column: str, least: int, timeout: float = 300.0) -> float:
+    """Wait until a column of etcd_sync_state has come so far; return when (monotonic)."""
+    sql = f"SELECT {column} FROM etcd_sync_state"
+    wait_until(f"{column} did not reach {least}", lambda: query(conn, sql) >= least, timeout)
+    return time.monotonic()
+
+
+def format_figure(figure: Figure) -> str:
+    ratio = f"{figure.bare:>12,.0f} {figure.value / figure.bare:>6.2f}" if figure.bare else ""
+    value = f"{figure.value:,.0f}" if figure.value >= 1000 else f"{figure.value:,.2f}"
+    return f"{figure.what:<58} {value:>12} {figure.unit:<11} {ratio:>19}  {figure.note}".rstrip()
+
+
+@pytest.fixture(scope="module")
+def figures() -> Iterator[list[Figure]]:
+    """The figures of all measurements, shown at the end as a table and as JSON."""
+    figures: list[Figure] = []
+    yield figures
+    head = f"{'what':<58} {'figure':>12} {'unit':<11} {'bare':>12} {'ratio':>6}  note"
+    print("\n", head, *map(format_figure, figures), "", sep="\n")
+    data = json.dumps({"scale": BENCH_SCALE, "figures": [f._asdict() for f in figures]}, indent=1)
+    if path := os.environ.get("ETCD_FDW_BENCH_JSON"):
+        Path(path).write_text(data + "\n", encoding="utf-8")
+    else:
+        print(data)
+
+
+def bench_etcd_to_postgres(bench: Bench) -> None:
+    """Throughput of the mirror, following a load and catching up; against a bare watch client."""
+    for what, size, txns, keys, at_once in (
+        ("64 writers, 64 B", 64, 100_000, 1, 64),
+        ("64 writers, 1 KiB", 1024, 20_000, 1, 64),
+        ("64 writers, 64 KiB", 65536, 1500, 1, 64),
+        ("Txns of 100 keys, 64 B", 64, 3000, 100, 4),
+        ("Txns of 100 keys, 1 KiB", 1024, 500, 100, 4),
+        ("Txns of 16 keys, 64 KiB", 65536, 100, 16, 4),
+    ):
+        prefix, db, conn = bench.setting()
+        txns = scaled(txns, 20)
+        count = txns * keys
+        bench.daemon(prefix, db).stop()
+
+        start = bench.client.revision() + 1
+        watch, writers = bench.watched_load(prefix, txns, keys, size, at_once)
+        began, _ = writers.go().result()
+        alone = count / (watch.result()[1] - began)
+        catch_up = Helper(bare_watch, bench.etcd.endpoint, prefix, start, count).go()
+        began, ended = catch_up.result()
+        bench.daemon(prefix, db)
+        daemon_began = time.monotonic()
+        took = wait_state(conn, "revision", bench.client.revision()) - daemon_began
+        note = f"{txns} missed revisions"
+        bench.add(
+            Figure(
+                f"etcd to SQL, {what}: catch-up",
+                count / took,
+                "events/s",
+                count / (ended - began),
+                note,
+            )
+        )
+        watch, writers = bench.watched_load(prefix, txns, keys, size, at_once)
+        began, ended = writers.go().result()
+        followed = count / (watch.result()[1] - began)
+        rate = count / (wait_state(conn, "revision", bench.client.revision()) - began)
+        note = f"the bare client alone: {alone:,.0f}"
+        bench.add(Figure(f"etcd to SQL, {what}", rate, "events/s", followed, note))
+        assert query(conn, "SELECT count(*) FROM etcd") == 2 * count
+
+
+def bench_postgres_to_etcd(bench: Bench) -> None:
+    """Throughput of the push; against a bare client that sends the same Txns one after another."""
+    one_row = "INSERT INTO etcd_wal (key, value) VALUES (format('{}%s/%s', c, i), repeat('v', 64))"
+    ten_rows = (
+        "INSERT INTO etcd_wal (key, value)"
+        " SELECT format('{}%s/%s/%s', c, i, n), repeat('v', 64) FROM generate_series(1, 10) n"
+    )
+    many_rows = (
+        "INSERT INTO etcd_wal (key, value)"
+        " SELECT format('{}%s', n), repeat('v', 64) FROM generate_series(1, {}) n"
+    )
+    for what, sessions, transactions, members, statement in (
+        ("one INSERT of 50 k rows", 1, 1, 50_000, many_rows),
+        ("32 sessions, one-row transactions", 32, 1000, 1, one_row),
+        ("transactions of 10 changes", 8, 400, 10, ten_rows),
+        ("one hot key", 1, 2000, 1, "PERFORM etcd_set('{}0', i::text)"),
+    ):
+        prefix, db, conn = bench.setting()
+        if members > 10:
+            members = scaled(members)
+        else:
+            transactions = scaled(transactions, 10)
+        count = sessions * transactions * members
+        statement = statement.format(prefix, members)
+        daemon = bench.daemon(prefix, db)
+        hot = "hot" in what
+        width = members if members <= 10 else 1
+        groups = 0 if hot else MAX_TXN_OPS - width
+        txns = max(1, count // (groups or 1) // width)
+        bare = Helper(bare_txns, bench.etcd.endpoint, f"/bare{prefix}", txns, groups, width, 64)
+        began, ended = bare.go().result()
+        bare_rate = txns * (groups or 1) * width / (ended - began)
+        writers = Helper(sql_load, db, sessions, transactions, statement)
+        began, committed = writers.go().result()
+        finished = wait_state(conn, "applied", count)
+        if sessions == transactions == 1:
+            began = committed  # nobody can see a row before
+        note = f"SQL alone {count / (committed - began):,.0f}" if committed > began else ""
+        bench.add(
+            Figure(f"SQL to etcd, {what}", count / (finished - began), "changes/s", bare_rate, note)
+        )
+        assert query(conn, "SELECT count(*) FROM etcd_wal WHERE status = 'success'") == count
+        daemon.stop()
+
+
+def sender(target: str) -> Callable[[str], Any]:
+    """Return what changes a key at the target, an etcd endpoint or a DSN, to the time of now."""
+    if target.startswith("postgresql:"):
+        conn = connect(target)
+        return lambda key: query(conn, "SELECT etcd_set(%s, %s)", key, repr(time.monotonic()))
+    client = EtcdClient(target)
+    return lambda key: client.put(key, repr(time.monotonic()))
+
+
+def timed_changes(target: str, prefix: str, count: int, rate: float) -> Any:
+    """Change `count` keys, at that many a second whether or not they arrive."""
+    send = sender(target)
+    send(prefix + "first/")
+    yield
+    began = time.monotonic()
+    for n in range(count):
+        time.sleep(max(0.0, began + n / rate - time.monotonic()))
+        send(f"{prefix}latency/{n}")
+
+
+def mirror_latencies(db: str, prefix: str) -> Iterator[float]:
+    """Return, as they come, how long changes by sender() took to be visible in the mirror."""
+    conn = connect(db)
+    query(
+        conn,
+        f"""
+        CREATE FUNCTION seen() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN PERFORM pg_notify('seen', NEW.value); RETURN NULL; END $$;
+        CREATE TRIGGER seen AFTER INSERT ON etcd FOR EACH ROW
+        WHEN (starts_with(NEW.key, '{prefix}latency/')) EXECUTE FUNCTION seen();
+        LISTEN seen; SELECT 1
+        """,
+    )
+
+    def notified() -> Iterator[float]:
+        while select.select([conn], [], [], 60)[0]:
+            conn.poll()
+            while conn.notifies:
+                yield time.monotonic() - float(conn.notifies.pop(0).payload)
+        raise TimeoutError("a change did not arrive in SQL")
+
+    return notified()
+
+
+def watch_latencies(endpoint: str, prefix: str) -> Iterator[float]:
+    """Return, as they come, how long changes by sender() took to be seen by a watch."""
+    stream = watch_stream(EtcdClient(endpoint), prefix + "latency/", 0)
+    next(stream)  # it is there
+    return (
+        time.monotonic() - float(event.kv.value) for response in stream for event in response.events
+    )
+
+
+def bench_latency(bench: Bench) -> None:
+    """How long one change takes each way: one at a time, and at 100 a second."""
+    for what in ("etcd to SQL", "SQL to etcd"):
+        prefix, db, _ = bench.setting()
+        bench.daemon(prefix, db)
+        to_sql = what == "etcd to SQL"
+        target = bench.etcd.endpoint if to_sql else db
+        seen = (
+            mirror_latencies(db, prefix) if to_sql else watch_latencies(bench.etcd.endpoint, prefix)
+        )
+        count, send, samples = scaled(500), sender(target), []
+        for n in range(count):
+            send(f"{prefix}latency/{n}")
+            samples.append(next(seen))
+        bench.add(*percentiles(f"latency {what}, one at a time", samples))
+        changes = Helper(timed_changes, target, prefix, count, 100.0).go()
+        samples = list(itertools.islice(seen, count))
+        bench.add(*percentiles(f"latency {what}, 100 a second", samples))
+        changes.result()
+
+
+def peak_mib(pid: int) -> float:
+    """Return the largest resident memory that a process has had."""
+    match = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text(encoding="utf-8"))
+    return int(match[1]) / 1024 if match else 0.0
+
+
+def bare_pages(endpoint: str, prefix: str) -> Any:
+    """Read all keys page by page, as the program does, and only count them."""
+    target = etcd_fdw.parse_etcd_dsn(etcd_dsn(endpoint, prefix))
+    etcd = etcd_fdw.Etcd(target, endpoint)
+    yield
+    began = time.monotonic()
+    count = sum(len(page.kvs) for page in etcd.pages(0))
+    return count / (time.monotonic() - began)
+
+
+def bench_first_copy(bench: Bench) -> None:
+    """First copy and resync of an unchanged mirror; against a client that only reads the pages."""
+    prefix, _, _ = bench.setting()
+    sql = """
+        SELECT (details->>'keys')::bigint / extract(epoch FROM duration) FROM etcd_sync_event
+        WHERE operation = %s AND (details->>'keys')::bigint = %s
+    """
+    held = 0
+    for size in (10_000, 100_000, 1_000_000):
+        count = scaled(size, 1000) // 100 * 100
+        more = (count - held) // 100
+        Helper(put_load, bench.etcd.endpoint, f"{prefix}{count}/", more, 100, 64, 4).go().result()
+        held = count
+        bare = Helper(bare_pages, bench.etcd.endpoint, prefix).go().result()
+        _, db, conn = bench.setting()
+        daemon = bench.daemon(prefix, db)
+        note = f"{peak_mib(daemon.pid):.0f} MiB resident at most"
+        rate = query(conn, sql, "snapshot", count)
+        bench.add(Figure(f"first copy of {count:,} keys", float(rate), "keys/s", bare, note))
+        daemon.stop()
+        bench.client.put("elsewhere", "")
+        bench.client.compact(bench.client.revision())
+        daemon = bench.daemon(prefix, db)
+        wait_state(conn, "resyncs", 1)
+        note = f"{peak_mib(daemon.pid):.0f} MiB resident at most"
+        rate = query(conn, sql, "resync", count)
+        bench.add(Figure(f"resync of {count:,} unchanged keys", float(rate), "keys/s", bare, note))
+        assert query(conn, "SELECT count(*) FROM etcd") == count
+        daemon.stop()
+
+
+MEASUREMENTS = [bench_etcd_to_postgres, bench_postgres_to_etcd, bench_latency, bench_first_copy]
+
+
+@pytest.mark.bench
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("measure", MEASUREMENTS, ids=lambda m: m.__name__[6:])
+def test_benchmark(measure, figures, tmp_path):
+    with ExitStack() as stack:
+        measure(Bench(figures, tmp_path, stack))

@@ -101,6 +101,10 @@ EVENT_LIMIT_S = 30.0  # a change that etcd took comes back through the watch by 
 STOP_LIMIT_S = 10.0
 PIPELINE_DEPTH = 8  # Txns prepared for etcd, so that it need not wait for PostgreSQL
 STANDBY_POLL_S = 1.0
+QUIET_S = 0.5  # a watch that has nothing to tell for so long is up to date
+LAG_LIMIT_S = 5.0  # an active instance has mirrored a change by then
+HEARTBEAT_LIMIT_S = 60.0  # then it is stuck, or copying very much
+PENDING_LIMIT_S = 60.0
 HEARTBEAT_S = 10.0
 SUMMARY_S = 60.0
 PROGRESS_S = 5.0
@@ -682,6 +686,16 @@ def mask_passwords(text: str) -> str:
     return re.sub(r"(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&]+)", r"\1****", text, flags=re.I)
 
 
+def show_age(seconds: float | None) -> str:
+    """'3s', '5m', '7h', '2d'; 'never' for None."""
+    if seconds is None:
+        return "never"
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds // size:.0f}{unit}"
+    return f"{max(0.0, seconds):.0f}s"
+
+
 def one_line(exc: BaseException) -> str:
     """The message of an exception in one line."""
     return " ".join(str(exc).split()) or type(exc).__name__
@@ -1064,6 +1078,48 @@ WHERE status = 'pending'
 """
 
 
+LOCK_HOLDER_SQL = """
+SELECT l.pid, coalesce(host(a.client_addr), 'local socket'), a.backend_start
+FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
+  AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+  AND (l.classid::bigint << 32 | l.objid::bigint)
+      = hashtextextended('etcd_fdw ' || current_schema() || ' ' || %(prefix)s, 0)
+"""
+# The server may have changed and cut the name, as it did with this session's.
+STANDBYS_SQL = """
+SELECT coalesce(host(client_addr), 'local socket') AS client, pid AS backend_pid,
+       backend_start AS since
+FROM pg_stat_activity
+WHERE datname = current_database() AND application_name = left('etcd_fdw standby '
+      || substr(current_setting('application_name'), length('etcd_fdw status ') + 1), 63)
+ORDER BY backend_start
+"""
+STATUS_SQL = """
+SELECT s.host, s.pid, s.version, s.started_at, s.cluster_id, s.first_revision,
+       s.revision AS checkpoint, s.events, s.applied, s.resyncs, s.reconnects, s.unstorable,
+       extract(epoch FROM clock_timestamp() - s.heartbeat_at)::float8 AS heartbeat_age_s,
+       extract(epoch FROM clock_timestamp() - s.updated_at)::float8 AS checkpoint_age_s,
+       v.pending, extract(epoch FROM v.oldest_pending_age)::float8 AS oldest_pending_age_s,
+       v.conflicts, v.failures
+FROM etcd_sync_state s JOIN etcd_status v ON v.prefix = s.prefix
+WHERE s.prefix = %(prefix)s
+"""
+REFUSALS_SQL = """
+SELECT id, key, status, error_message AS message, finished_at
+FROM etcd_wal w
+WHERE status IN ('conflict', 'failed') AND starts_with(key, %(prefix)s)
+  AND NOT EXISTS (SELECT FROM etcd_wal r WHERE r.retry_of = w.id)
+ORDER BY id DESC LIMIT 5
+"""
+SIZE_SQL = """
+SET LOCAL statement_timeout = '2s';
+SELECT (SELECT count(*) FROM etcd_list(%(prefix)s)) AS keys,
+       (SELECT count(*) FROM etcd
+        WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %(after)s)) AS revisions
+"""
+
+
 class Postgres:
     """One PostgreSQL session: notifications, the lock, reads and writes.
 
@@ -1389,6 +1445,24 @@ class Postgres:
         cur.execute(BEGIN_STATE_SQL if old is None else RESYNC_STATE_SQL, arguments)
         if cur.rowcount != 1:
             raise PostgresAway("another writer has moved the checkpoint: starting over")
+
+    def query(self, sql: str, **arguments: Any) -> list[dict[str, Any]]:
+        """The rows of a query about this prefix, by column name."""
+        with self.transaction() as cur:
+            cur.execute(sql, {"prefix": self.prefix, **arguments})
+            names = [column.name for column in cur.description]
+            return [dict(zip(names, row)) for row in cur]
+
+    def size(self) -> dict[str, Any]:
+        """How many keys and revisions are mirrored; None if counting takes too long."""
+        try:
+            return self.query(SIZE_SQL, after=text_after(self.prefix))[0]
+        except PostgresAway:
+            return {"keys": None, "revisions": None}
+
+    def version_text(self) -> str:
+        """The server's version, such as 15.4."""
+        return f"{self.version // 10000}.{self.version % 10000}"
 
     def strays(self) -> int:
         """How many pending changes lie outside every mirrored prefix."""
@@ -2531,6 +2605,7 @@ class Engine:
             if not waiting:
                 log.info("standing by: another instance is active on %r", postgres.prefix)
                 self.connected = waiting = True
+                postgres.name_session("standby")
                 self.resync = False  # the other one sees to it
             self.pause(STANDBY_POLL_S)
             self.check_stop()
@@ -2949,6 +3024,213 @@ def report_push(session: Session, cur: Any) -> None:
         print(f"  change {outcome.id}: {outcome.message}")
 
 
+def revisions_after(etcd: Etcd, checkpoint: int, waker: Waker) -> list[int]:
+    """The first revisions under the prefix that follow the checkpoint, as a watch tells them.
+
+    The store's own revision would not say whether a mirror is behind, because other prefixes
+    move it too. A watch tells deletions as well, and costs etcd less than a sorted range.
+    """
+    found: set[int] = set()
+    if etcd.header.revision <= checkpoint:
+        return []
+    watch, deadline = Watch(etcd, checkpoint + 1, waker), time.monotonic() + QUIET_S
+    try:
+        while time.monotonic() < deadline:
+            select.select([waker], [], [], max(0.0, deadline - time.monotonic()))
+            waker.drain()
+            while response := watch.take():
+                if response.canceled:
+                    raise Compacted if response.compact_revision else EtcdAway
+                found.update(event.kv.mod_revision for event in response.events)
+    finally:
+        watch.stop()
+    return sorted(found)
+
+
+def postgres_status(postgres: Postgres) -> dict[str, Any]:
+    """What PostgreSQL knows of the prefix; the names are those of status --format json."""
+    postgres.name_session("status")
+    facts: dict[str, Any] = {"schema_version": postgres.schema_version()}
+    holder = postgres.query(LOCK_HOLDER_SQL)
+    facts["locked"] = bool(holder)
+    facts["standbys"] = postgres.query(STANDBYS_SQL)
+    if facts["schema_version"]:
+        facts.update(next(iter(postgres.query(STATUS_SQL)), {}))
+        facts["pending_outside"] = postgres.strays()
+        facts["refusals"] = postgres.query(REFUSALS_SQL)
+        facts.update(postgres.size())
+    return facts
+
+
+def lag(etcd: Etcd, postgres: Postgres, facts: dict[str, Any], waker: Waker) -> dict[str, Any]:
+    """How far the mirror is behind etcd, after giving an active instance a moment.
+
+    lag_revisions: of this prefix, and at least; lag_s: since the mirror was last in step.
+    """
+    checkpoint = facts["checkpoint"]
+    try:
+        waiting = revisions_after(etcd, checkpoint, waker)
+    except Compacted:
+        return {"checkpoint_compacted": True}
+    deadline = time.monotonic() + (LAG_LIMIT_S if facts["locked"] else 0)
+    while waiting and checkpoint < waiting[-1] and time.monotonic() < deadline:
+        time.sleep(0.05)
+        state = postgres.state()
+        checkpoint = state.revision if state else checkpoint
+    behind = sum(revision > checkpoint for revision in waiting)
+    age = facts["checkpoint_age_s"]
+    return {"checkpoint": checkpoint, "lag_revisions": behind, "lag_s": age if behind else 0.0}
+
+
+def gather_status(engine: Engine) -> dict[str, Any]:
+    """Everything that status shows; what cannot be known is missing or null."""
+    config = engine.config
+    found: dict[str, Any] = {"prefix": config.etcd_dsn.prefix, "time": utc(time.time())}
+    postgres_side: dict[str, Any] = {"reachable": False}
+    etcd_side: dict[str, Any] = {"reachable": False}
+    found.update(postgresql=postgres_side, etcd=etcd_side)
+    with ExitStack() as stack:
+        postgres = etcd = None
+        try:
+            postgres = stack.enter_context(closing(Postgres(config, engine.guard)))
+            found.update(postgres_status(postgres))
+            version = postgres.version_text()
+            postgres_side.update(reachable=True, endpoint=postgres.where, version=version)
+        except EtcdFdwError as exc:
+            postgres, postgres_side["error"] = None, str(exc)
+        try:
+            etcd = stack.enter_context(closing(engine.connect_etcd()))
+            etcd_side.update(reachable=True, endpoint=etcd.endpoint, version=etcd.version)
+            etcd_side.update(cluster_id=etcd.cluster_id, revision=etcd.header.revision)
+            if postgres and "checkpoint" in found:
+                found.update(lag(etcd, postgres, found, engine.waker))
+        except EtcdFdwError as exc:
+            etcd_side.update(reachable=False, error=str(exc))
+    found["problems"] = list(problems_of(found))
+    found["healthy"] = not found["problems"]
+    return found
+
+
+def problems_of(found: Mapping[str, Any]) -> Iterator[str]:
+    """Why a person should look at it; nothing if all is well."""
+    for side in ("postgresql", "etcd"):
+        if not found[side]["reachable"]:
+            yield found[side]["error"]
+    if not found["postgresql"]["reachable"]:
+        return
+    if not found["locked"]:
+        yield "no instance is active"
+    elif "checkpoint" not in found:
+        yield "the first copy is not done"
+    elif (found["heartbeat_age_s"] or 0) > HEARTBEAT_LIMIT_S:
+        yield f"the last heartbeat was {show_age(found['heartbeat_age_s'])} ago"
+    if found.get("checkpoint_compacted"):
+        yield f"etcd has compacted the checkpoint {found['checkpoint']}: it will be copied again"
+    if found.get("lag_revisions"):
+        yield f"the mirror is behind by {describe(found['lag_revisions'], 'revision')}"
+    if (found.get("oldest_pending_age_s") or 0) > PENDING_LIMIT_S:
+        yield f"a change has been pending for {show_age(found['oldest_pending_age_s'])}"
+
+
+def show_status(found: Mapping[str, Any], colour: bool) -> str:
+    """The status for people."""
+    lines = [("prefix", found["prefix"] or "(all keys)")]
+    lines += [("", f"PROBLEM: {problem}") for problem in found["problems"]] or [("", "healthy")]
+    for name, side in (("PostgreSQL", found["postgresql"]), ("etcd", found["etcd"])):
+        text = f"{side['version']} at {side['endpoint']}" if side["reachable"] else "unreachable"
+        if "cluster_id" in side:
+            text += f", cluster {side['cluster_id']}, revision {side['revision']}"
+        lines.append((name, text))
+    if found["postgresql"]["reachable"]:
+        lines += show_instances(found)
+    if "checkpoint" in found:
+        lines += show_mirror(found)
+    shown = [clip(f"{label:12}{' '.join(str(text).split())}") for label, text in lines]
+    if colour:
+        for n, (_, text) in enumerate(lines):
+            if text.startswith("PROBLEM") or text == "healthy":
+                shown[n] = f"\x1b[{32 if text == 'healthy' else 31}m{shown[n]}\x1b[0m"
+    return "\n".join(shown)
+
+
+def show_instances(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The lines about who is active and who stands by."""
+    if not found["locked"]:
+        yield "active", "nobody"
+    elif found.get("pid") is None:
+        yield "active", "starting"
+    else:
+        since = utc(found["started_at"].timestamp())
+        who = f"pid {found['pid']} on {found['host']}, version {found['version']}"
+        heartbeat = show_age(found["heartbeat_age_s"])
+        yield "active", f"{who}, since {since}, heartbeat {heartbeat} ago"
+    clients = [f"{x['client']} since {utc(x['since'].timestamp())}" for x in found["standbys"]]
+    yield "standbys", f"{len(clients)}" + (": " if clients else "") + ", ".join(clients)
+
+
+def show_mirror(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The lines about what was mirrored and what is to be applied."""
+    lag_revisions = found.get("lag_revisions")
+    step = "in step with etcd"
+    if lag_revisions is None:
+        step = f"moved {show_age(found['checkpoint_age_s'])} ago"
+    elif lag_revisions:
+        behind = describe(lag_revisions, "revision")
+        step = f"behind by {behind}, in step {show_age(found['lag_s'])} ago"
+    yield "checkpoint", f"{found['checkpoint']}, {step}"
+    oldest = found["oldest_pending_age_s"]
+    age = f", the oldest for {show_age(oldest)}" if oldest is not None else ""
+    yield "pending", f"{found['pending']}{age}"
+    if found["pending_outside"]:
+        yield "", f"{found['pending_outside']} outside every mirrored prefix: nobody takes them"
+    yield "refused", f"{found['conflicts']} in conflict, {found['failures']} failed"
+    for item in found["refusals"]:
+        yield "", f"{item['id']} {item['status']} {item['key']}: {item['message']}"
+    counted = "not counted: there are too many"
+    if found["keys"] is not None:
+        counted = f"{describe(found['keys'], 'key')}, {describe(found['revisions'], 'revision')}"
+    yield "mirrored", counted
+    yield (
+        "ever",
+        f"{found['events']} events mirrored, {found['applied']} changes applied, "
+        f"{found['resyncs']} resyncs, {found['reconnects']} reconnects, "
+        f"{found['unstorable']} unstorable",
+    )
+
+
+def wants_colour() -> bool:
+    """Whether stdout is a terminal that may be painted."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return sys.stdout.isatty() and not plain
+
+
+def to_json(item: Mapping[str, Any]) -> str:
+    """One line of JSON; times as in the log."""
+    return json.dumps(item, ensure_ascii=False, default=lambda ts: utc(ts.timestamp()))
+
+
+def status(config: Config, given: Mapping[str, Any]) -> int:
+    """Show what is going on; with check, exit 5 if a person should look."""
+    engine = Engine(config)
+    engine.guard.start()
+    while True:
+        found = gather_status(engine)
+        if given["format"] == "json":
+            print(to_json(found), flush=True)
+        elif given["check"]:
+            print("; ".join(found["problems"]) or "healthy", flush=True)
+        elif given["watch"] and sys.stdout.isatty():
+            text = show_status(found, wants_colour()).replace("\n", "\x1b[K\n")
+            print(f"\x1b[H{text}\x1b[J", flush=True)
+        else:
+            print(
+                show_status(found, wants_colour()), end="\n\n" * given["watch"] or "\n", flush=True
+            )
+        if not given["watch"]:
+            return 5 if given["check"] and not found["healthy"] else 0
+        time.sleep(given["interval"])
+
+
 Finding = Union[str, EtcdFdwError]  # what a check found: good news, or what is wrong
 
 PRIVILEGES_SQL = """
@@ -2970,8 +3252,7 @@ def check_postgres(config: Config) -> Iterator[Finding]:
     engine = Engine(config)
     engine.guard.start()
     with closing(Postgres(config, engine.guard)) as postgres, postgres.cursor() as cur:
-        version = f"{postgres.version // 10000}.{postgres.version % 10000}"
-        info = postgres.conn.info
+        version, info = postgres.version_text(), postgres.conn.info
         yield f"PostgreSQL {version} at {postgres.where}, database {info.dbname}, user {info.user}"
         if postgres.version < 130000:
             yield EtcdFdwError("PostgreSQL 13 or later is needed: upgrade it")
@@ -3219,9 +3500,48 @@ def build_parser() -> argparse.ArgumentParser:
         return added
 
     command(commands, "start", "run until stopped (the default)", "-c /etc/etcd_fdw.yaml start")
+    add_status_command(commands, command)
     add_config_command(commands, command)
     commands.add_parser("demo", help="show it all on throw-away servers, until Ctrl-C")
     return parser
+
+
+def argument(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """A parser for argparse, which would hide the message of a ValueError."""
+
+    def parsed(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as exc:
+            raise argparse.ArgumentTypeError(str(exc)) from exc
+
+    return parsed
+
+
+def add_status_command(commands: Any, command: Callable[..., Parser]) -> None:
+    """The command line of status."""
+    status = command(
+        commands,
+        "status",
+        "show who is active, how far the mirror is, and what waits",
+        "-c /etc/etcd_fdw.yaml status",
+        "-c /etc/etcd_fdw.yaml status --watch --interval 5s",
+        "-c /etc/etcd_fdw.yaml status --check || mail -s 'etcd_fdw' ops@example.org",
+        "-c /etc/etcd_fdw.yaml status --format json | jq .lag_revisions",
+    )
+    status.add_argument("--format", choices=("text", "json"), default="text")
+    status.add_argument("--watch", action="store_true", help="show it again and again")
+    status.add_argument(
+        "--interval",
+        type=argument(parse_positive_duration),
+        default=2.0,
+        help="pause of --watch (default: 2s)",
+    )
+    status.add_argument(
+        "--check",
+        action="store_true",
+        help="say in one line what is wrong, and exit 5 if anything is",
+    )
 
 
 def add_config_command(commands: Any, command: Callable[..., Parser]) -> None:
@@ -3486,6 +3806,7 @@ def config_validate(given: Mapping[str, Any], chosen: Mapping[str, Setting]) -> 
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "start": start,
+    "status": status,
     "config": config_command,
 }
 

@@ -15,6 +15,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import pty
 import re
 import select
 import selectors
@@ -1482,6 +1483,160 @@ def test_config_validate_tells_reading_from_writing_in_etcd(own_etcd, db):
         assert done.returncode == 3
         assert text in done.stdout.splitlines()[-1]
         assert "secret" not in done.stdout
+
+
+@pytest.fixture
+def command(db: str, prefix: str, etcd_address: EtcdAddress) -> Callable[..., Any]:
+    """Run a command for this test's database and prefix: command("status", "--check")."""
+
+    def run(
+        *args: str, postgres: str | None = None, etcd: str | None = None, **options: Any
+    ) -> subprocess.CompletedProcess[str]:
+        servers = ["-p", postgres or db, "-e", etcd or etcd_address.dsn(prefix)]
+        return run_script(*servers, *args, **options)
+
+    return run
+
+
+def status_of(command: Callable[..., Any], **options: Any) -> dict[str, Any]:
+    """What `status --format json` says."""
+    done = command("status", "--format", "json", **options)
+    assert (done.returncode, done.stderr) == (0, "")
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_status_of_a_running_daemon(daemon, command, db, prefix, etcd):
+    one = daemon()
+    revision = etcd.put(prefix + "a", "1")
+    etcd.put("elsewhere/" + prefix, "1")
+    wait_until("not mirrored", lambda: mirror_rows(db, prefix))
+    found = status_of(command)
+    assert (found["healthy"], found["problems"]) == (True, [])
+    assert (found["pid"], found["host"]) == (one.pid, socket.gethostname())
+    assert (found["checkpoint"], found["lag_revisions"], found["lag_s"]) == (revision, 0, 0)
+    assert (found["keys"], found["revisions"], found["pending"]) == (1, 1, 0)
+    assert found["postgresql"]["reachable"] and found["etcd"]["reachable"]
+    done = command("status")
+    assert done.returncode == 0
+    assert f"pid {one.pid} on " in done.stdout
+    assert f"{revision}, in step with etcd" in done.stdout
+    assert "\x1b" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    assert command("status", "--check").stdout == "healthy\n"
+
+
+def test_status_shows_who_stands_by(daemon, command):
+    daemon()
+    standby = daemon(ready=False)
+    standby.wait_log("standing by")
+    found = status_of(command)
+    assert len(found["standbys"]) == 1
+    assert re.search(r"^standbys +1: 127\.0\.0\.1 since 2", command("status").stdout, re.MULTILINE)
+    standby.stop()
+    wait_until("still there", lambda: not status_of(command)["standbys"])
+
+
+def test_status_before_the_first_start_and_after_the_last(daemon, command, prefix, etcd):
+    done = command("status", "--check")
+    assert (done.returncode, done.stdout) == (5, "no instance is active\n")
+    one = daemon()
+    one.stop()
+    assert "active      nobody\n" in command("status").stdout
+    etcd.put("elsewhere/" + prefix, "1")
+    found = status_of(command)
+    assert (found["lag_revisions"], found["problems"]) == (0, ["no instance is active"])
+    etcd.put(prefix + "a", "1")
+    etcd.put(prefix + "b", "1")
+    etcd.delete(prefix, prefix=True)
+    found = status_of(command)
+    assert found["lag_revisions"] == 3
+    assert found["lag_s"] > 0
+    assert found["problems"][1:] == ["the mirror is behind by 3 revisions"]
+
+
+def test_status_says_when_the_active_instance_hangs(daemon, command, prefix, etcd):
+    one = daemon()
+    one.pause()
+    etcd.put(prefix + "a", "1")
+    done = command("status", "--check")
+    assert (done.returncode, done.stdout) == (5, "the mirror is behind by 1 revision\n")
+
+
+def test_status_with_one_server_down(daemon, command, db, prefix):
+    nowhere = etcd_fdw.free_port()
+    daemon()
+    etcd_down = etcd_dsn(f"127.0.0.1:{nowhere}", prefix)
+    found = status_of(command, etcd=etcd_down)
+    assert (found["etcd"]["reachable"], found["locked"]) == (False, True)
+    assert found["checkpoint"] > 0
+    assert f"127.0.0.1:{nowhere}" in found["problems"][0]
+    done = command("status", "--check", etcd=etcd_down)
+    assert (done.returncode, done.stdout.count("\n")) == (5, 1)
+    postgres_down = make_dsn(db, port=nowhere)
+    found = status_of(command, postgres=postgres_down)
+    assert (found["postgresql"]["reachable"], found["etcd"]["reachable"]) == (False, True)
+    assert "refused" in found["postgresql"]["error"]
+    done = command("status", postgres=postgres_down)
+    assert done.returncode == 0
+    assert "PROBLEM: PostgreSQL: connection to server" in done.stdout
+    assert re.search(r"^etcd +3\.", done.stdout, re.MULTILINE)
+    assert max(map(len, done.stdout.splitlines())) <= 100
+
+
+def test_status_lists_what_was_refused_and_what_nobody_takes(daemon, command, db, prefix):
+    daemon()
+    for n in range(6):
+        rows(
+            db,
+            "INSERT INTO etcd_wal (key, value, revision) VALUES (%s, '1', 999999999)",
+            f"{prefix}{n}",
+        )
+    rows(db, "INSERT INTO etcd_wal (key, value) VALUES ('elsewhere', '1')")
+    wait_until("not refused", lambda: status_of(command)["conflicts"] == 6)
+    found = status_of(command)
+    assert [item["key"] for item in found["refusals"]] == [f"{prefix}{n}" for n in (5, 4, 3, 2, 1)]
+    assert "etcd wins" in found["refusals"][0]["message"]
+    assert found["pending_outside"] == 1
+    shown = command("status").stdout
+    assert "refused     6 in conflict, 0 failed" in shown
+    assert "1 outside every mirrored prefix" in shown
+
+
+def test_status_watch_repeats_and_ends_quietly_with_its_reader(db, prefix, etcd_address):
+    servers = ["-p", db, "-e", etcd_address.dsn(prefix)]
+    watch = ["status", "--watch", "--interval", "50ms", "--format", "json"]
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *servers, *watch],
+        env=clean_environ(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    for _ in range(2):
+        assert json.loads(process.stdout.readline())["prefix"] == prefix
+    process.stdout.close()
+    assert process.wait(20) == -signal.SIGPIPE
+    assert process.stderr.read() == ""
+    process.stderr.close()
+
+
+@pytest.mark.parametrize(("env", "painted"), [({}, True), ({"NO_COLOR": "1"}, False)])
+def test_status_is_painted_on_a_terminal_only(db, prefix, etcd_address, env, painted):
+    ours, theirs = pty.openpty()
+    subprocess.run(
+        [sys.executable, str(SCRIPT), "-p", db, "-e", etcd_address.dsn(prefix), "status"],
+        env=clean_environ({"TERM": "xterm", **env}),
+        stdout=theirs,
+        check=True,
+        timeout=30,
+    )
+    os.close(theirs)
+    output = os.read(ours, 65536)
+    os.close(ours)
+    assert b"no instance is active" in output
+    assert (b"\x1b[31m" in output) == painted
 
 
 def add_etcd_user(

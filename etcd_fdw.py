@@ -2220,7 +2220,7 @@ class Session:
         while self.landed and self.landed[0].revision <= batch.checkpoint:
             outcomes += self.landed.popleft().outcomes
         if batch.checkpoint == self.checkpoint and not outcomes:
-            return False
+            return taken > 0  # what the mirror has already; there may be more behind it
         self.write(batch, outcomes)
         self.settle_doubts()
         return True

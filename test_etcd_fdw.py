@@ -19,6 +19,7 @@ import pty
 import re
 import select
 import selectors
+import shutil
 import signal
 import socket
 import struct
@@ -1315,6 +1316,268 @@ def test_put_in_etcd_arrives_in_sql(daemon, db, prefix, etcd):
         "the put did not arrive",
         lambda: mirror_rows(db, prefix) == [(revision, (prefix + "a").encode(), b"1")],
     )
+
+
+def live(db: str, prefix: str) -> dict[bytes, tuple[bytes, int]]:
+    """The mirror's live keys with value and revision."""
+    sql = """
+        SELECT convert_to(key, 'UTF8'), coalesce(value_bytes, convert_to(value, 'UTF8')), revision
+        FROM etcd_list(%s)
+    """
+    return {key: (value, revision) for key, value, revision in rows(db, sql, prefix)}
+
+
+def held(etcd: EtcdClient, prefix: str) -> dict[bytes, tuple[bytes, int]]:
+    """The same as etcd has it."""
+    return {kv.key: (kv.value, kv.mod_revision) for kv in etcd.range(prefix).kvs}
+
+
+def wait_equal(db: str, etcd: EtcdClient, prefix: str) -> None:
+    """Wait until both sides hold the same live keys."""
+    wait_until("live keys differ", lambda: live(db, prefix) == held(etcd, prefix))
+
+
+ODD_VALUES = [
+    *(bytes([byte]) for byte in range(256)),
+    bytes(range(256)),
+    b"",
+    b"\\N",
+    b"\\.",
+    b"\\.\n",
+    b"a\tb\nc\rd\\e\\\\f",
+    b"'\"`$$%s%%{}",
+    "naïve 🐘 \u2028 \ufeff \U0010ffff".encode(),
+    b"\xed\xa0\x80",  # a surrogate is no UTF-8
+    b"\xff\xfe\x00",
+    b"x" * (1 << 20),
+    os.urandom(1 << 20),
+]
+ODD_KEYS = [
+    " ",
+    "  a  b ",
+    "%",
+    "%41",
+    "a%_\\b",
+    "\t",
+    "\n",
+    "\\N",
+    "\\.",
+    "'\"",
+    "🐘",
+    "\x01",
+    "ä/ö",
+    "/",
+]
+
+
+def test_quickstart_three_puts_become_three_rows(daemon, db, prefix, etcd):
+    daemon()
+    expected = [
+        (prefix + key, value, etcd.put(prefix + key, value))
+        for key, value in [("app/timeout", "30s"), ("app/retries", "3"), ("db/host", "localhost")]
+    ]
+    sql = "SELECT key, value, revision FROM etcd WHERE NOT tombstone ORDER BY revision"
+    wait_until("the rows did not arrive", lambda: rows(db, sql) == expected)
+
+
+def test_every_kind_of_event_arrives(daemon, db, prefix, etcd, recorder):
+    daemon()
+    lease = etcd.grant(60)
+    etcd.put(prefix + "leased", "1", lease)
+    etcd.put(prefix + "a", "1")
+    etcd.put(prefix + "a", "1")  # the same value once more is a revision of its own
+    etcd.delete(prefix + "a")
+    etcd.put(prefix + "a", "")
+    etcd.txn([etcd.put_op(prefix + f"t{i}", "1") for i in range(50)])
+    etcd.txn([etcd.delete_op(prefix + "t", prefix=True), etcd.put_op(prefix + "a", "2")])
+    etcd.revoke(lease)
+    assert_same(recorder, db, prefix)
+    wait_equal(db, etcd, prefix)
+    assert len(mirror_rows(db, prefix)) == 107
+
+
+def test_only_the_prefix_is_mirrored(daemon, db, prefix, etcd):
+    stem = prefix.rstrip("/")
+    outside = [stem, stem + ".", stem + "0", stem + "0/a", stem[:-1]]
+    for when in ("before", "after"):
+        for key in outside:
+            etcd.put(key, when)
+        etcd.put(prefix + when, when)
+        if when == "before":
+            daemon()
+    wait_until("the key did not arrive", lambda: (prefix + "after").encode() in live(db, ""))
+    assert {row.key.decode() for row in mirror_rows(db)} == {prefix + "before", prefix + "after"}
+    for key in outside:
+        etcd.delete(key)
+
+
+def test_whole_key_space(daemon, db, own_etcd):
+    with EtcdClient(own_etcd.endpoint) as client:
+        for key in (b"\x01", b"a", b"/a", "\U0010ffff".encode()):
+            client.put(key, key)
+        daemon(etcd=f"etcd://{own_etcd.endpoint}")
+        client.put("b", "1")
+        client.delete("a")
+        rows(db, "SELECT etcd_set('c', '1')")
+        assert wait_settled(db) == ["success"]
+        wait_equal(db, client, "")
+        assert len(live(db, "")) == 5
+
+
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_odd_values_and_keys_from_etcd(daemon, db, prefix, etcd, when):
+    if when == "while":
+        daemon()
+    for number, value in enumerate(ODD_VALUES):
+        etcd.put(prefix + f"v{number}", value)
+    for key in ODD_KEYS:
+        etcd.put(prefix + "k" + key, "1")
+        etcd.put(prefix + key, key)
+    if when == "before":
+        daemon()
+    wait_equal(db, etcd, prefix)
+    assert scalar(db, "SELECT value FROM etcd_get(%s)", prefix + "v257") == ""
+    both = "value IS NOT NULL AND value_bytes IS NOT NULL"
+    assert not rows(db, f"SELECT key FROM etcd WHERE tombstone OR {both}")
+
+
+def test_unstorable_key_is_reported_and_the_rest_goes_on(daemon, db, prefix, etcd, recorder):
+    stem = prefix.encode()
+    unstorable = [stem + b"\xff", stem + b"nul\0", stem + b"x" * 2600]
+    before = etcd.put(unstorable[0], b"\xfe")
+    first = daemon()
+    etcd.put(prefix + "a", "1")
+    for key in unstorable[1:]:
+        etcd.put(key, "")
+    etcd.delete(unstorable[1])
+    etcd.put(prefix + "b", "1")
+    wait_until("the last key did not arrive", lambda: len(live(db, prefix)) == 2)
+    sql = """
+        SELECT details->>'key_hex', details->>'value_hex', source_revision FROM etcd_sync_event
+        WHERE status = 'unstorable' ORDER BY source_revision
+    """
+    found = rows(db, sql)
+    a, b, c = (key.hex() for key in unstorable)
+    assert [row[:2] for row in found] == [(a, "fe"), (b, ""), (c, ""), (b, None)]
+    assert found[0][2] == before
+    wait_until("not counted", lambda: scalar(db, "SELECT unstorable FROM etcd_status") == 4)
+    assert "cannot mirror 1 event whose key is not text" in first.log()
+    first.kill()
+    daemon()
+    etcd.put(prefix + "c", "1")
+    wait_until("the next key did not arrive", lambda: len(live(db, prefix)) == 3)
+    assert rows(db, sql) == found  # once
+
+
+def test_long_keys_up_to_the_limit(daemon, db, prefix, etcd):
+    daemon()
+    room = etcd_fdw.KEY_MAX_BYTES - len(prefix)
+    etcd.put(prefix + "x" * room, "1")
+    etcd.put(prefix + os.urandom(room // 2).hex(), "1")  # does not compress
+    wait_equal(db, etcd, prefix)
+    assert scalar(db, "SELECT count(*) FROM etcd_sync_event WHERE status = 'unstorable'") == 0
+
+
+def test_revision_is_never_parted(daemon, db, prefix, etcd, recorder):
+    one = daemon("--batch-size", "7")
+    for number in range(6):
+        etcd.txn([etcd.put_op(prefix + f"k{i}", str(number)) for i in range(2 + 9 * number)])
+    assert_same(recorder, db, prefix)
+    one.stop()
+    for number in range(6):
+        etcd.txn([etcd.put_op(prefix + f"k{i}", str(number)) for i in range(2 + 9 * number)])
+    daemon("--batch-size", "7")  # which has it all at once
+    assert_same(recorder, db, prefix, timeout=8)  # well before the heartbeat wakes the loop
+    sql = "SELECT revision FROM etcd GROUP BY revision HAVING count(DISTINCT xmin::text) > 1"
+    assert rows(db, sql) == []
+
+
+def test_first_copy_takes_many_pages(daemon, db, prefix, etcd):
+    value = os.urandom(700_000)
+    for start in range(0, 1000, 100):
+        etcd.txn([etcd.put_op(prefix + f"s{start + i:04}", "1") for i in range(100)])
+        etcd.put(prefix + f"large{start}", value)
+    one = daemon("--batch-size", "100")
+    wait_equal(db, etcd, prefix)
+    assert "copied 1010 keys" in one.log()
+
+
+@pytest.mark.parametrize("compacted", [False, True], ids=["", "compacted"])
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_quickstart_recovery(daemon, db, prefix, etcd, recorder, end, compacted):
+    one = daemon()
+    for key in "abcd":
+        etcd.put(prefix + key, "1")
+    assert_same(recorder, db, prefix)
+    getattr(one, end)()
+    known = etcd.revision()
+    etcd.put(prefix + "a", "2")
+    etcd.put(prefix + "a", "3")
+    etcd.delete(prefix + "b")
+    etcd.delete(prefix + "c")
+    etcd.put(prefix + "c", "again")
+    etcd.put(prefix + "new", "1")
+    rows(db, "SELECT etcd_set(%s, 'sql'), etcd_delete(%s)", prefix + "sql", prefix + "d")
+    rows(db, "SELECT etcd_set(%s, 'late')", prefix + "a")  # made on what was overwritten since
+    rows(db, "SELECT etcd_set(%s, '1'), etcd_delete(%s)", prefix + "e", prefix + "e")
+    recorder.sync()
+    if compacted:
+        etcd.compact(etcd.revision())
+    two = daemon()
+    assert wait_settled(db) == ["success", "success", "conflict", "success", "success"]
+    wait_equal(db, etcd, prefix)
+    if compacted:
+        assert "has compacted" in two.log()
+        gone = [(prefix + key, True) for key in "bd"]
+        sql = "SELECT key, tombstone FROM etcd WHERE tombstone AND key <> %s ORDER BY key"
+        assert rows(db, sql, prefix + "e") == gone
+        operations = rows(db, "SELECT operation FROM etcd_sync_event WHERE operation = 'resync'")
+        assert operations == [("resync",)]
+        assert scalar(db, "SELECT cardinality(gaps) FROM etcd_sync_state") == 1
+        assert_same(recorder, db, prefix, since=etcd.put(prefix + "after", "1"))
+    else:
+        assert_same(recorder, db, prefix)
+    assert len([row for row in mirror_rows(db) if row.revision <= known]) == 4
+    assert scalar(db, "SELECT count(*) FROM etcd_sync_event WHERE operation = 'takeover'") == (
+        end == "kill"
+    )
+
+
+def test_other_cluster_is_exit_code_4_and_touches_nothing(daemon, db, prefix, etcd, own_etcd):
+    etcd.put(prefix + "a", "1")
+    daemon().stop()
+    before = rows(db, EVERYTHING)
+    done = run_script("-p", db, "-e", etcd_dsn(own_etcd.endpoint, prefix))
+    assert_one_error_line(done, 4, "belongs to another etcd timeline: it is of cluster")
+    assert "sync --reset" in done.stderr
+    assert rows(db, EVERYTHING) == before
+
+
+@pytest.mark.parametrize("past", [False, True], ids=["behind", "past the checkpoint"])
+def test_wiped_etcd_is_exit_code_4_and_touches_nothing(daemon, db, own_etcd, past):
+    dsn = etcd_dsn(own_etcd.endpoint, "/x/")
+    with EtcdClient(own_etcd.endpoint) as client:
+        for number in range(5):
+            client.put("/x/a", str(number))
+        daemon(etcd=dsn).stop()
+        before = rows(db, EVERYTHING)
+        own_etcd.stop()
+        shutil.rmtree(own_etcd.data_dir)
+        own_etcd.start()  # the same cluster id, as it is made from its members' addresses
+        wait_until("etcd is away", lambda: answers(client))
+        for number in range(20 if past else 1):
+            client.put("/x/a", f"other {number}")
+    done = run_script("-p", db, "-e", dsn)
+    text = "is not in etcd what it is in the mirror" if past else "etcd only at 2"
+    assert_one_error_line(done, 4, text)
+    assert rows(db, EVERYTHING) == before
+
+
+def answers(client: EtcdClient) -> bool:
+    """Whether etcd can be reached with this client."""
+    with suppress(grpc.RpcError):
+        return bool(client.revision())
+    return False
 
 
 # ── PostgreSQL to etcd ───────────────────────────────────────────────────────

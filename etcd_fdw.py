@@ -41,11 +41,14 @@ from __future__ import annotations
 
 import argparse
 import ast
+import bisect
 import collections
 import difflib
+import http.server
 import importlib
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import os
@@ -57,6 +60,7 @@ import select
 import shutil
 import signal
 import socket
+import socketserver
 import ssl
 import stat
 import struct
@@ -88,6 +92,7 @@ __version__ = "1.0.0"
 SCHEMA_VERSION = 1
 SCHEMA_FILE = Path(__file__).resolve().with_name("schema.sql")
 CHANGES_CHANNEL = "etcd_changes"
+OUTCOME_CHANNEL = "etcd_outcome"  # payload: <lowest id>-<highest id> of a batch of outcomes
 
 KEY_MAX_BYTES = 2600  # a btree tuple holds 2704 bytes: key, revision, headers
 TXN_MAX_BYTES = 1 << 20  # etcd refuses requests above 1.5 MiB by default
@@ -108,6 +113,12 @@ PENDING_LIMIT_S = 60.0
 HEARTBEAT_S = 10.0
 SUMMARY_S = 60.0
 PROGRESS_S = 5.0
+QUIET_S = 1.0  # etcd sends the past in portions 100 ms apart; after this silence it is all here
+STUCK_S = 60.0  # a loop that has not turned for so long is stuck, unless PostgreSQL is working
+READY_LAG_S = 10.0  # "in step" for /readyz
+HOUSEKEEPING_S = 60.0
+HOUSEKEEPING_ROWS = 2000  # looked at in one step
+APPLY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 T = TypeVar("T")
 ServerT = TypeVar("ServerT", bound="LocalServer")
@@ -357,6 +368,12 @@ class Config:
     retry_initial: float
     retry_max: float
     startup_timeout: float
+    metrics_address: tuple[str, int] | None
+    history_retention: float | None  # seconds; None: keep for good
+    wal_retention: float | None
+    audit_retention: float | None
+    audit: str
+    notify_channel: str | None
 
 
 @dataclass(frozen=True)
@@ -404,6 +421,7 @@ class Outcome(NamedTuple):
     status: str  # success, conflict, failed
     revision: int | None  # the revision that it got, or that beat it
     message: str | None
+    read_at: float  # monotonic: when the loop read the change
 
 
 @dataclass(frozen=True)
@@ -474,6 +492,29 @@ def parse_count(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text.strip()) or int(text) == 0:
         raise ValueError(f"{text!r} is not a whole number above zero")
     return int(text)
+
+
+def parse_retention(text: str) -> float | None:
+    """Seconds to keep, None for good. Raises ValueError."""
+    return None if text.strip() == "keep" else parse_duration(text)
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Host and port of HOST:PORT, [v6]:PORT or :PORT (loopback). Raises ValueError."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:/]*)):([0-9]{1,5})", text.strip())
+    if not match or int(match[3]) > 65535:
+        raise ValueError(f"{text!r} is not of the form HOST:PORT")
+    return match[1] or match[2] or "127.0.0.1", int(match[3])
+
+
+def parse_channel(text: str) -> str:
+    """The name of a notification channel. Raises ValueError."""
+    if not 0 < len(text.encode()) < 64 or text in (CHANGES_CHANNEL, OUTCOME_CHANNEL):
+        raise ValueError(
+            f"{text!r} cannot be the channel: 1 to 63 bytes, and neither {CHANGES_CHANNEL} nor"
+            f" {OUTCOME_CHANNEL}"
+        )
+    return text
 
 
 def parse_flag(text: str) -> bool:
@@ -712,9 +753,10 @@ class Change(NamedTuple):
 class Group:
     """The pending changes of one PostgreSQL transaction, which etcd applies all or none of."""
 
-    __slots__ = ("changes", "entries", "keys", "size")
+    __slots__ = ("changes", "entries", "keys", "read_at", "size")
 
     def __init__(self, entries: list[WriteAheadLogEntry]) -> None:
+        self.read_at = time.monotonic()
         self.entries = entries
         self.keys = {entry.key for entry in entries}
         self.size = sum(2 * len(e.key) + len(e.value or e.value_bytes or "") + 100 for e in entries)
@@ -822,6 +864,38 @@ class Waker:
             os.read(self._reader, 65536)
 
 
+class Supervisor:
+    """Tells systemd how it goes, or whoever set NOTIFY_SOCKET; without that it does nothing.
+
+    Source: sd_notify(3).
+    """
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        path = environ.get("NOTIFY_SOCKET", "")
+        self.address = "\0" + path[1:] if path.startswith("@") else path
+        period, pid = environ.get("WATCHDOG_USEC", ""), environ.get("WATCHDOG_PID", "")
+        meant = period.isdigit() and pid in ("", str(os.getpid()))
+        self.watchdog_s = int(period) / 1e6 if meant else 0.0  # 0: there is none
+        self.ready = False
+
+    def tell(self, **fields: object) -> None:
+        """Send one message. Never waits, never fails. Safe from any thread."""
+        if not self.address:
+            return
+        self.ready = self.ready or "READY" in fields
+        message = "\n".join(f"{name}={value}" for name, value in fields.items())
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.setblocking(False)
+            sock.sendto(message.encode(), self.address)
+
+    def keep_alive(self) -> None:
+        """Say that the process works, to be called every second or so."""
+        if self.watchdog_s:
+            self.tell(WATCHDOG=1)
+        if not self.ready:
+            self.tell(EXTEND_TIMEOUT_USEC=30_000_000)  # a first copy takes as long as it takes
+
+
 class Guard(threading.Thread):
     """Takes signals and ends waits that last too long, also while the loop is inside libpq.
 
@@ -833,9 +907,10 @@ class Guard(threading.Thread):
     def __init__(self, waker: Waker) -> None:
         super().__init__(name="guard", daemon=True)
         self.waker = waker
+        self.supervisor = Supervisor(os.environ)
         self.stop_by: float | None = None  # monotonic; set once asked to stop
         self.requests: set[int] = set()  # other signals, for the loop to take
-        self.turned_at = time.monotonic()  # when the loop last went round
+        self.turned_at = time.monotonic()  # when the loop was last seen to go on
         self._lock = threading.Lock()
         self._limit: tuple[int, float] | None = None  # file descriptor, deadline
         self._inbox, outbox = socket.socketpair()
@@ -865,19 +940,32 @@ class Guard(threading.Thread):
         finally:
             with self._lock:
                 self._limit = outer
+            self.turned_at = time.monotonic()
+
+    def stuck_s(self) -> float:
+        """Seconds since the loop went on if that is too long, else 0. Safe from any thread."""
+        with self._lock:
+            if self._limit:  # PostgreSQL is working, and this thread sees to it that it ends
+                return 0.0
+        silent = time.monotonic() - self.turned_at
+        return silent if silent > STUCK_S else 0.0
 
     def run(self) -> None:
         """Serve for the life of the process."""
+        period = min(1.0, (self.supervisor.watchdog_s or 3.0) / 3)
         while True:
-            if select.select([self._inbox], [], [], 1.0)[0]:
+            if select.select([self._inbox], [], [], period)[0]:
                 for number in self._inbox.recv(64):
                     self._take(number)
             self._enforce(time.monotonic())
+            if not self.stuck_s():
+                self.supervisor.keep_alive()
 
     def _take(self, number: int) -> None:
         if number not in (signal.SIGTERM, signal.SIGINT):
             self.requests.add(number)
         elif self.stop_by is None:
+            self.supervisor.tell(STOPPING=1, STATUS="stopping")
             self.stop_by = time.monotonic() + STOP_LIMIT_S
         else:
             os._exit(0)  # asked twice; a crash at any point loses nothing
@@ -893,6 +981,164 @@ class Guard(threading.Thread):
                 with suppress(OSError), socket.socket(fileno=os.dup(self._limit[0])) as sock:
                     sock.shutdown(socket.SHUT_RDWR)
                 self._limit = None
+
+
+# ── metrics and health ─────────────────────────────────────────────────────────
+
+
+class Metrics:
+    """What the process tells of itself. The loop writes; other threads only read."""
+
+    def __init__(self, prefix: str, counters: Counters) -> None:
+        self.prefix = prefix
+        self.counters = counters
+        self.started_at = time.time()
+        self.state = "starting"  # copying, mirroring, standing by, … is away
+        self.active = False
+        self.connected = {"etcd": False, "postgresql": False}
+        self.reconnects = {"etcd": 0, "postgresql": 0}
+        self.batches = 0
+        self.batch_s = 0.0
+        self.checkpoint = 0
+        self.etcd_revision = 0
+        self.caught_up = False  # the mirror has all that the watch has brought
+        self.caught_up_at = time.monotonic()  # when that was last so
+        self.pending: int | None = None  # None: not known yet
+        self.oldest_pending_s = 0.0
+        self.deleted = {"etcd": 0, "etcd_wal": 0, "etcd_sync_event": 0}
+        self.apply_counts = [0] * (len(APPLY_BUCKETS_S) + 1)
+        self.apply_s = 0.0
+
+    def batch_done(self, outcomes: Sequence[Outcome], started: float) -> None:
+        """Count one transaction that wrote these outcomes and began at started (monotonic)."""
+        now = time.monotonic()
+        self.batches += 1
+        self.batch_s += now - started
+        for outcome in outcomes:
+            took = now - outcome.read_at
+            self.apply_counts[bisect.bisect_left(APPLY_BUCKETS_S, took)] += 1
+            self.apply_s += took
+
+    def at_rest(self, caught_up: bool) -> None:
+        """Note whether the mirror has caught up now."""
+        if caught_up or self.caught_up:
+            self.caught_up_at = time.monotonic()
+        self.caught_up = caught_up
+
+    def lag_s(self) -> float:
+        """Seconds since the mirror had all that etcd had told."""
+        return 0.0 if self.caught_up else time.monotonic() - self.caught_up_at
+
+    def lag_revisions(self) -> int:
+        """Revisions of the store that the mirror does not have, most of them perhaps not its."""
+        return 0 if self.caught_up else max(0, self.etcd_revision - self.checkpoint)
+
+
+def label(value: str) -> str:
+    """A label's value as the Prometheus text format wants it."""
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def exposition(m: Metrics) -> str:
+    """The metrics in the Prometheus text format."""
+    lines: list[str] = []
+
+    def add(name: str, kind: str, text: str, samples: Mapping[str, float | None]) -> None:
+        """One metric; each sample by its suffix and label. None is not known yet."""
+        lines.extend((f"# HELP etcd_fdw_{name} {text}", f"# TYPE etcd_fdw_{name} {kind}"))
+        lines.extend(f"etcd_fdw_{name}{k} {+v!r}" for k, v in samples.items() if v is not None)
+
+    def by(name: str, values: Mapping[str, float]) -> dict[str, float | None]:
+        """Samples with one label."""
+        return {f'{{{name}="{value}"}}': number for value, number in values.items()}
+
+    c = m.counters
+    changes = {"success": c.applied, "conflict": c.conflicts, "failed": c.failures}
+    info = f'{{version="{__version__}",prefix="{label(m.prefix)}"}}'
+    add("info", "gauge", "Version and mirrored prefix.", {info: 1})
+    add("active", "gauge", "1: this instance mirrors; 0: it stands by or connects.", {"": m.active})
+    add("connected", "gauge", "Whether the server is connected.", by("side", m.connected))
+    add("reconnects_total", "counter", "Sessions lost, by who was away.", by("side", m.reconnects))
+    add("resyncs_total", "counter", "Copies of the whole prefix after the first.", {"": c.resyncs})
+    add("events_total", "counter", "Revisions of keys mirrored.", {"": c.events})
+    add("unstorable_total", "counter", "Events that PostgreSQL cannot hold.", {"": c.unstorable})
+    add(
+        "changes_total",
+        "counter",
+        "Changes from SQL, by what became of them.",
+        by("outcome", changes),
+    )
+    add("batches_total", "counter", "Transactions that wrote the mirror.", {"": m.batches})
+    add("batch_seconds_total", "counter", "Time spent in them.", {"": m.batch_s})
+    add("deleted_rows_total", "counter", "Rows deleted by housekeeping.", by("table", m.deleted))
+    bounds = [*map(str, APPLY_BUCKETS_S), "+Inf"]
+    buckets = dict(zip(bounds, itertools.accumulate(m.apply_counts)))
+    samples = {f'_bucket{{le="{bound}"}}': number for bound, number in buckets.items()}
+    text = "From reading a change in etcd_wal to the commit of its outcome."
+    total = {"_sum": m.apply_s, "_count": buckets["+Inf"]}
+    add("apply_seconds", "histogram", text, {**samples, **total})
+    add("checkpoint_revision", "gauge", "The mirror is exact up to here.", {"": m.checkpoint})
+    add("etcd_revision", "gauge", "Newest revision of etcd heard of.", {"": m.etcd_revision})
+    text = "Revisions of etcd, of any prefix, that the mirror has not looked at; 0: in step."
+    add("lag_revisions", "gauge", text, {"": m.lag_revisions()})
+    add("lag_seconds", "gauge", "Time since the mirror was in step; 0: it is.", {"": m.lag_s()})
+    text = "Changes without outcome, as of the last look (10 s)."
+    add("pending_changes", "gauge", text, {"": m.pending})
+    oldest = None if m.pending is None else m.oldest_pending_s
+    add("oldest_pending_seconds", "gauge", "Age of the oldest of them, 0: none.", {"": oldest})
+    add("start_time_seconds", "gauge", "When the process started, Unix time.", {"": m.started_at})
+    return "\n".join(lines) + "\n"
+
+
+class MetricsServer(http.server.ThreadingHTTPServer):
+    """Serves GET for a few paths, each from a function that returns status and text."""
+
+    def __init__(
+        self, address: tuple[str, int], answers: Mapping[str, Callable[[], tuple[int, str]]]
+    ) -> None:
+        self.answers = answers
+        if ":" in address[0]:
+            self.address_family = socket.AF_INET6
+        try:
+            super().__init__(address, MetricsHandler)
+        except OSError as exc:
+            host, port = address
+            raise ConfigurationError(
+                f"--metrics-address: cannot listen on {host}:{port}: {exc.strerror}"
+            ) from exc
+        log.info("serving /metrics, /healthz and /readyz on %s:%d", *self.server_address[:2])
+        serve = threading.Thread(target=self.serve_forever, args=(3600.0,), daemon=True)
+        serve.start()
+
+    def server_bind(self) -> None:
+        """Bind, without asking the DNS for a name that nobody needs."""
+        socketserver.TCPServer.server_bind(self)
+
+
+class MetricsHandler(http.server.BaseHTTPRequestHandler):
+    """One request."""
+
+    server: MetricsServer
+    timeout = 10.0  # seconds for a client that says nothing
+    server_version = "etcd_fdw"
+    sys_version = ""
+
+    def do_GET(self) -> None:
+        """Answer."""
+        answer = self.server.answers.get(self.path.partition("?")[0])
+        status, text = answer() if answer else (404, "not found: there is /metrics, …\n")
+        body = text.encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Requests are not worth a line."""
 
 
 # ── PostgreSQL side ────────────────────────────────────────────────────────────
@@ -1019,6 +1265,80 @@ LEFT JOIN LATERAL (
     LIMIT 1
 ) s ON true
 ORDER BY o.n
+"""
+AUDIT_CHANGES_SQL = """
+INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, target_system,
+                             target_revision, duration, details)
+SELECT %(prefix)s, 'change', w.status, w.key, 'postgresql', 'etcd', w.result_revision,
+       w.finished_at - w.ts,
+       jsonb_build_object('wal_id', w.id, 'role', w.role_name, 'application', w.application_name)
+FROM etcd_wal w WHERE w.id = ANY (%(ids)s::bigint[])
+"""
+AUDIT_EVENTS_SQL = """
+INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, source_revision,
+                             target_system, target_revision)
+SELECT %(prefix)s, 'mirror', 'success', key, 'etcd', revision, 'postgresql', revision
+FROM unnest(%(keys)s::text[], %(revisions)s::bigint[]) AS r (key, revision)
+"""
+PENDING_GAUGES_SQL = """
+SELECT count(*), coalesce(extract(epoch FROM clock_timestamp() - min(ts)), 0)::float8
+FROM etcd_wal WHERE status = 'pending' AND starts_with(key, %(prefix)s)
+"""
+# What may be deleted is older than the retention, and than every pending change: what became
+# of such a change may have to be found out from what happened to its key since.
+CUTOFF = """
+(SELECT least(now() - %(age_s)s * interval '1 second', min(p.ts)) FROM etcd_wal p
+ WHERE p.status = 'pending' AND starts_with(p.key, %(prefix)s))
+"""
+# Each looks at `limit` rows behind a position, deletes what is due, and answers: rows deleted,
+# where to go on, and whether there may be more.
+PRUNE_HISTORY_SQL = f"""
+WITH looked_at AS MATERIALIZED (
+    SELECT key, revision, lead(revision) OVER (PARTITION BY key ORDER BY revision) AS following
+    FROM (SELECT key, revision FROM etcd
+          WHERE (key, revision) >= (%(key)s, %(revision)s)
+            AND (%(after)s::text IS NULL OR key < %(after)s)
+          ORDER BY key, revision LIMIT %(limit)s) r
+), due AS MATERIALIZED (
+    SELECT l.* FROM looked_at l JOIN etcd n ON n.key = l.key AND n.revision = l.following
+    WHERE n.ts < {CUTOFF}
+), deleted AS (
+    DELETE FROM etcd e USING due d WHERE e.key = d.key AND e.revision = d.revision
+), noted AS (
+    UPDATE etcd_sync_state
+    SET pruned_revision = greatest(pruned_revision, (SELECT max(following) FROM due))
+    WHERE prefix = %(prefix)s AND EXISTS (SELECT FROM due)
+)
+SELECT (SELECT count(*) FROM due),
+       (SELECT max(key) FROM looked_at),
+       (SELECT max(revision) FROM looked_at WHERE key = (SELECT max(key) FROM looked_at)),
+       (SELECT count(*) = %(limit)s FROM looked_at)
+"""
+PRUNE_WAL_SQL = f"""
+WITH due AS MATERIALIZED (
+    SELECT id, finished_at FROM etcd_wal
+    WHERE status = 'success' AND retry_of IS NULL AND starts_with(key, %(prefix)s)
+      AND finished_at >= %(finished_at)s AND finished_at < {CUTOFF}
+    ORDER BY finished_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED
+), deleted AS (
+    DELETE FROM etcd_wal WHERE id = ANY (ARRAY(SELECT id FROM due))
+)
+SELECT count(*), CASE WHEN count(*) = %(limit)s THEN max(finished_at) ELSE {CUTOFF} END,
+       count(*) = %(limit)s
+FROM due
+"""
+PRUNE_AUDIT_SQL = """
+WITH looked_at AS MATERIALIZED (
+    SELECT id, ts < now() - %(age_s)s * interval '1 second' AS old,
+           prefix = %(prefix)s AND status <> 'unstorable' AS mine
+    FROM etcd_sync_event WHERE id > %(id)s ORDER BY id LIMIT %(limit)s
+), passed AS MATERIALIZED (
+    SELECT id, mine FROM looked_at
+    WHERE id < ALL (SELECT min(id) FROM looked_at WHERE NOT old HAVING min(id) IS NOT NULL)
+), deleted AS (
+    DELETE FROM etcd_sync_event WHERE id = ANY (ARRAY(SELECT id FROM passed WHERE mine))
+)
+SELECT count(*) FILTER (WHERE mine), coalesce(max(id), %(id)s), count(*) = %(limit)s FROM passed
 """
 STAGING_SQL = """
 CREATE TEMPORARY TABLE IF NOT EXISTS etcd_staging (
@@ -1308,6 +1628,48 @@ class Postgres:
                 cur, REFUSAL_SQL, [(o.id, o.status, o.revision, o.message) for o in bad]
             )
             self.record_events(cur, [refusal_event(o) for o in bad])
+        if outcomes:
+            ids = [o.id for o in outcomes]
+            self.notify(cur, OUTCOME_CHANNEL, min(ids), max(ids))
+
+    def notify(self, cur: Any, channel: str, first: int, last: int) -> None:
+        """Tell whoever listens of a range, once the transaction is committed."""
+        cur.execute("SELECT pg_notify(%s, %s)", (channel, f"{first}-{last}"))
+
+    def audit(
+        self, cur: Any, rows: Iterable[tuple[bytes, int]], outcomes: Iterable[Outcome]
+    ) -> None:
+        """Append each mirrored event and each successful change to etcd_sync_event."""
+        keys, revisions = [], []
+        for key, revision in rows:
+            keys.append(key.decode())
+            revisions.append(revision)
+        arguments = {"prefix": self.prefix, "keys": keys, "revisions": int_array(revisions)}
+        if keys:
+            cur.execute(AUDIT_EVENTS_SQL, arguments)
+        ids = [o.id for o in outcomes if o.status == "success"]
+        if ids:
+            cur.execute(AUDIT_CHANGES_SQL, {**arguments, "ids": int_array(ids)})
+
+    def pending_gauges(self) -> tuple[int, float]:
+        """Number of pending changes, and age of the oldest in seconds."""
+        with self.cursor() as cur:
+            cur.execute(PENDING_GAUGES_SQL, {"prefix": self.prefix})
+            count, oldest_s = cur.fetchone()
+        return count, oldest_s
+
+    def prune(self, statement: str, age_s: float, position: Mapping[str, Any]) -> tuple[Any, ...]:
+        """One step of housekeeping: rows deleted, the new position, whether there is more."""
+        arguments = {
+            **position,
+            "prefix": self.prefix,
+            "after": text_after(self.prefix),
+            "age_s": age_s,
+            "limit": HOUSEKEEPING_ROWS,
+        }
+        with self.cursor() as cur:
+            cur.execute(statement, arguments)
+            return tuple(cur.fetchone())
 
     def record_events(self, cur: Any, events: Sequence[SynchronizationEvent]) -> None:
         """Append to etcd_sync_event."""
@@ -1400,7 +1762,7 @@ class Postgres:
             },
         )
         if cur.rowcount != 1:
-            raise PostgresAway("another writer has moved the checkpoint: starting over")
+            raise PostgresAway("PostgreSQL: another writer has moved the checkpoint: starting over")
 
     def successors(self, changes: Sequence[Change]) -> list[tuple[Any, ...]]:
         """For each change: (n, revision, same value, claimed by another) of what followed."""
@@ -1444,7 +1806,7 @@ class Postgres:
         }
         cur.execute(BEGIN_STATE_SQL if old is None else RESYNC_STATE_SQL, arguments)
         if cur.rowcount != 1:
-            raise PostgresAway("another writer has moved the checkpoint: starting over")
+            raise PostgresAway("PostgreSQL: another writer has moved the checkpoint: starting over")
 
     def query(self, sql: str, **arguments: Any) -> list[dict[str, Any]]:
         """The rows of a query about this prefix, by column name."""
@@ -1681,6 +2043,10 @@ class Watch(threading.Thread):
             error = exc
         self._put(error, 0)
 
+    def waiting(self) -> bool:
+        """Whether there is something to take."""
+        return bool(self._queue)
+
     def _put(self, item: Any, size: int) -> bool:
         with self._room:
             # not reading on makes gRPC's flow control hold etcd back
@@ -1892,6 +2258,37 @@ def slices(events: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
         start = end
 
 
+class Chore:
+    """A table that housekeeping goes through in small steps."""
+
+    def __init__(self, table: str, option: str, statement: str, **start: Any) -> None:
+        self.table = table
+        self.option = option
+        self.statement = statement
+        self.start = start
+        self.position = start  # all before it is done, or stays
+        self.due_at = time.monotonic()
+
+    def step(self, postgres: Postgres, config: Config) -> int:
+        """Look at some rows, and delete those that are due; returns how many."""
+        started = time.monotonic()
+        age_s = getattr(config, self.option)
+        if age_s is None:
+            self.due_at = started + HOUSEKEEPING_S
+            return 0
+        deleted, *position, more = postgres.prune(self.statement, age_s, self.position)
+        self.position = dict(zip(self.start, position))
+        now = time.monotonic()
+        if more:
+            self.due_at = now + 10 * (now - started)  # a tenth of the loop's time at most
+            return int(deleted)
+        self.due_at = now + HOUSEKEEPING_S
+        if self.table == "etcd":  # each round looks at every key, so it has to be rare
+            self.position = self.start
+            self.due_at = now + max(HOUSEKEEPING_S, min(age_s / 20, 3600))
+        return int(deleted)
+
+
 class Session:
     """One connected life of the engine: from the lock to the first lost connection.
 
@@ -1900,9 +2297,9 @@ class Session:
 
     def __init__(self, engine: Engine, postgres: Postgres, etcd: Etcd) -> None:
         self.engine = engine
-        self.config = engine.config
         self.guard = engine.guard
         self.counters = engine.counters
+        self.metrics = engine.metrics
         self.postgres = postgres
         self.etcd = etcd
         self.checkpoint = 0
@@ -1913,6 +2310,7 @@ class Session:
         self.fragments: list[Any] = []
         self.backlog: collections.deque[tuple[Sequence[Any], int]] = collections.deque()
         self.heard_at = time.monotonic()
+        self.behind = True  # more of the past may come: etcd sends it in portions
         self.careful = False  # another mirror writes some of the same rows
         # push
         self.look = True  # there may be pending changes that were not read
@@ -1931,8 +2329,19 @@ class Session:
         self.poll_at = now
         self.heartbeat_at = now + HEARTBEAT_S
         self.summary_at = now + SUMMARY_S
+        self.gauges_at = now
+        self.chores = (
+            Chore("etcd", "history_retention", PRUNE_HISTORY_SQL, key=postgres.prefix, revision=0),
+            Chore("etcd_wal", "wal_retention", PRUNE_WAL_SQL, finished_at="-infinity"),
+            Chore("etcd_sync_event", "audit_retention", PRUNE_AUDIT_SQL, id=0),
+        )
         self.reported = replace(self.counters)
         self.written = replace(self.counters)
+
+    @property
+    def config(self) -> Config:
+        """As it is now: a SIGHUP may change it."""
+        return self.engine.config
 
     # ─ life ─
 
@@ -1957,7 +2366,7 @@ class Session:
             self.etcd.endpoint,
             self.checkpoint,
         )
-        self.engine.established()
+        self.engine.established(self)
         while not self.finished():
             self.step()
         self.postgres.deactivate()
@@ -1980,16 +2389,22 @@ class Session:
     def step(self) -> None:
         """Wait for work and do some of each kind."""
         self.wait(self.deadline())
+        self.rest()
+        self.engine.attend()
         worked = self.receive()
         worked |= self.push()
         worked |= self.mirror()
         if worked:
             self.engine.waker.wake()  # one may have made room for the other
         self.tick(time.monotonic())
+        self.keep_house(time.monotonic(), worked)
 
     def deadline(self) -> float:
         """When the loop must turn even if nothing happens (monotonic)."""
-        times = [self.poll_at, self.heartbeat_at, self.summary_at]
+        times = [self.poll_at, self.heartbeat_at, self.summary_at, self.gauges_at]
+        times.extend(chore.due_at for chore in self.chores)
+        if self.behind:
+            times.append(self.heard_at + QUIET_S)
         if self.push_after > time.monotonic():
             times.append(self.push_after)
         if self.landed or self.doubts:
@@ -2000,7 +2415,7 @@ class Session:
 
     def wait(self, deadline: float) -> None:
         """Sleep until there is work or the deadline has come."""
-        self.guard.turned_at = time.monotonic()
+        self.rest()
         if not self.postgres.notified():
             timeout = max(0.0, deadline - time.monotonic())
             select.select([self.postgres.conn, self.engine.waker], [], [], timeout)
@@ -2008,6 +2423,15 @@ class Session:
             if not self.postgres.notified():
                 return
         self.look = True
+
+    def rest(self) -> None:
+        """Note how things are before and after each wait."""
+        now = self.guard.turned_at = time.monotonic()
+        self.behind = self.behind and now < self.heard_at + QUIET_S
+        more = self.behind or bool(self.backlog or self.fragments)
+        more = more or (self.watch is not None and self.watch.waiting())
+        self.metrics.checkpoint, self.metrics.etcd_revision = self.checkpoint, self.seen_revision
+        self.metrics.at_rest(not more)
 
     def tick(self, now: float) -> None:
         """Do what is due by the clock."""
@@ -2020,11 +2444,28 @@ class Session:
         if now >= self.summary_at:
             self.summary_at = now + SUMMARY_S
             self.summarise()
+        if now >= self.gauges_at:
+            self.gauges_at = now + HEARTBEAT_S
+            if self.config.metrics_address:
+                self.look_at_pending()
         if (self.landed or self.doubts) and now > self.heard_at + EVENT_LIMIT_S:
             raise EtcdAway(
                 f"etcd at {self.etcd.endpoint}: the watch has been silent for"
                 f" {EVENT_LIMIT_S:.0f}s although a change was made"
             )
+
+    def look_at_pending(self) -> None:
+        """Bring the gauges of pending changes up to date."""
+        self.metrics.pending, self.metrics.oldest_pending_s = self.postgres.pending_gauges()
+
+    def keep_house(self, now: float, busy: bool) -> None:
+        """Do a step of what is due; while there is other work, only what is long overdue."""
+        chore = min(self.chores, key=lambda chore: chore.due_at)
+        if now >= chore.due_at + (HOUSEKEEPING_S if busy else 0):
+            deleted = chore.step(self.postgres, self.config)
+            self.metrics.deleted[chore.table] += deleted
+            if deleted:
+                log.debug("housekeeping deleted %d rows of %s", deleted, chore.table)
 
     def warn_of_strays(self) -> None:
         """Say once when there are pending changes outside every mirrored prefix."""
@@ -2097,6 +2538,7 @@ class Session:
 
         Constant memory: pages go to a staging table, and are merged in one transaction.
         """
+        self.engine.enter("copying")
         started = time.monotonic()
         revision, keys, unstorable = self.load_staging()
         old = state.revision if state else None
@@ -2115,6 +2557,8 @@ class Session:
             )
             self.postgres.record_events(cur, [event])
             self.postgres.record_unstorable(cur, [unstorable_event(r) for r in unstorable])
+            if self.config.notify_channel:
+                self.postgres.notify(cur, self.config.notify_channel, (old or 0) + 1, revision)
         self.counters.resyncs += state is not None
         self.warn_of_unstorable(unstorable)
         log.info(
@@ -2178,6 +2622,8 @@ class Session:
                 raise self.cancellation(response)
             if response.created:
                 continue
+            last = response.events[-1].kv.mod_revision if response.events else 0
+            self.behind = 0 < last < response.header.revision
             if getattr(response, "fragment", False):
                 self.fragments.extend(response.events)
                 continue
@@ -2232,6 +2678,7 @@ class Session:
         self.counters.conflicts += sum(o.status == "conflict" for o in outcomes)
         self.counters.failures += sum(o.status == "failed" for o in outcomes)
         self.warn_of_unstorable(batch.unstorable)
+        started = time.monotonic()
         try:
             self.write_once(batch, outcomes)
         except (Duplicate, Rejected):
@@ -2242,6 +2689,8 @@ class Session:
         self.checkpoint = batch.checkpoint
         self.busy.difference_update(outcome.id for outcome in outcomes)
         self.written = replace(self.counters)
+        if batch.rows or outcomes:
+            self.metrics.batch_done(outcomes, started)
         self.heartbeat_at = time.monotonic() + HEARTBEAT_S
 
     def write_once(self, batch: Batch, outcomes: list[Outcome]) -> None:
@@ -2256,6 +2705,11 @@ class Session:
                     cur, [unstorable_event(r) for r in batch.unstorable]
                 )
             self.postgres.record_outcomes(cur, outcomes)
+            if self.config.audit == "all":
+                self.postgres.audit(cur, batch.rows, outcomes)
+            if self.config.notify_channel and batch.rows:
+                (_, first), (_, last) = next(iter(batch.rows)), next(reversed(batch.rows))
+                self.postgres.notify(cur, self.config.notify_channel, first, last)
             self.postgres.advance(
                 cur,
                 self.checkpoint,
@@ -2434,7 +2888,9 @@ class Session:
     def land(self, group: Group, revision: int | None) -> None:
         """Note that a group was applied at a revision, None if it changed nothing."""
         after = {c.key.decode(): revision if c.value is not None else 0 for c in group.changes}
-        outcomes = [Outcome(e.id, e.key, "success", revision, None) for e in group.entries]
+        outcomes = [
+            Outcome(e.id, e.key, "success", revision, None, group.read_at) for e in group.entries
+        ]
         self.settled.update((e.id, after[e.key]) for e in group.entries)
         if revision is None or revision <= self.checkpoint:
             self.done += outcomes
@@ -2449,14 +2905,18 @@ class Session:
         beaten_at = max(now for c, now in zip(group.changes, current) if now != c.expected)
         for entry in group.entries:
             revision = by_key[entry.key] or beaten_at or None
-            self.done.append(Outcome(entry.id, entry.key, "conflict", revision, message))
+            self.done.append(
+                Outcome(entry.id, entry.key, "conflict", revision, message, group.read_at)
+            )
             self.settled[entry.id] = None
 
     def fail(self, group: Group, error: EtcdFdwError) -> None:
         """Note that etcd will never take a group."""
         log.warning("change %d failed: %s", group.entries[0].id, error)
         for entry in group.entries:
-            self.done.append(Outcome(entry.id, entry.key, "failed", None, str(error)))
+            self.done.append(
+                Outcome(entry.id, entry.key, "failed", None, str(error), group.read_at)
+            )
             self.settled[entry.id] = None
 
     def settle_doubts(self) -> None:
@@ -2518,14 +2978,33 @@ def is_noop(change: Change) -> bool:
     return change.value is None and change.expected == 0
 
 
+MIRRORING = "mirroring"
+RELOADABLE = (  # options that a SIGHUP changes
+    "log_level",
+    "batch_size",
+    "max_txn_ops",
+    "poll_interval",
+    "retry_initial",
+    "retry_max",
+    "history_retention",
+    "wal_retention",
+    "audit_retention",
+    "audit",
+    "notify_channel",
+)
+
+
 class Engine:
     """Runs sessions one after another until asked to stop."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, read_config: Callable[[], Config] | None = None) -> None:
         self.config = config
+        self.read_config = read_config or (lambda: config)  # for SIGHUP
         self.waker = Waker()
         self.guard = Guard(self.waker)
         self.counters = Counters()
+        self.metrics = Metrics(config.etcd_dsn.prefix, self.counters)
+        self.current: Session | None = None  # the one whose loop turns
         self.host = 0  # index of the etcd endpoint that answered last
         self.resync = False  # the next session starts with a snapshot
         self.strays = 0
@@ -2534,7 +3013,14 @@ class Engine:
 
     def run(self) -> None:
         """Keep both sides in step. Raises EtcdFdwError where retrying makes no sense."""
-        self.guard.listen(signal.SIGTERM, signal.SIGINT)
+        if self.config.metrics_address:
+            answers = {
+                "/metrics": lambda: (200, exposition(self.metrics)),
+                "/healthz": self.healthz,
+                "/readyz": self.readyz,
+            }
+            MetricsServer(self.config.metrics_address, answers)
+        self.guard.listen(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
         give_up_at = time.monotonic() + self.config.startup_timeout
         while not self.guard.stopping:
             try:
@@ -2557,6 +3043,11 @@ class Engine:
 
     def retry(self, error: EtcdFdwError, quiet: bool = False) -> None:
         """Wait before the next session; a first expired token is nothing to wait for long."""
+        text = str(error)
+        side = "postgresql" if text.startswith("PostgreSQL") else "etcd"
+        self.metrics.connected[side] = False
+        self.metrics.reconnects[side] += 1
+        self.enter(f"{side} is away")
         self.counters.reconnects += 1
         self.attempt += 1
         delay = backoff(self.attempt, self.config.retry_initial, self.config.retry_max)
@@ -2573,27 +3064,115 @@ class Engine:
         """Sleep, unless asked to stop."""
         deadline = time.monotonic() + seconds
         while not self.guard.stopping and time.monotonic() < deadline:
-            select.select([self.waker], [], [], max(0.0, deadline - time.monotonic()))
+            self.guard.turned_at = time.monotonic()
+            timeout = min(max(0.0, deadline - time.monotonic()), HEARTBEAT_S)
+            select.select([self.waker], [], [], timeout)
             self.waker.drain()
+            self.attend()
 
     def check_stop(self) -> None:
-        """Raises Stopped if the process was asked to stop."""
+        """Attend to signals. Raises Stopped if the process was asked to stop."""
+        self.attend()
         if self.guard.stopping:
             raise Stopped
 
-    def established(self) -> None:
+    def attend(self) -> None:
+        """Do what signals asked for."""
+        requests = self.guard.requests
+        while requests:
+            number = requests.pop()
+            if number == signal.SIGHUP:
+                self.reload()
+            elif number == signal.SIGUSR1:
+                self.log_status()
+
+    def reload(self) -> None:
+        """Read the configuration again and use what a running process can change."""
+        supervisor = self.guard.supervisor
+        supervisor.tell(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
+        try:
+            new = self.read_config()
+        except EtcdFdwError as exc:
+            log.error("%s; going on with the configuration as it was", exc)
+        else:
+            changed = [
+                name for name in vars(new) if getattr(new, name) != getattr(self.config, name)
+            ]
+            now = {name: getattr(new, name) for name in changed if name in RELOADABLE}
+            self.config = replace(self.config, **now)
+            log.setLevel(self.config.log_level)
+            log.info(
+                "read the configuration again; changed: %s; changes only with a restart: %s",
+                ", ".join(now) or "nothing",
+                ", ".join(name for name in changed if name not in RELOADABLE) or "nothing",
+            )
+        supervisor.tell(READY=1)
+
+    def log_status(self) -> None:
+        """Log in one line how it goes."""
+        m, c = self.metrics, self.counters
+        if self.current:
+            self.current.look_at_pending()
+        log.info(
+            "status: %s, etcd %s, PostgreSQL %s; revision %d, etcd at %d, %.1fs behind;"
+            " pending %s, oldest %.1fs; since start: events %d, applied %d, conflicts %d,"
+            " failures %d, unstorable %d, resyncs %d, reconnects %d",
+            m.state,
+            "connected" if m.connected["etcd"] else "not connected",
+            "connected" if m.connected["postgresql"] else "not connected",
+            m.checkpoint,
+            m.etcd_revision,
+            m.lag_s(),
+            "unknown" if m.pending is None else m.pending,
+            m.oldest_pending_s,
+            *vars(c).values(),
+        )
+
+    def healthz(self) -> tuple[int, str]:
+        """Whether the loop turns. Called by other threads."""
+        if stuck_s := self.guard.stuck_s():
+            return 503, f"the loop has been stuck for {stuck_s:.0f}s\n"
+        return 200, "ok\n"
+
+    def readyz(self) -> tuple[int, str]:
+        """Whether this instance is active, connected and in step. Called by other threads."""
+        m = self.metrics
+        if m.state != MIRRORING:
+            return 503, f"{m.state}\n"
+        if m.lag_s() > READY_LAG_S:
+            return 503, f"the mirror is {m.lag_s():.0f}s behind\n"
+        return 200, "ok\n"
+
+    def established(self, session: Session) -> None:
         """A session has come as far as its loop."""
+        self.current = session
         self.connected, self.attempt = True, 0
+        self.enter(MIRRORING)
+        self.guard.supervisor.tell(READY=1)
+
+    def enter(self, state: str) -> None:
+        """Say what the process does from now on."""
+        self.metrics.state = state
+        self.guard.supervisor.tell(STATUS=state)
+
+    def disconnected(self) -> None:
+        """A session has ended."""
+        self.current, self.metrics.active = None, False
+        self.metrics.at_rest(False)
 
     def session(self) -> None:
         """Connect, lock, schema, and work until asked to stop or a connection is lost."""
         with ExitStack() as stack:
+            stack.callback(self.disconnected)
             postgres = Postgres(self.config, self.guard)
             stack.callback(postgres.close)
+            self.metrics.connected["postgresql"] = True
             self.lock(postgres)
+            self.metrics.active = True
             postgres.ensure_schema()
             etcd = self.connect_etcd()
             stack.callback(etcd.close)
+            self.metrics.connected["etcd"] = True
             session = Session(self, postgres, etcd)
             stack.callback(session.close)
             session.run()
@@ -2606,6 +3185,8 @@ class Engine:
                 log.info("standing by: another instance is active on %r", postgres.prefix)
                 self.connected = waiting = True
                 postgres.name_session("standby")
+                self.enter("standing by")
+                self.guard.supervisor.tell(READY=1)
                 self.resync = False  # the other one sees to it
             self.pause(STANDBY_POLL_S)
             self.check_stop()
@@ -2965,7 +3546,7 @@ def start(config: Config, given: Mapping[str, Any]) -> int:
     """Run until stopped."""
     if config.dry_run:
         return dry_run(config)
-    Engine(config).run()
+    Engine(config, lambda: make_config(settings(given, os.environ))).run()
     return 0
 
 
@@ -3450,6 +4031,54 @@ OPTIONS = (
         "30s",
         "how long start-up may fail to connect before exit 2",
     ),
+    Option(
+        "metrics_address",
+        None,
+        parse_address,
+        None,
+        "serve /metrics, /healthz and /readyz there (default: off)",
+        "HOST:PORT",
+    ),
+    Option(
+        "history_retention",
+        None,
+        parse_retention,
+        "keep",
+        "delete versions that were superseded longer ago, or keep",
+        "DURATION",
+    ),
+    Option(
+        "wal_retention",
+        None,
+        parse_retention,
+        "7d",
+        "delete changes that succeeded longer ago, or keep",
+        "DURATION",
+    ),
+    Option(
+        "audit_retention",
+        None,
+        parse_retention,
+        "30d",
+        "delete older rows of etcd_sync_event, or keep",
+        "DURATION",
+    ),
+    Option(
+        "audit",
+        None,
+        choice("exceptions", "all"),
+        "exceptions",
+        "what is recorded in etcd_sync_event: exceptions, or all changes and events",
+        "WHAT",
+    ),
+    Option(
+        "notify_channel",
+        None,
+        parse_channel,
+        None,
+        "NOTIFY this channel of the revisions <from>-<to> of each mirrored batch (default: off)",
+        "NAME",
+    ),
 )
 REQUIRED = ("postgres_dsn", "etcd_dsn")
 
@@ -3703,7 +4332,11 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per line: ts, level, message."""
+    """One JSON object per line: ts, level, message, prefix, pid."""
+
+    def __init__(self, prefix: str) -> None:
+        super().__init__()
+        self.prefix = prefix
 
     def format(self, record: logging.LogRecord) -> str:
         """One line."""
@@ -3713,6 +4346,8 @@ class JsonFormatter(logging.Formatter):
                 "ts": utc(record.created),
                 "level": level.lower(),
                 "message": record.getMessage(),
+                "prefix": self.prefix,
+                "pid": record.process,
             },
             ensure_ascii=False,
         )
@@ -3733,7 +4368,9 @@ def secrets_of(config: Config) -> list[str]:
 def set_up_logging(config: Config) -> Redactor:
     """Log to stderr as configured."""
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if config.log_format == "json" else TextFormatter())
+    handler.setFormatter(
+        JsonFormatter(config.etcd_dsn.prefix) if config.log_format == "json" else TextFormatter()
+    )
     redactor = Redactor(secrets_of(config))
     handler.addFilter(redactor)
     log.addHandler(handler)
@@ -3814,6 +4451,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     redact: Callable[[str], str] = str
+    config = None
     try:
         given = vars(build_parser().parse_args(argv))
         if given["command"] == "demo":
@@ -3833,8 +4471,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped:
         return 0
     except EtcdFdwError as exc:
-        # what was not parsed cannot be in redact's list
-        print(f"etcd_fdw: {mask_passwords(redact(one_line(exc)))}", file=sys.stderr)
+        message = mask_passwords(redact(one_line(exc)))  # what was not parsed redact does not know
+        if config and config.log_format == "json":  # whoever reads objects reads nothing else
+            log.critical("%s", message)
+        else:
+            print(f"etcd_fdw: {message}", file=sys.stderr)
         return exc.exit_code
     except KeyboardInterrupt:
         return 130

@@ -27,7 +27,9 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.parse
+import urllib.request
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +44,7 @@ import psycopg2.errors
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
 from psycopg2.extensions import make_dsn
 
 import etcd_fdw
@@ -1241,7 +1244,7 @@ def test_log_lines(daemon, db, prefix):
     one = daemon("--log-format", "json")
     one.stop()
     for line in one.log().splitlines():
-        assert set(json.loads(line)) == {"ts", "level", "message"}
+        assert set(json.loads(line)) == {"ts", "level", "message", "prefix", "pid"}
 
 
 def test_password_and_value_stay_out_of_the_log(daemon, db, prefix, etcd, etcd_address):
@@ -1918,6 +1921,333 @@ def add_etcd_user(
 
 
 # ── metrics, signals, supervision, housekeeping ──────────────────────────────
+
+
+def http_get(address: str, path: str) -> tuple[int, str]:
+    """Status and body of a GET."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"http://{address}{path}", timeout=10) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as exc:
+        return exc.code, exc.read().decode()
+
+
+def metrics_address(one: Daemon) -> str:
+    """Where a daemon started with --metrics-address 127.0.0.1:0 serves."""
+    return one.wait_log(r"serving .* on (\S+)")[1]
+
+
+def read_metrics(one: Daemon) -> dict[str, float]:
+    """Every sample by its name with labels, as prometheus_client reads it."""
+    status, text = http_get(metrics_address(one), "/metrics")
+    assert status == 200
+    samples = {}
+    for family in text_string_to_metric_families(text):
+        assert family.documentation
+        for sample in family.samples:
+            labels = ",".join(f'{k}="{v}"' for k, v in sorted(sample.labels.items()))
+            samples[sample.name + (f"{{{labels}}}" if labels else "")] = sample.value
+    return samples
+
+
+def test_metrics_tell_what_happened(daemon, db, prefix, etcd):
+    one = daemon("--metrics-address", "127.0.0.1:0")
+    before = read_metrics(one)
+    etcd.put(prefix + "a", "1")
+    wait_until("not mirrored", lambda: mirror_rows(db, prefix))
+    rows(db, "SELECT etcd_set(%s, 'x')", prefix + "b")
+    rows(db, "INSERT INTO etcd_wal (key, value, revision) VALUES (%s, 'x', 1)", prefix + "a")
+    wait_until(
+        "not applied",
+        lambda: not scalar(db, "SELECT count(*) FROM etcd_wal WHERE status = 'pending'"),
+    )
+    wait_until(
+        "no conflict", lambda: read_metrics(one)['etcd_fdw_changes_total{outcome="conflict"}']
+    )
+    after = read_metrics(one)
+    grown = {
+        name: after[name] - before[name]
+        for name in after
+        if name in before and after[name] != before[name]
+    }
+    assert grown['etcd_fdw_changes_total{outcome="success"}'] == 1
+    assert grown["etcd_fdw_events_total"] == 2
+    assert grown["etcd_fdw_apply_seconds_count"] == 2
+    assert grown['etcd_fdw_apply_seconds_bucket{le="+Inf"}'] == 2
+    assert 0 < grown["etcd_fdw_apply_seconds_sum"] < 10
+    assert grown["etcd_fdw_batches_total"] >= 2 and grown["etcd_fdw_batch_seconds_total"] > 0
+    assert after["etcd_fdw_checkpoint_revision"] == scalar(db, "SELECT revision FROM etcd_status")
+    assert after["etcd_fdw_active"] == 1
+    assert after['etcd_fdw_connected{side="etcd"}'] == 1
+    assert after["etcd_fdw_pending_changes"] == 0 == after["etcd_fdw_oldest_pending_seconds"]
+    assert after["etcd_fdw_info" + f'{{prefix="{prefix}",version="{etcd_fdw.__version__}"}}'] == 1
+
+
+def test_metrics_and_readiness_tell_which_side_is_away(daemon, db, prefix, etcd_address):
+    with Proxy(int(etcd_address.endpoint.rpartition(":")[2])) as proxy:
+        fast = ("--retry-initial", "50ms", "--retry-max", "200ms")
+        one = daemon(
+            "--metrics-address",
+            "127.0.0.1:0",
+            *fast,
+            etcd=etcd_dsn(proxy.endpoint, prefix, etcd_address.user, etcd_address.password),
+        )
+        address = metrics_address(one)
+        wait_until("not ready", lambda: http_get(address, "/readyz")[0] == 200)
+        proxy.refuse()
+        wait_until(
+            "ready without etcd", lambda: http_get(address, "/readyz") == (503, "etcd is away\n")
+        )
+        lost = read_metrics(one)
+        assert lost['etcd_fdw_connected{side="etcd"}'] == 0
+        assert lost['etcd_fdw_connected{side="postgresql"}'] == 1
+        assert lost['etcd_fdw_reconnects_total{side="etcd"}'] >= 1
+        assert lost['etcd_fdw_reconnects_total{side="postgresql"}'] == 0
+        assert lost["etcd_fdw_lag_seconds"] > 0
+        assert http_get(address, "/healthz") == (200, "ok\n")
+        proxy.resume()
+        wait_until("not ready again", lambda: http_get(address, "/readyz")[0] == 200)
+        wait_until("still behind", lambda: read_metrics(one)["etcd_fdw_lag_seconds"] == 0)
+
+
+def test_standby_is_healthy_but_not_ready(daemon):
+    daemon()
+    standby = daemon("--metrics-address", "127.0.0.1:0", ready=False)
+    standby.wait_log("standing by")
+    address = metrics_address(standby)
+    assert read_metrics(standby)["etcd_fdw_active"] == 0
+    assert http_get(address, "/healthz")[0] == 200
+    status, text = http_get(address, "/readyz")
+    assert (status, text) == (503, "standing by\n")
+    assert http_get(address, "/other")[0] == 404
+
+
+def test_catching_up_is_lag(daemon, db, prefix, etcd):
+    daemon().stop()
+    for n in range(300):
+        etcd.put(f"{prefix}k{n % 10}", "x" * 1000)
+    with closing(connect(db)) as conn, conn.cursor() as cur:
+        conn.autocommit = False
+        cur.execute("LOCK TABLE etcd IN SHARE MODE")  # the mirror cannot write
+        one = daemon("--metrics-address", "127.0.0.1:0")
+        address = metrics_address(one)
+        wait_until("no lag", lambda: read_metrics(one)["etcd_fdw_lag_revisions"] >= 300)
+        assert read_metrics(one)["etcd_fdw_lag_seconds"] > 0
+        assert http_get(address, "/healthz")[0] == 200  # PostgreSQL is slow, the loop is not stuck
+    wait_until("still lag", lambda: read_metrics(one)["etcd_fdw_lag_revisions"] == 0)
+    assert len(mirror_rows(db, prefix)) == 300
+
+
+def test_metrics_port_in_use_is_one_line(db, prefix, etcd_address):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        done = run_script(
+            "-p", db, "-e", etcd_address.dsn(prefix), "--metrics-address", f"127.0.0.1:{port}"
+        )
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"etcd_fdw: --metrics-address: cannot listen on 127.0.0.1:{port}: Address already in use\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("127.0.0.1:9379", ("127.0.0.1", 9379)),
+        (":9379", ("127.0.0.1", 9379)),
+        ("[::1]:9379", ("::1", 9379)),
+        ("metrics.example:1", ("metrics.example", 1)),
+    ],
+)
+def test_metrics_address(text, address):
+    assert etcd_fdw.parse_address(text) == address
+
+
+@pytest.mark.parametrize("text", ["9379", "host", "host:", "h:99999", "::1:9379", "http://h:1", ""])
+def test_metrics_address_is_refused(text):
+    with pytest.raises(ValueError, match="HOST:PORT"):
+        etcd_fdw.parse_address(text)
+
+
+def test_stuck_loop_is_unhealthy_and_not_kept_alive(monkeypatch, tmp_path):
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    monkeypatch.setenv("WATCHDOG_USEC", "300000")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        guard = etcd_fdw.Guard(etcd_fdw.Waker())
+        guard.supervisor.ready = True
+        guard.start()
+        manager.settimeout(10)
+        assert manager.recv(1000) == b"WATCHDOG=1"
+        guard.turned_at -= etcd_fdw.STUCK_S + 1
+        assert guard.stuck_s() > etcd_fdw.STUCK_S
+        while select.select([manager], [], [], 0.5)[0]:
+            manager.recv(1000)  # what was on its way, and then silence
+            assert guard.stuck_s() > etcd_fdw.STUCK_S
+        with socket.socket() as sock, guard.limit(sock.fileno(), 3600):
+            assert guard.stuck_s() == 0  # PostgreSQL is allowed to take long
+        manager.settimeout(10)
+        assert manager.recv(1000) == b"WATCHDOG=1"  # the loop went on
+
+
+class Manager:
+    """The other end of NOTIFY_SOCKET, as systemd has it."""
+
+    def __init__(self, address: str) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.sock.bind(address)
+        self.env = {"NOTIFY_SOCKET": address.replace("\0", "@"), "WATCHDOG_USEC": "1000000"}
+
+    def wait(self, line: str, timeout: float = 15.0) -> list[str]:
+        """The lines of the next message that has a line which begins so."""
+
+        def look() -> list[str]:
+            self.sock.settimeout(timeout)
+            lines = self.sock.recv(65536).decode().splitlines()
+            return lines if any(one.startswith(line) for one in lines) else []
+
+        return wait_until(f"no {line}", look, timeout)
+
+    def __enter__(self) -> Manager:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.sock.close()
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_systemd_is_told(daemon, prefix, tmp_path, abstract):
+    address = f"\0etcd-fdw-{RUN_ID}" if abstract else str(tmp_path / "notify")
+    with Manager(address) as manager:
+        one = daemon(env=manager.env, ready=False)
+        manager.wait("STATUS=mirroring")
+        manager.wait("READY=1")
+        manager.wait("WATCHDOG=1")
+        one.signal(signal.SIGHUP)
+        assert manager.wait("RELOADING=1")[1].startswith("MONOTONIC_USEC=")
+        manager.wait("READY=1")
+        standby = daemon(env=manager.env, ready=False)
+        manager.wait("STATUS=standing by")
+        manager.wait("READY=1")
+        standby.kill()
+        one.signal(signal.SIGTERM)
+        manager.wait("STOPPING=1")
+        assert one.wait_exit() == 0
+
+
+def test_systemd_hears_of_a_lost_server(daemon, tmp_path, own_etcd, prefix):
+    with Manager(str(tmp_path / "notify")) as manager:
+        daemon(env=manager.env, etcd=etcd_dsn(own_etcd.endpoint, prefix))
+        manager.wait("READY=1")
+        own_etcd.stop()
+        manager.wait("STATUS=etcd is away")
+        manager.wait("WATCHDOG=1")  # which is no reason to be restarted
+        own_etcd.start()
+        manager.wait("STATUS=mirroring", 60)
+
+
+def test_watchdog_of_another_process_is_not_ours(monkeypatch):
+    environ = {"NOTIFY_SOCKET": "/nowhere", "WATCHDOG_USEC": "5000000", "WATCHDOG_PID": "1"}
+    assert etcd_fdw.Supervisor(environ).watchdog_s == 0
+    assert etcd_fdw.Supervisor({**environ, "WATCHDOG_PID": str(os.getpid())}).watchdog_s == 5
+    etcd_fdw.Supervisor(environ).tell(READY=1)  # nobody there: no error
+
+
+def test_sigusr1_logs_the_status(daemon, db, prefix, etcd):
+    one = daemon()
+    etcd.put(prefix + "a", "1")
+    wait_until("not mirrored", lambda: mirror_rows(db, prefix))
+    with closing(connect(db)) as conn, conn.cursor() as cur:
+        cur.execute("INSERT INTO etcd_wal (key, value) VALUES ('elsewhere', '')")
+        mark = one.mark()
+        one.signal(signal.SIGUSR1)
+        line = one.wait_log("INFO status: .*", after=mark)[0]
+    revision = scalar(db, "SELECT revision FROM etcd_status WHERE prefix = %s", prefix)
+    assert "mirroring, etcd connected, PostgreSQL connected;" in line
+    assert f"revision {revision}, etcd at {revision}, 0.0s behind; pending 0, " in line
+    assert "events 1, applied 0, conflicts 0, failures 0" in line
+
+
+def test_standby_answers_signals(daemon):
+    daemon()
+    standby = daemon(ready=False)
+    standby.wait_log("standing by")
+    standby.signal(signal.SIGUSR1)
+    standby.wait_log("status: standing by, ")
+    standby.signal(signal.SIGHUP)
+    standby.wait_log("changed: nothing; changes only with a restart: nothing")
+
+
+def test_json_log_is_objects_with_stable_names(daemon, prefix, db, etcd_address):
+    one = daemon("--log-format", "json")
+    one.stop()
+    lines = [json.loads(line) for line in one.log().splitlines()]
+    assert lines
+    for line in lines:
+        assert set(line) == {"ts", "level", "message", "prefix", "pid"}
+        assert (line["prefix"], line["pid"], line["level"]) == (prefix, one.pid, "info")
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", line["ts"])
+    assert lines[-1]["message"] == "stopped"
+
+
+def test_json_log_has_the_last_words_too(prefix, etcd_address):
+    dead = f"postgresql://127.0.0.1:{etcd_fdw.free_port()}/x"
+    done = run_script(
+        "-p", dead, "-e", etcd_address.dsn(prefix), "--startup-timeout", "0s",
+        "--log-format", "json",
+    )  # fmt: skip
+    assert done.returncode == 2
+    levels = [json.loads(line)["level"] for line in done.stderr.splitlines()]
+    assert levels[-1] == "error"
+
+
+def test_info_log_is_quiet(daemon, db, prefix, etcd):
+    one = daemon()
+    mark = one.mark()
+    for n in range(100):
+        etcd.put(f"{prefix}e{n}", "x")
+        rows(db, "SELECT etcd_set(%s, 'x')", f"{prefix}s{n}")
+    wait_until("not there", lambda: len(mirror_rows(db, prefix)) == 200)
+    assert one.log()[mark:] == ""
+    one.stop()
+    assert len(one.log()[mark:].splitlines()) <= 2
+
+
+# housekeeping: retentions are measured against rows that are made older
+
+
+def test_finished_changes_are_deleted_after_their_retention(daemon, db, prefix, etcd):
+    one = daemon("--poll-interval", "100ms")
+    for n in range(5):
+        rows(db, "SELECT etcd_set(%s, 'x')", f"{prefix}k{n}")
+    rows(db, "INSERT INTO etcd_wal (key, value) VALUES (%s, 'conflict')", prefix + "k0")
+    wait_until(
+        "not done",
+        lambda: scalar(db, "SELECT count(*) FROM etcd_wal WHERE finished_at IS NOT NULL") == 6,
+    )
+    conflict = scalar(db, "SELECT id FROM etcd_wal WHERE status = 'conflict'")
+    retry = scalar(db, "SELECT etcd_retry(%s)", conflict)
+    wait_until(
+        "not retried",
+        lambda: scalar(db, "SELECT status FROM etcd_wal WHERE id = %s", retry) == "success",
+    )
+    one.stop()
+    rows(
+        db,
+        "UPDATE etcd_wal SET finished_at = finished_at - interval '8 days'",
+    )
+    young = scalar(db, "SELECT etcd_set(%s, 'x')", prefix + "young")
+    rows(db, "INSERT INTO etcd_wal (key, value) VALUES ('elsewhere', 'stray')")
+    one = daemon("-l", "debug")
+    one.wait_log("housekeeping deleted 5 rows of etcd_wal")
+    wait_until(
+        "not applied", lambda: scalar(db, "SELECT revision FROM etcd_get(%s)", prefix + "young")
+    )
+    kept = rows(db, "SELECT id, status FROM etcd_wal WHERE key <> 'elsewhere' ORDER BY id")
+    assert kept == [(conflict, "conflict"), (retry, "success"), (young, "success")]
 
 
 # ── faults: etcd and network ─────────────────────────────────────────────────

@@ -1859,6 +1859,24 @@ def system_ca() -> str:
     raise ConfigurationError("--etcd-dsn: no system CA file was found: name one with ca=FILE")
 
 
+# gRPC's words for what goes wrong with a new connection, and what to look at.
+CONNECT_HINTS = (
+    ("CERTIFICATE_VERIFY_FAILED", "its certificate is not trusted: see ca=FILE"),
+    ("ostname Verification", "its certificate is for another host: see server_name=NAME"),
+    ("WRONG_VERSION_NUMBER", "it does not speak TLS: see tls=disabled"),
+    ("Handshake read failed", "it does not speak TLS: see tls=disabled"),
+    ("Unwrap failed", "does it want a client certificate? see cert=FILE and key=FILE"),
+    ("ALERT", "does it want a client certificate? see cert=FILE and key=FILE"),
+    ("Socket closed", "does it want TLS, or a client certificate? see ca=, cert= and key=FILE"),
+)
+
+
+def with_hint(error: EtcdFdwError) -> EtcdFdwError:
+    """The error with what to look at, if that is known."""
+    hints = [hint for text, hint in CONNECT_HINTS if text in str(error)]
+    return type(error)(f"{error}; {hints[0]}") if hints else error
+
+
 class Etcd:
     """A client of one etcd member. Every method raises the errors of etcd_error()."""
 
@@ -1891,7 +1909,7 @@ class Etcd:
             self.header = self.range(self.key, self.range_end, limit=1, keys_only=True).header
         except grpc.RpcError as exc:
             self.close()
-            raise etcd_error(exc, host) from exc
+            raise with_hint(etcd_error(exc, host)) from exc
         except EtcdFdwError as exc:
             self.close()
             if isinstance(exc, TokenExpired) and not target.username:
@@ -1902,6 +1920,11 @@ class Etcd:
     def cluster_id(self) -> str:
         """In hexadecimal, as etcdctl shows it."""
         return f"{self.header.cluster_id:x}"
+
+    @property
+    def guarded(self) -> bool:
+        """Whether etcd knows who this client is, and may have told it what it may not do."""
+        return "token" in dict(self.metadata) or self.target.cert is not None
 
     def authenticate(self) -> None:
         """Get a new token, if there is a user name and etcd wants one."""
@@ -1979,19 +2002,23 @@ class Etcd:
         Pages aim at PAGE_BYTES. The next page is asked for before this one is handed out.
         Raises Compacted.
         """
-        limit, key = PAGE_KEYS[0], self.key
+        limit, key, renewed = PAGE_KEYS[0], self.key, False
         future = self.range_future(key, self.range_end, limit=limit, revision=revision)
         while True:
             try:
                 page = future.result()
             except grpc.RpcError as exc:
                 error = etcd_error(exc, self.endpoint)
-                if not isinstance(error, TooLarge) or limit == 1:
+                if isinstance(error, TokenExpired) and not renewed:
+                    renewed = True  # the taker of the last page took its time
+                    self.authenticate()
+                elif isinstance(error, TooLarge) and limit > 1:
+                    limit = max(1, limit // 8)
+                else:
                     raise error from exc
-                limit = max(1, limit // 8)
                 future = self.range_future(key, self.range_end, limit=limit, revision=revision)
                 continue
-            revision = revision or page.header.revision
+            revision, renewed = revision or page.header.revision, False
             if page.more:
                 average = 1 + page.ByteSize() // len(page.kvs)
                 limit = max(1, min(PAGE_BYTES // average, limit * 4, PAGE_KEYS[1]))
@@ -2101,13 +2128,19 @@ def txn_request(changes: Sequence[Change]) -> Any:
     return request
 
 
-def pack_request(groups: Sequence[Group]) -> Any:
-    """One Txn for several groups, each nested in it; for one group, just its own."""
+def pack_request(groups: Sequence[Group], guarded: bool = False) -> Any:
+    """One Txn for several groups, each nested in it; for one group, just its own.
+
+    Guarded: every key is also named in the outer Txn, in the branch that is never taken,
+    because etcd (3.4, 3.5) checks no permissions in nested ones.
+    """
     if len(groups) == 1:
         return txn_request(groups[0].changes)
     request = etcdrpc.TxnRequest()
     for group in groups:
         request.success.add().request_txn.CopyFrom(txn_request(group.changes))
+        for change in group.changes if guarded else ():
+            request.failure.add().request_put.key = change.key
     return request
 
 
@@ -2144,7 +2177,7 @@ class Pipeline:
         """Send a Txn when its turn comes; first: before the others."""
         for group in groups:
             self.keys |= group.keys
-        item = groups, pack_request(groups)
+        item = groups, pack_request(groups, self._etcd.guarded)
         with self._lock:
             if first:
                 self._unsent.appendleft(item)
@@ -2765,7 +2798,7 @@ class Session:
         groups: list[Group] = []
         kept: list[Group] = []
         keys: set[str] = set()
-        widest = size = 0
+        widest = outer = size = 0
         while self.queue:
             group = self.queue.popleft()
             if not (
@@ -2777,10 +2810,9 @@ class Session:
                 keys |= group.keys
                 continue
             widest = max(widest, len(group.changes))
+            outer += len(group.changes) if self.etcd.guarded else 1
             size += group.size
-            if groups and (
-                len(groups) + 1 + widest > self.config.max_txn_ops or size > TXN_MAX_BYTES
-            ):
+            if groups and (outer + widest > self.config.max_txn_ops or size > TXN_MAX_BYTES):
                 kept.append(group)
                 break
             groups.append(group)

@@ -2573,6 +2573,271 @@ def test_read_only_database_is_waited_for(daemon, db, etcd, recorder, prefix):
 # ── security ─────────────────────────────────────────────────────────────────
 
 
+class Authority:
+    """A private certificate authority, by the openssl command; files are replaced in place."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        directory.mkdir(exist_ok=True)
+        self.ca = directory / "ca.pem"
+        self.ca_key = directory / "ca.key"
+        subject = ["-subj", f"/CN=authority {uuid.uuid4()}", "-out", self.ca]
+        self._openssl("req", "-x509", *self._new_key(self.ca_key), *subject)
+
+    def issue(self, name: str, subject: str = "IP:127.0.0.1", days: int = 2) -> tuple[Path, Path]:
+        """Sign a certificate for a subject alternative name; return its file and its key's."""
+        cert, key = self.directory / f"{name}.pem", self.directory / f"{name}.key"
+        request, extensions = self.directory / f"{name}.csr", self.directory / f"{name}.ext"
+        extensions.write_text(f"subjectAltName={subject}\n")
+        self._openssl("req", *self._new_key(key), "-subj", f"/CN={name}", "-out", request)
+        signer = ["-CA", self.ca, "-CAkey", self.ca_key, "-CAcreateserial", "-days", str(days)]
+        self._openssl("x509", "-req", "-in", request, *signer, "-extfile", extensions, "-out", cert)
+        return cert, key
+
+    @staticmethod
+    def _new_key(path: Path) -> list[Any]:
+        curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
+        return [*curve, "-nodes", "-keyout", path]
+
+    @staticmethod
+    def _openssl(*args: Any) -> None:
+        done = subprocess.run(["openssl", *args], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def tls_etcd(authority: Authority, subject: str = "IP:127.0.0.1", days: int = 2) -> LocalEtcd:
+    """An etcd, not started yet, that asks for client certificates."""
+    cert, key = authority.issue("server", subject, days)
+    files = ["--cert-file", cert, "--key-file", key, "--trusted-ca-file", authority.ca]
+    return LocalEtcd([*map(str, files), "--client-cert-auth"], tls=True)
+
+
+def tls_client(server: LocalEtcd, authority: Authority) -> EtcdClient:
+    cert, key = authority.issue("tester")
+    files = (authority.ca, key, cert)
+    credentials = grpc.ssl_channel_credentials(*(path.read_bytes() for path in files))
+    return EtcdClient(server.endpoint, credentials=credentials)
+
+
+def tls_dsn(server: LocalEtcd, ca: Path, files: tuple[Path, Path] | None = None) -> str:
+    """The --etcd-dsn for the prefix /t/."""
+    client = f"&cert={files[0]}&key={files[1]}" if files else ""
+    return f"etcd://{server.endpoint}/t/?ca={ca}{client}"
+
+
+def arrives(db: str, key: str) -> Callable[[], bool]:
+    return lambda: bool(scalar(db, "SELECT count(*) FROM etcd WHERE key = %s", key))
+
+
+def test_tls_with_client_certificates_that_are_replaced(daemon, db, tmp_path):
+    """What replaced the files on disk is used from the next reconnect on."""
+    authority = Authority(tmp_path / "pki")
+    files = authority.issue("daemon")
+    with tls_etcd(authority) as server:
+        started = daemon(*FAST, etcd=tls_dsn(server, authority.ca, files))
+        with tls_client(server, authority) as client:
+            client.put("/t/a", "1")
+        wait_until("the put did not arrive", arrives(db, "/t/a"))
+        change = scalar(db, "SELECT etcd_set('/t/b', '2')")
+        wait_status(db, change, "success")
+
+        server.stop()
+        authority = Authority(tmp_path / "pki")  # another one: nothing of the old is valid
+        authority.issue("server")
+        assert authority.issue("daemon") == files
+        server.start()
+        with tls_client(server, authority) as client:
+            client.put("/t/c", "3")
+        wait_until("the put did not arrive", arrives(db, "/t/c"))
+        assert started.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("case", "hint"),
+    [
+        ("wrong authority", "is not trusted: see ca="),
+        ("expired", "is not trusted: see ca="),
+        ("wrong host name", "is for another host: see server_name="),
+        ("no client certificate", "does it want .*a client certificate"),
+        ("no tls", "does it want TLS"),
+        ("tls for nothing", "does not speak TLS: see tls=disabled"),
+    ],
+)
+def test_tls_is_verified(daemon, db, tmp_path, case, hint):
+    authority = Authority(tmp_path / "pki")
+    subject = "DNS:elsewhere.example" if case == "wrong host name" else "IP:127.0.0.1"
+    server = tls_etcd(authority, subject, days=-1 if case == "expired" else 2)
+    if case == "tls for nothing":
+        server = LocalEtcd()
+    with server:
+        dsn = tls_dsn(server, authority.ca, authority.issue("daemon"))
+        if case == "wrong authority":
+            dsn = tls_dsn(server, Authority(tmp_path / "other").ca, authority.issue("daemon"))
+        elif case == "no client certificate":
+            dsn = tls_dsn(server, authority.ca)
+        elif case == "no tls":
+            dsn = f"etcd://{server.endpoint}/t/"
+        started = daemon(*FAST, "--startup-timeout", "0s", etcd=dsn, ready=False)
+        assert started.wait_exit() == 2
+        assert re.search(hint, started.log())
+
+
+def test_server_name_is_verified_instead_of_the_host(daemon, db, tmp_path):
+    authority = Authority(tmp_path / "pki")
+    with tls_etcd(authority, "DNS:elsewhere.example") as server:
+        dsn = tls_dsn(server, authority.ca, authority.issue("daemon"))
+        daemon(*FAST, etcd=dsn + "&server_name=elsewhere.example")
+
+
+READ, WRITE, READWRITE = 0, 1, 2  # authpb.Permission.Type, which etcdrpc does not export
+
+
+class SecureEtcd(LocalEtcd):
+    """An etcd with authentication: root/root, and fdw/secret who may touch /t/ alone."""
+
+    def enable_auth(self) -> EtcdClient:
+        """Return a client of root."""
+        with EtcdClient(self.endpoint) as client:
+            for user, password in (("root", "root"), ("fdw", "secret")):
+                add = etcdrpc.AuthUserAddRequest(name=user, password=password)
+                client.call(client.auth.UserAdd, add)
+                client.call(client.auth.RoleAdd, etcdrpc.AuthRoleAddRequest(name=user))
+                grant = etcdrpc.AuthUserGrantRoleRequest(user=user, role=user)
+                client.call(client.auth.UserGrantRole, grant)
+            self.permit(client, READWRITE, "/t/")
+            client.call(client.auth.AuthEnable, etcdrpc.AuthEnableRequest())
+        return EtcdClient(self.endpoint, "root", "root")
+
+    @staticmethod
+    def permit(client: EtcdClient, kind: int, prefix: str) -> None:
+        """Grant READ, WRITE or READWRITE below the prefix to fdw."""
+        request = etcdrpc.AuthRoleGrantPermissionRequest(name="fdw")
+        request.perm.permType = kind
+        request.perm.key, request.perm.range_end = prefix.encode(), prefix_end(prefix)
+        client.call(client.auth.RoleGrantPermission, request)
+
+    def dsn(self, password: str = "secret") -> str:
+        return etcd_dsn(self.endpoint, "/t/", "fdw", password)
+
+
+@pytest.fixture
+def secure_etcd() -> Iterator[SecureEtcd]:
+    with SecureEtcd() as server:
+        yield server
+
+
+def wait_status(db: str, change: int, status: str) -> str:
+    """Wait until the change has that status; return its error_message."""
+    sql = "SELECT status = %s, error_message FROM etcd_wal WHERE id = %s"
+    wait_until(f"change {change} is no {status}", lambda: scalar(db, sql, status, change))
+    return str(rows(db, sql, status, change)[0][1])
+
+
+def test_etcd_user_who_may_touch_the_prefix_alone(daemon, db, secure_etcd):
+    with secure_etcd.enable_auth() as root:
+        for key in ("/s", "/t", "/t/a", "/t0"):
+            root.put(key, "1")
+        daemon(*FAST, etcd=secure_etcd.dsn()).stop()
+        root.put("/t/b", "2")
+        root.put("/u", "2")
+        started = daemon(*FAST, etcd=secure_etcd.dsn())
+        outside = scalar(db, "INSERT INTO etcd_wal (key, value) VALUES ('/u2', '') RETURNING id")
+        wait_status(db, scalar(db, "SELECT etcd_set('/t/c', '3')"), "success")
+        wait_until("no word of the stray", lambda: "outside every mirrored prefix" in started.log())
+        assert [row.key for row in mirror_rows(db)] == [b"/t/a", b"/t/b", b"/t/c"]
+        assert scalar(db, "SELECT status FROM etcd_wal WHERE id = %s", outside) == "pending"
+        assert root.get("/u2") is None
+
+
+def test_key_that_the_etcd_user_may_not_write(daemon, db, secure_etcd):
+    with secure_etcd.enable_auth() as root:
+        revoke = etcdrpc.AuthRoleRevokePermissionRequest(
+            role="fdw", key=b"/t/", range_end=prefix_end("/t/")
+        )
+        root.call(root.auth.RoleRevokePermission, revoke)
+        secure_etcd.permit(root, READ, "/t/")
+        secure_etcd.permit(root, READWRITE, "/t/open/")
+        started = daemon(*FAST, etcd=secure_etcd.dsn())
+        started.pause()  # so that all go into one Txn, where etcd 3.4 and 3.5 would look away
+        good = [scalar(db, "SELECT etcd_set(%s, '1')", f"/t/open/{n}") for n in range(3)]
+        bad = scalar(db, "SELECT etcd_set('/t/closed', '1')")
+        mixed = "SELECT etcd_set('/t/open/x', '1') UNION ALL SELECT etcd_delete('/t/shut')"
+        together = [id_ for (id_,) in rows(db, mixed)]
+        good += [scalar(db, "SELECT etcd_set(%s, '1')", f"/t/open/{n}") for n in range(3, 200)]
+        started.resume()
+        assert "permission denied" in wait_status(db, bad, "failed")
+        for change in together:
+            assert "permission denied" in wait_status(db, change, "failed")
+        for change in (good[0], good[-1]):
+            wait_status(db, change, "success")
+        assert root.get("/t/closed") is root.get("/t/open/x") is None
+        assert started.returncode is None
+
+
+def test_etcd_user_who_may_not_read_the_prefix(daemon, db, secure_etcd):
+    with secure_etcd.enable_auth():
+        dsn = etcd_dsn(secure_etcd.endpoint, "/other/", "fdw", "secret")
+        started = daemon(*FAST, etcd=dsn, ready=False)
+        assert started.wait_exit() == 3
+        assert "permission denied" in started.log()
+
+
+@pytest.mark.parametrize("login", [("fdw", "wrong"), ("nobody", "secret"), (None, "")])
+def test_wrong_etcd_login(daemon, db, secure_etcd, login):
+    with secure_etcd.enable_auth():
+        dsn = etcd_dsn(secure_etcd.endpoint, "/t/", *login)
+        started = daemon(*FAST, etcd=dsn, ready=False)
+        assert started.wait_exit() == 3
+        assert "etcd at" in started.log().splitlines()[-1]
+
+
+def test_expired_token_is_renewed_in_place(daemon, db):
+    """etcd forgets a token that was not used for a while; that is no reason to start over."""
+    with SecureEtcd(["--auth-token-ttl", "5", "--logger", "zap"]) as server, server.enable_auth():
+        started = daemon(*FAST, etcd=server.dsn())
+        with EtcdClient(server.endpoint, "fdw", "secret") as client:
+            client.txn([client.put_op(f"/t/{n}", "1") for n in range(100)])
+        wait_until("the puts did not arrive", arrives(db, "/t/99"))
+        sessions = scalar(db, SESSIONS)
+        pages = etcd_fdw.Etcd(etcd_fdw.parse_etcd_dsn(server.dsn()), server.endpoint).pages(0)
+        next(pages)
+
+        message = "the tokens did not expire"
+        wait_until(message, lambda: server.log().count("deleted a simple token") >= 4, 20)
+        wait_status(db, scalar(db, "SELECT etcd_set('/t/b', '2')"), "success")
+        with EtcdClient(server.endpoint, "fdw", "secret") as client:
+            client.put("/t/c", "3")
+        wait_until("the put did not arrive", arrives(db, "/t/c"))
+        assert scalar(db, SESSIONS) == sessions
+        assert "WARN" not in started.log()
+        assert sum(len(page.kvs) for page in pages) == 100 - 16
+
+
+SESSIONS = """
+SELECT array_agg((pid, backend_start)::text) FROM pg_stat_activity
+WHERE application_name LIKE 'etcd_fdw%'
+"""
+
+
+def test_auth_is_switched_on_and_the_password_changed_while_running(daemon, db, secure_etcd):
+    started = daemon(*FAST, etcd=secure_etcd.dsn())
+    wait_status(db, scalar(db, "SELECT etcd_set('/t/a', '1')"), "success")
+    with secure_etcd.enable_auth() as root:
+        wait_status(db, scalar(db, "SELECT etcd_set('/t/b', '2')"), "success")
+        root.put("/t/c", "3")
+        wait_until("the put did not arrive", arrives(db, "/t/c"))
+
+        change = etcdrpc.AuthUserChangePasswordRequest(name="fdw", password="new")
+        root.call(root.auth.UserChangePassword, change)
+        late = scalar(db, "SELECT etcd_set('/t/d', '4')")
+        started.wait_log("ERROR .*authentication failed.*retrying")
+        assert scalar(db, "SELECT status FROM etcd_wal WHERE id = %s", late) == "pending"
+        change.password = "secret"
+        root.call(root.auth.UserChangePassword, change)
+        wait_status(db, late, "success")
+        assert started.returncode is None
+
+
 # ── Patroni ──────────────────────────────────────────────────────────────────
 
 

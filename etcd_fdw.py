@@ -106,7 +106,7 @@ EVENT_LIMIT_S = 30.0  # a change that etcd took comes back through the watch by 
 STOP_LIMIT_S = 10.0
 PIPELINE_DEPTH = 8  # Txns prepared for etcd, so that it need not wait for PostgreSQL
 STANDBY_POLL_S = 1.0
-QUIET_S = 0.5  # a watch that has nothing to tell for so long is up to date
+LISTEN_S = 0.5  # a watch that has told nothing new by then has nothing to tell
 LAG_LIMIT_S = 5.0  # an active instance has mirrored a change by then
 HEARTBEAT_LIMIT_S = 60.0  # then it is stuck, or copying very much
 PENDING_LIMIT_S = 60.0
@@ -3646,7 +3646,7 @@ def revisions_after(etcd: Etcd, checkpoint: int, waker: Waker) -> list[int]:
     found: set[int] = set()
     if etcd.header.revision <= checkpoint:
         return []
-    watch, deadline = Watch(etcd, checkpoint + 1, waker), time.monotonic() + QUIET_S
+    watch, deadline = Watch(etcd, checkpoint + 1, waker), time.monotonic() + LISTEN_S
     try:
         while time.monotonic() < deadline:
             select.select([waker], [], [], max(0.0, deadline - time.monotonic()))

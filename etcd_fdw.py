@@ -43,6 +43,7 @@ import argparse
 import ast
 import bisect
 import collections
+import ctypes
 import difflib
 import http.server
 import importlib
@@ -543,16 +544,23 @@ def parse_log_level(text: str) -> int:
     return {"debug": 10, "info": 20, "error": 40}.get(word, 30)
 
 
+UNESCAPED = "; special characters in the user name or password must be percent-encoded"
+
+
 def parse_postgres_dsn(text: str) -> str:
     """A libpq URI or keyword string, unchanged. Raises ValueError, which never quotes it."""
     try:
-        psycopg2.extensions.parse_dsn(text)
+        parts = psycopg2.extensions.parse_dsn(text)
     except psycopg2.Error:
         # libpq's message may quote a piece of a password that was not escaped
         raise ValueError(
             "not a libpq connection string: expected postgresql://user@host/dbname or"
             ' "host=… dbname=…" (unknown parameter, missing "=" or bad escape)'
         ) from None
+    # where libpq takes the rest of such a password for a host, a port or a name
+    misread = "@" in parts.get("host", "")[1:] or re.search(r"[^\d,]", parts.get("port", ""))
+    if "://" in text and (misread or "@" in parts.get("dbname", "")):
+        raise ValueError("not a libpq URI" + UNESCAPED)
     return text
 
 
@@ -583,7 +591,6 @@ ETCD_PARAMETERS = (
     "username",
     "password",
 )
-UNESCAPED = "; special characters in the user name or password must be percent-encoded"
 
 
 def parse_etcd_host(text: str) -> str:
@@ -622,15 +629,17 @@ def parse_etcd_dsn(text: str) -> EtcdTarget:
         url = urllib.parse.urlsplit(text)
     except ValueError:
         raise ValueError("not a URL" + UNESCAPED) from None
-    if url.fragment or "#" in text or "@" in url.query:
+    if "#" in text or "@" in url.path + url.query:
         raise ValueError("not a URL" + UNESCAPED)
     login, _, hosts = url.netloc.rpartition("@")
     username, _, password = login.partition(":")
     unquote = urllib.parse.unquote
     given: dict[str, str] = {}
-    for name, value in urllib.parse.parse_qsl(url.query, keep_blank_values=True):
+    query = url.query.replace("+", "%2B")  # a plus is a plus, as everywhere else in a URL
+    for name, value in urllib.parse.parse_qsl(query, keep_blank_values=True):
         if name not in ETCD_PARAMETERS:
-            raise ValueError(f"unknown parameter {name!r}; known: {', '.join(ETCD_PARAMETERS)}")
+            quoted = "" if "password" in given else f" {name!r}"  # it may be the rest of that
+            raise ValueError(f"unknown parameter{quoted}; known: {', '.join(ETCD_PARAMETERS)}")
         given[name] = value
     target: dict[str, Any] = {
         "hosts": tuple(parse_etcd_host(host) for host in hosts.split(",")),
@@ -721,10 +730,9 @@ def clip(text: str, width: int = 100) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-def mask_passwords(text: str) -> str:
-    """The text without what looks like a password in a DSN, wherever somebody put the DSN."""
-    text = re.sub(r"(://[^:/@\s]*:)\S*@", r"\1****@", text)
-    return re.sub(r"(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&]+)", r"\1****", text, flags=re.I)
+def hide_dsn(text: str) -> str:
+    """The text up to what may be a DSN: where a password in it ends cannot be told for sure."""
+    return re.sub(r"(://|password).*", r"\1****", text, flags=re.IGNORECASE | re.DOTALL)
 
 
 def show_age(seconds: float | None) -> str:
@@ -4120,7 +4128,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """Raises ConfigurationError."""
-        raise ConfigurationError(f"{message}; see {self.prog} --help")
+        raise ConfigurationError(f"{hide_dsn(message)}; see {self.prog} --help")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -4267,7 +4275,7 @@ def read_config_file(path: str) -> dict[str, str]:
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as exc:
-        raise ConfigurationError(f"--config: cannot read {path}: {exc.strerror}") from exc
+        raise ConfigurationError(f"--config: cannot read {hide_dsn(path)}: {exc.strerror}") from exc
     except (yaml.YAMLError, UnicodeDecodeError) as exc:
         # the whole message would quote the line, and with it perhaps a password
         mark = getattr(exc, "problem_mark", None)
@@ -4286,7 +4294,7 @@ def file_setting(path: str, key: str, value: Any) -> tuple[str, str]:
     if name not in names:
         near = difflib.get_close_matches(name, names, 1)
         hint = f"; did you mean {near[0].replace('_', '-')}?" if near else ""
-        raise ConfigurationError(f"{path}: unknown option {key!r}{hint}")
+        raise ConfigurationError(f"{path}: unknown option {hide_dsn(key)!r}{hint}")
     if isinstance(value, bool):
         value = str(value).lower()
     if not isinstance(value, (str, int, float)):
@@ -4302,7 +4310,9 @@ def parse_setting(option: Option, setting: Setting) -> Any:
     try:
         return None if setting.text is None else option.parse(setting.text)
     except ValueError as exc:
-        raise ConfigurationError(f"{setting.source}: {exc}") from exc
+        # only what parses DSNs never quotes them
+        message = str(exc) if option.name in REQUIRED else hide_dsn(str(exc))
+        raise ConfigurationError(f"{setting.source}: {message}") from None
 
 
 def make_config(chosen: Mapping[str, Setting]) -> Config:
@@ -4330,6 +4340,22 @@ def warn_of_exposure(config: Config, chosen: Mapping[str, Setting]) -> None:
     for what, name in exposed.items():
         if name and os.stat(name).st_mode & stat.S_IROTH:
             log.warning("everybody can read %s, which holds %s: chmod o-r %s", name, what, name)
+
+
+def mask_arguments(chosen: Mapping[str, Setting]) -> None:
+    """Overwrite the passwords in what ps shows of this process, where /proc tells where it is.
+
+    They were to be seen for a moment all the same: the environment or a file is better.
+    """
+    given = [chosen[n].text or "" for n in REQUIRED if chosen[n].source.startswith("--")]
+    with suppress(OSError, ValueError, IndexError):
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        start, end = int(fields[45]), int(fields[46])  # arg_start, arg_end of proc(5)
+        shown = ctypes.string_at(start, end - start) if start else b""
+        for text in map(os.fsencode, given):
+            if text and text in shown:
+                masked = os.fsencode(mask_dsn(os.fsdecode(text)))
+                ctypes.memmove(start + shown.index(text), masked.ljust(len(text)), len(text))
 
 
 class Redactor(logging.Filter):
@@ -4468,6 +4494,7 @@ def config_validate(given: Mapping[str, Any], chosen: Mapping[str, Setting]) -> 
     if given["connect"] and not errors:
         config = make_config(chosen)
         redact = set_up_logging(config).redact
+        mask_arguments(chosen)
         warn_of_exposure(config, chosen)
         errors = report(check_postgres(config), redact) + report(check_etcd(config), redact)
     return errors[0].exit_code if errors else 0
@@ -4498,12 +4525,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return config_command(given, chosen)
         config = make_config(chosen)
         redact = set_up_logging(config).redact
+        mask_arguments(chosen)
         warn_of_exposure(config, chosen)
         return command(config, given)
     except Stopped:
         return 0
     except EtcdFdwError as exc:
-        message = mask_passwords(redact(one_line(exc)))  # what was not parsed redact does not know
+        message = redact(one_line(exc))
         if config and config.log_format == "json":  # whoever reads objects reads nothing else
             log.critical("%s", message)
         else:

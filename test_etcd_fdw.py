@@ -33,7 +33,7 @@ import urllib.request
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -2836,6 +2836,104 @@ def test_auth_is_switched_on_and_the_password_changed_while_running(daemon, db, 
         root.call(root.auth.UserChangePassword, change)
         wait_status(db, late, "success")
         assert started.returncode is None
+
+
+PIECES = ("Kx7qKx7q", "Zw9pZw9p", "23456", "65432")  # no message has these by itself
+PASSWORDS = st.builds(
+    lambda first, middle, last: first + middle + last,
+    st.sampled_from([PIECES[0], PIECES[2]]),
+    st.text("@:/?#&=%+;,'\\\" []\tx", max_size=4),
+    st.sampled_from([PIECES[1], PIECES[3]]),
+)
+LOGIN_FORMS = (
+    "postgresql://u:{}@127.0.0.1:1/d",
+    "postgresql://127.0.0.1:1/d?user=u&password={}",
+    "host=127.0.0.1 port=1 user=u password={}",
+    "host=127.0.0.1 port=1 user=u password='{}'",
+    "etcd://u:{}@127.0.0.1:1/x/",
+    "etcd://127.0.0.1:1/x/?username=u&password={}",
+)
+# @ stands for the DSN: where it belongs, and where somebody may have put it
+CALLS = (
+    ["-p", "@", "-e", E, "config", "validate"],
+    ["-p", P, "-e", "@", "config", "validate"],
+    ["-p", "@", "-e", "@", "config", "show"],
+    ["@"],
+    ["--postgres-dns", "@"],
+    ["-p", P, "-e", E, "--poll-interval", "@"],
+    ["-p", P, "-e", E, "-l", "@"],
+    ["-p", P, "-e", E, "--bogus=@"],
+    ["-p", P, "-e", E, "-c", "@"],
+)
+
+
+@given(
+    st.sampled_from(CALLS),
+    st.sampled_from(LOGIN_FORMS),
+    PASSWORDS,
+    st.sampled_from([str, lambda text: urllib.parse.quote(text, safe="")]),
+)
+@hypothesis.settings(max_examples=300)
+def test_no_piece_of_a_password_is_in_any_message(call, form, password, escape):
+    dsn = form.format(escape(password))
+    said = io.StringIO()
+    with redirect_stdout(said), redirect_stderr(said):
+        etcd_fdw.main([word.replace("@", dsn) if "@" in word[-2:] else word for word in call])
+    assert said.getvalue()
+    assert not [piece for piece in PIECES if piece in said.getvalue()], said.getvalue()
+
+
+@given(st.text() | st.text("etcd:/@?#&=%[]0.,u"))
+def test_dsn_parsers_refuse_with_value_error_alone(text):
+    for form in ("{}", "etcd://{}", "postgresql://{}", "host={}"):
+        for parse in (etcd_fdw.parse_etcd_dsn, etcd_fdw.parse_postgres_dsn):
+            with suppress(ValueError):
+                parse(form.format(text))
+
+
+@given(st.text(), st.sampled_from(list(grpc.StatusCode)))
+def test_every_etcd_error_has_a_kind(text, code):
+    class Failed(grpc.RpcError):
+        def details(self) -> str:
+            return text
+
+        def code(self) -> Any:
+            return code
+
+    error = etcd_fdw.etcd_error(Failed(), "h:1")
+    assert isinstance(error, etcd_fdw.EtcdFdwError)
+    assert "\n" not in str(error)
+    for message, kind in etcd_fdw.ETCD_MESSAGES:
+        text = f"etcdserver: {message} now"
+        assert type(etcd_fdw.etcd_error(Failed(), "h:1")) is kind
+
+
+def test_password_is_nowhere_to_be_seen(daemon, db, prefix, etcd_address):
+    """Neither in the log, whatever fails, nor in the command line that ps shows."""
+    password = "Kx7q'%@:/ \\Zw9p"
+    uri = make_uri(db, password)
+    one = daemon(*FAST, "-l", "debug", postgres=make_dsn(db, password=password))
+    two = daemon(*FAST, "-l", "debug", postgres=uri, etcd=etcd_address.dsn(prefix), ready=False)
+    two.wait_log("standing by")
+    away = etcd_dsn(NO_ONE, "/x/", "u", password)
+    three = daemon(*FAST, "-l", "debug", postgres=uri, etcd=away, ready=False)
+    three.wait_log("retrying")
+    for each in (one, two, three):
+        shown = Path(f"/proc/{each.pid}/cmdline").read_bytes()
+        assert b"****" in shown
+        assert not re.search(b"Kx7q|Zw9p", shown)
+        each.stop()
+        assert not re.search("Kx7q|Zw9p|Traceback", each.log())
+    assert not rows(db, "SELECT FROM etcd_sync_event e WHERE e::text ~ 'Kx7q|Zw9p'")
+
+
+def make_uri(db: str, password: str) -> str:
+    """The DSN as an URI with a password."""
+    parts = psycopg2.extensions.parse_dsn(db)
+    quoted = urllib.parse.quote(password, safe="")
+    return (
+        f"postgresql://{parts['user']}:{quoted}@{parts['host']}:{parts['port']}/{parts['dbname']}"
+    )
 
 
 # ── Patroni ──────────────────────────────────────────────────────────────────

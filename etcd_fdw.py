@@ -97,8 +97,9 @@ OUTCOME_CHANNEL = "etcd_outcome"  # payload: <lowest id>-<highest id> of a batch
 
 KEY_MAX_BYTES = 2600  # a btree tuple holds 2704 bytes: key, revision, headers
 TXN_MAX_BYTES = 1 << 20  # etcd refuses requests above 1.5 MiB by default
-MESSAGE_MAX_BYTES = 64 << 20  # one Range page; gRPC's default of 4 MiB fails for ever on more
+MESSAGE_MAX_BYTES = 32 << 20  # of an answer; with gRPC's 4 MiB a larger one fails for ever
 QUEUE_MAX_BYTES = 16 << 20  # watch responses between the watch thread and the loop
+BATCH_BYTES = 4 << 20  # of values in one PostgreSQL transaction, about
 PAGE_BYTES = 2 << 20  # what a snapshot page aims at
 PAGE_KEYS = (16, 5000)  # first and largest number of keys in a snapshot page
 STATEMENT_LIMIT_S = 60.0  # an answer from PostgreSQL that takes longer will not come
@@ -2038,9 +2039,15 @@ class Etcd:
 
 
 class Watch(threading.Thread):
-    """Reads the watch stream into a bounded queue. All decisions are the loop's."""
+    """Reads the watch stream into a bounded queue. All decisions are the loop's.
 
-    def __init__(self, etcd: Etcd, start_revision: int, waker: Waker) -> None:
+    fragment: have etcd split responses above about 2 MiB. It does so in a time that grows with
+    the square of the events in each: 90,000 small ones keep it busy for 24 s instead of 1 s.
+    """
+
+    def __init__(
+        self, etcd: Etcd, start_revision: int, waker: Waker, fragment: bool = True
+    ) -> None:
         super().__init__(name="watch", daemon=True)
         self._endpoint = etcd.endpoint
         self._waker = waker
@@ -2054,8 +2061,8 @@ class Watch(threading.Thread):
             start_revision=start_revision,
             progress_notify=True,
         )
-        if "fragment" in create.DESCRIPTOR.fields_by_name:  # or a revision may exceed any limit
-            create.fragment = True
+        if "fragment" in create.DESCRIPTOR.fields_by_name:
+            create.fragment = fragment
         self._request = etcdrpc.WatchRequest(create_request=create)
         stub = etcdrpc.WatchStub(etcd.client.channel)
         self._call = stub.Watch(self._requests(), metadata=etcd.metadata)
@@ -2286,6 +2293,14 @@ class Batch:
             self.last_key = key.decode()
 
 
+class Part(NamedTuple):
+    """Watch events that come into the mirror together."""
+
+    events: Sequence[Any]
+    revision: int  # the checkpoint after them
+    share: float = 0.0  # of a full batch
+
+
 def slices(events: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     """Runs of about size events that never part a revision."""
     start = 0
@@ -2349,7 +2364,7 @@ class Session:
         self.before = ""  # changes visible in this snapshot may have been sent already
         # mirror
         self.fragments: list[Any] = []
-        self.backlog: collections.deque[tuple[Sequence[Any], int]] = collections.deque()
+        self.backlog: collections.deque[Part] = collections.deque()
         self.heard_at = time.monotonic()
         self.behind = True  # more of the past may come: etcd sends it in portions
         self.careful = False  # another mirror writes some of the same rows
@@ -2400,7 +2415,10 @@ class Session:
         self.before = self.postgres.snapshot_id()
         # at the checkpoint, not after it: etcd before 3.4.36 and 3.5.18 silently drops a
         # delete at the compacted revision, and the overlap makes it say "compacted" instead
-        self.watch = Watch(self.etcd, self.checkpoint, self.engine.waker)
+        self.watch = Watch(
+            self.etcd, self.checkpoint, self.engine.waker, fragment=self.engine.fragment
+        )
+        self.engine.fragment = False
         log.info(
             "watching %r at %s from revision %d",
             self.postgres.prefix,
@@ -2653,7 +2671,7 @@ class Session:
     def intake(self) -> None:
         """Take complete watch responses until there is enough for a batch."""
         assert self.watch is not None
-        while sum(len(events) for events, _ in self.backlog) < self.config.batch_size:
+        while sum(part.share for part in self.backlog) < 1:
             response = self.watch.take()
             if response is None:
                 return
@@ -2665,17 +2683,28 @@ class Session:
                 continue
             last = response.events[-1].kv.mod_revision if response.events else 0
             self.behind = 0 < last < response.header.revision
-            if getattr(response, "fragment", False):
-                self.fragments.extend(response.events)
-                continue
             events: Sequence[Any] = response.events
             if self.fragments:
-                events = [*self.fragments, *response.events]
-                self.fragments = []
-            if not events:  # a progress notification: nothing happened up to here
-                self.backlog.append(((), response.header.revision))
-            for part in slices(events, self.config.batch_size):
-                self.backlog.append((part, part[-1].kv.mod_revision))
+                events = [*self.fragments, *events]
+            self.fragments = []
+            if getattr(response, "fragment", False):  # its last revision may go on in the next
+                whole = len(events)
+                while whole and events[whole - 1].kv.mod_revision == events[-1].kv.mod_revision:
+                    whole -= 1
+                events, self.fragments = events[:whole], list(events[whole:])
+            elif not events:  # a progress notification: nothing happened up to here
+                self.backlog.append(Part((), response.header.revision))
+            self.queue_events(events)
+
+    def queue_events(self, events: Sequence[Any]) -> None:
+        """Cut whole revisions into parts that are no larger than a batch."""
+        share = max(
+            len(events) / self.config.batch_size,
+            sum(len(event.kv.value) for event in events) / BATCH_BYTES,
+        )
+        for part in slices(events, max(1, int(len(events) / max(share, 1)))):
+            revision = part[-1].kv.mod_revision
+            self.backlog.append(Part(part, revision, share * len(part) / len(events)))
 
     def cancellation(self, response: Any) -> EtcdFdwError:
         """The error that a cancelled watch is. It is always final, but the stream lives on."""
@@ -2693,15 +2722,12 @@ class Session:
     def mirror(self) -> bool:
         """Write what the watch brought, and outcomes that are due; whether there was any."""
         self.intake()
-        batch, taken = Batch(self.checkpoint), 0
-        while self.backlog:
-            events, revision = self.backlog[0]
-            if taken and taken + len(events) > self.config.batch_size:
-                break
-            self.backlog.popleft()
-            batch.add(events, self.checkpoint)
-            batch.checkpoint = max(batch.checkpoint, revision)
-            taken += len(events)
+        batch, taken = Batch(self.checkpoint), 0.0
+        while self.backlog and (not taken or taken + self.backlog[0].share <= 1):
+            part = self.backlog.popleft()
+            batch.add(part.events, self.checkpoint)
+            batch.checkpoint = max(batch.checkpoint, part.revision)
+            taken += part.share
         outcomes = self.done
         self.done = []
         while self.landed and self.landed[0].revision <= batch.checkpoint:
@@ -3047,6 +3073,7 @@ class Engine:
         self.current: Session | None = None  # the one whose loop turns
         self.host = 0  # index of the etcd endpoint that answered last
         self.resync = False  # the next session starts with a snapshot
+        self.fragment = False  # the next session's watch asks for small responses
         self.strays = 0
         self.attempt = 0
         self.connected = False  # ever
@@ -3067,6 +3094,9 @@ class Engine:
                 self.session()
             except Stopped:
                 break
+            except TooLarge:
+                self.fragment = True
+                self.retry(EtcdAway("much to catch up with"), quiet=True)
             except Compacted:
                 self.resync = True
                 self.retry(EtcdAway("resync needed"), quiet=True)

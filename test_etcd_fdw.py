@@ -467,6 +467,18 @@ def daemon(
             print(f"── {one.log_path.name}: exit code {one.returncode}\n{one.log()}")
 
 
+def peak_mib(pid: int) -> float:
+    """Return the largest resident memory that a process has had."""
+    match = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text(encoding="utf-8"))
+    return int(match[1]) / 1024 if match else 0.0
+
+
+def cpu_s(pid: int) -> float:
+    """Return the processor time that a process has used, with its children that have ended."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
 # ── harness: both sides compared ───────────────────────────────────────────────
 
 
@@ -1581,6 +1593,29 @@ def answers(client: EtcdClient) -> bool:
     with suppress(grpc.RpcError):
         return bool(client.revision())
     return False
+
+
+def test_catch_up_with_much_data_takes_little_memory(daemon, db, prefix, etcd):
+    daemon().stop()
+    value = random_text(1 << 20)
+    for number in range(45):  # without fragments one response has them all: more than gRPC takes
+        etcd.put(f"{prefix}{number}", value)
+    program = daemon()
+    sql = "SELECT count(*) FROM etcd WHERE value = %s"
+    wait_until("it did not catch up", lambda: scalar(db, sql, value.decode()) == 45, 30)
+    assert peak_mib(program.pid) < 150
+
+
+def test_catch_up_with_many_small_changes_costs_etcd_little(daemon, db, prefix, own_etcd):
+    dsn = etcd_dsn(own_etcd.endpoint, prefix)
+    daemon(etcd=dsn).stop()
+    with EtcdClient(own_etcd.endpoint) as etcd:
+        for number in range(250):
+            etcd.txn([etcd.put_op(f"{prefix}{number}/{n}", "v" * 64) for n in range(100)])
+    before = cpu_s(own_etcd.process.pid)
+    daemon(etcd=dsn)
+    wait_until("no catch-up", lambda: scalar(db, "SELECT count(*) FROM etcd") == 25_000, 30)
+    assert cpu_s(own_etcd.process.pid) - before < 2  # making fragments of them takes 6
 
 
 # ── PostgreSQL to etcd ───────────────────────────────────────────────────────
@@ -3367,12 +3402,6 @@ def bench_latency(bench: Bench) -> None:
         samples = list(itertools.islice(seen, count))
         bench.add(*percentiles(f"latency {what}, 100 a second", samples))
         changes.result()
-
-
-def peak_mib(pid: int) -> float:
-    """Return the largest resident memory that a process has had."""
-    match = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text(encoding="utf-8"))
-    return int(match[1]) / 1024 if match else 0.0
 
 
 def bare_pages(endpoint: str, prefix: str) -> Any:

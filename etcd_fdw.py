@@ -2967,10 +2967,11 @@ class Session:
         """Note that etcd holds something else than a group was made on."""
         message = conflict_message(group.changes, current)
         log.warning("conflict: change %d: %s", group.entries[0].id, message)
-        by_key = {c.key.decode(): now for c, now in zip(group.changes, current)}
-        beaten_at = max(now for c, now in zip(group.changes, current) if now != c.expected)
+        beaten_at = {
+            c.key.decode(): now for c, now in zip(group.changes, current) if now != c.expected
+        }
         for entry in group.entries:
-            revision = by_key[entry.key] or beaten_at or None
+            revision = beaten_at.get(entry.key) or max(beaten_at.values()) or None
             self.done.append(
                 Outcome(entry.id, entry.key, "conflict", revision, message, group.read_at)
             )

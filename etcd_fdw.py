@@ -94,6 +94,7 @@ SCHEMA_VERSION = 1
 SCHEMA_FILE = Path(__file__).resolve().with_name("schema.sql")
 CHANGES_CHANNEL = "etcd_changes"
 OUTCOME_CHANNEL = "etcd_outcome"  # payload: <lowest id>-<highest id> of a batch of outcomes
+CONTROL_CHANNEL = "etcd_fdw_control"  # payload: id of a row of etcd_sync_event
 
 KEY_MAX_BYTES = 2600  # a btree tuple holds 2704 bytes: key, revision, headers
 TXN_MAX_BYTES = 1 << 20  # etcd refuses requests above 1.5 MiB by default
@@ -112,6 +113,7 @@ LISTEN_S = 0.5  # a watch that has told nothing new by then has nothing to tell
 LAG_LIMIT_S = 5.0  # an active instance has mirrored a change by then
 HEARTBEAT_LIMIT_S = 60.0  # then it is stuck, or copying very much
 PENDING_LIMIT_S = 60.0
+SYNC_LIMIT_S = 300.0  # sync gives up when the active instance has not got on for so long
 HEARTBEAT_S = 10.0
 SUMMARY_S = 60.0
 PROGRESS_S = 5.0
@@ -246,6 +248,10 @@ class Duplicate(EtcdFdwError):
 
 class AnotherTimeline(EtcdFdwError):
     """the mirror's history belongs to another etcd timeline"""
+
+
+class Busy(EtcdFdwError):
+    """another instance is active"""
 
 
 class Stopped(EtcdFdwError):
@@ -439,6 +445,15 @@ class SynchronizationEvent:
     target_revision: int | None = None
     duration_s: float | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Difference(NamedTuple):
+    """A key about which etcd and the mirror do not agree at one revision."""
+
+    kind: str  # missing, extra or different in the mirror
+    key: bytes
+    etcd: KeyValueRecord | None
+    mirror_revision: int | None
 
 
 class SyncState(NamedTuple):
@@ -749,6 +764,61 @@ def show_age(seconds: float | None) -> str:
 def one_line(exc: BaseException) -> str:
     """The message of an exception in one line."""
     return " ".join(str(exc).split()) or type(exc).__name__
+
+
+class Comparison:
+    """What etcd and the mirror hold at one revision, compared key by key."""
+
+    def __init__(self, revision: int) -> None:
+        self.revision = revision
+        self.keys = 0  # of etcd, without those that the mirror cannot hold
+        self.unstorable = 0
+        self.counts = {"missing": 0, "extra": 0, "different": 0}
+        self.first: dict[str, list[str]] = {kind: [] for kind in self.counts}
+
+    def storable(self, etcd: Iterable[KeyValueRecord]) -> Iterator[KeyValueRecord]:
+        """Those keys that a mirror can have, counted."""
+        for record in etcd:
+            if is_storable(record.key):
+                self.keys += 1
+                yield record
+            else:
+                self.unstorable += 1
+
+    def differences(
+        self, etcd: Iterable[KeyValueRecord], mirror: Iterable[KeyValueRecord]
+    ) -> Iterator[Difference]:
+        """Merge the two, both in key order; remembers the first ten differences of each kind."""
+        theirs, ours = self.storable(etcd), iter(mirror)
+        there, here = next(theirs, None), next(ours, None)
+        while there or here:
+            if there and here and there.key == here.key:
+                if there != here:
+                    yield self.note(Difference("different", here.key, there, here.revision))
+                there, here = next(theirs, None), next(ours, None)
+            elif there and (here is None or there.key < here.key):
+                yield self.note(Difference("missing", there.key, there, None))
+                there = next(theirs, None)
+            elif here:
+                yield self.note(Difference("extra", here.key, None, here.revision))
+                here = next(ours, None)
+
+    def note(self, found: Difference) -> Difference:
+        """Count a difference, and return it."""
+        self.counts[found.kind] += 1
+        if len(self.first[found.kind]) < 10:
+            self.first[found.kind].append(found.key.decode())
+        return found
+
+    def total(self) -> int:
+        """The number of differences."""
+        return sum(self.counts.values())
+
+    def summary(self) -> dict[str, Any]:
+        """For people's programs; the names are those of validate --format json."""
+        kinds = {k: {"count": n, "first": self.first[k]} for k, n in self.counts.items()}
+        keys = {"keys": self.keys, "unstorable": self.unstorable}
+        return {"revision": self.revision, **keys, **kinds}
 
 
 class Change(NamedTuple):
@@ -1170,6 +1240,7 @@ SET tcp_keepalives_interval = 5;
 SET tcp_keepalives_count = 4;
 SET tcp_user_timeout = 30000;
 LISTEN etcd_changes;
+LISTEN etcd_fdw_control;
 """
 LIBPQ_DEFAULTS = {
     "connect_timeout": "10",
@@ -1408,8 +1479,7 @@ WHERE status = 'pending'
 
 
 LOCK_HOLDER_SQL = """
-SELECT l.pid, coalesce(host(a.client_addr), 'local socket'), a.backend_start
-FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+SELECT l.pid FROM pg_locks l
 WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
   AND (l.classid::bigint << 32 | l.objid::bigint)
@@ -1449,6 +1519,64 @@ SELECT (SELECT count(*) FROM etcd_list(%(prefix)s)) AS keys,
 """
 
 
+# In the index's order, without a sort, so the first rows come at once.
+LIVE_SQL = """
+DECLARE etcd_live NO SCROLL CURSOR FOR
+SELECT e.key, e.value, e.value_bytes, e.revision
+FROM (SELECT key, max(revision) AS revision FROM etcd
+      WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %(after)s)
+        AND revision <= %(revision)s
+      GROUP BY key) m
+JOIN etcd e ON e.key = m.key AND e.revision = m.revision
+WHERE NOT e.tombstone
+ORDER BY m.key
+"""
+CORRECT_SQL = """
+DELETE FROM etcd
+WHERE key = %(key)s AND revision > %(revision)s AND revision <= %(checkpoint)s;
+INSERT INTO etcd (key, value, value_bytes, revision, tombstone)
+VALUES (%(key)s, %(value)s, %(value_bytes)s, %(revision)s, %(tombstone)s)
+ON CONFLICT (key, revision) DO UPDATE
+SET value = excluded.value, value_bytes = excluded.value_bytes, tombstone = excluded.tombstone
+"""
+REQUEST_SQL = """
+INSERT INTO etcd_sync_event (prefix, operation, status, details)
+VALUES (%(prefix)s, 'sync', 'requested', '{}')
+RETURNING id, (SELECT max(id) FROM etcd_wal
+               WHERE status = 'pending' AND starts_with(key, %(prefix)s)) AS last
+"""
+OPEN_REQUESTS_SQL = """
+SELECT id FROM etcd_sync_event
+WHERE id = ANY (%(ids)s::bigint[]) AND prefix = %(prefix)s AND operation = 'sync'
+  AND status = 'requested'
+"""
+ANSWER_SQL = """
+UPDATE etcd_sync_event
+SET status = %(status)s, details = %(details)s, duration = clock_timestamp() - ts
+WHERE id = ANY (%(ids)s::bigint[])
+"""
+PROGRESS_SQL = """
+SELECT status, details, (SELECT count(*) FROM etcd_wal
+                         WHERE status = 'pending' AND id <= %(last)s
+                           AND starts_with(key, %(prefix)s)) AS pending,
+       (SELECT revision FROM etcd_sync_state WHERE prefix = %(prefix)s) AS checkpoint
+FROM etcd_sync_event WHERE id = %(id)s
+"""
+# Changes of one transaction are tried again together.
+REFUSED_SQL = """
+SELECT array_agg(id ORDER BY id) FROM etcd_wal w
+WHERE status IN ('conflict', 'failed') AND starts_with(key, %(prefix)s)
+  AND NOT EXISTS (SELECT FROM etcd_wal r WHERE r.retry_of = w.id)
+GROUP BY txid ORDER BY min(id)
+"""
+RESET_SQL = """
+DELETE FROM etcd e
+WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %(after)s)
+  AND NOT EXISTS (SELECT FROM etcd_sync_state s
+                  WHERE s.prefix <> %(prefix)s AND starts_with(e.key, s.prefix))
+"""
+
+
 class Postgres:
     """One PostgreSQL session: notifications, the lock, reads and writes.
 
@@ -1466,6 +1594,7 @@ class Postgres:
         except psycopg2.Error as exc:
             raise postgres_error(exc) from exc
         self.conn.autocommit = True  # a statement by itself, unless inside transaction()
+        self.requests: set[int] = set()  # ids of etcd_sync_event that were notified
         with self.cursor() as cur:
             cur.execute(SESSION_SQL)
         self.where = f"{self.conn.info.host or 'localhost'}:{self.conn.info.port}"
@@ -1508,6 +1637,9 @@ class Postgres:
         except psycopg2.Error as exc:
             raise postgres_error(exc) from exc
         found = bool(self.conn.notifies)
+        for note in self.conn.notifies:
+            if note.channel == CONTROL_CHANNEL and re.fullmatch("[0-9]{1,18}", note.payload):
+                self.requests.add(int(note.payload))
         self.conn.notifies.clear()
         return found
 
@@ -1817,12 +1949,107 @@ class Postgres:
         if cur.rowcount != 1:
             raise PostgresAway("PostgreSQL: another writer has moved the checkpoint: starting over")
 
+    def live_at(self, cur: Any, revision: int) -> Iterator[KeyValueRecord]:
+        """The mirror's live keys as of a revision, in key order, within cur's transaction."""
+        bounds = {"prefix": self.prefix, "after": text_after(self.prefix), "revision": revision}
+        cur.execute(LIVE_SQL, bounds)
+        limit = PAGE_KEYS[0]
+        while True:
+            cur.execute("FETCH %s FROM etcd_live", (limit,))
+            rows = cur.fetchall()
+            size = 1
+            for key, text, data, mod_revision in rows:
+                value = bytes(data) if text is None else text.encode()
+                size += len(value) + 100
+                yield KeyValueRecord(key.encode(), value, mod_revision)
+            if len(rows) < limit:
+                return
+            limit = max(1, min(PAGE_BYTES * limit // size, limit * 4, PAGE_KEYS[1]))
+
+    def correct(self, cur: Any, found: Difference, checkpoint: int) -> None:
+        """Make the mirror's state of a key at the checkpoint what it was in etcd."""
+        value = found.etcd.value if found.etcd else None
+        text = value is not None and is_text(value)
+        revision = found.etcd.revision if found.etcd else checkpoint
+        arguments = {
+            "key": found.key.decode(),
+            "value": value.decode() if value is not None and text else None,
+            "value_bytes": None if text else value,
+            "revision": revision,
+            "checkpoint": checkpoint,
+            "tombstone": value is None,
+        }
+        cur.execute(CORRECT_SQL, arguments)
+        event = SynchronizationEvent(
+            "repair",
+            found.kind,
+            key=found.key.decode(),
+            source_system="etcd",
+            source_revision=revision,
+            target_system="postgresql",
+            target_revision=found.mirror_revision,
+        )
+        self.record_events(cur, [event])
+
+    def request_sync(self) -> dict[str, Any]:
+        """Ask the active instance to compare and repair: id of the request, last pending id."""
+        request = self.query(REQUEST_SQL)[0]
+        self.notify_control(request["id"])
+        return request
+
+    def notify_control(self, request: int) -> None:
+        """Have the active instance look at a request."""
+        with self.cursor() as cur:
+            cur.execute("SELECT pg_notify(%s, %s)", (CONTROL_CHANNEL, str(request)))
+
+    def open_requests(self) -> list[int]:
+        """The ids of requests for this prefix that were notified, forgetting them."""
+        notified, self.requests = self.requests, set()
+        if not notified:
+            return []
+        return [row["id"] for row in self.query(OPEN_REQUESTS_SQL, ids=int_array(notified))]
+
+    def answer(self, requests: Sequence[int], status: str, details: Mapping[str, Any]) -> None:
+        """Write what became of requests."""
+        arguments = {
+            "ids": int_array(requests),
+            "status": status,
+            "details": psycopg2.extras.Json(dict(details)),
+        }
+        with self.cursor() as cur:
+            cur.execute(ANSWER_SQL, arguments)
+
+    def retry_refused(self) -> int:
+        """Queue every conflict and failure again that was not yet; how many there were."""
+        with self.cursor() as cur:
+            cur.execute(REFUSED_SQL, {"prefix": self.prefix})
+            groups = [row[0] for row in cur]
+            for ids in groups:
+                cur.execute("SELECT count(etcd_retry(id)) FROM unnest(%s::bigint[]) id", (ids,))
+        return sum(map(len, groups))
+
+    def reset(self) -> int:
+        """Forget the mirror, but for what another mirror covers; how many rows were deleted."""
+        with self.transaction(LONG_STATEMENT_LIMIT_S) as cur:
+            bounds = {"prefix": self.prefix, "after": text_after(self.prefix)}
+            cur.execute(RESET_SQL, bounds)
+            deleted = int(cur.rowcount)
+            cur.execute("DELETE FROM etcd_sync_state WHERE prefix = %(prefix)s", bounds)
+            event = SynchronizationEvent("reset", "done", details={"rows": deleted})
+            self.record_events(cur, [event])
+        return deleted
+
     def query(self, sql: str, **arguments: Any) -> list[dict[str, Any]]:
         """The rows of a query about this prefix, by column name."""
         with self.transaction() as cur:
             cur.execute(sql, {"prefix": self.prefix, **arguments})
             names = [column.name for column in cur.description]
             return [dict(zip(names, row)) for row in cur]
+
+    def holder(self) -> int | None:
+        """The backend's pid of the active instance; None if there is none."""
+        found = self.query(LOCK_HOLDER_SQL)
+        return found[0]["pid"] if found else None
 
     def size(self) -> dict[str, Any]:
         """How many keys and revisions are mirrored; None if counting takes too long."""
@@ -2004,6 +2231,21 @@ class Etcd:
             self.txn_future(request).result()
         except grpc.RpcError as exc:
             raise etcd_error(exc, self.endpoint) from exc
+
+    def live_at(self, revision: int) -> Iterator[KeyValueRecord]:
+        """The keys that there were at a revision, in key order. Raises Compacted."""
+        for page in self.pages(revision):
+            for kv in page.kvs:
+                yield KeyValueRecord(kv.key, kv.value, kv.mod_revision)
+
+    def newest_revision(self) -> int:
+        """The newest revision of a key that there is under the prefix, 0 if there is none."""
+        order = {
+            "sort_order": etcdrpc.RangeRequest.DESCEND,
+            "sort_target": etcdrpc.RangeRequest.MOD,
+        }
+        found = self.range(self.key, self.range_end, limit=1, keys_only=True, **order).kvs
+        return int(found[0].mod_revision) if found else 0
 
     def pages(self, revision: int) -> Iterator[Any]:
         """RangeResponses over the prefix at one revision, in key order; 0: the current one.
@@ -2450,6 +2692,7 @@ class Session:
         self.wait(self.deadline())
         self.rest()
         self.engine.attend()
+        self.answer_requests()
         worked = self.receive()
         worked |= self.push()
         worked |= self.mirror()
@@ -2549,12 +2792,42 @@ class Session:
                 new.failures,
             )
 
+    # ─ repair ─
+
+    def repair(self) -> Comparison:
+        """Make the mirror at the checkpoint what etcd held then; what follows, the watch brings.
+
+        Raises Compacted if etcd no longer knows.
+        """
+        comparison = Comparison(self.checkpoint)
+        with self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
+            mirror = self.postgres.live_at(cur, self.checkpoint)
+            for found in comparison.differences(self.etcd.live_at(self.checkpoint), mirror):
+                self.postgres.correct(cur, found, self.checkpoint)
+            cur.execute("CLOSE etcd_live")
+        log.log(
+            logging.WARNING if comparison.total() else logging.INFO,
+            "compared %d keys with etcd at revision %d: repaired %s",
+            comparison.keys,
+            self.checkpoint,
+            describe(comparison.total(), "difference"),
+        )
+        return comparison
+
+    def answer_requests(self) -> None:
+        """Compare and repair if sync or validate --fix asks for it."""
+        requests = self.postgres.open_requests()
+        if not requests:
+            return
+        try:
+            self.postgres.answer(requests, "done", self.repair().summary())
+        except Rejected as exc:
+            self.postgres.answer(requests, "failed", {"message": str(exc)})
+
     # ─ start ─
 
-    def check_timeline(self, state: SyncState | None) -> None:
-        """Make sure that etcd is still what the mirror is a mirror of. Raises AnotherTimeline."""
-        if state is None:
-            return
+    def check_cluster(self, state: SyncState) -> None:
+        """Make sure that etcd can be what the mirror is a mirror of. Raises AnotherTimeline."""
         prefix, header = self.postgres.prefix, self.etcd.header
         if state.cluster_id != self.etcd.cluster_id:
             raise another_timeline(
@@ -2564,6 +2837,12 @@ class Session:
             raise another_timeline(
                 prefix, f"it is at revision {state.revision}, etcd only at {header.revision}"
             )
+
+    def check_timeline(self, state: SyncState | None) -> None:
+        """Make sure that etcd is still what the mirror is a mirror of. Raises AnotherTimeline."""
+        if state is None:
+            return
+        self.check_cluster(state)
         mirrored = state.last_key and self.postgres.latest(state.last_key)
         if not state.last_key or not mirrored:
             return
@@ -2575,7 +2854,7 @@ class Session:
         actual = (found[0].mod_revision, found[0].value) if found else None
         if actual != (mirrored if mirrored[1] is not None else None):
             raise another_timeline(
-                prefix,
+                self.postgres.prefix,
                 f"key {state.last_key} at revision {state.revision} is not in etcd what it is"
                 " in the mirror",
             )
@@ -2631,7 +2910,6 @@ class Session:
 
     def load_staging(self) -> tuple[int, int, list[KeyValueRecord]]:
         """Copy the prefix into the staging table: revision, number of keys, what has no room."""
-        reported = time.monotonic()
         revision = keys = 0
         unstorable: list[KeyValueRecord] = []
         with self.postgres.cursor() as cur:
@@ -2647,10 +2925,7 @@ class Session:
             with self.postgres.cursor() as cur:
                 self.postgres.copy_in(cur, "etcd_staging", rows)
             keys += len(rows)
-            now = time.monotonic()
-            if now > reported + PROGRESS_S:
-                reported = now
-                log.info("copying from etcd: %d of %d keys", keys, keys + page.count - len(rows))
+            self.engine.progress.show(keys, keys + page.count - len(page.kvs))
             self.engine.check_stop()
         return revision, keys, unstorable
 
@@ -3061,8 +3336,23 @@ RELOADABLE = (  # options that a SIGHUP changes
 )
 
 
+class Progress:
+    """Says how far a long copy is: a log line now and then."""
+
+    def __init__(self) -> None:
+        self.started = self.shown = time.monotonic()
+
+    def show(self, done: int, total: int) -> None:
+        """Say it, if the last time is long enough ago."""
+        if time.monotonic() > self.shown + PROGRESS_S:
+            self.shown = time.monotonic()
+            log.info("copying from etcd: %d of %d keys", done, total)
+
+
 class Engine:
     """Runs sessions one after another until asked to stop."""
+
+    session_type = Session
 
     def __init__(self, config: Config, read_config: Callable[[], Config] | None = None) -> None:
         self.config = config
@@ -3078,6 +3368,8 @@ class Engine:
         self.strays = 0
         self.attempt = 0
         self.connected = False  # ever
+        self.comparison: Comparison | None = None
+        self.progress = Progress()
 
     def run(self) -> None:
         """Keep both sides in step. Raises EtcdFdwError where retrying makes no sense."""
@@ -3244,7 +3536,7 @@ class Engine:
             etcd = self.connect_etcd()
             stack.callback(etcd.close)
             self.metrics.connected["etcd"] = True
-            session = Session(self, postgres, etcd)
+            session = self.session_type(self, postgres, etcd)
             stack.callback(session.close)
             session.run()
 
@@ -3703,8 +3995,7 @@ def postgres_status(postgres: Postgres) -> dict[str, Any]:
     """What PostgreSQL knows of the prefix; the names are those of status --format json."""
     postgres.name_session("status")
     facts: dict[str, Any] = {"schema_version": postgres.schema_version()}
-    holder = postgres.query(LOCK_HOLDER_SQL)
-    facts["locked"] = bool(holder)
+    facts["locked"] = postgres.holder() is not None
     facts["standbys"] = postgres.query(STANDBYS_SQL)
     if facts["schema_version"]:
         facts.update(next(iter(postgres.query(STATUS_SQL)), {}))
@@ -3881,6 +4172,245 @@ def status(config: Config, given: Mapping[str, Any]) -> int:
         if not given["watch"]:
             return 5 if given["check"] and not found["healthy"] else 0
         time.sleep(given["interval"])
+
+
+class PassSession(Session):
+    """A session that ends once both sides are in step."""
+
+    def __init__(self, engine: Engine, postgres: Postgres, etcd: Etcd) -> None:
+        super().__init__(engine, postgres, etcd)
+        self.goal = etcd.newest_revision()
+
+    def finished(self) -> bool:
+        """Whether nothing is left to do, and the mirror was compared and repaired."""
+        if super().finished():
+            return True
+        # a deletion is above the goal: it has come when the watch has nothing more to tell
+        behind = self.behind or self.backlog or self.checkpoint < self.goal
+        if behind or self.look or self.queue or self.busy:
+            return False
+        self.engine.comparison = self.repair()
+        return True
+
+    def pause_push(self, groups: list[Group], error: EtcdFdwError) -> None:
+        """Raise the error: it takes longer than anybody waits for a command."""
+        raise error
+
+
+class OnePass(Engine):
+    """An engine for one session that ends by itself. Raises Busy if there is an active one."""
+
+    session_type = PassSession
+
+    def __init__(self, config: Config, reset: bool = False) -> None:
+        super().__init__(replace(config, metrics_address=None))
+        self.reset = reset
+        if sys.stderr.isatty():
+            self.progress = ProgressBar()
+
+    def session(self) -> None:
+        """Work until both sides are in step."""
+        super().session()
+        raise Stopped
+
+    def lock(self, postgres: Postgres) -> None:
+        """Become the active instance, or say that another is."""
+        if not postgres.try_lock():
+            raise Busy
+        postgres.name_session("active")
+        if self.reset:
+            postgres.ensure_schema()
+            log.warning("dropped the mirror: %s", describe(postgres.reset(), "row"))
+            self.reset = False
+
+    def established(self, session: Session) -> None:
+        """Not a reason to try for ever."""
+
+
+class ProgressBar(Progress):
+    """How far a long job is, on a terminal."""
+
+    def __init__(self, noun: str = "keys") -> None:
+        super().__init__()
+        self.noun = noun
+
+    def show(self, done: int, total: int) -> None:
+        """Draw the bar, at most ten times a second."""
+        now = time.monotonic()
+        if now < self.shown + 0.1 and done < total:
+            return
+        self.shown = now
+        rate = done / max(now - self.started, 0.001)
+        filled = 30 * done // max(total, 1)
+        left = f"{(total - done) / rate:.0f}s left" if rate and done < total else ""
+        bar = "#" * filled + "." * (30 - filled)
+        text = f"\r[{bar}] {done}/{total} {self.noun}, {rate:.0f}/s {left}\x1b[K"
+        print(text, end="\n" if done >= total else "", file=sys.stderr, flush=True)
+
+
+def ask_active(config: Config) -> dict[str, Any]:
+    """Have the active instance compare and repair; wait for that, and for what is pending now.
+
+    Returns the summary of its comparison. Raises EtcdFdwError if it does not get on.
+    """
+    guard = Guard(Waker())
+    guard.start()
+    with closing(Postgres(config, guard)) as postgres:
+        request = postgres.request_sync()
+        log.info("asked the active instance to sync: request %d", request["id"])
+        bar = ProgressBar("changes") if sys.stderr.isatty() else None
+        seen: Any = None
+        moved_at, total = time.monotonic(), 0
+        while True:
+            found, holder = postgres.query(PROGRESS_SQL, **request)[0], postgres.holder()
+            total = max(total, found["pending"])
+            if bar and total:
+                bar.show(total - found["pending"], total)
+            if found["status"] == "failed":
+                raise EtcdFdwError(f"the active instance could not: {found['details']['message']}")
+            if found["status"] == "done" and not found["pending"]:
+                details: dict[str, Any] = found["details"]
+                return details
+            if (found, holder) != seen:
+                seen, moved_at = (found, holder), time.monotonic()
+            if time.monotonic() > moved_at + (SYNC_LIMIT_S if holder else STOP_LIMIT_S):
+                raise EtcdFdwError("the active instance does not get on: see status, try again")
+            postgres.notify_control(request["id"])  # it may have started anew
+            time.sleep(0.2)
+
+
+def bring_in_step(config: Config, reset: bool = False) -> dict[str, Any]:
+    """Bring both sides in step, through the active instance if there is one; the comparison."""
+    engine = OnePass(config, reset)
+    try:
+        engine.run()
+    except Busy:
+        if reset:
+            raise EtcdFdwError("an instance is active: stop it, then reset the mirror") from None
+        return ask_active(config)
+    if engine.comparison is None:
+        raise EtcdFdwError("stopped before both sides were in step: run it again")
+    new = engine.counters
+    log.info(
+        "mirrored %s, applied %s, %d in conflict, %d failed",
+        describe(new.events, "event"),
+        describe(new.applied, "change"),
+        new.conflicts,
+        new.failures,
+    )
+    return engine.comparison.summary()
+
+
+def retry_failed(config: Config) -> None:
+    """Queue conflicts and failures again, on top of what there is now."""
+    guard = Guard(Waker())
+    guard.start()
+    with closing(Postgres(config, guard)) as postgres:
+        count = postgres.retry_refused() if postgres.schema_version() else 0
+    log.info("queued %s again", describe(count, "change"))
+
+
+def confirm_reset(config: Config, yes: bool) -> None:
+    """Have a person agree to lose the mirror's history. Raises ConfigurationError."""
+    prefix = config.etcd_dsn.prefix or "all keys"
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise ConfigurationError("--reset drops the mirror and its history: add --yes")
+    print(f"Drop the mirror of {prefix}, with its history, and copy again? [y/N] ", end="")
+    sys.stdout.flush()
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise ConfigurationError("nothing was changed")
+
+
+def count_differences(summary: Mapping[str, Any]) -> int:
+    """The number of differences in the summary of a Comparison."""
+    return sum(summary[kind]["count"] for kind in ("missing", "extra", "different"))
+
+
+def sync(config: Config, given: Mapping[str, Any]) -> int:
+    """Bring both sides in step, once."""
+    if given["reset"]:
+        confirm_reset(config, given["yes"])
+    if given["retry_failed"]:
+        retry_failed(config)
+    summary = bring_in_step(config, given["reset"])
+    repaired = describe(count_differences(summary), "difference")
+    keys, revision = describe(summary["keys"], "key"), summary["revision"]
+    print(f"in step at revision {revision}: compared {keys}, repaired {repaired}, nothing pending")
+    return 0
+
+
+def compare_once(engine: Engine, above: int = 0) -> Comparison | None:
+    """Compare both sides at the checkpoint, and change nothing; None if it is not above that.
+
+    Raises Compacted.
+    """
+    with ExitStack() as stack:
+        postgres = stack.enter_context(closing(Postgres(engine.config, engine.guard)))
+        state = postgres.state() if postgres.schema_version() else None
+        if state is None:
+            raise EtcdFdwError("there is no mirror yet: start the daemon, or run sync")
+        if state.revision <= above:
+            return None
+        # later than the checkpoint was read, or etcd would seem to be behind it
+        etcd = stack.enter_context(closing(engine.connect_etcd()))
+        Session(engine, postgres, etcd).check_cluster(state)
+        comparison = engine.comparison = Comparison(state.revision)
+        cur = stack.enter_context(postgres.transaction(LONG_STATEMENT_LIMIT_S))
+        mirror = postgres.live_at(cur, state.revision)
+        for _ in comparison.differences(etcd.live_at(state.revision), mirror):
+            pass
+        return comparison
+
+
+def compare(config: Config) -> dict[str, Any]:
+    """The summary of compare_once(), at a newer checkpoint if etcd has compacted the first."""
+    engine = Engine(config)
+    engine.guard.start()
+    give_up_at, compacted = time.monotonic() + LAG_LIMIT_S, 0
+    while True:
+        try:
+            comparison = compare_once(engine, compacted)
+            if comparison:
+                return comparison.summary()
+        except Compacted:
+            compacted = engine.comparison.revision if engine.comparison else 0
+        if time.monotonic() > give_up_at:
+            raise EtcdFdwError(
+                f"etcd has compacted revision {compacted}, which the mirror is at, so there is"
+                " nothing to compare with: run sync, which copies again"
+            )
+        time.sleep(0.2)
+
+
+def validate(config: Config, given: Mapping[str, Any]) -> int:
+    """Compare both sides at one revision; exit 5 if they differ."""
+    repaired = count_differences(bring_in_step(config)) if given["fix"] else None
+    summary = compare(config)
+    different = count_differences(summary)
+    if given["format"] == "json":
+        facts = {"prefix": config.etcd_dsn.prefix, "equal": not different, "repaired": repaired}
+        print(to_json({**facts, **summary}))
+    else:
+        show_comparison(summary, repaired)
+    return 5 if different else 0
+
+
+def show_comparison(summary: Mapping[str, Any], repaired: int | None) -> None:
+    """Print a comparison for people."""
+    if repaired is not None:
+        print(f"repaired {describe(repaired, 'difference')}")
+    different = describe(count_differences(summary), "difference")
+    keys = describe(summary["keys"], "key")
+    print(f"compared {keys} at revision {summary['revision']}: {different}")
+    for kind in ("missing", "extra", "different"):
+        if summary[kind]["count"]:
+            print(f"{kind + ' in the mirror':24}{summary[kind]['count']}")
+            for key in summary[kind]["first"]:
+                print(f"  {key}")
+    if summary["unstorable"]:
+        print(f"{'cannot be mirrored':24}{summary['unstorable']}")
 
 
 Finding = Union[str, EtcdFdwError]  # what a check found: good news, or what is wrong
@@ -4201,6 +4731,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     command(commands, "start", "run until stopped (the default)", "-c /etc/etcd_fdw.yaml start")
     add_status_command(commands, command)
+    add_sync_commands(commands, command)
     add_config_command(commands, command)
     commands.add_parser("demo", help="show it all on throw-away servers, until Ctrl-C")
     return parser
@@ -4242,6 +4773,41 @@ def add_status_command(commands: Any, command: Callable[..., Parser]) -> None:
         action="store_true",
         help="say in one line what is wrong, and exit 5 if anything is",
     )
+
+
+def add_sync_commands(commands: Any, command: Callable[..., Parser]) -> None:
+    """The command lines of sync and validate."""
+    sync = command(
+        commands,
+        "sync",
+        "bring both sides in step once, through the active instance if there is one",
+        "-c /etc/etcd_fdw.yaml sync",
+        "-c /etc/etcd_fdw.yaml sync --retry-failed",
+        "-c /etc/etcd_fdw.yaml sync --reset --yes",
+    )
+    sync.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="first queue conflicts and failures again, on top of the current versions",
+    )
+    sync.add_argument(
+        "--reset",
+        action="store_true",
+        help="first drop the mirror of this prefix with its history; no instance may be active",
+    )
+    sync.add_argument("--yes", action="store_true", help="do not ask before --reset")
+    validate = command(
+        commands,
+        "validate",
+        "compare both sides at one revision; exit 5 if they differ",
+        "-c /etc/etcd_fdw.yaml validate",
+        "-c /etc/etcd_fdw.yaml validate --fix",
+        "-c /etc/etcd_fdw.yaml validate --format json | jq .missing.first",
+    )
+    validate.add_argument(
+        "--fix", action="store_true", help="first repair the mirror, as sync does"
+    )
+    validate.add_argument("--format", choices=("text", "json"), default="text")
 
 
 def add_config_command(commands: Any, command: Callable[..., Parser]) -> None:
@@ -4534,6 +5100,8 @@ def config_validate(given: Mapping[str, Any], chosen: Mapping[str, Setting]) -> 
 COMMANDS: dict[str, Callable[..., int]] = {
     "start": start,
     "status": status,
+    "sync": sync,
+    "validate": validate,
     "config": config_command,
 }
 

@@ -2521,6 +2521,248 @@ def test_status_is_painted_on_a_terminal_only(db, prefix, etcd_address, env, pai
     assert (b"\x1b[31m" in output) == painted
 
 
+def comparison_of(command: Callable[..., Any], *args: str) -> dict[str, Any]:
+    """What `validate --format json` says; its exit code must agree."""
+    done = command("validate", "--format", "json", *args)
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert done.returncode == (0 if found["equal"] else 5)
+    return found
+
+
+def test_sync_without_a_daemon_does_one_pass_both_ways(command, db, prefix, etcd, recorder):
+    etcd.put(prefix + "a", "1")
+    done = command("sync")
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"in step at revision \d+: compared 1 key, .*\n", done.stdout)
+    for value in "234":
+        etcd.put(prefix + "a", value)
+    etcd.put(prefix + "b", "1")
+    etcd.delete(prefix + "a")
+    rows(db, "SELECT etcd_set(%s, 'from sql')", prefix + "c")
+    done = command("sync")
+    assert done.returncode == 0, done.stderr
+    assert "mirrored 6 events, applied 1 change, 0 in conflict, 0 failed" in done.stderr
+    assert etcd.get(prefix + "c").value == b"from sql"
+    assert_same(recorder, db, prefix)
+    assert scalar(db, "SELECT pid FROM etcd_sync_state") is None
+    assert comparison_of(command)["keys"] == 2
+
+
+def test_sync_asks_the_active_instance(daemon, command, db, prefix, etcd):
+    one = daemon("--poll-interval", "1h")
+    etcd.put(prefix + "a", "1")
+    wait_until("not mirrored", lambda: mirror_rows(db, prefix))
+    rows(db, "ALTER TABLE etcd_wal DISABLE TRIGGER etcd_wal_notify")
+    rows(db, "SELECT etcd_set(%s, 'unnoticed')", prefix + "b")
+    rows(db, "UPDATE etcd SET value = 'wrong' WHERE key = %s", prefix + "a")
+    done = command("sync")
+    assert done.returncode == 0, done.stderr
+    assert "compared 1 key, repaired 1 difference, nothing pending" in done.stdout
+    assert etcd.get(prefix + "b").value == b"unnoticed"
+    assert scalar(db, "SELECT value FROM etcd_get(%s)", prefix + "a") == "1"
+    assert rows(
+        db,
+        "SELECT status, details->'different'->'first' FROM etcd_sync_event"
+        " WHERE operation = 'sync'",
+    ) == [("done", [prefix + "a"])]
+    assert scalar(db, "SELECT key FROM etcd_sync_event WHERE operation = 'repair'") == prefix + "a"
+    assert one.returncode is None
+
+
+def test_sync_waits_for_the_one_that_takes_over(daemon, command, db, prefix):
+    one = daemon()
+    one.pause()
+    two = daemon(ready=False)
+    two.wait_log("standing by")
+    client = Daemon(one.log_path.with_name("sync.log"), *sync_arguments(one))
+    client.wait_log("asked the active instance")
+    one.kill()
+    assert client.wait_exit(30) == 0, client.log()
+    assert "in step at" in client.log()
+
+
+def sync_arguments(one: Daemon) -> list[str]:
+    """The command line of sync for the servers of a daemon."""
+    return [*map(str, one.process.args[2:6]), "sync"]  # type: ignore[index]
+
+
+def test_sync_retries_what_was_refused(daemon, command, db, prefix, etcd):
+    daemon()
+    for key in ("a", "b"):
+        rows(
+            db,
+            "INSERT INTO etcd_wal (key, value, revision) VALUES (%s, %s, 999999)",
+            prefix + key,
+            key,
+        )
+    wait_until("not refused", lambda: status_of(command)["conflicts"] == 2)
+    done = command("sync", "--retry-failed")
+    assert done.returncode == 0, done.stderr
+    assert "queued 2 changes again" in done.stderr
+    assert [kv.value for kv in etcd.range(prefix).kvs] == [b"a", b"b"]
+    assert status_of(command)["conflicts"] == 0
+    assert "queued 0 changes again" in command("sync", "--retry-failed").stderr
+
+
+def test_reset_starts_over_and_spares_what_another_mirror_covers(
+    daemon, command, db, prefix, etcd, etcd_address
+):
+    for key in ("a/1", "b/1"):
+        etcd.put(prefix + key, "1")
+    one = daemon()
+    assert command("sync", etcd=etcd_address.dsn(prefix + "a/")).returncode == 0
+    done = command("sync", "--reset", "--yes")
+    assert done.returncode == 4
+    assert "an instance is active: stop it" in done.stderr
+    one.stop()
+    rows(db, "UPDATE etcd_sync_state SET cluster_id = 'dead' WHERE prefix = %s", prefix)
+    assert command("validate").returncode == 4
+    assert daemon(ready=False).wait_exit() == 4
+    done = command("sync", "--reset")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "add --yes" in done.stderr
+    rows(db, "UPDATE etcd SET ts = '2020-01-01'")
+    done = command("sync", "--reset", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert "dropped the mirror: 1 row" in done.stderr
+    old = rows(db, "SELECT key, ts < '2021-01-01' FROM etcd ORDER BY key")
+    assert old == [(prefix + "a/1", True), (prefix + "b/1", False)]
+    assert comparison_of(command)["equal"]
+
+
+@pytest.mark.parametrize("args", [["sync"], ["validate"], ["validate", "--fix"]])
+def test_commands_say_which_server_is_down(command, db, prefix, etcd_address, args):
+    nowhere = etcd_fdw.free_port()
+    args = [*args, "--startup-timeout", "0s"]
+    done = command(*args, postgres=make_dsn(db, port=nowhere))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"etcd_fdw: PostgreSQL: .*refused.*\n", done.stderr)
+    done = command(*args, etcd=etcd_dsn(f"127.0.0.1:{nowhere}", prefix))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"etcd_fdw: etcd at 127.0.0.1:{nowhere}: " in done.stderr.splitlines()[-1]
+
+
+def test_validate_without_a_mirror(command):
+    done = command("validate")
+    assert (done.returncode, done.stdout) == (4, "")
+    assert "there is no mirror yet" in done.stderr
+
+
+TAMPERING = {  # name: (what validate then says of the key, how to get there)
+    "lost": ("missing", "DELETE FROM etcd WHERE key = %(key)s"),
+    "buried": (
+        "missing",
+        "INSERT INTO etcd (key, revision, tombstone)"
+        " SELECT %(key)s, revision, true FROM etcd_sync_state",
+    ),
+    "old": (
+        "different",
+        "DELETE FROM etcd WHERE key = %(key)s"
+        " AND revision = (SELECT max(revision) FROM etcd WHERE key = %(key)s)",
+    ),
+    "changed": ("different", "UPDATE etcd SET value = 'x' WHERE key = %(key)s"),
+    "bytes": ("different", "UPDATE etcd SET value = NULL, value_bytes = '1' WHERE key = %(key)s"),
+    "later": (
+        "different",
+        "INSERT INTO etcd (key, value, revision)"
+        " SELECT %(key)s, 'x', revision FROM etcd_sync_state",
+    ),
+    "undead": (
+        "extra",
+        "DELETE FROM etcd WHERE key = %(key)s AND tombstone",
+    ),
+    "new": ("extra", "INSERT INTO etcd (key, value, revision) VALUES (%(key)s, 'x', 1)"),
+    "brand-new": (
+        "extra",
+        "INSERT INTO etcd (key, value, revision)"
+        " SELECT %(key)s, 'x', revision FROM etcd_sync_state",
+    ),
+}
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_validate_finds_and_fixes(daemon, command, db, prefix, etcd, active):
+    one = daemon()
+    expected: dict[str, list[str]] = {"missing": [], "different": [], "extra": []}
+    for name, (kind, _) in sorted(TAMPERING.items()):
+        expected[kind].append(prefix + name)
+        for value in ("old", "right") if "new" not in name else ():
+            etcd.put(prefix + name, value)
+        if name == "undead":
+            etcd.delete(prefix + name)
+    etcd.put(prefix + "z", "1")  # what the start looks at
+    wait_until(
+        "not mirrored", lambda: scalar(db, "SELECT revision FROM etcd_get(%s)", prefix + "z")
+    )
+    if not active:
+        one.stop()
+    with closing(connect(db)) as conn, conn.cursor() as cur:
+        for name, (_, tampering) in TAMPERING.items():
+            cur.execute(tampering, {"key": prefix + name})
+    found = comparison_of(command)
+    assert {kind: found[kind]["first"] for kind in expected} == expected
+    shown = command("validate").stdout
+    assert re.search(r"^missing in the mirror +2$", shown, re.MULTILINE)
+    assert f"  {prefix}lost\n" in shown
+    found = comparison_of(command, "--fix")
+    assert (found["equal"], found["repaired"]) == (True, len(TAMPERING))
+    right = [(key, "right") for kind in ("missing", "different") for key in expected[kind]]
+    assert rows(db, "SELECT key, value FROM etcd_list()") == sorted([*right, (prefix + "z", "1")])
+    assert scalar(db, "SELECT count(*) FROM etcd_sync_event WHERE operation = 'repair'") == 9
+
+
+def test_validate_raises_no_false_alarm_while_both_sides_write(daemon, command, db, prefix, etcd):
+    daemon()
+    ended = threading.Event()
+
+    def write() -> None:
+        with closing(connect(db)) as conn, conn.cursor() as cur:
+            for n in itertools.cycle(range(50)):
+                if ended.is_set():
+                    return
+                etcd.put(f"{prefix}{n}", str(n))
+                etcd.delete(f"{prefix}{n - 5}")
+                cur.execute("SELECT etcd_set(%s, '1')", (f"{prefix}sql{n}",))
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        compared = [comparison_of(command) for _ in range(4)]
+    finally:
+        ended.set()
+        writer.join()
+    assert all(found["equal"] for found in compared)
+    assert compared[0]["revision"] < compared[-1]["revision"]
+
+
+def test_validate_does_not_miss_what_no_mirror_can_hold(daemon, command, prefix, etcd):
+    etcd.put(prefix.encode() + b"\xff", "1")
+    etcd.put(prefix + "long" * 1000, "1")
+    etcd.put(prefix + "a", b"\0")
+    daemon()
+    found = comparison_of(command)
+    assert (found["equal"], found["keys"], found["unstorable"]) == (True, 1, 2)
+
+
+def test_validate_says_when_etcd_has_forgotten_the_checkpoint(
+    daemon, command, own_etcd, db, prefix
+):
+    dsn = etcd_dsn(own_etcd.endpoint, prefix)
+    with EtcdClient(own_etcd.endpoint) as client:
+        client.put(prefix + "a", "1")
+        daemon(etcd=dsn)
+        client.put(prefix + "b", "1")
+        wait_until("not mirrored", lambda: len(mirror_rows(db)) == 2)
+        for _ in range(3):
+            client.put("elsewhere", "1")
+        client.compact(client.revision())
+    done = command("validate", etcd=dsn)
+    assert done.returncode == 4
+    assert "etcd has compacted revision" in done.stderr
+    done = command("validate", "--fix", etcd=dsn)  # the active instance copies again
+    assert done.returncode == 0, done.stderr
+
+
 def add_etcd_user(
     client: EtcdClient, user: str, password: str, prefix: str, role: str, kind: int = 2
 ) -> None:

@@ -74,7 +74,7 @@ import traceback
 import types
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -123,6 +123,7 @@ READY_LAG_S = 10.0  # "in step" for /readyz
 HOUSEKEEPING_S = 60.0
 HOUSEKEEPING_ROWS = 2000  # looked at in one step
 APPLY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+FOREVER = datetime.max.replace(tzinfo=timezone.utc)
 
 T = TypeVar("T")
 ServerT = TypeVar("ServerT", bound="LocalServer")
@@ -411,7 +412,8 @@ class WriteAheadLogEntry(NamedTuple):
     depends_on: int | None
     dependency_status: str | None
     dependency_revision: int | None  # the version that the key has after the dependency
-    seen_before: bool  # committed before this session began: may have been sent already
+    ts: datetime
+    maybe_sent: bool | None  # committed before this session began, and while one was active
 
     @property
     def data(self) -> bytes | None:
@@ -464,6 +466,7 @@ class SyncState(NamedTuple):
     last_key: str | None
     pid: int | None
     host: str | None
+    alive_until: datetime | None  # the last session sent nothing after it; None: nor left any
 
 
 @dataclass
@@ -832,28 +835,33 @@ class Change(NamedTuple):
 class Group:
     """The pending changes of one PostgreSQL transaction, which etcd applies all or none of."""
 
-    __slots__ = ("changes", "entries", "keys", "read_at", "size")
+    __slots__ = ("changes", "entries", "keys", "maybe_sent", "read_at", "size")
 
     def __init__(self, entries: list[WriteAheadLogEntry]) -> None:
         self.read_at = time.monotonic()
         self.entries = entries
         self.keys = {entry.key for entry in entries}
+        self.maybe_sent = any(entry.maybe_sent for entry in entries)
         self.size = sum(2 * len(e.key) + len(e.value or e.value_bytes or "") + 100 for e in entries)
         self.changes: list[Change] = []
 
 
-def group_entries(entries: Iterable[WriteAheadLogEntry], max_ops: int) -> list[Group]:
+def group_entries(
+    entries: Iterable[WriteAheadLogEntry], max_ops: int, parted: Collection[str] = ()
+) -> list[Group]:
     """The entries by transaction, in the order of their first id.
 
-    A transaction that etcd would not take in one piece is split into its single changes.
+    A transaction that etcd would not take in one piece is split into its single changes, and so
+    is what is left of one (parted has its txid).
     """
     by_txid: dict[str, list[WriteAheadLogEntry]] = {}
     for entry in entries:
         by_txid.setdefault(entry.txid, []).append(entry)
     groups: list[Group] = []
-    for members in by_txid.values():
+    for txid, members in by_txid.items():
         group = Group(members)
-        if len(members) > 1 and (len(members) > max_ops or group.size > TXN_MAX_BYTES):
+        whole = len(members) <= max_ops and group.size <= TXN_MAX_BYTES and txid not in parted
+        if len(members) > 1 and not whole:
             groups.extend(Group([entry]) for entry in members)
         else:
             groups.append(group)
@@ -1260,7 +1268,7 @@ PENDING_COLUMNS = """
     w.id, w.key, w.value, w.value_bytes, w.revision, w.txid::text, w.depends_on,
     d.status,
     CASE WHEN d.value IS NULL AND d.value_bytes IS NULL THEN 0 ELSE d.result_revision END,
-    pg_visible_in_snapshot(w.txid, %(before)s::pg_snapshot)
+    w.ts, pg_visible_in_snapshot(w.txid, %(before)s::pg_snapshot) AND w.ts < %(alive_until)s
 """
 PENDING_DEPENDENCY = """
     LEFT JOIN LATERAL (
@@ -1288,6 +1296,16 @@ CROSS JOIN LATERAL (
     ORDER BY w.txid, id
     LIMIT %(limit)s
 ) w {PENDING_DEPENDENCY}
+"""
+# by the indexes of finished rows: there is none of all transactions
+PARTED_SQL = """
+SELECT w.txid::text FROM etcd_wal w
+WHERE w.status = 'success' AND w.finished_at >= %(oldest)s
+  AND w.txid = ANY (%(txids)s::xid8[]) AND starts_with(w.key, %(prefix)s)
+UNION ALL
+SELECT w.txid::text FROM etcd_wal w
+WHERE w.status IN ('conflict', 'failed')
+  AND w.txid = ANY (%(txids)s::xid8[]) AND starts_with(w.key, %(prefix)s)
 """
 COPY_SQL = """
 COPY {} (key, value, value_bytes, revision, tombstone) FROM STDIN (FORMAT binary)
@@ -1327,23 +1345,24 @@ INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, sour
                              target_system, target_revision, duration, details)
 VALUES %s
 """
-# The version that followed the one that the change was made on, if the mirror has it: for a
-# new key, the put that created it.  A revision that another change claims was not this one's.
-SUCCESSOR_SQL = """
-SELECT o.n, s.revision,
-       NOT s.tombstone AND o.value IS NOT NULL
-         AND coalesce(s.value_bytes, convert_to(s.value, 'UTF8')) = o.value
-         OR s.tombstone AND o.value IS NULL,
-       EXISTS (SELECT FROM etcd_wal w
-               WHERE w.key = o.key AND w.result_revision = s.revision AND w.status = 'success')
-FROM (VALUES %s) AS o (n, key, value, expected)
-LEFT JOIN LATERAL (
-    SELECT * FROM etcd e
-    WHERE e.key = o.key AND e.revision > CASE WHEN o.expected > 0 THEN o.expected ELSE coalesce(
-        (SELECT max(t.revision) FROM etcd t WHERE t.key = o.key AND t.tombstone), 0) END
-    ORDER BY e.revision
-    LIMIT 1
-) s ON true
+# For each change the key's current version (0: none), and where it may have been applied: where
+# its value followed the version that it was made on, and no other change claims it.  For a new
+# key that may be anywhere since the change was asked for.
+TRACE_SQL = """
+SELECT coalesce((SELECT CASE WHEN e.tombstone THEN 0 ELSE e.revision END FROM etcd e
+                 WHERE e.key = o.key ORDER BY e.revision DESC LIMIT 1), 0),
+       ARRAY(
+           SELECT e.revision FROM etcd e
+           WHERE e.key = o.key AND e.revision > o.expected AND (o.expected > 0 OR e.ts >= o.ts)
+             AND coalesce(e.value_bytes, convert_to(e.value, 'UTF8')) IS NOT DISTINCT FROM o.value
+             AND o.expected = coalesce((
+                 SELECT CASE WHEN p.tombstone THEN 0 ELSE p.revision END FROM etcd p
+                 WHERE p.key = e.key AND p.revision < e.revision
+                 ORDER BY p.revision DESC LIMIT 1), 0)
+             AND NOT EXISTS (
+                 SELECT FROM etcd_wal w WHERE w.key = e.key AND w.result_revision = e.revision
+                    AND w.status = 'success' AND w.finished_at >= e.ts))
+FROM (VALUES %s) AS o (n, key, value, expected, ts)
 ORDER BY o.n
 """
 AUDIT_CHANGES_SQL = """
@@ -1445,7 +1464,8 @@ FROM (SELECT DISTINCT ON (key) key, tombstone FROM etcd
 WHERE NOT m.tombstone AND NOT EXISTS (SELECT FROM etcd_staging s WHERE s.key = m.key)
 """
 STATE_SQL = """
-SELECT cluster_id, revision, last_key, pid, host FROM etcd_sync_state WHERE prefix = %(prefix)s
+SELECT cluster_id, revision, last_key, pid, host, heartbeat_at + interval '2 min'
+FROM etcd_sync_state WHERE prefix = %(prefix)s
 """
 BEGIN_STATE_SQL = """
 INSERT INTO etcd_sync_state (prefix, cluster_id, first_revision, revision, last_key)
@@ -1465,7 +1485,8 @@ SET host = %(host)s, pid = %(pid)s, version = %(version)s, started_at = now(),
 WHERE prefix = %(prefix)s
 """
 DEACTIVATE_SQL = """
-UPDATE etcd_sync_state SET host = NULL, pid = NULL, started_at = NULL, heartbeat_at = NULL
+UPDATE etcd_sync_state SET host = NULL, pid = NULL, started_at = NULL,
+    heartbeat_at = CASE WHEN %(unsettled)s THEN heartbeat_at END
 WHERE prefix = %(prefix)s
 """
 PENDING_COUNT_SQL = """
@@ -1708,10 +1729,10 @@ class Postgres:
         with self.cursor() as cur:
             cur.execute(ACTIVATE_SQL, identity)
 
-    def deactivate(self) -> None:
-        """Say in etcd_sync_state that nobody is active."""
+    def deactivate(self, unsettled: bool) -> None:
+        """Say in etcd_sync_state that nobody is active; unsettled: changes may have been sent."""
         with self.cursor() as cur:
-            cur.execute(DEACTIVATE_SQL, {"prefix": self.prefix})
+            cur.execute(DEACTIVATE_SQL, {"prefix": self.prefix, "unsettled": unsettled})
 
     def latest(self, key: str) -> tuple[int, bytes | None] | None:
         """Revision and value (None: deleted) of the mirror's latest version of a key."""
@@ -1731,14 +1752,24 @@ class Postgres:
             return str(cur.fetchone()[0])
 
     def pending(
-        self, busy: Iterable[int], before: str, limit: int, max_ops: int
+        self,
+        busy: Iterable[int],
+        before: str,
+        alive_until: datetime | None,
+        limit: int,
+        max_ops: int,
     ) -> tuple[list[WriteAheadLogEntry], bool]:
         """The first pending changes in id order without those in busy, and whether all came.
 
         A transaction whose rows go beyond the limit is completed, up to what one etcd
         transaction could take.
         """
-        arguments = {"prefix": self.prefix, "before": before, "limit": limit}
+        arguments = {
+            "prefix": self.prefix,
+            "before": before,
+            "alive_until": alive_until,
+            "limit": limit,
+        }
         with self.cursor() as cur:
             cur.execute(PENDING_SQL, {**arguments, "busy": int_array(busy)})
             entries = [WriteAheadLogEntry(*row) for row in cur]
@@ -1751,6 +1782,18 @@ class Postgres:
             )
             entries.extend(WriteAheadLogEntry(*row) for row in cur)
         return sorted(entries, key=lambda entry: entry.id), False
+
+    def parted(self, entries: Sequence[WriteAheadLogEntry]) -> set[str]:
+        """Those of the entries' transactions that have outcomes already, so went in parts."""
+        counts = collections.Counter(entry.txid for entry in entries)
+        txids = [int(txid) for txid, count in counts.items() if count > 1]
+        if not txids:
+            return set()
+        oldest = min(entry.ts for entry in entries)
+        arguments = {"txids": int_array(txids), "oldest": oldest, "prefix": self.prefix}
+        with self.cursor() as cur:
+            cur.execute(PARTED_SQL, arguments)
+            return {txid for (txid,) in cur}
 
     def copy_in(self, cur: Any, table: str, rows: Iterable[bytes]) -> None:
         """COPY rows made by copy_row() into etcd or its staging table."""
@@ -1905,14 +1948,14 @@ class Postgres:
         if cur.rowcount != 1:
             raise PostgresAway("PostgreSQL: another writer has moved the checkpoint: starting over")
 
-    def successors(self, changes: Sequence[Change]) -> list[tuple[Any, ...]]:
-        """For each change: (n, revision, same value, claimed by another) of what followed."""
-        rows = [(n, c.key.decode(), c.value, c.expected) for n, c in enumerate(changes)]
-        template = "(%s, %s, %s::bytea, %s::bigint)"
+    def trace(self, changes: Sequence[Change], since: datetime) -> list[tuple[int, list[int]]]:
+        """For each change: its key's current version, and where it may have been applied."""
+        rows = [(n, c.key.decode(), c.value, c.expected, since) for n, c in enumerate(changes)]
+        template = "(%s, %s, %s::bytea, %s::bigint, %s::timestamptz)"
         with self.cursor() as cur:
             return list(
                 psycopg2.extras.execute_values(
-                    cur, SUCCESSOR_SQL, rows, template, page_size=len(rows), fetch=True
+                    cur, TRACE_SQL, rows, template, page_size=len(rows), fetch=True
                 )
             )
 
@@ -2505,6 +2548,7 @@ class Doubt(NamedTuple):
 
     group: Group
     current: list[int]  # the mod_revision of each key, 0 for none
+    revision: int  # of etcd at that moment
 
 
 class Batch:
@@ -2603,12 +2647,16 @@ class Session:
         self.checkpoint = 0
         self.seen_revision = etcd.header.revision
         self.watch: Watch | None = None
-        self.before = ""  # changes visible in this snapshot may have been sent already
+        # changes that are visible in this snapshot and no newer than that may have been sent
+        self.before = ""
+        self.alive_until: datetime | None = None
+        self.caught_up = False  # the mirror has all that came of what was sent before
         # mirror
         self.fragments: list[Any] = []
         self.backlog: collections.deque[Part] = collections.deque()
         self.heard_at = time.monotonic()
         self.behind = True  # more of the past may come: etcd sends it in portions
+        self.created = False  # the watch, by etcd
         self.careful = False  # another mirror writes some of the same rows
         # push
         self.look = True  # there may be pending changes that were not read
@@ -2618,6 +2666,7 @@ class Session:
         self.landed: collections.deque[Landed] = collections.deque()
         self.doubts: list[Doubt] = []
         self.done: list[Outcome] = []  # to be written, without waiting for any event
+        self.claimed: set[tuple[str, int | None]] = set()  # successes that are not written yet
         self.settled: dict[int, int | None] = {}  # id: the key's version after; None: refused
         self.push_attempt = 0
         self.push_after = 0.0
@@ -2654,7 +2703,7 @@ class Session:
         assert state is not None
         self.take_over(state)
         self.checkpoint = state.revision
-        self.before = self.postgres.snapshot_id()
+        self.before, self.alive_until = self.postgres.snapshot_id(), state.alive_until
         # at the checkpoint, not after it: etcd before 3.4.36 and 3.5.18 silently drops a
         # delete at the compacted revision, and the overlap makes it say "compacted" instead
         self.watch = Watch(
@@ -2670,7 +2719,9 @@ class Session:
         self.engine.established(self)
         while not self.finished():
             self.step()
-        self.postgres.deactivate()
+        self.postgres.deactivate(
+            unsettled=bool(self.look or self.queue or self.pipeline or self.unwritten())
+        )
 
     def close(self) -> None:
         """End the watch, and send nothing any more."""
@@ -2694,6 +2745,7 @@ class Session:
         self.engine.attend()
         self.answer_requests()
         worked = self.receive()
+        worked |= self.settle_doubts()
         worked |= self.push()
         worked |= self.mirror()
         if worked:
@@ -2709,8 +2761,8 @@ class Session:
             times.append(self.heard_at + QUIET_S)
         if self.push_after > time.monotonic():
             times.append(self.push_after)
-        if self.landed or self.doubts:
-            times.append(time.monotonic() + 1)
+        if self.landed or self.doubts or not self.caught_up:
+            times.append(time.monotonic() + QUIET_S)
         if self.guard.stop_by is not None:
             times.append(self.guard.stop_by)
         return min(times)
@@ -2955,6 +3007,7 @@ class Session:
             if response.canceled:
                 raise self.cancellation(response)
             if response.created:
+                self.created = True
                 continue
             last = response.events[-1].kv.mod_revision if response.events else 0
             self.behind = 0 < last < response.header.revision
@@ -3010,7 +3063,6 @@ class Session:
         if batch.checkpoint == self.checkpoint and not outcomes:
             return taken > 0  # what the mirror has already; there may be more behind it
         self.write(batch, outcomes)
-        self.settle_doubts()
         return True
 
     def write(self, batch: Batch, outcomes: list[Outcome]) -> None:
@@ -3030,6 +3082,7 @@ class Session:
             self.write_once(batch, outcomes)
         self.checkpoint = batch.checkpoint
         self.busy.difference_update(outcome.id for outcome in outcomes)
+        self.claimed.difference_update((outcome.key, outcome.revision) for outcome in outcomes)
         self.written = replace(self.counters)
         if batch.rows or outcomes:
             self.metrics.batch_done(outcomes, started)
@@ -3066,7 +3119,7 @@ class Session:
 
     def push(self) -> bool:
         """Fill the pipeline; whether anything was added to it."""
-        if self.guard.stopping or time.monotonic() < self.push_after:
+        if self.guard.stopping or time.monotonic() < self.push_after or not self.catch_up():
             return False
         added = False
         while len(self.pipeline) < PIPELINE_DEPTH and self.unwritten() < self.config.batch_size:
@@ -3082,6 +3135,28 @@ class Session:
             added = True
         return added
 
+    def catch_up(self) -> bool:
+        """Whether the mirror has what came of all changes that another session sent.
+
+        Only then it can tell what must not be sent again.
+        """
+        self.caught_up = (
+            self.caught_up
+            or self.alive_until is None
+            or self.has_reached(self.etcd.header.revision)
+        )
+        return self.caught_up
+
+    def has_reached(self, revision: int) -> bool:
+        """Whether the mirror has all up to a revision that etcd has reached.
+
+        In a prefix where nothing happens only silence tells.
+        """
+        if self.checkpoint >= revision:
+            return True
+        waiting = self.backlog or self.fragments or (self.watch and self.watch.waiting())
+        return self.created and not waiting and time.monotonic() > self.heard_at + QUIET_S
+
     def unwritten(self) -> int:
         """How many changes wait for the mirror to catch up."""
         return sum(len(item.outcomes) for item in self.landed) + len(self.doubts)
@@ -3092,11 +3167,16 @@ class Session:
         needed = self.busy | {e.depends_on or 0 for group in self.queue for e in group.entries}
         self.settled = {id_: v for id_, v in self.settled.items() if id_ in needed}
         entries, all_came = self.postgres.pending(
-            self.busy, self.before, self.config.batch_size, self.config.max_txn_ops
+            self.busy,
+            self.before,
+            self.alive_until,
+            self.config.batch_size,
+            self.config.max_txn_ops,
         )
         self.look = not all_came
         self.busy.update(entry.id for entry in entries)
-        self.queue.extend(group_entries(entries, self.config.max_txn_ops))
+        parted = self.postgres.parted([entry for entry in entries if entry.maybe_sent])
+        self.queue.extend(group_entries(entries, self.config.max_txn_ops, parted))
 
     def pack(self, force: bool = False) -> list[Group]:
         """Take the groups of the next Txn from the queue.
@@ -3106,7 +3186,7 @@ class Session:
         """
         groups: list[Group] = []
         kept: list[Group] = []
-        keys: set[str] = set()
+        keys = {key for doubt in self.doubts for key in doubt.group.keys}
         widest = outer = size = 0
         while self.queue:
             group = self.queue.popleft()
@@ -3117,6 +3197,8 @@ class Session:
             ):
                 kept.append(group)
                 keys |= group.keys
+                continue
+            if self.recall(group):
                 continue
             widest = max(widest, len(group.changes))
             outer += len(group.changes) if self.etcd.guarded else 1
@@ -3193,22 +3275,42 @@ class Session:
             item.response_range.kvs[0].mod_revision if item.response_range.kvs else 0
             for item in answer.responses
         ]
-        self.beaten(group, current)
+        self.beaten(group, current, revision)
 
-    def beaten(self, group: Group, current: list[int]) -> None:
-        """Note that a group's compare failed; its keys are at the current revisions."""
-        maybe_sent = any(entry.seen_before for entry in group.entries)
-        if maybe_sent and all(
-            now != change.expected or is_noop(change) for change, now in zip(group.changes, current)
-        ):
-            self.doubts.append(Doubt(group, current))
-            self.settle_doubts()
+    def beaten(self, group: Group, current: list[int], revision: int) -> None:
+        """Note that a group's compare failed: at a revision its keys were at the current ones."""
+        applied = not any(change.expected == now > 0 for change, now in zip(group.changes, current))
+        if applied and group.maybe_sent:
+            self.doubts.append(Doubt(group, current, revision))
         else:
             self.conflict(group, current)
 
+    def recall(self, group: Group) -> bool:
+        """Whether a group that makes new keys was applied by another session; it then is a success.
+
+        Compare-and-swap cannot tell: etcd would make keys again that were deleted since.
+        """
+        if not group.maybe_sent or any(change.expected for change in group.changes):
+            return False
+        _, applied = self.trace(group)
+        if applied:
+            self.land(group, min(applied))
+        return bool(applied)
+
+    def trace(self, group: Group) -> tuple[dict[bytes, int], set[int]]:
+        """What the mirror has of a group's keys: their versions, and where all may be applied."""
+        changes = [change for change in group.changes if not is_noop(change)]
+        if not changes:
+            return {}, set()
+        found = self.postgres.trace(changes, group.entries[0].ts)
+        applied = set.intersection(*(set(revisions) for _, revisions in found))
+        applied -= {r for r in applied for key in group.keys if (key, r) in self.claimed}
+        return {c.key: version for c, (version, _) in zip(changes, found)}, applied
+
     def rehearse_push(self) -> list[Outcome]:
         """What would become of the first pending changes, as far as can be told beforehand."""
-        self.before, self.checkpoint = self.postgres.snapshot_id(), sys.maxsize
+        self.before, self.alive_until = self.postgres.snapshot_id(), FOREVER
+        self.checkpoint = sys.maxsize
         self.read_pending()
         keys = [key.encode() for group in self.queue for key in group.keys]
         held = self.etcd.revisions(dict.fromkeys(keys), self.config.max_txn_ops)
@@ -3221,9 +3323,8 @@ class Session:
                     held.update((c.key, 0 if c.value is None else revision) for c in group.changes)
                     self.land(group, revision)
                 else:
-                    self.beaten(group, current)
-                while self.doubts:  # nothing in the mirror says that it was applied
-                    self.conflict(*self.doubts.pop())
+                    self.beaten(group, current, revision)
+            self.settle_doubts()
         return self.done
 
     def land(self, group: Group, revision: int | None) -> None:
@@ -3232,6 +3333,7 @@ class Session:
         outcomes = [
             Outcome(e.id, e.key, "success", revision, None, group.read_at) for e in group.entries
         ]
+        self.claimed.update((key, revision) for key in group.keys)
         self.settled.update((e.id, after[e.key]) for e in group.entries)
         if revision is None or revision <= self.checkpoint:
             self.done += outcomes
@@ -3261,27 +3363,31 @@ class Session:
             )
             self.settled[entry.id] = None
 
-    def settle_doubts(self) -> None:
-        """Decide about groups that may have been applied already, as the mirror catches up.
-
-        A group can only have been applied on top of the version that it was made on: look at
-        what followed that version in the history.
-        """
+    def settle_doubts(self) -> bool:
+        """Decide about groups that may have been applied already, as the mirror catches up."""
         doubts, self.doubts = self.doubts, []
         for doubt in doubts:
-            changes = [c for c in doubt.group.changes if not is_noop(c)]
-            found = (
-                self.postgres.successors(changes)
-                if max(doubt.current) <= self.checkpoint
-                else [(0, None, False, False)]
-            )
-            revisions = {revision for _, revision, _, _ in found}
-            if None in revisions:
-                self.doubts.append(doubt)  # the mirror has not got there
-            elif len(revisions) == 1 and all(same and not taken for _, _, same, taken in found):
-                self.land(doubt.group, revisions.pop())
+            group, current, revision = doubt
+            if max(current) > self.checkpoint:
+                self.doubts.append(doubt)
+                continue
+            versions, applied = self.trace(group)
+            if applied:
+                self.land(group, min(applied))
+            elif self.agrees(doubt, versions) or self.checkpoint >= revision:
+                self.conflict(group, current)
             else:
-                self.conflict(doubt.group, doubt.current)
+                self.doubts.append(doubt)
+        return len(self.doubts) < len(doubts)
+
+    def agrees(self, doubt: Doubt, versions: Mapping[bytes, int]) -> bool:
+        """Whether the mirror has what etcd had when it was asked.
+
+        Of a key that is not there, it may lack both how it came and how it went.
+        """
+        held = {c.key: now for c, now in zip(doubt.group.changes, doubt.current)}
+        same = all(held[key] == version for key, version in versions.items())
+        return same and (all(held[key] for key in versions) or self.has_reached(doubt.revision))
 
     def refused(self, groups: list[Group], error: EtcdFdwError) -> None:
         """Deal with a Txn that etcd did not answer, or refused. Raises what ends the session."""
@@ -3308,7 +3414,7 @@ class Session:
         delay = backoff(self.push_attempt, self.config.retry_initial, self.config.retry_max)
         log.warning("%s; changes wait, sending again in %.1fs", error, delay)
         self.push_after = time.monotonic() + delay
-        self.before = self.postgres.snapshot_id()
+        self.before, self.alive_until = self.postgres.snapshot_id(), FOREVER
         for group in [*groups, *self.pipeline.drop(), *self.queue]:
             self.busy.difference_update(entry.id for entry in group.entries)
         self.queue.clear()

@@ -31,9 +31,16 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, redirect_stderr, redirect_stdout, suppress
+from contextlib import (
+    ExitStack,
+    closing,
+    contextmanager,
+    redirect_stderr,
+    redirect_stdout,
+    suppress,
+)
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -1231,7 +1238,7 @@ def pure_db(postgres_dsn):
 def entry(id_: int, key: str, txid: int, **fields: Any) -> etcd_fdw.WriteAheadLogEntry:
     """A pending change of a transaction."""
     unset = dict.fromkeys(etcd_fdw.WriteAheadLogEntry._fields)
-    fields = {"value": "v", "seen_before": False, **fields}
+    fields = {"value": "v", **fields}
     return etcd_fdw.WriteAheadLogEntry(
         **{**unset, "id": id_, "key": key, "txid": str(txid), **fields}
     )
@@ -2206,6 +2213,481 @@ def test_etcd_status_tells_what_is_going_on(daemon, db, prefix, etcd):
 
 
 # ── random histories ─────────────────────────────────────────────────────────
+
+# ETCD_FDW_TEST_HISTORIES=500 runs that many, other ones each time; the default runs the same few.
+HISTORIES = int(os.environ.get("ETCD_FDW_TEST_HISTORIES", "0"))
+HISTORY_KEYS = "abc"
+
+_key = st.sampled_from(HISTORY_KEYS)
+_value = st.integers(0, 2) | st.none()  # some of them equal; None: one that nobody else writes
+_made_on = st.sampled_from(["null", "mirror", "mirror", "etcd", "old", "store", "future", "zero"])
+_statement = st.one_of(
+    st.tuples(st.just("set"), _key, _value),
+    st.tuples(st.just("delete"), _key),
+    st.tuples(st.just("set"), _key, _value, _made_on),
+    st.tuples(st.just("set_bytes"), _key, _value, _made_on),
+    st.tuples(st.just("delete"), _key, _made_on),
+    st.tuples(st.just("insert"), _key, _value, _made_on),
+    st.tuples(st.just("insert_delete"), _key, _made_on),
+    st.tuples(st.just("kv_insert"), _key, _value),
+    st.tuples(st.just("kv_update"), _key, _value),
+    st.tuples(st.just("kv_delete"), _key),
+    st.tuples(st.just("retry")),
+)
+_end = st.sampled_from(["commit"] * 5 + ["rollback"])
+_history = st.lists(
+    st.one_of(
+        st.tuples(st.just("put"), _key),
+        st.tuples(st.just("remove"), _key),
+        st.tuples(st.just("remove_all")),
+        st.tuples(st.just("lend"), _key, st.booleans()),
+        st.tuples(st.just("txn"), st.dictionaries(_key, st.booleans(), min_size=1)),
+        st.tuples(st.just("put_and_delete"), _key),
+        st.tuples(st.just("sql"), st.just("commit"), st.lists(_statement, min_size=1, max_size=1)),
+        st.tuples(st.just("sql"), st.just("commit"), st.lists(_statement, min_size=1, max_size=1)),
+        st.tuples(st.just("sql"), _end, st.lists(_statement, min_size=2, max_size=7)),
+        st.tuples(st.just("hold")),
+        st.tuples(st.just("kill")),
+        st.tuples(st.just("stop")),
+        st.tuples(st.just("start")),
+        st.tuples(st.just("drain")),
+        st.tuples(st.just("compact"), st.integers(0, 3)),
+    ),
+    min_size=12,
+    max_size=60,
+)
+
+
+class WalRow(NamedTuple):
+    """A row of etcd_wal; its key as bytes, and what it asked for."""
+
+    id: int
+    txid: int
+    key: bytes
+    value: bytes | None
+    revision: int | None
+    depends_on: int | None
+    status: str
+    result: int | None
+    message: str | None
+
+
+class History:
+    """Two stores, a daemon between them, and a recorder; the methods are what may happen.
+
+    In etcd others write values that begin with f, in SQL all begin with s: who wrote what is known.
+    """
+
+    def __init__(
+        self, db: str, client: EtcdClient, prefix: str, start: Callable[[], Daemon], max_ops: int
+    ) -> None:
+        self.db, self.client, self.prefix, self.start_daemon = db, client, prefix, start
+        self.max_ops = max_ops
+        self.daemon: Daemon | None = None
+        self.holder: psycopg2.extensions.connection | None = None
+        self.numbers = itertools.count(10)
+        self.leases: list[int] = []
+        self.recorder = Recorder(client, prefix, client.revision() + 1)
+
+    def close(self) -> None:
+        self.recorder.close()
+        self.release()
+        if self.daemon:
+            self.daemon.kill()
+
+    # others write to etcd
+
+    def fresh(self) -> str:
+        return f"f{next(self.numbers)}"
+
+    def put(self, key: str) -> None:
+        self.client.put(self.prefix + key, self.fresh())
+
+    def remove(self, key: str) -> None:
+        self.client.delete(self.prefix + key)
+
+    def remove_all(self) -> None:
+        self.client.delete(self.prefix, prefix=True)
+
+    def lend(self, key: str, revoke: bool) -> None:
+        """Put with a lease, which ends at once or some seconds later."""
+        lease = self.client.grant(1)
+        self.client.put(self.prefix + key, self.fresh(), lease)
+        if revoke:
+            self.client.revoke(lease)
+        else:
+            self.leases.append(lease)
+
+    def txn(self, changes: dict[str, bool]) -> None:
+        """Put or delete several keys at one revision."""
+        self.client.txn(
+            [
+                self.client.put_op(self.prefix + key, self.fresh())
+                if put
+                else self.client.delete_op(self.prefix + key)
+                for key, put in changes.items()
+            ]
+        )
+
+    def put_and_delete(self, key: str) -> None:
+        """Put and delete one key at one revision; etcd takes it in this order only, and nested."""
+        put = self.client.put_op(self.prefix + key, self.fresh())
+        delete = self.client.delete_op(self.prefix + key)
+        self.client.txn([self.client.txn_op([operation]) for operation in (put, delete)])
+
+    def expired(self, lease: int) -> bool:
+        request = etcdrpc.LeaseTimeToLiveRequest(ID=lease)
+        return bool(self.client.call(self.client.leases.LeaseTimeToLive, request).TTL < 0)
+
+    def compact(self, back: int) -> None:
+        with suppress(grpc.RpcError):  # compacted already
+            self.client.compact(self.recorder.sync() - back)
+
+    # applications write in SQL
+
+    def sql(self, end: str, statements: list[tuple[Any, ...]]) -> None:
+        """Run a transaction. What the schema refuses, it does without."""
+        with closing(connect(self.db)) as conn, conn.cursor() as cur:
+            cur.execute("BEGIN")
+            for name, *args in statements:
+                sql, values = self.statement(cur, name, *args)
+                cur.execute("SAVEPOINT here")
+                try:
+                    cur.execute(sql, values)
+                except (psycopg2.errors.SerializationFailure, psycopg2.errors.UniqueViolation):
+                    cur.execute("ROLLBACK TO here")
+            cur.execute(end)
+
+    def statement(self, cur: Any, name: str, *args: Any) -> tuple[str, tuple[Any, ...]]:
+        if name == "retry":
+            return RETRY_SQL, (self.prefix,)
+        key = self.prefix + args[0]
+        values: list[Any] = [key]
+        if not name.endswith("delete"):
+            number = next(self.numbers) if args[1] is None else args[1]
+            values.append(f"s{number}")
+        if args[-1] in MADE_ON_SQL:
+            cur.execute(MADE_ON_SQL[args[-1]], {"key": key, "store": self.client.revision()})
+            found = cur.fetchone()
+            revision = found and found[0]
+            if args[-1] == "etcd":
+                kv = self.client.get(key)
+                revision = kv and kv.mod_revision
+            values.append(revision)
+        elif name.startswith(("set", "delete", "insert")):
+            values.append(None)
+        return STATEMENT_SQL[name], tuple(values)
+
+    # the daemon's life
+
+    def start(self) -> None:
+        self.release()
+        if not self.daemon:
+            self.daemon = self.start_daemon()
+
+    def stop(self) -> None:
+        self.release()
+        if self.daemon:
+            assert self.daemon.stop() == 0
+            self.daemon = None
+
+    def kill(self) -> None:
+        """Kill it; if it is held, when etcd has something of which PostgreSQL does not know."""
+        if not self.daemon:
+            return
+        if self.holder:
+            seen = self.recorder.revision
+            with suppress(TimeoutError):
+                wait_until("nothing was sent", lambda: self.recorder.revision > seen, timeout=0.3)
+        self.daemon.kill()
+        self.daemon = None
+        self.release()
+
+    def hold(self) -> None:
+        """Let the daemon send, but write nothing to PostgreSQL until release()."""
+        if self.daemon and not self.holder:
+            self.holder = connect(self.db)
+            self.holder.autocommit = False
+            with self.holder.cursor() as cur:
+                cur.execute(HOLD_SQL, (self.prefix,))
+
+    def release(self) -> None:
+        if self.holder:
+            self.holder.close()
+            self.holder = None
+
+    def drain(self) -> None:
+        """Wait until nothing is pending."""
+        if self.daemon and not self.holder:
+            wait_until(
+                "changes stay pending",
+                lambda: all(row.status != "pending" for row in self.wal()),
+                timeout=20,
+            )
+
+    # what must hold in the end
+
+    def wal(self) -> list[WalRow]:
+        return [WalRow(*row) for row in rows(self.db, WAL_SQL, self.prefix)]
+
+    def finish(self) -> None:
+        """Let everything come to rest."""
+        self.start()
+        wait_until("a lease did not expire", lambda: all(map(self.expired, self.leases)), 20)
+        self.drain()
+
+    def check_mirror(self) -> None:
+        """Every recorded event is there once; of those that a resync skipped, what was left."""
+        self.recorder.sync()
+        history = self.recorder.history()
+
+        def expected() -> list[Event]:
+            return survivors(history, rows(self.db, RESYNCS_SQL, self.prefix))
+
+        with suppress(TimeoutError):
+            wait_until("", lambda: mirror_rows(self.db, self.prefix) == expected(), timeout=15)
+        assert mirror_rows(self.db, self.prefix) == expected()
+        live = [(kv.key, kv.value, kv.mod_revision) for kv in self.client.range(self.prefix).kvs]
+        assert rows(self.db, LIVE_SQL, self.prefix) == live
+
+    def check_outcomes(self) -> None:
+        """Every outcome is what the recorder saw, and what was applied is a success."""
+        history = self.recorder.history()
+        unknown = [range(old, new + 1) for old, new in rows(self.db, RESYNCS_SQL, self.prefix)]
+        wal = {row.id: row for row in self.wal()}
+        groups: dict[int, list[WalRow]] = {}
+        for row in wal.values():
+            groups.setdefault(row.txid, []).append(row)
+        claims: dict[tuple[int, bytes], set[int]] = {}
+        for group in groups.values():
+            if len(group) <= self.max_ops:
+                assert (
+                    len({(row.status, row.status == "success" and row.result) for row in group})
+                    == 1
+                ), group
+        for row in wal.values():
+            assert row.status in ("success", "conflict"), row
+            last = max(r.id for r in groups[row.txid] if (r.key, r.result) == (row.key, row.result))
+            if row.status == "conflict" or row.id != last:
+                continue
+            expected = expected_version(row, wal)
+            if row.value is None and not expected:
+                continue  # deleted what was not there
+            assert row.result is not None, row
+            claims.setdefault((row.result, row.key), set()).add(row.txid)
+            if not any(row.result in span for span in unknown):
+                assert Event(row.result, row.key, row.value) in history, row
+                assert version_before(history, row.key, row.result) == expected, row
+        assert all(len(owners) == 1 for owners in claims.values()), claims
+        for event in history:
+            known = not any(event.revision in span for span in unknown)
+            if known and event.value and event.value.startswith(b"s"):
+                assert event[:2] in claims, f"{event} was applied, but no row says so"
+
+
+def version_before(history: list[Event], key: bytes, revision: int) -> int:
+    """Return the mod_revision that a key had just before a revision, 0 for none."""
+    earlier = [event for event in history if event.key == key and event.revision < revision]
+    return earlier[-1].revision if earlier and earlier[-1].value is not None else 0
+
+
+def expected_version(row: WalRow, wal: dict[int, WalRow]) -> int:
+    """Return the version that a successful change was made on, 0 for none, as schema.sql says."""
+    on = wal.get(row.depends_on or 0)
+    if on and on.key == row.key and on.id < row.id:
+        if (on.txid, on.status, on.result) == (row.txid, row.status, row.result):
+            return expected_version(on, wal)
+        if on.status == "success":
+            return 0 if on.value is None else on.result or 0
+    return row.revision or 0
+
+
+def survivors(history: list[Event], resyncs: Iterable[Sequence[int]]) -> list[Event]:
+    """What a mirror has of a history where it copied the state at `new` instead of what came."""
+    result, position = [], 0
+    for old, new in resyncs:
+        result += [event for event in history if position < event.revision <= old]
+        before, after = ({e.key: e for e in history if e.revision <= r} for r in (old, new))
+        for key, event in after.items():
+            if event.value is not None and event.revision > old:
+                result.append(event)
+            elif event.value is None and key in before and before[key].value is not None:
+                result.append(Event(new, key, None))
+        position = new
+    result += [event for event in history if event.revision > position]
+    return sorted(result, key=lambda event: event[:2])
+
+
+STATEMENT_SQL = {
+    "set": "SELECT etcd_set(%s, %s, %s)",
+    "set_bytes": "SELECT etcd_set_bytes(%s, %s::bytea, %s)",
+    "delete": "SELECT etcd_delete(%s, %s)",
+    "insert": "INSERT INTO etcd_wal (key, value, revision) VALUES (%s, %s, %s)",
+    "insert_delete": "INSERT INTO etcd_wal (key, revision) VALUES (%s, %s)",
+    "kv_insert": "INSERT INTO etcd_kv (key, value) VALUES (%s, %s)",
+    "kv_update": "WITH new (key, value) AS (VALUES (%s, %s))"
+    " UPDATE etcd_kv k SET value = new.value FROM new WHERE k.key = new.key",
+    "kv_delete": "DELETE FROM etcd_kv WHERE key = %s",
+}
+RETRY_SQL = """
+    SELECT etcd_retry(min(id)) FROM etcd_wal w
+    WHERE status = 'conflict' AND starts_with(key, %s)
+      AND NOT EXISTS (SELECT FROM etcd_wal r WHERE r.retry_of = w.id)
+    HAVING min(id) IS NOT NULL
+"""
+MADE_ON_SQL = {
+    "null": "SELECT NULL",
+    "zero": "SELECT 0",
+    "etcd": "SELECT NULL",
+    "mirror": "SELECT revision FROM etcd_get(%(key)s)",
+    "old": "SELECT min(revision) FROM etcd_get_all(%(key)s)",
+    "store": "SELECT %(store)s",
+    "future": "SELECT %(store)s + 1000",
+}
+HOLD_SQL = "SELECT FROM etcd_sync_state WHERE prefix = %s FOR UPDATE"
+WAL_SQL = """
+    SELECT id, txid::text::bigint, convert_to(key, 'UTF8'),
+           coalesce(value_bytes, convert_to(value, 'UTF8')), revision, depends_on,
+           status, result_revision, error_message
+    FROM etcd_wal WHERE starts_with(key, %s) ORDER BY id
+"""
+RESYNCS_SQL = """
+    SELECT coalesce(target_revision, 0), source_revision FROM etcd_sync_event
+    WHERE operation IN ('snapshot', 'resync') AND prefix = %s ORDER BY id
+"""
+LIVE_SQL = """
+    SELECT convert_to(key, 'UTF8'), coalesce(value_bytes, convert_to(value, 'UTF8')), revision
+    FROM etcd_list(%s)
+"""
+
+
+@contextmanager
+def unrecorded(db: str, prefix: str) -> Iterator[None]:
+    """Let the daemon send, but write nothing to PostgreSQL meanwhile."""
+    with closing(connect(db)) as conn, conn.cursor() as cur:
+        cur.execute("BEGIN")
+        cur.execute(HOLD_SQL, (prefix,))
+        yield
+
+
+def outcomes(db: str, count: int) -> list[tuple[Any, ...]]:
+    """Wait until that many changes are done; return (status, result_revision) of each."""
+    sql = "SELECT status, result_revision FROM etcd_wal WHERE finished_at IS NOT NULL ORDER BY id"
+    return wait_until("changes stay pending", lambda: (r := rows(db, sql))[count - 1 :] and r)
+
+
+@pytest.mark.parametrize("then", ["", "delete", "put", "delete put"])
+def test_change_sent_before_a_crash_is_not_sent_again(then, daemon, db, prefix, etcd, recorder):
+    key = prefix + "a"
+    first = daemon()
+    with unrecorded(db, prefix):
+        rows(db, "SELECT etcd_set(%s, 'mine')", key)
+        sent = wait_until("nothing was sent", lambda: etcd.get(key))
+        first.kill()
+    for step in then.split():
+        etcd.delete(key) if step == "delete" else etcd.put(key, "theirs")
+    expected = etcd.get(key)
+    daemon()
+    assert outcomes(db, 1) == [("success", sent.mod_revision)]
+    assert etcd.get(key) == expected
+    assert_same(recorder, db, prefix)
+
+
+def test_two_like_changes_cannot_both_claim_one_revision(daemon, db, prefix, etcd):
+    key = prefix + "a"
+    first = daemon()
+    insert = "INSERT INTO etcd_wal (key, value) VALUES (%s, 'same')"
+    with unrecorded(db, prefix):
+        rows(db, insert, key)
+        sent = wait_until("nothing was sent", lambda: etcd.get(key)).mod_revision
+        first.kill()
+    rows(db, insert, key)
+    daemon()
+    assert outcomes(db, 2) == [("success", sent), ("conflict", sent)]
+
+
+def test_change_made_while_down_on_a_version_that_never_was_is_a_conflict(daemon, db, prefix, etcd):
+    daemon().kill()
+    there, elsewhere = etcd.put(prefix + "there", "1"), etcd.put("_elsewhere", "1")
+    insert = "INSERT INTO etcd_wal (key, value, revision) VALUES (%s, 'x', %s)"
+    rows(db, insert, prefix + "there", 10**12)
+    rows(db, insert, prefix + "not", 10**12)
+    rows(db, insert, prefix + "nor", elsewhere)
+    daemon()
+    assert outcomes(db, 3) == [("conflict", there), ("conflict", None), ("conflict", None)]
+
+
+def test_delete_while_down_of_what_was_not_there_loses_to_a_put(daemon, db, prefix, etcd):
+    daemon().kill()
+    rows(db, "SELECT etcd_delete(%s)", prefix + "a")
+    revision = etcd.put(prefix + "a", "theirs")
+    daemon()
+    assert outcomes(db, 1) == [("conflict", revision)]
+
+
+def test_rest_of_a_transaction_too_large_for_etcd_is_not_taken_for_a_whole_one(
+    daemon, db, prefix, etcd
+):
+    daemon().kill()
+    keys = [f"{prefix}{number}" for number in range(7)]
+    rows(db, "SELECT etcd_set(key, 'x') FROM unnest(%s) key", keys)
+    # as a crash leaves it: three changes written down, three applied, one not sent
+    for key in keys[:6]:
+        etcd.put(key, "x")
+    rows(
+        db,
+        "UPDATE etcd_wal SET status = 'success', finished_at = now(), result_revision = %s"
+        " WHERE id <= 3",
+        etcd.get(keys[0]).mod_revision,
+    )
+    daemon("--max-txn-ops=4")
+    assert [status for status, _ in outcomes(db, 7)] == ["success"] * 7
+
+
+@pytest.mark.timeout(86400 if HISTORIES else 300)
+def test_random_histories(tmp_path, db, own_etcd):
+    numbers = itertools.count(1)
+
+    @hypothesis.settings(
+        max_examples=HISTORIES or 16,
+        derandomize=not HISTORIES,
+        database=None,
+        deadline=None,
+        phases=[hypothesis.Phase.generate],  # what depends on time cannot be made smaller
+        suppress_health_check=list(hypothesis.HealthCheck),
+        report_multiple_bugs=False,
+    )
+    @given(_history, st.sampled_from([4, 100]), st.sampled_from([3, 5000]))
+    def play(steps, max_ops, batch):
+        prefix = f"/h{next(numbers)}/"
+        log_path = tmp_path / f"daemon-{prefix[1:-1]}.log"
+
+        def start() -> Daemon:
+            options = [f"--max-txn-ops={max_ops}", f"--batch-size={batch}", "--retry-max=200ms"]
+            servers = ["-p", db, "-e", etcd_dsn(own_etcd.endpoint, prefix)]
+            mark = len(log_path.read_text()) if log_path.exists() else 0
+            daemon = Daemon(log_path, *servers, *options)
+            daemon.wait_log("watching", after=mark)
+            return daemon
+
+        with EtcdClient(own_etcd.endpoint) as client:
+            history = History(db, client, prefix, start, max_ops)
+            try:
+                history.start()
+                for name, *args in steps:
+                    getattr(history, name)(*args)
+                history.finish()
+                history.check_mirror()
+                history.check_outcomes()
+            except BaseException:
+                print(f"── steps {steps}\n── recorded {history.recorder.history()}")
+                print("\n".join(f"── {row}" for row in history.wal()))
+                print(log_path.read_text())
+                raise
+            finally:
+                history.close()
+
+    play()
 
 
 # ── status, sync, validate, config ───────────────────────────────────────────

@@ -247,6 +247,10 @@ class Duplicate(EtcdFdwError):
     """a row with this key and revision is there already"""
 
 
+class NoCopy(EtcdFdwError):
+    """PostgreSQL cannot COPY into this table, because of row-level security"""
+
+
 class AnotherTimeline(EtcdFdwError):
     """the mirror's history belongs to another etcd timeline"""
 
@@ -298,6 +302,7 @@ def etcd_error(exc: grpc.RpcError, endpoint: str) -> EtcdFdwError:
 # By SQLSTATE, longest prefix first; source: PostgreSQL's errcodes appendix.
 POSTGRES_CODES: dict[str, type[EtcdFdwError]] = {
     "23505": Duplicate,
+    "0A000": NoCopy,
     "42501": AccessDenied,
     "25006": PostgresAway,
     "22": Rejected,
@@ -311,6 +316,7 @@ POSTGRES_LOGIN_MESSAGES = (
     "authentication failed",
     "no pg_hba.conf entry",
     "no password supplied",
+    "requires a valid client certificate",
     "permission denied",
     "is not permitted to log in",
 )
@@ -2657,7 +2663,7 @@ class Session:
         self.heard_at = time.monotonic()
         self.behind = True  # more of the past may come: etcd sends it in portions
         self.created = False  # the watch, by etcd
-        self.careful = False  # another mirror writes some of the same rows
+        self.careful = False  # another mirror writes some of the same rows, or COPY cannot
         # push
         self.look = True  # there may be pending changes that were not read
         self.queue: collections.deque[Group] = collections.deque()
@@ -3075,7 +3081,7 @@ class Session:
         started = time.monotonic()
         try:
             self.write_once(batch, outcomes)
-        except (Duplicate, Rejected):
+        except (Duplicate, Rejected, NoCopy):
             if self.careful:
                 raise
             self.careful = True

@@ -4276,6 +4276,187 @@ def make_uri(db: str, password: str) -> str:
     )
 
 
+def certify(server: LocalPostgres, days: int = 2) -> Authority:
+    """Make a new authority, and the certificates of the server and of fdw, in the same files."""
+    authority = Authority(server.directory / "pki")
+    authority.issue("server", "DNS:localhost", days)
+    authority.issue("fdw")
+    for path in authority.directory.iterdir():
+        path.chmod(0o600)
+        if path.name in ("ca.pem", "server.pem", "server.key") and server.account:
+            os.chown(path, server.account["user"], server.account["group"])
+    authority.directory.chmod(0o755)
+    return authority
+
+
+@pytest.fixture(scope="module")
+def tls_postgres() -> Iterator[tuple[LocalPostgres, str]]:
+    """A PostgreSQL with TLS, and the DSN of fdw, who needs a client certificate."""
+    server = LocalPostgres()
+    pki = certify(server).directory
+    server.args += ["-c", "ssl=on", "-c", f"ssl_ca_file={pki / 'ca.pem'}"]
+    server.args += ["-c", f"ssl_cert_file={pki / 'server.pem'}"]
+    server.args += ["-c", f"ssl_key_file={pki / 'server.key'}"]
+    try:
+        with server:
+            rows(server.dsn(), "CREATE ROLE fdw LOGIN SUPERUSER")
+            hba = server.data_dir / "pg_hba.conf"
+            hba.write_text("hostssl all fdw all cert\n" + hba.read_text())
+            rows(server.dsn(), "SELECT pg_reload_conf()")
+            files = {"sslrootcert": "ca.pem", "sslcert": "fdw.pem", "sslkey": "fdw.key"}
+            paths = {k: str(pki / v) for k, v in files.items()}
+            login = {"host": "localhost", "hostaddr": "127.0.0.1", "user": "fdw"}
+            yield server, make_dsn(server.dsn(), sslmode="verify-full", **login, **paths)
+    except etcd_fdw.LocalServerError as exc:
+        if "not supported by this build" not in str(exc):
+            raise
+        pytest.skip("this PostgreSQL was built without TLS")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "exit_code", "message"),
+    [
+        ({"sslrootcert": "other"}, 2, "certificate verify failed"),
+        ({"host": "elsewhere"}, 2, 'does not match host name "elsewhere"'),
+        ({"sslcert": "/nonexistent"}, 3, "connection requires a valid client certificate"),
+    ],
+)
+def test_postgres_certificates_are_verified(
+    daemon, tmp_path, tls_postgres, wrong, exit_code, message
+):
+    wrong = {k: str(Authority(tmp_path).ca) if v == "other" else v for k, v in wrong.items()}
+    dsn = make_dsn(tls_postgres[1], **wrong)
+    started = daemon(*FAST, "--startup-timeout", "0s", postgres=dsn, ready=False)
+    assert started.wait_exit() == exit_code
+    assert message in started.log()
+
+
+def test_postgres_certificates_expire_and_are_replaced(daemon, tls_postgres, etcd, prefix):
+    server, dsn = tls_postgres
+    started = daemon(*FAST, postgres=dsn)
+    certify(server, days=-1)
+    server.restart()
+    started.wait_log("WARN .*certificate verify failed.*retrying")
+    certify(server)
+    server.restart()
+    etcd.put(prefix + "b", "2")
+    wait_until("the put did not arrive", arrives(server.dsn(), prefix + "b"))
+    assert started.stop() == 0
+
+
+def test_postgres_without_tls_is_refused_if_tls_is_wanted(daemon, db):
+    dsn = make_dsn(db, sslmode="require")
+    started = daemon(*FAST, "--startup-timeout", "0s", postgres=dsn, ready=False)
+    assert started.wait_exit() == 2
+    assert "server does not support SSL, but SSL was required" in started.log()
+
+
+@pytest.fixture
+def roles(db: str) -> Iterator[Callable[[str], None]]:
+    """Roles daemon_… and app_… without any rights; grant(kind) does what schema.sql documents."""
+    name = scalar(db, "SELECT current_database()")
+    names = {"etcd_fdw": f"daemon_{RUN_ID}", "app": f"app_{RUN_ID}", "mydb": name}
+    rows(db, SCHEMA_SQL)
+    rows(db, "REVOKE ALL ON SCHEMA public FROM PUBLIC")
+    rows(db, f"REVOKE ALL ON DATABASE {name} FROM PUBLIC")
+    for role in (names["etcd_fdw"], names["app"]):
+        rows(db, f"CREATE ROLE {role} LOGIN")
+        rows(db, f"GRANT CONNECT ON DATABASE {name} TO {role}")
+
+    def grant(kind: str) -> None:
+        for sql in re.findall(rf"^--     ((?:{kind}) .*;)$", SCHEMA_SQL, re.MULTILINE):
+            rows(db, re.sub(r"(?<=TO )(etcd_fdw|app)\b|mydb", lambda m: names[m[0]], sql))
+
+    yield grant
+    for role in (names["etcd_fdw"], names["app"]):
+        rows(db, f"DROP OWNED BY {role}")
+        rows(db, f"DROP ROLE {role}")
+
+
+FORBIDDEN = """
+INSERT INTO etcd (key, value, revision) VALUES ('/app/x', '', 1)
+UPDATE etcd SET value = ''
+DELETE FROM etcd
+TRUNCATE etcd
+INSERT INTO etcd_wal (key, status) VALUES ('/app/x', 'success')
+INSERT INTO etcd_wal (key, result_revision) VALUES ('/app/x', 1)
+INSERT INTO etcd_wal (key, txid) VALUES ('/app/x', '3')
+INSERT INTO etcd_wal (key, role_name) VALUES ('/app/x', 'postgres')
+UPDATE etcd_wal SET status = 'pending'
+DELETE FROM etcd_wal
+UPDATE etcd_sync_state SET revision = 1
+INSERT INTO etcd_sync_event (operation) VALUES ('change')
+SELECT * FROM etcd_sync_event
+CREATE TABLE mine ()
+ALTER TABLE etcd_wal DISABLE TRIGGER etcd_wal_notify
+CREATE OR REPLACE FUNCTION etcd_schema_version() RETURNS int LANGUAGE sql AS 'SELECT 2'
+"""
+
+
+def test_documented_roles_are_enough_and_no_more(daemon, db, roles, own_etcd):
+    """The grants are those in schema.sql's comments; nothing is left to PUBLIC."""
+    roles("GRANT")
+    app = make_dsn(db, user=f"app_{RUN_ID}")
+    with EtcdClient(own_etcd.endpoint) as etcd, Recorder(etcd, "/") as recorder:
+        etcd.put("/app/a", "1")
+        etcd.put("/other/a", "1")
+        args = {"postgres": make_dsn(db, user=f"daemon_{RUN_ID}")}
+        started = daemon(*FAST, etcd=etcd_dsn(own_etcd.endpoint, "/"), **args)
+        etcd.put(b"/\xff", "no text")
+        rows(app, "UPDATE etcd_kv SET value = '2' WHERE key = '/app/a'")
+        change = scalar(app, "SELECT etcd_set('/app/b', '2')")
+        wait_status(app, change, "success")
+        rows(app, "DELETE FROM etcd_kv WHERE key = '/app/a'")
+        conflict = scalar(app, "INSERT INTO etcd_wal (key) VALUES ('/other/a') RETURNING id")
+        wait_status(app, conflict, "conflict")
+        wait_status(app, scalar(app, "SELECT etcd_retry(%s)", conflict), "success")
+        for sql in FORBIDDEN.strip().splitlines():
+            with pytest.raises(psycopg2.errors.InsufficientPrivilege):
+                rows(app, sql)
+
+        roles("ALTER TABLE|CREATE POLICY")
+        etcd.put("/other/b", "1")
+        change = scalar(app, "SELECT etcd_set('/app/c', '3')")
+        wait_status(app, change, "success")
+        with pytest.raises(psycopg2.errors.InsufficientPrivilege):
+            rows(app, "SELECT etcd_set('/other/b', '2')")
+        wait_until("/other/b did not arrive", arrives(db, "/other/b"))
+        seen = [key for (key,) in rows(app, "SELECT key FROM etcd_list()")]
+        assert seen == ["/app/b", "/app/c"]
+        recorder.events = [event for event in recorder.events if event.key != b"/\xff"]
+        first = scalar(db, "SELECT first_revision FROM etcd_sync_state")
+        assert_same(recorder, db, "/", since=first + 1)
+        assert started.stop() == 0
+        assert "ERROR" not in started.log()
+
+
+def test_functions_cannot_be_hijacked_through_search_path(daemon, db, prefix, etcd):
+    """Whoever calls them, and whatever lies before the schema in the caller's search_path."""
+    started = daemon(*FAST)
+    with closing(connect(db)) as conn, conn.cursor() as cur:
+        cur.execute("""
+            CREATE SCHEMA evil;
+            SET search_path = evil, public;
+            CREATE TABLE etcd (LIKE public.etcd);
+            CREATE TABLE etcd_wal (LIKE public.etcd_wal INCLUDING ALL);
+            CREATE TEMPORARY TABLE etcd_sync_state (LIKE public.etcd_sync_state);
+            CREATE FUNCTION _etcd_change(text, text, bytea, bigint, boolean DEFAULT false,
+                bigint DEFAULT NULL) RETURNS bigint LANGUAGE sql AS 'SELECT -1::bigint';
+            CREATE FUNCTION _etcd_lock_key(text) RETURNS void LANGUAGE sql AS 'SELECT 1/0';
+            CREATE FUNCTION pg_notify(text, text) RETURNS void LANGUAGE sql AS 'SELECT 1/0';
+            CREATE FUNCTION starts_with(text, text) RETURNS bool LANGUAGE sql AS 'SELECT 1/0 = 1';
+        """)
+        cur.execute("SELECT public.etcd_set(%s, '1')", (prefix + "a",))
+        wait_until("the change did not arrive", arrives(db, prefix + "a"))
+        cur.execute("UPDATE public.etcd_kv SET value = '2' WHERE key = %s", (prefix + "a",))
+        wait_until("the update did not arrive", lambda: etcd.get(prefix + "a").value == b"2")
+        cur.execute("SELECT value FROM public.etcd_list(%s)", (prefix,))
+        wait_until("no second row", lambda: len(mirror_rows(db, prefix)) == 2)
+        cur.execute("SELECT count(*) FROM evil.etcd_wal")
+        assert cur.fetchone() == (0,)
+    assert started.stop() == 0
+
+
 # ── Patroni ──────────────────────────────────────────────────────────────────
 
 

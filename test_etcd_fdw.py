@@ -8,6 +8,8 @@ prefix of its own.
 
 from __future__ import annotations
 
+import argparse
+import ast
 import base64
 import collections
 import io
@@ -19,6 +21,7 @@ import pty
 import re
 import select
 import selectors
+import shlex
 import shutil
 import signal
 import socket
@@ -4462,6 +4465,87 @@ def test_functions_cannot_be_hijacked_through_search_path(daemon, db, prefix, et
 
 # ── demo, README, packaging ──────────────────────────────────────────────────
 
+README = SCRIPT.with_name("README.md")
+
+
+def readme_block(marker: str) -> str:
+    """The fenced block of README.md behind <!-- marker -->."""
+    match = re.search(rf"<!-- {marker} -->\n```\w*\n(.*?)```", README.read_text(), re.DOTALL)
+    assert match, f"README.md has no block {marker}"
+    return match[1]
+
+
+def test_readme_shows_every_option_with_its_default():
+    text = README.read_text().partition("## Options")[2].partition("| command |")[0]
+    table = dict(re.findall(r"^\| (`.*?`) \| (.*?) \|", text, re.MULTILINE))
+    defaults: dict[str, str] = {}
+    for flags, default in table.items():
+        names = re.findall(r"--[a-z-]+", flags)
+        defaults.update(zip(names, default.split(", ") if len(names) > 1 else [default]))
+    for option in etcd_fdw.OPTIONS:
+        shown = defaults["--" + option.name.replace("_", "-")]
+        absent = ("required",) if option.name in etcd_fdw.REQUIRED else ("off", "none")
+        default = option.default if option.default != "false" else None
+        assert shown in ((default,) if default else absent), option.name
+
+
+def test_readme_names_every_command_and_its_options():
+    text = README.read_text()
+    parser = etcd_fdw.build_parser()
+    (commands,) = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    common = {"--" + option.name.replace("_", "-") for option in etcd_fdw.OPTIONS}
+    for name, command in commands.choices.items():
+        assert f"| `{name}" in text, name
+        own = {flag for a in command._actions for flag in a.option_strings if flag[:2] == "--"}
+        for flag in own - common - {"--help"}:
+            assert f"`{flag}`" in text, f"{name} {flag}"
+
+
+def test_commands_of_the_readme_parse():
+    calls = re.findall(
+        r"^(?:\$ |command=|ExecStart=|.*&& )?\S*python3? \S*etcd_fdw\.py (.*)$",
+        README.read_text(),
+        re.MULTILINE,
+    )
+    assert len(calls) >= 6
+    for call in calls:
+        etcd_fdw.build_parser().parse_args(shlex.split(call))
+
+
+def test_troubleshooting_has_every_warning_and_error():
+    text = README.read_text().partition("## Troubleshooting")[2].partition("\n## ")[0]
+    tree = ast.parse(SCRIPT.read_text())
+    messages = [
+        node.args[0].value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in ("log.warning", "log.error")
+        and isinstance(node.args[0], ast.Constant)
+        and isinstance(node.args[0].value, str)
+    ]
+    assert len(messages) >= 10
+    for message in messages:
+        words = max(re.split(r"%[.\d]*[a-z]", message), key=len).strip(" :;,")
+        assert words in text, message
+
+
+def test_requirements_are_those_of_the_script_block():
+    lines = SCRIPT.with_name("requirements.txt").read_text().splitlines()
+    required = {line.strip() for line in lines if line.strip() and not line.startswith("#")}
+    block = re.search(r"^# dependencies = (\[.*\])$", SCRIPT.read_text(), re.MULTILINE)
+    assert block
+    assert set(ast.literal_eval(block[1])) == required
+
+
+def test_schema_version_is_the_one_that_the_script_applies():
+    found = re.search(
+        r"FUNCTION etcd_schema_version\(\).*?SELECT (\d+)",
+        SCRIPT.with_name("schema.sql").read_text(),
+        re.DOTALL,
+    )
+    assert found
+    assert int(found[1]) == etcd_fdw.SCHEMA_VERSION
+
 
 def test_demo_shows_everything_and_cleans_up(tmp_path):
     demo = Daemon(tmp_path / "demo.log", "demo")
@@ -4469,7 +4553,8 @@ def test_demo_shows_everything_and_cleans_up(tmp_path):
         demo.wait_log("until you press Ctrl-C", timeout=60)
         shown = demo.log()
         dsn = demo.wait_log(r"psql (\S+)")[1]
-        assert "etcd wins: /config/app/timeout is at revision 5" in shown
+        for line in readme_block("demo output").splitlines():
+            assert line in shown.splitlines(), line
         assert scalar(dsn, "SELECT count(*) FROM etcd_kv") == 2
         demo.signal(signal.SIGINT)
         assert demo.wait_exit() == 0

@@ -28,6 +28,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -4461,6 +4462,156 @@ def test_functions_cannot_be_hijacked_through_search_path(daemon, db, prefix, et
 
 
 # ── Patroni ──────────────────────────────────────────────────────────────────
+
+# Who held the leader's lock when, by the clock of PostgreSQL when the daemon heard of it.
+LEADERS_SQL = """
+    SELECT date_trunc('second', ts) AS since,
+           date_trunc('second', lead(ts) OVER (ORDER BY revision) - ts) AS lasted,
+           coalesce(value, '(nobody)') AS leader,
+           revision
+    FROM etcd_get_all(%s || 'leader')
+"""
+
+
+class PatroniMember:
+    """A PostgreSQL under Patroni, both run by the user postgres if this is root."""
+
+    def __init__(self, directory: Path, name: str, scope: str, etcd: EtcdAddress) -> None:
+        self.name, self.log_path = name, directory / f"{name}.log"
+        self.api = f"127.0.0.1:{etcd_fdw.free_port()}"
+        self.config_path = directory / f"{name}.yml"
+        user = {"username": etcd.user, "password": etcd.password} if etcd.user else {}
+        config = {
+            "scope": scope,
+            "name": name,
+            "etcd3": {"host": etcd.endpoint, **user},
+            "restapi": {"listen": self.api, "connect_address": self.api},
+            "bootstrap": {
+                "dcs": {"ttl": 5, "loop_wait": 1, "retry_timeout": 2},
+                "initdb": [{"encoding": "UTF8"}, {"locale": "C"}, "no-sync"],
+            },
+            "postgresql": {
+                "listen": f"127.0.0.1:{etcd_fdw.free_port()}",
+                "data_dir": str(directory / name),
+                "bin_dir": str(patroni_postgres()),
+                "authentication": {
+                    "superuser": {"username": "postgres"},
+                    "replication": {"username": "replicator"},
+                },
+                "parameters": {"unix_socket_directories": str(directory), "fsync": "off"},
+                "pg_hba": ["local all all trust"]
+                + [f"host {what} all 127.0.0.1/32 trust" for what in ("all", "replication")],
+            },
+        }
+        self.config_path.write_text(json.dumps(config))  # which is YAML as well
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        account: dict[str, Any] = {}
+        if os.geteuid() == 0:
+            account = {"user": "postgres", "group": "postgres", "extra_groups": []}
+        with self.log_path.open("ab") as log_file:
+            self.process = subprocess.Popen(
+                [str(shutil.which("patroni")), str(self.config_path)],
+                env={"PATH": os.environ["PATH"], "LC_ALL": "C.UTF-8"},
+                cwd=self.config_path.parent,
+                stdin=subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=subprocess.STDOUT,
+                **account,
+            )
+
+    def kill(self) -> None:
+        """End it and its PostgreSQL, as a crash of the machine would."""
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+        pid_file = self.config_path.with_suffix("") / "postmaster.pid"
+        with suppress(FileNotFoundError, ProcessLookupError):
+            os.kill(int(pid_file.read_text().split()[0]), signal.SIGQUIT)
+            wait_until("PostgreSQL did not end", lambda: not pid_file.exists())
+
+    def ask(self, path: str, body: dict[str, str] | None = None) -> int:
+        """Send a request to its REST API; return the HTTP status, 0 for no answer."""
+        data = json.dumps(body).encode() if body else None
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(f"http://{self.api}/{path}", data, timeout=30) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as exc:
+            return exc.code
+        except OSError:
+            return 0
+
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+
+
+def patroni_postgres() -> Path | None:
+    """The directory with PostgreSQL's programs that the user postgres may run, the newest."""
+    found = Path("/usr/lib/postgresql").glob("*/bin/initdb")
+    return max((path.parent for path in found), key=lambda p: float(p.parts[4]), default=None)
+
+
+@pytest.fixture
+def patroni(
+    request: pytest.FixtureRequest, etcd_address: EtcdAddress, etcd: EtcdClient
+) -> Iterator[tuple[str, list[PatroniMember]]]:
+    """The prefix of a Patroni cluster of two, not started yet; it is stopped in the end."""
+    if not shutil.which("patroni"):
+        pytest.skip("needs Patroni: apt-get install patroni")
+    if not patroni_postgres():
+        pytest.skip("needs a PostgreSQL in /usr/lib/postgresql: apt-get install postgresql")
+    directory = Path(tempfile.mkdtemp(prefix="patroni-"))  # pytest's own is closed to postgres
+    if os.geteuid() == 0:
+        shutil.chown(directory, "postgres", "postgres")
+    scope = f"t{next(_numbers)}-{RUN_ID}"
+    members = [PatroniMember(directory, name, scope, etcd_address) for name in ("pg1", "pg2")]
+    failures_before = request.session.testsfailed
+    yield f"/service/{scope}/", members
+    for member in members:
+        member.kill()
+        if request.session.testsfailed > failures_before:
+            print(f"── {member.name}\n{member.log()[-5000:]}")
+    etcd.delete(f"/service/{scope}/", prefix=True)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def leader_of(members: Sequence[PatroniMember]) -> PatroniMember | None:
+    return next((member for member in members if member.ask("primary") == 200), None)
+
+
+@pytest.mark.timeout(300)
+def test_patroni_cluster_is_mirrored_through_restart_and_failover(
+    daemon, db, etcd_address, etcd, patroni
+):
+    prefix, members = patroni
+    servers = {"etcd": etcd_address.dsn(prefix)}
+    with Recorder(etcd, prefix, etcd.revision() + 1) as recorder:
+        first = daemon(**servers)
+        members[0].start()
+        wait_until("Patroni made no cluster", lambda: leader_of(members), 60)
+        members[1].start()
+        wait_until("pg2 is no replica", lambda: members[1].ask("replica") == 200, 60)
+
+        first.kill()
+        body = {"leader": "pg1", "candidate": "pg2"}
+        assert members[0].ask("switchover", body) == 200
+        wait_until("no switchover", lambda: leader_of(members) is members[1], 30)
+        second = daemon(**servers)
+
+        wait_until("pg1 does not follow", lambda: members[0].ask("replica") == 200, 60)
+        members[1].kill()  # the lock goes when its lease expires
+        wait_until("no failover", lambda: leader_of(members) is members[0], 30)
+        assert second.stop() == 0
+        third = daemon(**servers)
+        assert_same(recorder, db, prefix)
+        leaders = [row[2] for row in rows(db, LEADERS_SQL, prefix)]
+        assert [name for name, _ in itertools.groupby(leaders)] in (
+            ["pg1", "(nobody)", "pg2", "(nobody)", "pg1"],
+            ["pg1", "pg2", "(nobody)", "pg1"],
+        )
+        assert third.returncode is None
 
 
 # ── demo, README, packaging ──────────────────────────────────────────────────

@@ -110,7 +110,7 @@ STOP_LIMIT_S = 10.0
 PIPELINE_DEPTH = 8  # Txns prepared for etcd, so that it need not wait for PostgreSQL
 STANDBY_POLL_S = 1.0
 LISTEN_S = 0.5  # a watch that has told nothing new by then has nothing to tell
-LAG_LIMIT_S = 5.0  # an active instance has mirrored a change by then
+LAG_LIMIT_S = 3.0  # an active instance has mirrored a change by then
 HEARTBEAT_LIMIT_S = 60.0  # then it is stuck, or copying very much
 PENDING_LIMIT_S = 60.0
 SYNC_LIMIT_S = 300.0  # sync gives up when the active instance has not got on for so long
@@ -1540,9 +1540,11 @@ ORDER BY id DESC LIMIT 5
 """
 SIZE_SQL = """
 SET LOCAL statement_timeout = '2s';
-SELECT (SELECT count(*) FROM etcd_list(%(prefix)s)) AS keys,
-       (SELECT count(*) FROM etcd
-        WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %(after)s)) AS revisions
+SELECT count(*) FILTER (WHERE NOT e.tombstone) AS keys, coalesce(sum(m.n), 0)::bigint AS revisions
+FROM (SELECT key, max(revision) AS revision, count(*) AS n FROM etcd
+      WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %(after)s)
+      GROUP BY key) m
+JOIN etcd e ON e.key = m.key AND e.revision = m.revision
 """
 
 

@@ -2990,21 +2990,44 @@ def test_status_watch_repeats_and_ends_quietly_with_its_reader(db, prefix, etcd_
     process.stderr.close()
 
 
-@pytest.mark.parametrize(("env", "painted"), [({}, True), ({"NO_COLOR": "1"}, False)])
-def test_status_is_painted_on_a_terminal_only(db, prefix, etcd_address, env, painted):
+def on_terminal(*args: str, typed: bytes = b"", env: dict[str, str] | None = None) -> str:
+    """Run the program on a terminal; return what the terminal shows."""
     ours, theirs = pty.openpty()
-    subprocess.run(
-        [sys.executable, str(SCRIPT), "-p", db, "-e", etcd_address.dsn(prefix), "status"],
-        env=clean_environ({"TERM": "xterm", **env}),
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *args],
+        env=clean_environ({"TERM": "xterm", **(env or {})}),
+        stdin=theirs,
         stdout=theirs,
-        check=True,
-        timeout=30,
+        stderr=theirs,
     )
     os.close(theirs)
-    output = os.read(ours, 65536)
+    os.write(ours, typed)
+    shown = b""
+    with suppress(OSError):  # the end of a terminal is an error
+        while data := os.read(ours, 65536):
+            shown += data
     os.close(ours)
-    assert b"no instance is active" in output
-    assert (b"\x1b[31m" in output) == painted
+    process.wait(30)
+    return shown.decode()
+
+
+def test_status_is_painted_on_a_terminal_only(db, prefix, etcd_address):
+    servers = ["-p", db, "-e", etcd_address.dsn(prefix)]
+    shown = on_terminal(*servers, "status")
+    assert "\x1b[31m" in shown
+    assert "no instance is active" in shown
+    assert "\x1b" not in on_terminal(*servers, "status", env={"NO_COLOR": "1"})
+
+
+def test_sync_on_a_terminal_shows_a_bar_and_asks_before_a_reset(db, prefix, etcd, etcd_address):
+    etcd.put(prefix + "a", "1")
+    servers = ["-p", db, "-e", etcd_address.dsn(prefix)]
+    assert re.search(r"\[#{30}\] 1/1 keys, \d+/s", on_terminal(*servers, "sync"))
+    refused = on_terminal(*servers, "sync", "--reset", typed=b"n\n")
+    assert f"Drop the mirror of {prefix}" in refused
+    assert "nothing was changed" in refused
+    assert "dropped the mirror: 1 row" in on_terminal(*servers, "sync", "--reset", typed=b"y\n")
+    assert len(mirror_rows(db, prefix)) == 1
 
 
 def comparison_of(command: Callable[..., Any], *args: str) -> dict[str, Any]:
@@ -3116,16 +3139,17 @@ def test_reset_starts_over_and_spares_what_another_mirror_covers(
     assert comparison_of(command)["equal"]
 
 
-@pytest.mark.parametrize("args", [["sync"], ["validate"], ["validate", "--fix"]])
-def test_commands_say_which_server_is_down(command, db, prefix, etcd_address, args):
+def test_commands_say_which_server_is_down(command, db, prefix):
     nowhere = etcd_fdw.free_port()
-    args = [*args, "--startup-timeout", "0s"]
-    done = command(*args, postgres=make_dsn(db, port=nowhere))
-    assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"etcd_fdw: PostgreSQL: .*refused.*\n", done.stderr)
-    done = command(*args, etcd=etcd_dsn(f"127.0.0.1:{nowhere}", prefix))
-    assert (done.returncode, done.stdout) == (2, "")
-    assert f"etcd_fdw: etcd at 127.0.0.1:{nowhere}: " in done.stderr.splitlines()[-1]
+    assert command("sync").returncode == 0
+    for args in (["sync"], ["validate"], ["validate", "--fix"]):
+        done = command(*args, "--startup-timeout", "0s", postgres=make_dsn(db, port=nowhere))
+        assert (done.returncode, done.stdout) == (2, "")
+        assert re.fullmatch(r"etcd_fdw: PostgreSQL: .*refused.*\n", done.stderr)
+        down = etcd_dsn(f"127.0.0.1:{nowhere}", prefix)
+        done = command(*args, "--startup-timeout", "0s", etcd=down)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert f"etcd_fdw: etcd at 127.0.0.1:{nowhere}: " in done.stderr.splitlines()[-1]
 
 
 def test_validate_without_a_mirror(command):

@@ -1994,7 +1994,9 @@ AFTERWARDS: dict[str, Callable[[EtcdClient, str], Any]] = {
     "nothing": lambda etcd, key: None,
     "put": lambda etcd, key: etcd.put(key, "etcd"),
     "put-same": lambda etcd, key: etcd.put(key, "sql"),
+    "delete": lambda etcd, key: etcd.delete(key),
     "put-delete": lambda etcd, key: (etcd.put(key, "etcd"), etcd.delete(key)),
+    "delete-put-same": lambda etcd, key: (etcd.delete(key), etcd.put(key, "sql")),
 }
 
 
@@ -2002,8 +2004,6 @@ AFTERWARDS: dict[str, Callable[[EtcdClient, str], Any]] = {
 def test_applied_without_an_answer_is_success(daemon, db, prefix, etcd, recorder, lost):
     updates = {prefix + "update-" + name: then for name, then in AFTERWARDS.items()}
     inserts = {prefix + "insert-" + name: then for name, then in AFTERWARDS.items()}
-    del inserts[prefix + "insert-put-delete"]  # see below
-    updates[prefix + "update-delete"] = lambda etcd, key: etcd.delete(key)
     for key in updates:
         etcd.put(key, "old")
     changed = {**updates, **inserts}
@@ -2031,24 +2031,6 @@ def test_applied_without_an_answer_is_success(daemon, db, prefix, etcd, recorder
         assert wait_settled(db) == ["success"] * len(changed)
         assert dict(rows(db, "SELECT key, result_revision FROM etcd_wal")) == revisions
         assert_same(recorder, db, prefix)
-
-
-@pytest.mark.xfail(reason="etcd cannot say that an absent key was there since the insert was sent")
-def test_inserted_without_an_answer_and_deleted_since_is_not_inserted_again(
-    daemon, db, prefix, etcd, recorder
-):
-    key = prefix + "a"
-    with Proxy(int(etcd.endpoint.rpartition(":")[2])) as proxy:
-        daemon(*FAST, etcd=etcd_dsn(proxy.endpoint, prefix))
-        proxy.delay(0.3)
-        rows(db, "SELECT etcd_set(%s, 'sql')", key)
-        wait_until("not applied", lambda: etcd.get(key))
-        proxy.refuse()
-        etcd.delete(key)
-        proxy.resume()
-        wait_settled(db)
-        assert_same(recorder, db, prefix)
-        assert [event.value for event in recorder.history()] == [b"sql", None]
 
 
 def test_deleted_without_an_answer_is_success(daemon, db, prefix, etcd):

@@ -121,7 +121,7 @@ QUIET_S = 1.0  # etcd sends the past in portions 100 ms apart; after this silenc
 STUCK_S = 60.0  # a loop that has not turned for so long is stuck, unless PostgreSQL is working
 READY_LAG_S = 10.0  # "in step" for /readyz
 HOUSEKEEPING_S = 60.0
-HOUSEKEEPING_ROWS = 2000  # looked at in one step
+HOUSEKEEPING_ROWS = 1000  # looked at in one step
 APPLY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 FOREVER = datetime.max.replace(tzinfo=timezone.utc)
 
@@ -1389,11 +1389,12 @@ PENDING_GAUGES_SQL = """
 SELECT count(*), coalesce(extract(epoch FROM clock_timestamp() - min(ts)), 0)::float8
 FROM etcd_wal WHERE status = 'pending' AND starts_with(key, %(prefix)s)
 """
-# What may be deleted is older than the retention, and than every pending change: what became
-# of such a change may have to be found out from what happened to its key since.
+# What may be deleted is older than the retention, and older than the first pending change: what
+# became of that one, or of a later one, may have to be found out from what happened since.
 CUTOFF = """
-(SELECT least(now() - %(age_s)s * interval '1 second', min(p.ts)) FROM etcd_wal p
- WHERE p.status = 'pending' AND starts_with(p.key, %(prefix)s))
+(SELECT least(now() - %(age_s)s * interval '1 second', (
+    SELECT p.ts FROM etcd_wal p
+    WHERE p.status = 'pending' AND starts_with(p.key, %(prefix)s) ORDER BY p.id LIMIT 1)))
 """
 # Each looks at `limit` rows behind a position, deletes what is due, and answers: rows deleted,
 # where to go on, and whether there may be more.
@@ -1420,17 +1421,23 @@ SELECT (SELECT count(*) FROM due),
        (SELECT count(*) = %(limit)s FROM looked_at)
 """
 PRUNE_WAL_SQL = f"""
-WITH due AS MATERIALIZED (
-    SELECT id, finished_at FROM etcd_wal
-    WHERE status = 'success' AND retry_of IS NULL AND starts_with(key, %(prefix)s)
-      AND finished_at >= %(finished_at)s AND finished_at < {CUTOFF}
-    ORDER BY finished_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED
+WITH looked_at AS MATERIALIZED (
+    SELECT id, finished_at, retry_of IS NULL AND starts_with(key, %(prefix)s) AS mine
+    FROM etcd_wal
+    WHERE status = 'success' AND finished_at >= %(finished_at)s AND finished_at < {CUTOFF}
+    ORDER BY finished_at LIMIT %(limit)s
+), due AS MATERIALIZED (
+    SELECT id FROM etcd_wal WHERE id = ANY (ARRAY(SELECT id FROM looked_at WHERE mine))
+    FOR UPDATE SKIP LOCKED
 ), deleted AS (
     DELETE FROM etcd_wal WHERE id = ANY (ARRAY(SELECT id FROM due))
 )
-SELECT count(*), CASE WHEN count(*) = %(limit)s THEN max(finished_at) ELSE {CUTOFF} END,
+SELECT (SELECT count(*) FROM due),
+       CASE WHEN count(*) < %(limit)s THEN {CUTOFF}
+            WHEN EXISTS (SELECT FROM due) THEN max(finished_at)
+            ELSE max(finished_at) + interval '1 microsecond' END,
        count(*) = %(limit)s
-FROM due
+FROM looked_at
 """
 PRUNE_AUDIT_SQL = """
 WITH looked_at AS MATERIALIZED (
@@ -2807,9 +2814,10 @@ class Session:
             self.summary_at = now + SUMMARY_S
             self.summarise()
         if now >= self.gauges_at:
-            self.gauges_at = now + HEARTBEAT_S
             if self.config.metrics_address:
                 self.look_at_pending()
+            took = time.monotonic() - now  # long only if very many are pending
+            self.gauges_at = now + max(HEARTBEAT_S, 50 * took)
         if (self.landed or self.doubts) and now > self.heard_at + EVENT_LIMIT_S:
             raise EtcdAway(
                 f"etcd at {self.etcd.endpoint}: the watch has been silent for"

@@ -368,9 +368,20 @@ RETURNS TABLE (key text, value text, value_bytes bytea, revision bigint, ts time
 LANGUAGE plpgsql STABLE PARALLEL SAFE AS $$
 -- History of one key, oldest first, deletions included as rows with tombstone true.
 --   p_key           the key, exactly
---   p_min_revision  leave out what is older
---   result          what the mirror still holds: nothing before it began, nor what housekeeping deleted
+--   p_min_revision  leave out what is older; 0: everything that the mirror holds
+--   result          nothing from before the mirror began, nor what housekeeping deleted
+--   errors          22023 if history from p_min_revision on was asked for and some of it has been deleted
+DECLARE
+    v_pruned  bigint;
 BEGIN
+    IF p_min_revision > 0 THEN
+        SELECT max(s.pruned_revision) INTO v_pruned FROM etcd_sync_state s WHERE starts_with(p_key, s.prefix);
+        IF p_min_revision < v_pruned THEN
+            RAISE EXCEPTION 'history before revision % has been pruned', v_pruned
+                USING ERRCODE = 'invalid_parameter_value',
+                      HINT = format('Ask from revision %s on, or without a revision for what is left.', v_pruned);
+        END IF;
+    END IF;
     RETURN QUERY
     SELECT e.key, e.value, e.value_bytes, e.revision, e.ts, e.tombstone
       FROM etcd e
@@ -379,7 +390,7 @@ BEGIN
      ORDER BY e.revision;
 END
 $$;
-COMMENT ON FUNCTION etcd_get_all(text, bigint) IS 'history of one key that the mirror holds, oldest first, with tombstones';
+COMMENT ON FUNCTION etcd_get_all(text, bigint) IS 'history of one key that the mirror holds, oldest first, with tombstones; an error if it was pruned';
 
 
 CREATE OR REPLACE FUNCTION _etcd_state(p_prefix text, p_revision bigint)

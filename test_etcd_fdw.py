@@ -35,6 +35,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
+import xmlrpc.client
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import (
@@ -57,6 +58,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 from psycopg2.extensions import make_dsn
+from supervisor.xmlrpc import SupervisorTransport
 
 import etcd_fdw
 from etcd_fdw import LocalEtcd, LocalPostgres, etcdrpc, wait_until
@@ -3598,6 +3600,328 @@ def test_finished_changes_are_deleted_after_their_retention(daemon, db, prefix, 
     )
     kept = rows(db, "SELECT id, status FROM etcd_wal WHERE key <> 'elsewhere' ORDER BY id")
     assert kept == [(conflict, "conflict"), (retry, "success"), (young, "success")]
+
+
+def test_superseded_versions_are_deleted_and_etcd_at_says_so(daemon, db, prefix, etcd):
+    one = daemon()
+    key = prefix + "a"
+    first, second, third = (etcd.put(key, value) for value in "123")
+    other = etcd.put(prefix + "b", "kept, since it is the latest")
+    gone = etcd.put(prefix + "c", "x")
+    etcd.delete(prefix + "c")
+    buried = etcd.revision()
+    wait_until("not mirrored", lambda: len(mirror_rows(db, prefix)) == 6)
+    one.stop()
+    rows(db, "UPDATE etcd SET ts = ts - interval '2 days' WHERE revision <> %s", third)
+    one = daemon("-l", "debug", "--history-retention", "1d")
+    one.wait_log("housekeeping deleted 2 rows of etcd$")  # 1 and the put of c; 2 was beaten today
+    assert [event[:2] for event in mirror_rows(db, prefix)] == [
+        (second, key.encode()),
+        (third, key.encode()),
+        (other, (prefix + "b").encode()),
+        (buried, (prefix + "c").encode()),
+    ]
+    assert scalar(db, "SELECT pruned_revision FROM etcd_sync_state") == buried
+    assert rows(db, "SELECT value FROM etcd_at(%s, %s)", buried, prefix) == [
+        ("3",),
+        ("kept, since it is the latest",),
+    ]
+    for sql, args in [
+        ("SELECT * FROM etcd_at(%s, %s)", (gone, prefix)),
+        ("SELECT * FROM etcd_get_all(%s, %s)", (key, first)),
+    ]:
+        with pytest.raises(psycopg2.errors.InvalidParameterValue, match="pruned"):
+            rows(db, sql, *args)
+    assert len(rows(db, "SELECT * FROM etcd_get_all(%s)", key)) == 2
+
+
+def test_history_stays_while_a_change_is_pending(daemon, db, prefix, own_etcd):
+    server = etcd_dsn(own_etcd.endpoint, prefix)
+    one = daemon(etcd=server)
+    with EtcdClient(own_etcd.endpoint) as client:
+        client.put(prefix + "a", "1")
+        client.put(prefix + "a", "2")
+        wait_until("not mirrored", lambda: len(mirror_rows(db, prefix)) == 2)
+        one.stop()
+        rows(db, "UPDATE etcd SET ts = ts - interval '1 hour'")
+        pending = scalar(
+            db,
+            "INSERT INTO etcd_wal (key, value, ts) VALUES (%s, %s, now() - interval '2 hours')"
+            " RETURNING id",
+            prefix + "b",
+            "x" * (3 << 20),  # PostgreSQL takes it, etcd does not
+        )
+        with Proxy(int(own_etcd.endpoint.rpartition(":")[2])) as proxy:
+            proxy.throttle(300_000)  # so that it is on its way for a while
+            one = daemon(
+                "-l", "debug", "--history-retention", "1m", "--audit-retention", "0s",
+                etcd=etcd_dsn(proxy.endpoint, prefix) + "?request_timeout=60s",
+            )  # fmt: skip
+            one.wait_log("housekeeping deleted .* of etcd_sync_event")  # it is at work
+            assert len(mirror_rows(db, prefix)) == 2
+            proxy.resume()
+            wait_until(
+                "still pending",
+                lambda: (
+                    scalar(db, "SELECT status FROM etcd_wal WHERE id = %s", pending) == "failed"
+                ),
+                30,
+            )
+        one.stop()
+        one = daemon("-l", "debug", "--history-retention", "1m", etcd=server)
+        one.wait_log("housekeeping deleted 1 rows of etcd$")
+        assert len(mirror_rows(db, prefix)) == 1
+
+
+def test_housekeeping_goes_through_everything_in_steps(daemon, db, prefix, etcd):
+    one = daemon()
+    etcd.put(prefix + "live", "x")
+    wait_until("not mirrored", lambda: mirror_rows(db, prefix))
+    one.stop()
+    rows(db, "UPDATE etcd_sync_event SET ts = ts - interval '91 days'")  # they are in order
+    count = 3 * etcd_fdw.HOUSEKEEPING_ROWS + 7
+    old = "now() - interval '90 days'"
+    rows(
+        db,
+        f"INSERT INTO etcd (key, value, revision, ts) SELECT %s || n %% 10, '', n, {old}"
+        " FROM generate_series(1, %s) n",
+        prefix,
+        count,
+    )
+    rows(
+        db,
+        "INSERT INTO etcd_wal (key, value, status, finished_at)"
+        f" SELECT p || n, '', 'success', {old} + n * interval '1 ms' FROM generate_series(1, %s) n,"
+        " unnest(ARRAY[%s, '/of another instance/']) p",
+        count,
+        prefix,
+    )
+    rows(
+        db,
+        "INSERT INTO etcd_sync_event (prefix, operation, status, key, ts)"
+        f" SELECT p, 'mirror', s, '', {old} FROM generate_series(1, %s) n,"
+        " unnest(ARRAY[%s, '/of another instance/']) p, unnest(ARRAY['success', 'unstorable']) s",
+        count,
+        prefix,
+    )
+    one = daemon("--metrics-address", "127.0.0.1:0", "--history-retention", "30d")
+
+    def left() -> list[Any]:
+        return rows(
+            db,
+            "SELECT (SELECT count(*) FROM etcd), (SELECT count(*) FROM etcd_wal),"
+            " (SELECT count(*) FROM etcd_sync_event WHERE operation = 'mirror')",
+        )
+
+    # the latest of 10 keys and the live one; what others own; unstorable events are no audit
+    with suppress(TimeoutError):
+        wait_until("not all deleted", lambda: left() == [(11, count, 3 * count)], 30)
+    assert left() == [(11, count, 3 * count)]
+    deleted = read_metrics(one)
+    assert deleted['etcd_fdw_deleted_rows_total{table="etcd"}'] == count - 10
+    assert deleted['etcd_fdw_deleted_rows_total{table="etcd_wal"}'] == count
+    # and the first copy's
+    assert deleted['etcd_fdw_deleted_rows_total{table="etcd_sync_event"}'] == count + 1
+
+
+def test_retention_keep_deletes_nothing(daemon, db, prefix, etcd):
+    one = daemon()
+    etcd.put(prefix + "a", "1")
+    rows(db, "SELECT etcd_set(%s, 'x')", prefix + "b")
+    wait_until("not mirrored", lambda: len(mirror_rows(db, prefix)) == 2)
+    one.stop()
+    rows(db, "UPDATE etcd SET ts = ts - interval '9 years'")
+    rows(db, "UPDATE etcd_wal SET finished_at = finished_at - interval '9 years'")
+    rows(db, "UPDATE etcd_sync_event SET ts = ts - interval '9 years'")
+    one = daemon("-l", "debug", "--wal-retention", "keep")
+    one.wait_log("housekeeping deleted 1 rows of etcd_sync_event")  # by its default
+    one.stop()
+    assert len(mirror_rows(db, prefix)) == 2
+    assert scalar(db, "SELECT count(*) FROM etcd_wal") == 1
+
+
+def test_audit_of_all_tells_who_and_what_became_of_it(daemon, db, prefix, etcd):
+    one = daemon("--audit", "all")
+    revision = etcd.put(prefix + "a", "1")
+    wait_until("not mirrored", lambda: mirror_rows(db, prefix))
+    with closing(connect(db, application_name="billing")) as conn, conn.cursor() as cur:
+        cur.execute("SELECT etcd_set(%s, '2')", (prefix + "a",))
+        (id_,) = cur.fetchone() or (0,)
+        cur.execute("INSERT INTO etcd_wal (key, value) VALUES (%s, '3')", (prefix + "a",))
+    wait_until(
+        "no conflict", lambda: scalar(db, "SELECT 1 FROM etcd_wal WHERE status = 'conflict'")
+    )
+    who = rows(
+        db,
+        "SELECT role_name, application_name, status, result_revision, finished_at >= ts"
+        " FROM etcd_wal WHERE key = %s ORDER BY id",
+        prefix + "a",
+    )
+    user = scalar(db, "SELECT current_user")
+    after = etcd.get(prefix + "a").mod_revision
+    assert who == [
+        (user, "billing", "success", after, True),
+        (user, "billing", "conflict", after, True),
+    ]
+    trail = rows(
+        db,
+        "SELECT operation, status, source_system, target_system, target_revision,"
+        " details - 'message' FROM etcd_sync_event WHERE key = %s ORDER BY id",
+        prefix + "a",
+    )
+    asked = {"wal_id": id_, "role": user, "application": "billing"}
+    assert sorted(trail, key=str) == [
+        ("change", "conflict", "postgresql", "etcd", after, {"wal_id": id_ + 1}),
+        ("change", "success", "postgresql", "etcd", after, asked),
+        ("mirror", "success", "etcd", "postgresql", revision, None),
+        ("mirror", "success", "etcd", "postgresql", after, None),
+    ]
+    one.stop()
+
+
+def test_application_waits_for_its_outcome_without_polling(daemon, db, prefix, etcd):
+    daemon()
+    with closing(connect(db)) as conn, conn.cursor() as cur:
+        cur.execute("LISTEN etcd_outcome")  # before the change, or the answer may be missed
+        cur.execute("SELECT etcd_set(%s, '1')", (prefix + "a",))
+        (id_,) = cur.fetchone() or (0,)
+
+        def outcome() -> Any:
+            select.select([conn], [], [], 15)
+            conn.poll()
+            for notify in conn.notifies:
+                first, last = map(int, notify.payload.split("-"))
+                if first <= id_ <= last:
+                    return notify
+            return None
+
+        wait_until("no notification", outcome)
+        cur.execute("SELECT status, result_revision FROM etcd_wal WHERE id = %s", (id_,))
+        assert cur.fetchone() == ("success", etcd.get(prefix + "a").mod_revision)
+        conn.notifies.clear()
+        cur.execute("INSERT INTO etcd_wal (key) VALUES (%s) RETURNING id", (prefix + "a",))
+        (id_,) = cur.fetchone() or (0,)
+        wait_until("no notification of a conflict", outcome)
+
+
+def test_application_is_told_of_revisions(daemon, db, prefix, etcd):
+    with closing(connect(db)) as conn, conn.cursor() as cur:
+        cur.execute('LISTEN "config of shop"')
+        before = etcd.put(prefix + "a", "0")
+        one = daemon("--notify-channel", "config of shop")
+        revisions = [etcd.put(f"{prefix}{n}", "x") for n in range(20)]
+        wait_until("not mirrored", lambda: len(mirror_rows(db, prefix)) == 21)
+        one.stop()
+        conn.poll()
+        ranges = [tuple(map(int, n.payload.split("-"))) for n in conn.notifies]
+        assert ranges[0][0] == 1 and before <= ranges[0][1] < revisions[0]  # the first copy
+        covered = [r for r in revisions if any(first <= r <= last for first, last in ranges[1:])]
+        assert covered == revisions
+        assert ranges == sorted(ranges)
+
+
+def test_nobody_is_told_of_revisions_by_default(daemon, db, prefix, etcd):
+    one = daemon()
+    etcd.put(prefix + "a", "0")
+    wait_until("not mirrored", lambda: mirror_rows(db, prefix))
+    one.stop()
+    assert scalar(db, "SELECT pg_notification_queue_usage()") == 0
+
+
+@pytest.mark.parametrize("name", ["", "x" * 64, "etcd_changes", "etcd_outcome"])
+def test_notify_channel_is_refused(name):
+    with pytest.raises(ValueError, match="cannot be the channel"):
+        etcd_fdw.parse_channel(name)
+
+
+def test_sighup_changes_what_can_be_changed(daemon, db, prefix, etcd, tmp_path):
+    file = tmp_path / "etcd_fdw.yaml"
+    file.write_text("log-level: info\nbatch-size: 10\n")
+    one = daemon("-c", str(file), "--poll-interval", "1h")
+    file.write_text(
+        "log-level: debug\nbatch-size: 20\npoll-interval: 1s\naudit: all\n"
+        "metrics-address: 127.0.0.1:1\n"
+    )
+    one.signal(signal.SIGHUP)
+    # poll_interval stays, since the flag wins
+    one.wait_log(
+        r"INFO read the configuration again; changed: log_level, batch_size, audit;"
+        r" changes only with a restart: metrics_address$"
+    )
+    etcd.put(prefix + "a", "1")
+    wait_until(
+        "no audit", lambda: scalar(db, "SELECT 1 FROM etcd_sync_event WHERE operation = 'mirror'")
+    )
+    mark = one.mark()
+    file.write_text("log-level: loud\n")
+    one.signal(signal.SIGHUP)
+    one.wait_log("ERROR .*log-level.*; going on with the configuration as it was$", after=mark)
+    assert one.returncode is None
+
+
+class Supervisord:
+    """A real supervisord that runs one program."""
+
+    def __init__(self, directory: Path, command: Sequence[str]) -> None:
+        self.config = directory / "supervisord.conf"
+        words = " ".join(command).replace("%", "%%")
+        self.config.write_text(
+            f"[supervisord]\nnodaemon=true\nlogfile={directory}/supervisord.log\n"
+            f"pidfile={directory}/supervisord.pid\nchildlogdir={directory}\n"
+            f"[unix_http_server]\nfile={directory}/s.sock\n"
+            f"[supervisorctl]\nserverurl=unix://{directory}/s.sock\n"
+            "[rpcinterface:supervisor]\n"
+            "supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface\n"
+            f"[program:etcd_fdw]\ncommand={words}\nautorestart=true\nstartsecs=1\n"
+            f"stopwaitsecs=15\nredirect_stderr=true\nstdout_logfile={directory}/etcd_fdw.log\n"
+        )
+        self.log_path = directory / "etcd_fdw.log"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "supervisor.supervisord", "-c", str(self.config)],
+            env=clean_environ(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def ask(self, method: str, *args: Any) -> Any:
+        """Call its XML-RPC interface, as supervisorctl does; None while it does not answer."""
+        transport = SupervisorTransport(None, None, f"unix://{self.config.parent}/s.sock")
+        with suppress(OSError), xmlrpc.client.ServerProxy("http://x", transport) as server:
+            return getattr(server.supervisor, method)(*args)
+        return None
+
+    def running_pid(self) -> int:
+        """The program's process id, 0 if it is not running."""
+        info = self.ask("getProcessInfo", "etcd_fdw")
+        return int(info["pid"]) if info and info["statename"] == "RUNNING" else 0
+
+    def __enter__(self) -> Supervisord:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.process.terminate()
+        self.process.wait(30)
+
+
+def test_supervisord_starts_restarts_and_stops_it(db, prefix, etcd, etcd_address):
+    server = ["-p", db.replace(" ", r"\ "), "-e", etcd_address.dsn(prefix)]
+    command = [sys.executable, str(SCRIPT), *server]
+    with ExitStack() as stack:
+        # a path short enough for a socket
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        supervisord = stack.enter_context(Supervisord(directory, command))
+        pid = wait_until("not started", supervisord.running_pid, 20)
+        wait_until("not watching", lambda: "watching" in supervisord.log_path.read_text(), 20)
+        etcd.put(prefix + "a", "1")
+        wait_until("not mirrored", lambda: mirror_rows(db, prefix))
+        os.kill(pid, signal.SIGKILL)
+        wait_until("not restarted", lambda: supervisord.running_pid() not in (0, pid), 20)
+        etcd.put(prefix + "b", "2")
+        wait_until("not mirrored after a crash", lambda: len(mirror_rows(db, prefix)) == 2)
+        assert supervisord.ask("stopProcess", "etcd_fdw")
+        info = supervisord.ask("getProcessInfo", "etcd_fdw")
+        assert (info["statename"], info["exitstatus"]) == ("STOPPED", 0)
+        assert supervisord.log_path.read_text().endswith(" INFO stopped\n")
 
 
 # ── faults: etcd and network ─────────────────────────────────────────────────

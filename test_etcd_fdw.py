@@ -5142,7 +5142,7 @@ def watch_stream(client: EtcdClient, prefix: str, start_revision: int) -> Any:
     create = etcdrpc.WatchCreateRequest(
         key=prefix.encode(), range_end=prefix_end(prefix), start_revision=start_revision
     )
-    create.progress_notify = create.fragment = True
+    create.progress_notify = True
 
     def requests() -> Iterator[Any]:
         yield etcdrpc.WatchRequest(create_request=create)
@@ -5184,16 +5184,27 @@ def bare_txns(endpoint: str, prefix: str, txns: int, groups: int, members: int, 
     return began, time.monotonic()
 
 
-def sql_load(db: str, sessions: int, each: int, statement: str) -> Any:
-    """Commit `each` transactions in each session, in a loop on the server; c, i: session, turn."""
-    block = "DO $$ DECLARE c int := {}; BEGIN FOR i IN 1..{} LOOP {}; COMMIT; END LOOP; END $$"
-    # without the wait for the disk, as only so many commits a second fit into one
-    conns = [connect(db, options="-csynchronous_commit=off") for _ in range(sessions)]
+def sql_load(
+    db: str, sessions: int, each: int, statement: str, rate: float = 0.0, durable: bool = False
+) -> Any:
+    """Commit `each` transactions in each session, in a loop on the server; c, i: session, turn.
+
+    rate: transactions a second in each session. durable: waiting for the disk, which limits how
+    many fit into a second. Returns when it began and ended.
+    """
+    block = """
+        DO $$ DECLARE c int := {}; t timestamptz := clock_timestamp();
+        BEGIN FOR i IN 1..{} LOOP {}; {}; COMMIT; END LOOP; END $$
+    """
+    pace = "PERFORM pg_sleep(extract(epoch FROM t - clock_timestamp()) + i * {})"
+    wait = pace.format(1 / rate) if rate else "NULL"
+    options = f"-csynchronous_commit={'on' if durable else 'off'}"
+    conns = [connect(db, options=options) for _ in range(sessions)]
     yield
 
     def run(number: int) -> None:
         with conns[number].cursor() as cur:
-            cur.execute(block.format(number, each, statement))
+            cur.execute(block.format(number, each, wait, statement))
 
     began = time.monotonic()
     with ThreadPoolExecutor(sessions) as pool:
@@ -5252,6 +5263,21 @@ class Bench:
         endpoint, start = self.etcd.endpoint, self.client.revision() + 1
         watch = Helper(bare_watch, endpoint, prefix, start, txns * keys).go()
         return watch, Helper(put_load, endpoint, prefix, txns, keys, size, at_once)
+
+    def spent(self, daemon: Daemon, conn: Any) -> tuple[float, ...]:
+        """Return CPU seconds of the program, PostgreSQL and etcd, and bytes of WAL, so far."""
+        wal = query(conn, "SELECT pg_current_wal_insert_lsn() - '0/0'::pg_lsn")
+        servers = [self.postgres.process, self.etcd.process]
+        return cpu_s(daemon.pid), *(tree_cpu_s(server.pid) for server in servers if server), wal
+
+    def add_cost(
+        self, what: str, count: int, before: Sequence[float], after: Sequence[float]
+    ) -> None:
+        """Add what 1000 changes cost."""
+        spent = [(b - a) * 1000 / count for a, b in zip(before, after)]
+        for party, cost in zip(("the program", "PostgreSQL", "etcd"), spent):
+            self.add(Figure(f"cost {what}: CPU of {party}", cost * 1000, "ms/1000"))
+        self.add(Figure(f"cost {what}: PostgreSQL's WAL", float(spent[3]) / 1024, "KiB/1000"))
 
     def add(self, *figures: Figure) -> None:
         for figure in figures:
@@ -5315,7 +5341,7 @@ def bench_etcd_to_postgres(bench: Bench) -> None:
         alone = count / (watch.result()[1] - began)
         catch_up = Helper(bare_watch, bench.etcd.endpoint, prefix, start, count).go()
         began, ended = catch_up.result()
-        bench.daemon(prefix, db)
+        daemon = bench.daemon(prefix, db)
         daemon_began = time.monotonic()
         took = wait_state(conn, "revision", bench.client.revision()) - daemon_began
         note = f"{txns} missed revisions"
@@ -5329,29 +5355,31 @@ def bench_etcd_to_postgres(bench: Bench) -> None:
             )
         )
         watch, writers = bench.watched_load(prefix, txns, keys, size, at_once)
+        before = bench.spent(daemon, conn)
         began, ended = writers.go().result()
         followed = count / (watch.result()[1] - began)
         rate = count / (wait_state(conn, "revision", bench.client.revision()) - began)
         note = f"the bare client alone: {alone:,.0f}"
         bench.add(Figure(f"etcd to SQL, {what}", rate, "events/s", followed, note))
+        if size == 64:
+            bench.add_cost(f"etcd to SQL, {what}", count, before, bench.spent(daemon, conn))
         assert query(conn, "SELECT count(*) FROM etcd") == 2 * count
+        daemon.stop()
+
+
+# for sql_load: so many rows in one transaction
+INSERT_ROWS = """
+    INSERT INTO etcd_wal (key, value)
+    SELECT format('{}%s/%s/%s', c, i, n), repeat('v', 64) FROM generate_series(1, {}) n
+"""
 
 
 def bench_postgres_to_etcd(bench: Bench) -> None:
     """Throughput of the push; against a bare client that sends the same Txns one after another."""
-    one_row = "INSERT INTO etcd_wal (key, value) VALUES (format('{}%s/%s', c, i), repeat('v', 64))"
-    ten_rows = (
-        "INSERT INTO etcd_wal (key, value)"
-        " SELECT format('{}%s/%s/%s', c, i, n), repeat('v', 64) FROM generate_series(1, 10) n"
-    )
-    many_rows = (
-        "INSERT INTO etcd_wal (key, value)"
-        " SELECT format('{}%s', n), repeat('v', 64) FROM generate_series(1, {}) n"
-    )
     for what, sessions, transactions, members, statement in (
-        ("one INSERT of 50 k rows", 1, 1, 50_000, many_rows),
-        ("32 sessions, one-row transactions", 32, 1000, 1, one_row),
-        ("transactions of 10 changes", 8, 400, 10, ten_rows),
+        ("one INSERT of 50 k rows", 1, 1, 50_000, INSERT_ROWS),
+        ("32 sessions, one-row transactions", 32, 1000, 1, INSERT_ROWS),
+        ("transactions of 10 changes", 8, 400, 10, INSERT_ROWS),
         ("one hot key", 1, 2000, 1, "PERFORM etcd_set('{}0', i::text)"),
     ):
         prefix, db, conn = bench.setting()
@@ -5370,14 +5398,17 @@ def bench_postgres_to_etcd(bench: Bench) -> None:
         began, ended = bare.go().result()
         bare_rate = txns * (groups or 1) * width / (ended - began)
         writers = Helper(sql_load, db, sessions, transactions, statement)
+        before = bench.spent(daemon, conn)
         began, committed = writers.go().result()
         finished = wait_state(conn, "applied", count)
+        after = bench.spent(daemon, conn)
         if sessions == transactions == 1:
             began = committed  # nobody can see a row before
         note = f"SQL alone {count / (committed - began):,.0f}" if committed > began else ""
         bench.add(
             Figure(f"SQL to etcd, {what}", count / (finished - began), "changes/s", bare_rate, note)
         )
+        bench.add_cost(f"SQL to etcd, {what}", count, before, after)
         assert query(conn, "SELECT count(*) FROM etcd_wal WHERE status = 'success'") == count
         daemon.stop()
 
@@ -5435,25 +5466,67 @@ def watch_latencies(endpoint: str, prefix: str) -> Iterator[float]:
     )
 
 
+def both_ways(bench: Bench, prefix: str, db: str) -> Iterator[tuple[str, str, Iterator[float]]]:
+    """Yield for each way its name, whom sender() writes to, and the latencies as they come."""
+    yield "etcd to SQL", bench.etcd.endpoint, mirror_latencies(db, prefix)
+    yield "SQL to etcd", db, watch_latencies(bench.etcd.endpoint, prefix)
+
+
+def one_at_a_time(target: str, prefix: str, seen: Iterator[float], count: int) -> list[float]:
+    """Change a key, wait until it is seen, change the next one."""
+    send, samples = sender(target), []
+    for n in range(count):
+        send(f"{prefix}latency/{n}")
+        samples.append(next(seen))
+    return samples
+
+
+def hundred_a_second(target: str, prefix: str, seen: Iterator[float], count: int) -> list[float]:
+    """Change keys at a fixed rate, whether or not the changes arrive."""
+    changes = Helper(timed_changes, target, prefix, count, 100.0).go()
+    samples = list(itertools.islice(seen, count))
+    changes.result()
+    return samples
+
+
 def bench_latency(bench: Bench) -> None:
-    """How long one change takes each way: one at a time, and at 100 a second."""
-    for what in ("etcd to SQL", "SQL to etcd"):
-        prefix, db, _ = bench.setting()
-        bench.daemon(prefix, db)
-        to_sql = what == "etcd to SQL"
-        target = bench.etcd.endpoint if to_sql else db
-        seen = (
-            mirror_latencies(db, prefix) if to_sql else watch_latencies(bench.etcd.endpoint, prefix)
-        )
-        count, send, samples = scaled(500), sender(target), []
-        for n in range(count):
-            send(f"{prefix}latency/{n}")
-            samples.append(next(seen))
+    """How long one change takes each way: alone, 100 a second, and under half of the full load."""
+    prefix, db, conn = bench.setting()
+    bench.daemon(prefix, db)
+    count = scaled(500)
+    for what, target, seen in both_ways(bench, prefix, db):
+        samples = one_at_a_time(target, prefix, seen, count)
         bench.add(*percentiles(f"latency {what}, one at a time", samples))
-        changes = Helper(timed_changes, target, prefix, count, 100.0).go()
-        samples = list(itertools.islice(seen, count))
+        samples = hundred_a_second(target, prefix, seen, count)
         bench.add(*percentiles(f"latency {what}, 100 a second", samples))
-        changes.result()
+
+        def load(part: int, rate: float, target: str = target) -> Helper:
+            txns = scaled(500, 20) if not rate else int(rate * (count / 100 + 1))
+            if target != db:
+                return Helper(put_load, target, f"{prefix}{part}/", txns, 100, 64, 4, rate).go()
+            statement = INSERT_ROWS.format(f"{prefix}{part}/", 100)
+            return Helper(sql_load, db, 1, txns, statement, rate).go()
+
+        column, done = ("revision", bench.client.revision) if target != db else ("applied", None)
+        start = query(conn, f"SELECT {column} FROM etcd_sync_state")
+        began, _ = load(1, 0).result()
+        changes = scaled(500, 20) * 100
+        full = changes / (wait_state(conn, column, done() if done else start + changes) - began)
+        helper = load(2, full / 100 / 2)
+        samples = hundred_a_second(target, prefix, seen, count)
+        note = f"{full / 2:,.0f} changes/s beside it"
+        bench.add(*(f._replace(note=note) for f in percentiles(f"latency {what}, loaded", samples)))
+        helper.result()
+
+
+def tree_cpu_s(pid: int) -> float:
+    """Return the processor time of a process and all of its children, those of now and before."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
+    used = cpu_s(pid)
+    for child in children:
+        with suppress(FileNotFoundError):  # it has ended since, and will be counted the next time
+            used += cpu_s(int(child))
+    return used
 
 
 def bare_pages(endpoint: str, prefix: str) -> Any:
@@ -5489,15 +5562,164 @@ def bench_first_copy(bench: Bench) -> None:
         bench.client.put("elsewhere", "")
         bench.client.compact(bench.client.revision())
         daemon = bench.daemon(prefix, db)
-        wait_state(conn, "resyncs", 1)
+        daemon.wait_log("copied", 300)
         note = f"{peak_mib(daemon.pid):.0f} MiB resident at most"
         rate = query(conn, sql, "resync", count)
         bench.add(Figure(f"resync of {count:,} unchanged keys", float(rate), "keys/s", bare, note))
         assert query(conn, "SELECT count(*) FROM etcd") == count
+        for what, target, seen in both_ways(bench, prefix, db):
+            samples = one_at_a_time(target, prefix, seen, 100)
+            figure = percentiles(f"latency {what} among {count:,} keys", samples)[0]
+            bench.add(figure)
+        bench.client.delete(f"{prefix}latency/", prefix=True)
         daemon.stop()
 
 
-MEASUREMENTS = [bench_etcd_to_postgres, bench_postgres_to_etcd, bench_latency, bench_first_copy]
+def bench_both_at_once(bench: Bench) -> None:
+    """Both ways at the same time; nothing travels twice."""
+    prefix, db, conn = bench.setting()
+    bench.daemon(prefix, db)
+    txns, transactions = scaled(1000, 20), scaled(2000, 20)
+    puts = Helper(put_load, bench.etcd.endpoint, f"{prefix}e/", txns, 100, 64, 4)
+    inserts = Helper(sql_load, db, 8, transactions // 8, INSERT_ROWS.format(f"{prefix}s/", 10))
+    changes = transactions // 8 * 8 * 10
+    began = time.monotonic()
+    puts.go(), inserts.go()
+    puts.result(), inserts.result()
+    took = wait_state(conn, "applied", changes) - began
+    bench.add(Figure("both at once, SQL to etcd", changes / took, "changes/s"))
+    took = wait_state(conn, "events", changes + txns * 100) - began
+    bench.add(Figure("both at once, etcd to SQL", txns * 100 / took, "events/s"))
+    assert query(conn, "SELECT count(*) FROM etcd_wal") == changes
+    assert query(conn, "SELECT count(*) FROM etcd") == changes + txns * 100
+    kvs = bench.client.range(prefix).kvs
+    assert len(kvs) == changes + txns * 100
+    assert all(kv.version == 1 for kv in kvs)
+
+
+def bench_reads(bench: Bench) -> None:
+    """Reading in SQL: 100 keys with long histories, many keys, and how many pages each takes."""
+    prefix, db, conn = bench.setting()
+    bench.daemon(prefix, db).stop()
+    revisions, keys = scaled(10_000), scaled(1_000_000)
+    fill = """
+        INSERT INTO etcd (key, value, revision)
+        SELECT format(%s, n %% %s), repeat('v', 64), r * 100 + 10
+        FROM generate_series(1, %s) r, generate_series(1, %s) n
+    """
+    with conn.cursor() as cur:
+        cur.execute(fill, (f"{prefix}h/%s", 100, revisions, 100))
+        cur.execute(fill, (f"{prefix}m/%s", keys, 1, keys))
+        cur.execute("UPDATE etcd_sync_state SET revision = %s", (revisions * 100 + 100,))
+        cur.execute("ANALYZE etcd")
+    many = f"{keys:,} keys"
+    long = f"100 keys × {revisions:,} revisions"
+    past = revisions * 50
+    for what, sql in (
+        (f"etcd_get, {long}", f"etcd_get('{prefix}h/7')"),
+        (f"etcd_get, {many}", f"etcd_get('{prefix}m/77')"),
+        (f"etcd_kv WHERE key =, {long}", f"etcd_kv WHERE key = '{prefix}h/7'"),
+        (f"etcd_kv WHERE key =, {many}", f"etcd_kv WHERE key = '{prefix}m/77'"),
+        (f"etcd_list, {long}", f"etcd_list('{prefix}h/')"),
+        (f"etcd_at in the past, {long}", f"etcd_at({past}, '{prefix}h/')"),
+        (f"etcd_list, about 100 of {many}", f"etcd_list('{prefix}m/{keys // 200}')"),
+        (f"etcd_list, {many}", f"etcd_list('{prefix}m/')"),
+    ):
+        times: list[float] = []
+        while len(times) < 50 and sum(times) < 1:
+            began = time.monotonic()
+            found = query(conn, f"SELECT count(*) FROM (SELECT * FROM {sql} OFFSET 0) x")
+            times.append(time.monotonic() - began)
+        plan = query(conn, f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) SELECT * FROM {sql}")
+        pages = plan[0]["Plan"]["Shared Hit Blocks"] + plan[0]["Plan"]["Shared Read Blocks"]
+        assert "Seq Scan" not in json.dumps(plan)
+        note = f"{found:,} rows, {pages:,} pages"
+        ms = sorted(times)[len(times) // 2] * 1000
+        bench.add(Figure(f"read {what}", ms, "ms", note=note))
+
+
+def bench_idle(bench: Bench) -> None:
+    """What it costs to have nothing to do."""
+    prefix, db, _ = bench.setting()
+    daemon = bench.daemon(prefix, db)
+    before, wait_s = cpu_s(daemon.pid), max(1.0, 60 * BENCH_SCALE)
+    time.sleep(wait_s)
+    share = (cpu_s(daemon.pid) - before) / wait_s
+    bench.add(Figure("idle: CPU", share * 100, "% of a core"))
+    bench.add(Figure("idle: resident memory at most", peak_mib(daemon.pid), "MiB"))
+
+
+def bench_notify(bench: Bench) -> None:
+    """What the notification costs 32 sessions that commit one row each, waiting for the disk."""
+    for what, args in (("with the trigger", ()), ("with polling", ("--poll-interval", "50ms"))):
+        prefix, db, conn = bench.setting()
+        bench.daemon(prefix, db, *args)
+        if args:
+            rows(db, "ALTER TABLE etcd_wal DISABLE TRIGGER etcd_wal_notify")
+        each = scaled(200, 5)
+        load = Helper(sql_load, db, 32, each, INSERT_ROWS.format(prefix, 1), 0.0, True)
+        began, ended = load.go().result()
+        wait_state(conn, "applied", 32 * each)
+        bench.add(Figure(f"32 sessions, {what}", 32 * each / (ended - began), "commits/s"))
+
+
+def bench_backlog(bench: Bench) -> None:
+    """Pending changes that wait for the program to start: does it slow down as they grow?"""
+    for size in (10, 1000, 100_000, 1_000_000):
+        count = scaled(size, 10)
+        prefix, db, conn = bench.setting()
+        bench.daemon(prefix, db).stop()
+        Helper(sql_load, db, 1, 1, INSERT_ROWS.format(prefix, count)).go().result()
+        daemon = bench.daemon(prefix, db)
+        samples = [(time.monotonic(), 0)]
+        while samples[-1][1] < count:
+            time.sleep(0.02)
+            sample = time.monotonic(), query(conn, "SELECT applied FROM etcd_sync_state")
+            if sample[1] > samples[-1][1]:
+                samples.append(sample)
+        (began, _), (ended, _) = samples[0], samples[-1]
+        note = f"{peak_mib(daemon.pid):.0f} MiB resident at most"
+        if len(samples) > 20:
+            (t1, n1), (t2, n2) = samples[len(samples) // 10], samples[-len(samples) // 10]
+            first, last = n1 / (t1 - began), (count - n2) / (ended - t2)
+            note = f"first tenth {first:,.0f}/s, last tenth {last:,.0f}/s; {note}"
+        rate = count / (ended - began)
+        bench.add(Figure(f"backlog of {count:,} changes", rate, "changes/s", note=note))
+        assert query(conn, "SELECT count(*) FROM etcd_wal WHERE status = 'success'") == count
+        daemon.stop()
+
+
+def bench_batch_size(bench: Bench) -> None:
+    """Catching up with Txns of 100 keys, by --batch-size."""
+    prefix, _, _ = bench.setting()
+    sizes = (100, 1000, 5000, 50_000)
+    settings = [bench.setting()[1:] for _ in sizes]
+    for db, _ in settings:
+        bench.daemon(prefix, db).stop()
+    txns = scaled(1000, 20)
+    Helper(put_load, bench.etcd.endpoint, prefix, txns, 100, 64, 4).go().result()
+    for size, (db, conn) in zip(sizes, settings):
+        daemon = bench.daemon(prefix, db, "--batch-size", str(size))
+        began = time.monotonic()
+        took = wait_state(conn, "revision", bench.client.revision()) - began
+        note = f"{peak_mib(daemon.pid):.0f} MiB resident at most"
+        what = f"catch-up with --batch-size {size}"
+        bench.add(Figure(what, txns * 100 / took, "events/s", note=note))
+        daemon.stop()
+
+
+MEASUREMENTS = [
+    bench_etcd_to_postgres,
+    bench_postgres_to_etcd,
+    bench_both_at_once,
+    bench_latency,
+    bench_first_copy,
+    bench_reads,
+    bench_idle,
+    bench_notify,
+    bench_backlog,
+    bench_batch_size,
+]
 
 
 @pytest.mark.bench

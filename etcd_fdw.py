@@ -418,7 +418,7 @@ class WriteAheadLogEntry(NamedTuple):
     depends_on: int | None
     dependency_status: str | None
     dependency_revision: int | None  # the version that the key has after the dependency
-    ts: datetime
+    ts: str  # as PostgreSQL writes it: an application may set what no datetime holds
     maybe_sent: bool | None  # committed before this session began, and while one was active
 
     @property
@@ -1274,7 +1274,7 @@ PENDING_COLUMNS = """
     w.id, w.key, w.value, w.value_bytes, w.revision, w.txid::text, w.depends_on,
     d.status,
     CASE WHEN d.value IS NULL AND d.value_bytes IS NULL THEN 0 ELSE d.result_revision END,
-    w.ts, pg_visible_in_snapshot(w.txid, %(before)s::pg_snapshot) AND w.ts < %(alive_until)s
+    w.ts::text, pg_visible_in_snapshot(w.txid, %(before)s::pg_snapshot) AND w.ts < %(alive_until)s
 """
 PENDING_DEPENDENCY = """
     LEFT JOIN LATERAL (
@@ -1306,7 +1306,8 @@ CROSS JOIN LATERAL (
 # by the indexes of finished rows: there is none of all transactions
 PARTED_SQL = """
 SELECT w.txid::text FROM etcd_wal w
-WHERE w.status = 'success' AND w.finished_at >= %(oldest)s
+WHERE w.status = 'success'
+  AND w.finished_at >= (SELECT min(ts) FROM unnest(%(ts)s::timestamptz[]) ts)
   AND w.txid = ANY (%(txids)s::xid8[]) AND starts_with(w.key, %(prefix)s)
 UNION ALL
 SELECT w.txid::text FROM etcd_wal w
@@ -1804,8 +1805,8 @@ class Postgres:
         txids = [int(txid) for txid, count in counts.items() if count > 1]
         if not txids:
             return set()
-        oldest = min(entry.ts for entry in entries)
-        arguments = {"txids": int_array(txids), "oldest": oldest, "prefix": self.prefix}
+        ts = list({entry.ts for entry in entries})
+        arguments = {"txids": int_array(txids), "ts": ts, "prefix": self.prefix}
         with self.cursor() as cur:
             cur.execute(PARTED_SQL, arguments)
             return {txid for (txid,) in cur}
@@ -1963,7 +1964,7 @@ class Postgres:
         if cur.rowcount != 1:
             raise PostgresAway("PostgreSQL: another writer has moved the checkpoint: starting over")
 
-    def trace(self, changes: Sequence[Change], since: datetime) -> list[tuple[int, list[int]]]:
+    def trace(self, changes: Sequence[Change], since: str) -> list[tuple[int, list[int]]]:
         """For each change: its key's current version, and where it may have been applied."""
         rows = [(n, c.key.decode(), c.value, c.expected, since) for n, c in enumerate(changes)]
         template = "(%s, %s, %s::bytea, %s::bigint, %s::timestamptz)"
@@ -3295,8 +3296,8 @@ class Session:
 
     def beaten(self, group: Group, current: list[int], revision: int) -> None:
         """Note that a group's compare failed: at a revision its keys were at the current ones."""
-        applied = not any(change.expected == now > 0 for change, now in zip(group.changes, current))
-        if applied and group.maybe_sent:
+        untouched = any(c.expected == now > 0 for c, now in zip(group.changes, current))
+        if group.maybe_sent and not untouched:
             self.doubts.append(Doubt(group, current, revision))
         else:
             self.conflict(group, current)

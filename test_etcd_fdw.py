@@ -2601,8 +2601,11 @@ def test_change_made_while_down_on_a_version_that_never_was_is_a_conflict(daemon
     rows(db, insert, prefix + "there", 10**12)
     rows(db, insert, prefix + "not", 10**12)
     rows(db, insert, prefix + "nor", elsewhere)
+    insert = "INSERT INTO etcd_wal (ts, key, revision) VALUES ('44-03-15 BC', %s, 1)"
+    rows(db, insert, prefix + "long ago")
     daemon()
-    assert outcomes(db, 3) == [("conflict", there), ("conflict", None), ("conflict", None)]
+    beaten = [("conflict", there), ("conflict", None), ("conflict", None), ("conflict", None)]
+    assert outcomes(db, 4) == beaten
 
 
 def test_delete_while_down_of_what_was_not_there_loses_to_a_put(daemon, db, prefix, etcd):

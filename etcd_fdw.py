@@ -1350,8 +1350,15 @@ WHERE id = ANY (%(ids)s::bigint[]) AND finished_at IS NULL
 EVENT_SQL = """
 INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, source_revision,
                              target_system, target_revision, duration, details)
-VALUES %s
+SELECT * FROM (VALUES %s) AS n (prefix, operation, status, key, source_system, source_revision)
 """
+NEW_EVENT_SQL = """
+WHERE NOT EXISTS (
+    SELECT FROM etcd_sync_event e
+    WHERE (e.prefix, e.status, e.key, e.source_revision)
+        = (n.prefix, n.status, n.key, n.source_revision))
+"""
+EVENT_TEMPLATE = "(%s, %s, %s, %s, %s, %s::bigint, %s, %s::bigint, %s::interval, %s::jsonb)"
 # For each change the key's current version (0: none), and where it may have been applied: where
 # its value followed the version that it was made on, and no other change claims it.  For a new
 # key that may be anywhere since the change was asked for.
@@ -1871,8 +1878,10 @@ class Postgres:
             cur.execute(statement, arguments)
             return tuple(cur.fetchone())
 
-    def record_events(self, cur: Any, events: Sequence[SynchronizationEvent]) -> None:
-        """Append to etcd_sync_event."""
+    def record_events(
+        self, cur: Any, events: Sequence[SynchronizationEvent], again: bool = False
+    ) -> None:
+        """Append to etcd_sync_event; again: but for those that are there already."""
         rows = [
             (
                 self.prefix,
@@ -1888,7 +1897,8 @@ class Postgres:
             )
             for e in events
         ]
-        psycopg2.extras.execute_values(cur, EVENT_SQL, rows)
+        sql = EVENT_SQL + (NEW_EVENT_SQL if again else "")
+        psycopg2.extras.execute_values(cur, sql, rows, EVENT_TEMPLATE, page_size=1000)
 
     def record_retry(self, ids: Sequence[int], message: str) -> None:
         """Note at pending changes that sending them did not succeed this time."""
@@ -1911,22 +1921,11 @@ class Postgres:
             if len(items) == 1:
                 (key, revision), _ = items[0]
                 event = unstorable_event(KeyValueRecord(key, None, revision))
-                self.record_unstorable(cur, [event])
+                self.record_events(cur, [event])
                 return
             middle = len(items) // 2
             self.store_carefully(cur, dict(items[:middle]))
             self.store_carefully(cur, dict(items[middle:]))
-
-    def record_unstorable(self, cur: Any, events: Sequence[SynchronizationEvent]) -> None:
-        """Record events that the mirror cannot hold, unless they are recorded already."""
-        for event in events:
-            cur.execute(
-                "SELECT FROM etcd_sync_event WHERE prefix = %s AND status = %s AND key = %s"
-                " AND source_revision = %s",
-                (self.prefix, event.status, event.key, event.source_revision),
-            )
-            if not cur.rowcount:
-                self.record_events(cur, [event])
 
     def name_session(self, role: str) -> None:
         """Show in pg_stat_activity whether this session is active or standby."""
@@ -2963,7 +2962,8 @@ class Session:
                 details={"keys": keys, "put": put, "deleted": buried},
             )
             self.postgres.record_events(cur, [event])
-            self.postgres.record_unstorable(cur, [unstorable_event(r) for r in unstorable])
+            events = [unstorable_event(r) for r in unstorable]
+            self.postgres.record_events(cur, events, again=True)
             if self.config.notify_channel:
                 self.postgres.notify(cur, self.config.notify_channel, (old or 0) + 1, revision)
         self.counters.resyncs += state is not None
@@ -3113,9 +3113,7 @@ class Session:
             elif batch.rows:
                 self.postgres.copy_in(cur, "etcd", batch.rows.values())
             if batch.unstorable:
-                self.postgres.record_unstorable(
-                    cur, [unstorable_event(r) for r in batch.unstorable]
-                )
+                self.postgres.record_events(cur, [unstorable_event(r) for r in batch.unstorable])
             self.postgres.record_outcomes(cur, outcomes)
             if self.config.audit == "all":
                 self.postgres.audit(cur, batch.rows, outcomes)

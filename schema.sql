@@ -791,6 +791,10 @@ $$;
 -- ── Grants: an example ──────────────────────────────────────────────────────────────────────────
 
 -- PostgreSQL lets PUBLIC execute functions; these run with the caller's rights, so the tables decide.
+-- PostgreSQL 13 and 14 also let everybody create objects in schema public, and with them have others run
+-- code. If there are users who are not trusted:
+--
+--     REVOKE CREATE ON SCHEMA public FROM PUBLIC;
 --
 -- The daemon, if a DBA applied this file (else it owns the objects and needs nothing but CREATE on the schema):
 --

@@ -4250,6 +4250,27 @@ def test_read_only_database_is_waited_for(daemon, db, etcd, recorder, prefix):
 # ── security ─────────────────────────────────────────────────────────────────
 
 
+def test_many_keys_that_cannot_be_stored_stall_nothing(daemon, db, prefix, etcd):
+    """They are reported once, also if the same state is copied again, and the rest goes on."""
+    keys = [prefix.encode() + b"\xff%d" % number for number in range(3000)]
+    first = daemon(*FAST)
+    for start in range(0, len(keys), 100):
+        etcd.txn([etcd.put_op(key, "1") for key in keys[start : start + 100]])
+    etcd.put(prefix + "a", "1")
+    wait_until("the good key did not arrive", arrives(db, prefix + "a"))
+    first.stop()
+    etcd.put(prefix + "b", "1")
+    etcd.put(prefix.encode() + b"\xff", "1")
+    etcd.compact(etcd.revision())
+    daemon(*FAST).wait_log("has compacted")
+    wait_until("the good key did not arrive", arrives(db, prefix + "b"))
+    sql = """
+        SELECT count(*), count(DISTINCT details->>'key_hex') FROM etcd_sync_event
+        WHERE status = 'unstorable'
+    """
+    assert rows(db, sql) == [(3001, 3001)]
+
+
 class Authority:
     """A private certificate authority, by the openssl command; files are replaced in place."""
 
@@ -4758,8 +4779,9 @@ def test_documented_roles_are_enough_and_no_more(daemon, db, roles, own_etcd):
         with pytest.raises(psycopg2.errors.InsufficientPrivilege):
             rows(app, "SELECT etcd_set('/other/b', '2')")
         wait_until("/other/b did not arrive", arrives(db, "/other/b"))
-        seen = [key for (key,) in rows(app, "SELECT key FROM etcd_list()")]
-        assert seen == ["/app/b", "/app/c"]
+        for source in ("etcd_list()", "etcd_kv", "etcd_at((SELECT revision FROM etcd_status))"):
+            found = rows(app, f"SELECT key FROM {source} ORDER BY key")
+            assert found == [("/app/b",), ("/app/c",)]
         recorder.events = [event for event in recorder.events if event.key != b"/\xff"]
         first = scalar(db, "SELECT first_revision FROM etcd_sync_state")
         assert_same(recorder, db, "/", since=first + 1)

@@ -2601,7 +2601,7 @@ def test_change_made_while_down_on_a_version_that_never_was_is_a_conflict(daemon
     rows(db, insert, prefix + "there", 10**12)
     rows(db, insert, prefix + "not", 10**12)
     rows(db, insert, prefix + "nor", elsewhere)
-    insert = "INSERT INTO etcd_wal (ts, key, revision) VALUES ('44-03-15 BC', %s, 1)"
+    insert = "INSERT INTO etcd_wal (ts, key, revision) VALUES ('0044-03-15 BC', %s, 1)"
     rows(db, insert, prefix + "long ago")
     daemon()
     beaten = [("conflict", there), ("conflict", None), ("conflict", None), ("conflict", None)]

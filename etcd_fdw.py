@@ -760,6 +760,11 @@ def hide_dsn(text: str) -> str:
     return re.sub(r"(://|password).*", r"\1****", text, flags=re.IGNORECASE | re.DOTALL)
 
 
+def printable(text: str) -> str:
+    """The text without what would move a terminal's cursor."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def show_age(seconds: float | None) -> str:
     """'3s', '5m', '7h', '2d'; 'never' for None."""
     if seconds is None:
@@ -4209,7 +4214,7 @@ def show_status(found: Mapping[str, Any], colour: bool) -> str:
         lines += show_instances(found)
     if "checkpoint" in found:
         lines += show_mirror(found)
-    shown = [clip(f"{label:12}{' '.join(str(text).split())}") for label, text in lines]
+    shown = [clip(f"{label:12}{printable(text)}") for label, text in lines]
     if colour:
         for n, (_, text) in enumerate(lines):
             if text.startswith("PROBLEM") or text == "healthy":
@@ -4291,7 +4296,8 @@ def status(config: Config, given: Mapping[str, Any]) -> int:
                 show_status(found, wants_colour()), end="\n\n" * given["watch"] or "\n", flush=True
             )
         if not given["watch"]:
-            return 5 if given["check"] and not found["healthy"] else 0
+            nobody = not (found["postgresql"]["reachable"] or found["etcd"]["reachable"])
+            return 5 if given["check"] and not found["healthy"] else 2 * nobody
         time.sleep(given["interval"])
 
 
@@ -4370,13 +4376,16 @@ class ProgressBar(Progress):
 
 
 def ask_active(config: Config) -> dict[str, Any]:
-    """Have the active instance compare and repair; wait for that, and for what is pending now.
+    """Have the active instance compare and repair; wait until it has done that, and all else
+    that there is to do now on either side.
 
     Returns the summary of its comparison. Raises EtcdFdwError if it does not get on.
     """
-    guard = Guard(Waker())
-    guard.start()
-    with closing(Postgres(config, guard)) as postgres:
+    engine = Engine(config)
+    engine.guard.start()
+    with closing(engine.connect_etcd()) as etcd:
+        goal = etcd.newest_revision()
+    with closing(Postgres(config, engine.guard)) as postgres:
         request = postgres.request_sync()
         log.info("asked the active instance to sync: request %d", request["id"])
         bar = ProgressBar("changes") if sys.stderr.isatty() else None
@@ -4389,7 +4398,8 @@ def ask_active(config: Config) -> dict[str, Any]:
                 bar.show(total - found["pending"], total)
             if found["status"] == "failed":
                 raise EtcdFdwError(f"the active instance could not: {found['details']['message']}")
-            if found["status"] == "done" and not found["pending"]:
+            caught_up = not found["pending"] and (found["checkpoint"] or 0) >= goal
+            if found["status"] == "done" and caught_up:
                 details: dict[str, Any] = found["details"]
                 return details
             if (found, holder) != seen:
@@ -4451,6 +4461,8 @@ def count_differences(summary: Mapping[str, Any]) -> int:
 
 def sync(config: Config, given: Mapping[str, Any]) -> int:
     """Bring both sides in step, once."""
+    if config.dry_run:
+        return dry_run(config)
     if given["reset"]:
         confirm_reset(config, given["yes"])
     if given["retry_failed"]:
@@ -4507,7 +4519,8 @@ def compare(config: Config) -> dict[str, Any]:
 
 def validate(config: Config, given: Mapping[str, Any]) -> int:
     """Compare both sides at one revision; exit 5 if they differ."""
-    repaired = count_differences(bring_in_step(config)) if given["fix"] else None
+    fix = given["fix"] and not config.dry_run
+    repaired = count_differences(bring_in_step(config)) if fix else None
     summary = compare(config)
     different = count_differences(summary)
     if given["format"] == "json":
@@ -4529,7 +4542,7 @@ def show_comparison(summary: Mapping[str, Any], repaired: int | None) -> None:
         if summary[kind]["count"]:
             print(f"{kind + ' in the mirror':24}{summary[kind]['count']}")
             for key in summary[kind]["first"]:
-                print(f"  {key}")
+                print(f"  {printable(key)}")
     if summary["unstorable"]:
         print(f"{'cannot be mirrored':24}{summary['unstorable']}")
 
@@ -4933,7 +4946,11 @@ def add_sync_commands(commands: Any, command: Callable[..., Parser]) -> None:
 
 def add_config_command(commands: Any, command: Callable[..., Parser]) -> None:
     """The command line of config show and config validate."""
-    config = commands.add_parser("config", help="show the effective settings, or check them")
+    config = commands.add_parser(
+        "config",
+        help="show the effective settings, or check them",
+        epilog="examples: etcd_fdw.py config show; etcd_fdw.py config validate --connect",
+    )
     actions = config.add_subparsers(dest="action", metavar="{show,validate}", required=True)
     command(
         actions,
@@ -5233,6 +5250,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = None
     try:
         given = vars(build_parser().parse_args(argv))
+        if isinstance(sys.stdout, io.TextIOWrapper):  # which may not know every character
+            sys.stdout.reconfigure(errors="backslashreplace")
         if given["command"] == "demo":
             return demo()
         command = COMMANDS[given["command"] or "start"]

@@ -3139,6 +3139,33 @@ def test_commands_say_which_server_is_down(command, db, prefix):
         assert f"etcd_fdw: etcd at 127.0.0.1:{nowhere}: " in done.stderr.splitlines()[-1]
 
 
+def test_dry_run_keeps_commands_from_writing(command, db, prefix, etcd):
+    assert command("sync").returncode == 0
+    etcd.put(prefix + "a", "1")
+    rows(db, "INSERT INTO etcd (key, value, revision) VALUES (%s, 'x', 1)", prefix + "b")
+    rows(db, "SELECT etcd_set(%s, '1')", prefix + "c")
+    assert "nothing was written" in command("sync", "--dry-run").stdout
+    assert command("validate", "--fix", "--dry-run").returncode == 5
+    assert [key for _, key, _ in mirror_rows(db, prefix)] == [prefix.encode() + b"b"]
+    assert etcd.get(prefix + "c") is None
+
+
+def test_keys_cannot_move_the_cursor_nor_break_a_poor_terminal(command, db, prefix):
+    assert command("sync").returncode == 0
+    rows(db, "INSERT INTO etcd (key, value, revision) VALUES (%s, 'x', 1)", prefix + "\x1b[2J\né")
+    done = command("validate", env={"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (5, "")
+    assert done.stdout.splitlines()[-1] == f"  {prefix}\\x1b[2J\\n\\xe9"
+
+
+@pytest.mark.parametrize("name", ["start", "status", "sync", "validate", "config", "config show"])
+def test_help_of_a_command_has_an_example(capsys, name):
+    with pytest.raises(SystemExit) as ended:
+        etcd_fdw.build_parser().parse_args([*name.split(), "--help"])
+    assert ended.value.code == 0
+    assert re.search(rf"examples:\s+etcd_fdw.py (-c \S+ )?{name}", capsys.readouterr().out)
+
+
 def test_validate_without_a_mirror(command):
     done = command("validate")
     assert (done.returncode, done.stdout) == (4, "")

@@ -3561,6 +3561,7 @@ class Engine:
 
     def check_stop(self) -> None:
         """Attend to signals. Raises Stopped if the process was asked to stop."""
+        self.guard.turned_at = time.monotonic()
         self.attend()
         if self.guard.stopping:
             raise Stopped
@@ -3578,7 +3579,9 @@ class Engine:
     def reload(self) -> None:
         """Read the configuration again and use what a running process can change."""
         supervisor = self.guard.supervisor
-        supervisor.tell(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
+        ready = supervisor.ready
+        if ready:
+            supervisor.tell(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
         try:
             new = self.read_config()
         except EtcdFdwError as exc:
@@ -3595,7 +3598,8 @@ class Engine:
                 ", ".join(now) or "nothing",
                 ", ".join(name for name in changed if name not in RELOADABLE) or "nothing",
             )
-        supervisor.tell(READY=1)
+        if ready:
+            supervisor.tell(READY=1)
 
     def log_status(self) -> None:
         """Log in one line how it goes."""

@@ -2,8 +2,8 @@
 --
 -- etcd_fdw.py keeps a prefix of an etcd v3 key space and these tables in step:
 --
---     etcd  ──watch──▶  etcd            every revision of every key, kept for good
---     etcd  ◀──txn────  etcd_wal        what SQL wants to change, and how each change ended
+--     etcd  --watch-->  etcd            every revision of every key, kept for good
+--     etcd  <---txn---  etcd_wal        what SQL wants to change, and how each change ended
 --
 -- etcd wins: a change is applied only if etcd still holds the version that the change was made on.
 -- All changes of one PostgreSQL transaction become one etcd transaction.
@@ -48,7 +48,7 @@ END
 $$;
 
 
--- ── Tables ──────────────────────────────────────────────────────────────────────────────────────
+-- == Tables ============================================================================================
 
 -- etcd: one row per key and revision, written by the daemon alone.
 --
@@ -128,7 +128,8 @@ CREATE TABLE IF NOT EXISTS etcd_wal (
     CONSTRAINT etcd_wal_key_check CHECK (key <> '' AND octet_length(key) <= 2600),
     CONSTRAINT etcd_wal_value_check CHECK (value IS NULL OR value_bytes IS NULL),
     CONSTRAINT etcd_wal_revision_check CHECK (revision >= 0),
-    CONSTRAINT etcd_wal_status_check CHECK (status IN ('pending', 'success', 'conflict', 'failed'))
+    CONSTRAINT etcd_wal_status_check CHECK (status IN ('pending', 'success', 'conflict', 'failed')),
+    CONSTRAINT etcd_wal_finished_check CHECK ((status = 'pending') = (finished_at IS NULL))
 ) WITH (
     -- every row is updated once and most are deleted later: vacuum after 1000 rows, not after 20 %
     autovacuum_vacuum_threshold = 1000,
@@ -145,7 +146,7 @@ COMMENT ON COLUMN etcd_wal.revision IS 'version the change was made on; null or 
 COMMENT ON COLUMN etcd_wal.status IS 'pending, success, conflict or failed; the last three are final';
 COMMENT ON COLUMN etcd_wal.retry_count IS 'attempts that ended without an answer from etcd';
 COMMENT ON COLUMN etcd_wal.result_revision IS 'revision that the change got (success) or that beat it (conflict)';
-COMMENT ON COLUMN etcd_wal.finished_at IS 'when the status became final';
+COMMENT ON COLUMN etcd_wal.finished_at IS 'when the status became final; null exactly while pending';
 COMMENT ON COLUMN etcd_wal.txid IS 'PostgreSQL transaction; its rows become one etcd transaction';
 COMMENT ON COLUMN etcd_wal.depends_on IS 'earlier pending change to the same key that this one was made on top of';
 COMMENT ON COLUMN etcd_wal.retry_of IS 'conflict or failed row that this one tries again';
@@ -163,7 +164,7 @@ COMMENT ON COLUMN etcd_wal.retry_of IS 'conflict or failed row that this one tri
 --     etcd_revision     newest revision of the whole etcd store that the daemon has heard of
 --     updated_at        when the checkpoint last moved
 --     host, pid, version, started_at, heartbeat_at   the active daemon
---     events … unstorable   counters since the prefix was first mirrored
+--     events to unstorable   counters since the prefix was first mirrored
 CREATE TABLE IF NOT EXISTS etcd_sync_state (
     prefix           text COLLATE "C"  NOT NULL,
     cluster_id       text,
@@ -194,7 +195,8 @@ COMMENT ON COLUMN etcd_sync_state.prefix IS 'mirrored prefix; empty: the whole k
 COMMENT ON COLUMN etcd_sync_state.cluster_id IS 'etcd cluster id in hex';
 COMMENT ON COLUMN etcd_sync_state.first_revision IS 'where the mirror began; earlier states are unknown';
 COMMENT ON COLUMN etcd_sync_state.revision IS 'checkpoint: table etcd is exact up to this revision';
-COMMENT ON COLUMN etcd_sync_state.pruned_revision IS 'history before this revision was deleted; the state at it is still exact';
+COMMENT ON COLUMN etcd_sync_state.pruned_revision IS
+    'history before this revision was deleted; the state at it is still exact';
 COMMENT ON COLUMN etcd_sync_state.gaps IS 'revisions that etcd compacted before they were mirrored';
 COMMENT ON COLUMN etcd_sync_state.last_key IS 'recently mirrored key, checked at start against etcd';
 COMMENT ON COLUMN etcd_sync_state.etcd_revision IS 'newest revision of the whole etcd store that was seen';
@@ -204,12 +206,12 @@ COMMENT ON COLUMN etcd_sync_state.conflicts IS 'counter: changes that ended as c
 COMMENT ON COLUMN etcd_sync_state.failures IS 'counter: changes that ended as failed';
 COMMENT ON COLUMN etcd_sync_state.resyncs IS 'counter: full snapshots taken';
 COMMENT ON COLUMN etcd_sync_state.reconnects IS 'counter: sessions lost and started again';
-COMMENT ON COLUMN etcd_sync_state.unstorable IS 'counter: events that PostgreSQL cannot store; see etcd_sync_event';
+COMMENT ON COLUMN etcd_sync_state.unstorable IS 'counter: events that cannot be stored; see etcd_sync_event';
 
 
 -- etcd_sync_event: audit trail, written by the daemon.
 --
---     operation                         what happened: conflict, failure, retry, compaction, resync, takeover, …
+--     operation                         what happened: conflict, failure, retry, compaction, resync, takeover, ...
 --     key                               null if it concerns the whole prefix, or if the key is no text
 --     source_system, source_revision    where it came from: etcd or postgresql, and at which revision
 --     target_system, target_revision    where it was to go
@@ -230,14 +232,18 @@ CREATE TABLE IF NOT EXISTS etcd_sync_event (
     CONSTRAINT etcd_sync_event_pkey PRIMARY KEY (id)
 );
 
-COMMENT ON TABLE  etcd_sync_event IS 'Audit trail of etcd_fdw: conflicts, failures, resyncs, takeovers; with --audit all every change.';
+COMMENT ON TABLE  etcd_sync_event IS
+    'Audit trail of etcd_fdw: conflicts, failures, resyncs, takeovers; with --audit all every change.';
 COMMENT ON COLUMN etcd_sync_event.prefix IS 'mirrored prefix that it belongs to';
 COMMENT ON COLUMN etcd_sync_event.source_system IS 'etcd or postgresql';
 COMMENT ON COLUMN etcd_sync_event.target_system IS 'etcd or postgresql';
 COMMENT ON COLUMN etcd_sync_event.details IS 'anything else, by operation; a key that is no text is here in hex';
 
 
--- ── Indexes ─────────────────────────────────────────────────────────────────────────────────────
+-- == Indexes ===========================================================================================
+
+-- The history by revision or time ("what has changed since"); a BRIN index costs the mirror next to nothing.
+CREATE INDEX IF NOT EXISTS etcd_revision_ts_idx ON etcd USING brin (revision, ts) WITH (autosummarize = on);
 
 -- Pending rows, and only those: in order, the newest of a key, and by transaction.
 CREATE INDEX IF NOT EXISTS etcd_wal_pending_idx ON etcd_wal (id) WHERE status = 'pending';
@@ -253,10 +259,13 @@ CREATE INDEX IF NOT EXISTS etcd_wal_success_idx ON etcd_wal (finished_at) WHERE 
 CREATE INDEX IF NOT EXISTS etcd_sync_event_ts_idx ON etcd_sync_event USING brin (ts);
 
 
--- ── Views ───────────────────────────────────────────────────────────────────────────────────────
+-- == Views =============================================================================================
 
 -- etcd_kv: the live keys. See _etcd_kv_write below for what writing to it does.
--- WHERE on key reaches the index; a join on key does not, join LATERAL etcd_get(key) instead.
+--
+-- WHERE key = ... is answered by the index: with two descents from PostgreSQL 16 on, before that by reading
+-- the index entries of that key's history. To look up many keys, join LATERAL etcd_get(key); for all keys of
+-- a long history, etcd_list() is faster.
 CREATE OR REPLACE VIEW etcd_kv AS
 SELECT k.key, e.value, e.value_bytes, e.revision, e.ts
   FROM (SELECT DISTINCT d.key FROM etcd d) k
@@ -269,7 +278,8 @@ SELECT k.key, e.value, e.value_bytes, e.revision, e.ts
  WHERE NOT e.tombstone;
 
 COMMENT ON VIEW etcd_kv IS
-    'Live keys. INSERT, UPDATE and DELETE queue a change made on the version that was seen; 40001 if the key has a pending change or has moved on, 23505 on INSERT of a live key.';
+    'Live keys. INSERT, UPDATE and DELETE queue a change made on the version that was seen; '
+    '40001 if the key has a pending change or has moved on, 23505 on INSERT of a live key.';
 COMMENT ON COLUMN etcd_kv.value IS 'value as text; setting it clears value_bytes';
 COMMENT ON COLUMN etcd_kv.value_bytes IS 'value that is no text; setting it clears value';
 COMMENT ON COLUMN etcd_kv.revision IS 'etcd mod_revision; read only';
@@ -322,7 +332,8 @@ SELECT coalesce(s.prefix, t.prefix)        AS prefix,
   FULL JOIN tally t ON t.prefix = s.prefix;
 
 COMMENT ON VIEW etcd_status IS
-    'Health of each mirrored prefix. A row with prefix null counts changes outside every prefix, which no daemon will apply.';
+    'Health of each mirrored prefix. '
+    'A row with prefix null counts changes outside every prefix, which no daemon will apply.';
 COMMENT ON COLUMN etcd_status.revision IS 'checkpoint';
 COMMENT ON COLUMN etcd_status.etcd_revision IS 'newest revision of the whole etcd store that was seen';
 COMMENT ON COLUMN etcd_status.heartbeat_age IS 'time since the active daemon last reported';
@@ -341,11 +352,11 @@ END
 $$;
 
 
--- ── Reading ─────────────────────────────────────────────────────────────────────────────────────
+-- == Reading ===========================================================================================
 
 CREATE OR REPLACE FUNCTION etcd_get(p_key text)
 RETURNS TABLE (key text, value text, value_bytes bytea, revision bigint, ts timestamptz)
-LANGUAGE plpgsql STABLE PARALLEL SAFE ROWS 1 AS $$
+LANGUAGE plpgsql STABLE PARALLEL SAFE ROWS 1 SET enable_sort = off AS $$
 -- Current value of one key: one index descent, however long the history is.
 --   p_key    the key, exactly
 --   result   one row; none if the key does not exist or was deleted
@@ -365,7 +376,7 @@ COMMENT ON FUNCTION etcd_get(text) IS 'current value of one key; no row if it do
 
 CREATE OR REPLACE FUNCTION etcd_get_all(p_key text, p_min_revision bigint DEFAULT 0)
 RETURNS TABLE (key text, value text, value_bytes bytea, revision bigint, ts timestamptz, tombstone boolean)
-LANGUAGE plpgsql STABLE PARALLEL SAFE AS $$
+LANGUAGE plpgsql STABLE PARALLEL SAFE SET enable_sort = off AS $$
 -- History of one key, oldest first, deletions included as rows with tombstone true.
 --   p_key           the key, exactly
 --   p_min_revision  leave out what is older; 0: everything that the mirror holds
@@ -395,20 +406,36 @@ COMMENT ON FUNCTION etcd_get_all(text, bigint) IS 'history of one key that the m
 
 CREATE OR REPLACE FUNCTION _etcd_state(p_prefix text, p_revision bigint)
 RETURNS TABLE (key text, value text, value_bytes bytea, revision bigint, ts timestamptz)
-LANGUAGE plpgsql STABLE PARALLEL SAFE AS $$
+LANGUAGE plpgsql STABLE PARALLEL SAFE SET enable_sort = off AS $$
 -- Live keys under a prefix as of a revision, in key order.
 --   p_prefix    '' for all keys; no pattern characters
 --   p_revision  the newest revision to look at
 -- Skips from key to key, whatever the history holds: looks at the next 64 rows for keys, goes on behind the
--- last of those, and descends the index once for each key found.
+-- last of those, and descends the index once for each key found. enable_sort is off so that a plan made while
+-- the table was small cannot turn into a scan when it grows.
+DECLARE
+    v_end  text;  -- no key with the prefix is above: ends the search where row-level security hides the rest
 BEGIN
+    IF getdatabaseencoding() = 'UTF8' THEN
+        v_end := p_prefix || repeat(chr(1114111), 700);  -- 2800 bytes, more than a key in the index can have
+    ELSE
+        v_end := (SELECT e.key FROM etcd e ORDER BY e.key DESC LIMIT 1);
+    END IF;
     RETURN QUERY
     WITH RECURSIVE step (keys) AS (
         SELECT array_agg(DISTINCT b.key)
-          FROM (SELECT e.key FROM etcd e WHERE e.key >= p_prefix COLLATE "C" ORDER BY e.key LIMIT 64) b
+          FROM (SELECT e.key
+                  FROM etcd e
+                 WHERE e.key >= p_prefix COLLATE "C" AND e.key <= v_end COLLATE "C"
+                 ORDER BY e.key
+                 LIMIT 64) b
         UNION ALL
         SELECT (SELECT array_agg(DISTINCT b.key)
-                  FROM (SELECT e.key FROM etcd e WHERE e.key > step.keys[cardinality(step.keys)] ORDER BY e.key LIMIT 64) b)
+                  FROM (SELECT e.key
+                          FROM etcd e
+                         WHERE e.key > step.keys[cardinality(step.keys)] AND e.key <= v_end COLLATE "C"
+                         ORDER BY e.key
+                         LIMIT 64) b)
           FROM step
          WHERE starts_with(step.keys[cardinality(step.keys)], p_prefix COLLATE "C")  -- neither null nor beyond
     )
@@ -460,11 +487,11 @@ BEGIN
     IF p_revision IS NULL OR p_prefix IS NULL THEN
         RAISE EXCEPTION 'revision and prefix must not be null' USING ERRCODE = 'null_value_not_allowed';
     END IF;
-    v_covered := EXISTS (SELECT FROM etcd_sync_state c WHERE starts_with(p_prefix, c.prefix));
+    v_covered := EXISTS (SELECT FROM etcd_sync_state c WHERE starts_with(p_prefix COLLATE "C", c.prefix));
     FOR s IN
         SELECT c.*
           FROM etcd_sync_state c
-         WHERE starts_with(p_prefix, c.prefix) OR starts_with(c.prefix, p_prefix)
+         WHERE starts_with(p_prefix COLLATE "C", c.prefix) OR starts_with(c.prefix, p_prefix COLLATE "C")
          ORDER BY c.prefix
     LOOP
         v_found := true;
@@ -474,7 +501,7 @@ BEGIN
                 USING ERRCODE = 'invalid_parameter_value',
                       HINT = format('The oldest revision kept is %s.', s.pruned_revision);
         END IF;
-        CONTINUE WHEN v_covered AND NOT starts_with(p_prefix, s.prefix);
+        CONTINUE WHEN v_covered AND NOT starts_with(p_prefix COLLATE "C", s.prefix);
         IF p_revision < s.first_revision THEN
             RAISE EXCEPTION 'revision % is before the mirror of prefix "%" began', p_revision, s.prefix
                 USING ERRCODE = 'invalid_parameter_value',
@@ -484,7 +511,7 @@ BEGIN
                 USING ERRCODE = 'invalid_parameter_value',
                       HINT = format('The newest revision mirrored is %s; see etcd_status.', s.revision);
         ELSIF p_revision <@ ANY (s.gaps) THEN
-            RAISE EXCEPTION 'revision % of prefix "%" was compacted by etcd before it was mirrored', p_revision, s.prefix
+            RAISE EXCEPTION 'revision % of prefix "%" was compacted before it was mirrored', p_revision, s.prefix
                 USING ERRCODE = 'invalid_parameter_value',
                       HINT = 'Column gaps of etcd_sync_state lists the revisions that are unknown.';
         END IF;
@@ -497,17 +524,19 @@ BEGIN
     RETURN QUERY SELECT * FROM _etcd_state(p_prefix, p_revision);
 END
 $$;
-COMMENT ON FUNCTION etcd_at(bigint, text) IS 'live keys under a prefix as of a past revision; an error if the mirror cannot know';
+COMMENT ON FUNCTION etcd_at(bigint, text) IS
+    'live keys under a prefix as of a past revision; an error if the mirror cannot know';
 
 
--- ── Writing ─────────────────────────────────────────────────────────────────────────────────────
+-- == Writing ===========================================================================================
 
 CREATE OR REPLACE FUNCTION _etcd_lock_key(p_key text)
 RETURNS void
 LANGUAGE plpgsql AS $$
 -- Order the transactions that change one key: wait for the others, hold until this one ends.
 -- All keys share 1024 locks. A lock for each key would let one bulk change fill the server's lock table
--- (max_locks_per_transaction), at the cost of everybody; sharing costs a rare wait for a stranger.
+-- (max_locks_per_transaction), at the cost of everybody; sharing costs a rare wait for a stranger. Transactions
+-- that change many keys in different orders can deadlock, as with rows: 40P01, try again.
 BEGIN
     PERFORM pg_advisory_xact_lock(2379, (hashtextextended(p_key COLLATE "C", 0) & 1023)::int);
 END
@@ -523,7 +552,7 @@ CREATE OR REPLACE FUNCTION _etcd_change(
     p_new          boolean  DEFAULT false,
     p_retry_of     bigint   DEFAULT NULL
 ) RETURNS bigint
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET enable_sort = off AS $$
 -- Queue one change. Everything that writes goes through here.
 --   p_value, p_value_bytes  what to put; both null: delete
 --   p_revision              null: on the current version, after any pending change
@@ -532,6 +561,7 @@ LANGUAGE plpgsql AS $$
 --   p_retry_of              the etcd_wal row that this one tries again
 --   result                  etcd_wal.id
 --   errors                  22004, 22023 for arguments; 40001 moved on or pending; 23505 exists
+-- enable_sort is off so that a plan made while the tables were small cannot turn into a scan when they grow.
 -- In a REPEATABLE READ transaction the version is that of its snapshot; if it is old, etcd says so later.
 DECLARE
     v_pending  bigint;
@@ -553,15 +583,14 @@ BEGIN
 
     -- Pending first, mirror second: the daemon marks success and mirrors in one transaction, so the second
     -- look can only know more, and an own change is never mistaken for a foreign one.
-    -- (<= with this order has one way to be answered, the index on key and id; with = the planner may as
-    -- well walk the index on id alone, past everything that is pending.)
-    SELECT n.id INTO v_pending
-      FROM (SELECT w.key, w.id
-              FROM etcd_wal w
-             WHERE w.key <= p_key COLLATE "C" AND w.status = 'pending'
-             ORDER BY w.key DESC, w.id DESC
-             LIMIT 1) n
-     WHERE n.key = p_key COLLATE "C";
+    -- A range of one key, sorted by both columns: with sorts off only the index on (key, id) can answer that,
+    -- while key = p_key ORDER BY id may be planned as a walk along (id), past everything that is pending.
+    SELECT w.id INTO v_pending
+      FROM etcd_wal w
+     WHERE w.key >= p_key COLLATE "C" AND w.key <= p_key COLLATE "C"
+       AND w.status = 'pending'
+     ORDER BY w.key DESC, w.id DESC
+     LIMIT 1;
     SELECT CASE WHEN e.tombstone THEN 0 ELSE e.revision END INTO v_current
       FROM etcd e
      WHERE e.key = p_key COLLATE "C"
@@ -580,7 +609,8 @@ BEGIN
     ELSIF p_revision <> v_current THEN
         RAISE EXCEPTION 'key "%" is not at revision %', p_key, p_revision
             USING ERRCODE = 'serialization_failure',
-                  DETAIL = CASE v_current WHEN 0 THEN 'It does not exist.' ELSE format('It is at revision %s.', v_current) END,
+                  DETAIL = CASE v_current WHEN 0 THEN 'It does not exist.'
+                                          ELSE format('It is at revision %s.', v_current) END,
                   HINT = 'Read it again and repeat the change.';
     END IF;
 
@@ -611,7 +641,8 @@ BEGIN
     RETURN _etcd_change(p_key, p_value, NULL, p_revision);
 END
 $$;
-COMMENT ON FUNCTION etcd_set(text, text, bigint) IS 'queue a put; with a revision only on that version (0: must not exist), else 40001';
+COMMENT ON FUNCTION etcd_set(text, text, bigint) IS
+    'queue a put; with a revision only on that version (0: must not exist), else 40001';
 
 
 CREATE OR REPLACE FUNCTION etcd_set_bytes(p_key text, p_value bytea, p_revision bigint DEFAULT NULL)
@@ -641,7 +672,7 @@ BEGIN
     RETURN _etcd_change(p_key, NULL, NULL, p_revision);
 END
 $$;
-COMMENT ON FUNCTION etcd_delete(text, bigint) IS 'queue a delete; with a revision only of that version, else 40001';
+COMMENT ON FUNCTION etcd_delete(text, bigint) IS 'queue a delete; with a revision only that version, else 40001';
 
 
 CREATE OR REPLACE FUNCTION etcd_retry(p_id bigint)
@@ -684,7 +715,7 @@ $$;
 COMMENT ON FUNCTION etcd_schema_version() IS 'version of schema.sql as installed';
 
 
--- ── Triggers ────────────────────────────────────────────────────────────────────────────────────
+-- == Triggers ==========================================================================================
 
 CREATE OR REPLACE FUNCTION _etcd_kv_write()
 RETURNS trigger
@@ -693,8 +724,9 @@ LANGUAGE plpgsql AS $$
 --   INSERT   one of value and value_bytes; the key must not exist
 --   UPDATE   the value column that was changed counts and clears the other; a changed key is a delete of the
 --            old and an insert of the new, applied together
---   errors   40001 the key has a pending change or has moved on; 23505 the key to insert exists;
---            22004 no value; 428C9 revision or ts set, which only etcd and the daemon do
+--   errors   40001 the key has a pending change (an own one of this transaction included) or has moved on;
+--            23505 the key to insert exists; 22004 no value; 428C9 revision or ts set, which are not the
+--            writer's to choose
 BEGIN
     IF TG_OP = 'DELETE' THEN
         PERFORM _etcd_change(OLD.key, NULL, NULL, OLD.revision);
@@ -726,7 +758,7 @@ BEGIN
     IF NEW.revision IS DISTINCT FROM OLD.revision OR NEW.ts IS DISTINCT FROM OLD.ts THEN
         RAISE EXCEPTION 'columns revision and ts of etcd_kv cannot be set'
             USING ERRCODE = 'generated_always',
-                  HINT = 'To change a certain version only, say WHERE revision = ….';
+                  HINT = 'To change a certain version only, say WHERE revision = the one you read.';
     ELSIF NEW.key IS DISTINCT FROM OLD.key THEN
         PERFORM _etcd_change(OLD.key, NULL, NULL, OLD.revision);
         PERFORM _etcd_change(NEW.key, NEW.value, NEW.value_bytes, p_new => true);
@@ -768,7 +800,7 @@ END
 $$;
 
 
--- ── search_path ─────────────────────────────────────────────────────────────────────────────────
+-- == search_path =======================================================================================
 
 -- The functions find their tables in this schema whatever the caller's search_path says, and a temporary
 -- table of the same name does not get in between.
@@ -788,7 +820,7 @@ END
 $$;
 
 
--- ── Grants: an example ──────────────────────────────────────────────────────────────────────────
+-- == Grants: an example ================================================================================
 
 -- PostgreSQL lets PUBLIC execute functions; these run with the caller's rights, so the tables decide.
 -- PostgreSQL 13 and 14 also let everybody create objects in schema public, and with them have others run
@@ -796,11 +828,13 @@ $$;
 --
 --     REVOKE CREATE ON SCHEMA public FROM PUBLIC;
 --
--- The daemon, if a DBA applied this file (else it owns the objects and needs nothing but CREATE on the schema):
+-- The daemon, if a DBA applied this file (if the daemon did, it owns everything and only needs CREATE on the
+-- schema):
 --
 --     GRANT TEMP ON DATABASE mydb TO etcd_fdw;
 --     GRANT USAGE ON SCHEMA public TO etcd_fdw;
---     GRANT SELECT, INSERT, UPDATE, DELETE ON etcd, etcd_wal, etcd_sync_state, etcd_sync_event TO etcd_fdw;
+--     GRANT SELECT, INSERT, DELETE ON etcd TO etcd_fdw;
+--     GRANT SELECT, INSERT, UPDATE, DELETE ON etcd_wal, etcd_sync_state, etcd_sync_event TO etcd_fdw;
 --     GRANT SELECT ON etcd_kv, etcd_status TO etcd_fdw;
 --
 -- An application that reads everything and changes keys, by function or through etcd_kv, but can neither
@@ -811,14 +845,14 @@ $$;
 --     GRANT INSERT (key, value, value_bytes, revision, depends_on, retry_of) ON etcd_wal TO app;
 --     GRANT SELECT, INSERT, UPDATE, DELETE ON etcd_kv TO app;
 --
--- One that only reads: the second line, and SELECT on etcd_kv.
+-- One that only reads: the first two lines of these, and SELECT on etcd_kv.
 --
--- Only keys under a prefix. Once row-level security is on, the daemon needs a policy as well unless it owns
--- the tables. On PostgreSQL 13 and 14 do not grant the views then: they read with their owner's rights.
+-- Only keys under a prefix: row-level security. The functions obey it, the views from PostgreSQL 15 on (before,
+-- they read with their owner's rights: do not grant them). The daemon must own the tables or have BYPASSRLS;
+-- a policy is not enough for it, because PostgreSQL refuses COPY into a table whose policies apply.
 --
 --     ALTER TABLE etcd ENABLE ROW LEVEL SECURITY;
 --     ALTER TABLE etcd_wal ENABLE ROW LEVEL SECURITY;
---     CREATE POLICY daemon ON etcd TO etcd_fdw USING (true);
---     CREATE POLICY daemon ON etcd_wal TO etcd_fdw USING (true);
---     CREATE POLICY app ON etcd TO app USING (starts_with(key, '/app/'));
+--     CREATE POLICY app ON etcd FOR SELECT TO app USING (starts_with(key, '/app/'));
 --     CREATE POLICY app ON etcd_wal TO app USING (starts_with(key, '/app/'));
+--     ALTER ROLE etcd_fdw BYPASSRLS;  -- unless it owns the tables

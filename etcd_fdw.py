@@ -2651,6 +2651,35 @@ class Chore:
         return int(deleted)
 
 
+def compare_sides(
+    postgres: Postgres, etcd: Etcd, checkpoint: int, at: int | None = None, correct: bool = False
+) -> Comparison:
+    """Compare the mirror at the checkpoint with etcd then, or at another revision (0: now).
+
+    Constant memory. correct: make the mirror the same. Raises Compacted.
+    """
+    comparison = Comparison(checkpoint)
+    with postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
+        theirs = etcd.live_at(checkpoint if at is None else at)
+        for found in comparison.differences(theirs, postgres.live_at(cur, checkpoint)):
+            if correct:
+                postgres.correct(cur, found, checkpoint)
+        cur.execute("CLOSE etcd_live")
+    return comparison
+
+
+def compare_with_now(postgres: Postgres, etcd: Etcd, checkpoint: int) -> Comparison:
+    """Compare with what etcd holds now, if it has compacted the checkpoint.
+
+    With auto-compaction that is usual where the prefix is quiet. If both are the same, nothing
+    has changed since the checkpoint, for that would show. Raises Compacted if they are not.
+    """
+    comparison = compare_sides(postgres, etcd, checkpoint, at=0)
+    if comparison.total():
+        raise Compacted
+    return comparison
+
+
 class Session:
     """One connected life of the engine: from the lock to the first lost connection.
 
@@ -2872,12 +2901,10 @@ class Session:
 
         Raises Compacted if etcd no longer knows.
         """
-        comparison = Comparison(self.checkpoint)
-        with self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
-            mirror = self.postgres.live_at(cur, self.checkpoint)
-            for found in comparison.differences(self.etcd.live_at(self.checkpoint), mirror):
-                self.postgres.correct(cur, found, self.checkpoint)
-            cur.execute("CLOSE etcd_live")
+        try:
+            comparison = compare_sides(self.postgres, self.etcd, self.checkpoint, correct=True)
+        except Compacted:
+            comparison = compare_with_now(self.postgres, self.etcd, self.checkpoint)
         log.log(
             logging.WARNING if comparison.total() else logging.INFO,
             "compared %d keys with etcd at revision %d: repaired %s",
@@ -2894,6 +2921,9 @@ class Session:
             return
         try:
             self.postgres.answer(requests, "done", self.repair().summary())
+        except Compacted:
+            log.warning("etcd has compacted revision %d: copying again", self.checkpoint)
+            raise  # whoever asked, asks the next session again
         except Rejected as exc:
             self.postgres.answer(requests, "failed", {"message": str(exc)})
 
@@ -4102,7 +4132,7 @@ def revisions_after(etcd: Etcd, checkpoint: int, waker: Waker) -> list[int]:
     """The first revisions under the prefix that follow the checkpoint, as a watch tells them.
 
     The store's own revision would not say whether a mirror is behind, because other prefixes
-    move it too. A watch tells deletions as well, and costs etcd less than a sorted range.
+    moves it too. A watch tells deletions as well, and costs etcd less than a sorted range.
     """
     found: set[int] = set()
     if etcd.header.revision <= checkpoint:
@@ -4113,8 +4143,10 @@ def revisions_after(etcd: Etcd, checkpoint: int, waker: Waker) -> list[int]:
             select.select([waker], [], [], max(0.0, deadline - time.monotonic()))
             waker.drain()
             while response := watch.take():
+                if response.compact_revision:  # usual where the prefix is quiet
+                    return revisions_after(etcd, response.compact_revision - 1, waker)
                 if response.canceled:
-                    raise Compacted if response.compact_revision else EtcdAway
+                    raise EtcdAway(f"etcd at {etcd.endpoint}: {response.cancel_reason}")
                 found.update(event.kv.mod_revision for event in response.events)
     finally:
         watch.stop()
@@ -4141,10 +4173,7 @@ def lag(etcd: Etcd, postgres: Postgres, facts: dict[str, Any], waker: Waker) -> 
     lag_revisions: of this prefix, and at least; lag_s: since the mirror was last in step.
     """
     checkpoint = facts["checkpoint"]
-    try:
-        waiting = revisions_after(etcd, checkpoint, waker)
-    except Compacted:
-        return {"checkpoint_compacted": True}
+    waiting = revisions_after(etcd, checkpoint, waker)
     deadline = time.monotonic() + (LAG_LIMIT_S if facts["locked"] else 0)
     while waiting and checkpoint < waiting[-1] and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -4197,8 +4226,6 @@ def problems_of(found: Mapping[str, Any]) -> Iterator[str]:
         yield "the first copy is not done"
     elif (found["heartbeat_age_s"] or 0) > HEARTBEAT_LIMIT_S:
         yield f"the last heartbeat was {show_age(found['heartbeat_age_s'])} ago"
-    if found.get("checkpoint_compacted"):
-        yield f"etcd has compacted the checkpoint {found['checkpoint']}: it will be copied again"
     if found.get("lag_revisions"):
         yield f"the mirror is behind by {describe(found['lag_revisions'], 'revision')}"
     if (found.get("oldest_pending_age_s") or 0) > PENDING_LIMIT_S:
@@ -4478,8 +4505,8 @@ def sync(config: Config, given: Mapping[str, Any]) -> int:
     return 0
 
 
-def compare_once(engine: Engine, above: int = 0) -> Comparison | None:
-    """Compare both sides at the checkpoint, and change nothing; None if it is not above that.
+def compare_once(engine: Engine, compacted: set[int]) -> Comparison | None:
+    """Compare both sides at the checkpoint, and change nothing; None if it is a compacted one.
 
     Raises Compacted.
     """
@@ -4488,35 +4515,33 @@ def compare_once(engine: Engine, above: int = 0) -> Comparison | None:
         state = postgres.state() if postgres.schema_version() else None
         if state is None:
             raise EtcdFdwError("there is no mirror yet: start the daemon, or run sync")
-        if state.revision <= above:
+        if state.revision in compacted:
             return None
         # later than the checkpoint was read, or etcd would seem to be behind it
         etcd = stack.enter_context(closing(engine.connect_etcd()))
         Session(engine, postgres, etcd).check_cluster(state)
-        comparison = engine.comparison = Comparison(state.revision)
-        cur = stack.enter_context(postgres.transaction(LONG_STATEMENT_LIMIT_S))
-        mirror = postgres.live_at(cur, state.revision)
-        for _ in comparison.differences(etcd.live_at(state.revision), mirror):
-            pass
-        return comparison
+        try:
+            return compare_sides(postgres, etcd, state.revision)
+        except Compacted:
+            compacted.add(state.revision)
+            return compare_with_now(postgres, etcd, state.revision)
 
 
 def compare(config: Config) -> dict[str, Any]:
     """The summary of compare_once(), at a newer checkpoint if etcd has compacted the first."""
     engine = Engine(config)
     engine.guard.start()
-    give_up_at, compacted = time.monotonic() + LAG_LIMIT_S, 0
+    compacted: set[int] = set()
+    give_up_at = time.monotonic() + LAG_LIMIT_S
     while True:
-        try:
+        with suppress(Compacted):  # an active instance may be further soon
             comparison = compare_once(engine, compacted)
             if comparison:
                 return comparison.summary()
-        except Compacted:
-            compacted = engine.comparison.revision if engine.comparison else 0
         if time.monotonic() > give_up_at:
             raise EtcdFdwError(
-                f"etcd has compacted revision {compacted}, which the mirror is at, so there is"
-                " nothing to compare with: run sync, which copies again"
+                f"etcd has compacted revision {max(compacted)}, which the mirror is at, and now"
+                " holds something else: run sync, which copies again"
             )
         time.sleep(0.2)
 

@@ -211,7 +211,7 @@ COMMENT ON COLUMN etcd_sync_state.unstorable IS 'counter: events that cannot be 
 
 -- etcd_sync_event: audit trail, written by the daemon.
 --
---     operation                         what happened: conflict, failure, retry, compaction, resync, takeover, ...
+--     operation                         what happened: change, mirror, snapshot, resync, takeover, sync, repair, reset
 --     key                               null if it concerns the whole prefix, or if the key is no text
 --     source_system, source_revision    where it came from: etcd or postgresql, and at which revision
 --     target_system, target_revision    where it was to go

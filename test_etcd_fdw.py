@@ -3288,7 +3288,7 @@ def test_validate_does_not_miss_what_no_mirror_can_hold(daemon, command, prefix,
     assert (found["equal"], found["keys"], found["unstorable"]) == (True, 1, 2)
 
 
-def test_validate_says_when_etcd_has_forgotten_the_checkpoint(
+def test_commands_cope_with_a_checkpoint_that_etcd_has_forgotten(
     daemon, command, own_etcd, db, prefix
 ):
     dsn = etcd_dsn(own_etcd.endpoint, prefix)
@@ -3300,11 +3300,17 @@ def test_validate_says_when_etcd_has_forgotten_the_checkpoint(
         for _ in range(3):
             client.put("elsewhere", "1")
         client.compact(client.revision())
+    assert command("status", "--check", etcd=dsn).stdout == "healthy\n"
+    assert command("validate", etcd=dsn).returncode == 0  # etcd holds the same as then
+    assert command("sync", etcd=dsn).returncode == 0
+    assert scalar(db, "SELECT resyncs FROM etcd_sync_state") == 0
+    rows(db, "DELETE FROM etcd WHERE key = %s", prefix + "a")
     done = command("validate", etcd=dsn)
     assert done.returncode == 4
     assert "etcd has compacted revision" in done.stderr
     done = command("validate", "--fix", etcd=dsn)  # the active instance copies again
     assert done.returncode == 0, done.stderr
+    assert scalar(db, "SELECT count(*) FROM etcd_list(%s)", prefix) == 2
 
 
 def add_etcd_user(

@@ -1155,7 +1155,7 @@ def exposition(m: Metrics) -> str:
     info = f'{{version="{__version__}",prefix="{label(m.prefix)}"}}'
     add("info", "gauge", "Version and mirrored prefix.", {info: 1})
     add("active", "gauge", "1: this instance mirrors; 0: it stands by or connects.", {"": m.active})
-    add("connected", "gauge", "Whether the server is connected.", by("side", m.connected))
+    add("connected", "gauge", "Whether the server answered last.", by("side", m.connected))
     add("reconnects_total", "counter", "Sessions lost, by who was away.", by("side", m.reconnects))
     add("resyncs_total", "counter", "Copies of the whole prefix after the first.", {"": c.resyncs})
     add("events_total", "counter", "Revisions of keys mirrored.", {"": c.events})

@@ -3447,6 +3447,13 @@ def test_catching_up_is_lag(daemon, db, prefix, etcd):
     assert len(mirror_rows(db, prefix)) == 300
 
 
+def test_metrics_hold_any_prefix():
+    prefix = '/say "hi" \\ and\nbye/ü'
+    text = etcd_fdw.exposition(etcd_fdw.Metrics(prefix, etcd_fdw.Counters()))
+    info = next(text_string_to_metric_families(text)).samples[0]
+    assert info.labels["prefix"] == prefix
+
+
 def test_metrics_port_in_use_is_one_line(db, prefix, etcd_address):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

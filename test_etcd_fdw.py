@@ -3450,7 +3450,7 @@ def test_catching_up_is_lag(daemon, db, prefix, etcd):
 def test_metrics_hold_any_prefix():
     prefix = '/say "hi" \\ and\nbye/ü'
     text = etcd_fdw.exposition(etcd_fdw.Metrics(prefix, etcd_fdw.Counters()))
-    info = next(text_string_to_metric_families(text)).samples[0]
+    info = next(iter(text_string_to_metric_families(text))).samples[0]
     assert info.labels["prefix"] == prefix
 
 

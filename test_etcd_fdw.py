@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import pty
+import random
 import re
 import select
 import selectors
@@ -2198,6 +2199,1003 @@ def test_etcd_status_tells_what_is_going_on(daemon, db, prefix, etcd):
 
 
 # ── SQL interface ────────────────────────────────────────────────────────────
+
+# ─ the schema without the daemon ─
+
+
+@pytest.fixture(scope="session")
+def schema_db(postgres_dsn: str) -> Iterator[str]:
+    """The DSN of a database that has the schema, for all tests that need no daemon."""
+    name = f"etcd_fdw_{RUN_ID}_schema"
+    rows(postgres_dsn, f"CREATE DATABASE {name} ENCODING 'UTF8' TEMPLATE template0")
+    dsn = make_dsn(postgres_dsn, dbname=name)
+    rows(dsn, SCHEMA_SQL)
+    yield dsn
+    rows(postgres_dsn, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def schema(schema_db: str) -> str:
+    """The DSN of a database that has the schema and nothing else."""
+    rows(schema_db, "TRUNCATE etcd, etcd_wal, etcd_sync_state, etcd_sync_event RESTART IDENTITY")
+    return schema_db
+
+
+@pytest.fixture
+def altered(schema: str) -> Iterator[None]:
+    """The test may alter the schema."""
+    yield
+    rows(schema, "DROP SCHEMA IF EXISTS evil CASCADE; DROP SCHEMA public CASCADE")
+    rows(schema, "CREATE SCHEMA public; GRANT USAGE ON SCHEMA public TO PUBLIC")
+    rows(schema, SCHEMA_SQL)
+
+
+@pytest.fixture
+def role(schema: str) -> Iterator[str]:
+    """A role without privileges, which can log in."""
+    name = f"tester_{RUN_ID}_{next(_numbers)}"
+    rows(schema, f"CREATE ROLE {name} LOGIN")
+    yield name
+    rows(schema, f"DROP OWNED BY {name}")
+    rows(schema, f"DROP ROLE {name}")
+
+
+def mirror(db: str, *history: tuple[str, int, str | bytes | None]) -> None:
+    """Write rows (key, revision, value; None: deleted) into table etcd, as the daemon does."""
+    sql = "INSERT INTO etcd (key, revision, tombstone, value, value_bytes) VALUES %s"
+    with closing(connect(db)) as conn, conn.cursor() as cur:
+        for key, revision, value in history:
+            columns = (value, None) if isinstance(value, str) else (None, value)
+            cur.execute(sql, ((key, revision, value is None, *columns),))
+
+
+def covers(db: str, prefix: str, first: int, checkpoint: int, **columns: Any) -> None:
+    """Declare a prefix mirrored from revision first to the checkpoint."""
+    row = {"prefix": prefix, "first_revision": first, "revision": checkpoint, **columns}
+    values = ", ".join(["%s"] * len(row))
+    rows(db, f"INSERT INTO etcd_sync_state ({', '.join(row)}) VALUES ({values})", *row.values())
+
+
+def finish(db: str, change: int, status: str, revision: int | None = None) -> None:
+    """Record how a change ended, as the daemon does."""
+    rows(
+        db,
+        "UPDATE etcd_wal SET status = %s, result_revision = %s, finished_at = now() WHERE id = %s",
+        *(status, revision, change),
+    )
+
+
+def refused(sqlstate: str, db: str, sql: str, *args: Any) -> Any:
+    """Run a statement that must fail with this SQLSTATE; return the error's fields."""
+    with pytest.raises(psycopg2.Error) as caught:
+        rows(db, sql, *args)
+    assert caught.value.pgcode == sqlstate, caught.value
+    return caught.value.diag
+
+
+def wal(
+    db: str, columns: str = "key, value, value_bytes, revision, depends_on"
+) -> list[tuple[Any, ...]]:
+    return rows(db, f"SELECT {columns} FROM etcd_wal ORDER BY id")
+
+
+def version(db: str) -> int:
+    return scalar(db, "SELECT current_setting('server_version_num')::int / 10000")
+
+
+def example_grants(**names: str) -> list[str]:
+    """The statements of the grants example at the end of schema.sql, with its names replaced."""
+    text = SCHEMA_SQL[SCHEMA_SQL.index("== Grants") :]
+    for old, new in names.items():
+        text = re.sub(rf"(TO|ROLE|DATABASE) {old}\b", rf"\1 {new}", text)
+    return re.findall(r"^--     ((?:GRANT|ALTER|CREATE) [^;]+;)", text, flags=re.M)
+
+
+def tuples_read(conn: psycopg2.extensions.connection, table: str, sql: str, *args: Any) -> int:
+    """Count the rows that a query fetches from a table by index; fail if it scans the table."""
+    count = (
+        "SELECT coalesce(seq_scan, 0), coalesce(idx_tup_fetch, 0)"
+        " FROM pg_stat_xact_user_tables WHERE relname = %s"
+    )
+    conn.autocommit = False
+    with conn, conn.cursor() as cur:
+        cur.execute(count, (table,))
+        before = cur.fetchone()
+        cur.execute(sql, args or None)
+        cur.execute(count, (table,))
+        after = cur.fetchone()
+    conn.autocommit = True
+    assert before and after and after[0] == before[0], f"{sql} scanned {table}"
+    return after[1] - before[1]
+
+
+# ─ schema.sql as a whole ─
+
+CATALOG = """
+SELECT c.oid::text, c.relname::text, c.relfilenode::text, c.reloptions::text,
+       obj_description(c.oid, 'pg_class'),
+       CASE c.relkind WHEN 'v' THEN pg_get_viewdef(c.oid) WHEN 'i' THEN pg_get_indexdef(c.oid) END
+FROM pg_class c WHERE c.relnamespace = current_schema()::regnamespace
+UNION ALL
+SELECT attrelid::text, attname::text, atttypid::text, atthasdef::text, attnotnull::text,
+       col_description(attrelid, attnum)
+FROM pg_attribute JOIN pg_class c ON c.oid = attrelid
+WHERE c.relnamespace = current_schema()::regnamespace
+UNION ALL
+SELECT oid::text, proname::text, proacl::text, proconfig::text,
+       obj_description(oid, 'pg_proc'), pg_get_functiondef(oid)
+FROM pg_proc WHERE pronamespace = current_schema()::regnamespace
+UNION ALL
+SELECT oid::text, conname::text, '', '', '', pg_get_constraintdef(oid) FROM pg_constraint
+WHERE connamespace = current_schema()::regnamespace
+UNION ALL
+SELECT oid::text, tgname::text, tgenabled::text, '', '', pg_get_triggerdef(oid) FROM pg_trigger
+ORDER BY 1, 2
+"""
+
+
+@pytest.mark.usefixtures("altered")
+def test_schema_applied_again_changes_nothing(schema: str) -> None:
+    rows(schema, "ALTER TABLE etcd_wal DISABLE TRIGGER etcd_wal_notify")  # an operator's choice
+    before = rows(schema, CATALOG)
+    rows(schema, SCHEMA_SQL)
+    assert rows(schema, CATALOG) == before
+
+
+@pytest.mark.usefixtures("altered")
+def test_schema_refuses_to_replace_a_newer_one(schema: str) -> None:
+    rows(
+        schema,
+        "CREATE OR REPLACE FUNCTION etcd_schema_version() RETURNS int LANGUAGE sql AS 'SELECT 999'",
+    )
+    refused("55000", schema, SCHEMA_SQL)
+    assert scalar(schema, "SELECT etcd_schema_version()") == 999
+
+
+def test_schema_version_is_the_marker(schema: str) -> None:
+    assert scalar(schema, "SELECT etcd_schema_version()") == 1
+
+
+def test_schema_goes_where_search_path_says(db: str) -> None:
+    rows(db, 'CREATE SCHEMA "My Schema"')
+    there = make_dsn(db, options='-csearch_path="My\\ Schema"')
+    rows(there, SCHEMA_SQL)
+    rows(there, SCHEMA_SQL)
+    assert scalar(db, "SELECT to_regclass('public.etcd')") is None
+    assert scalar(db, """SELECT "My Schema".etcd_set('/a', '1')""") == 1  # from any search_path
+    assert scalar(db, 'SELECT key FROM "My Schema".etcd_wal') == "/a"
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII", "EUC_JP"])
+def test_schema_works_in_databases_that_are_not_utf8(postgres_dsn: str, encoding: str) -> None:
+    name = f"etcd_fdw_{RUN_ID}_{encoding.lower()}"
+    options = f"ENCODING '{encoding}' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'"
+    rows(postgres_dsn, f"CREATE DATABASE {name} {options}")
+    try:
+        other = make_dsn(
+            postgres_dsn,
+            dbname=name,
+            client_encoding="SQL_ASCII" if encoding == "SQL_ASCII" else "UTF8",
+        )
+        rows(other, SCHEMA_SQL)
+        mirror(other, ("/a", 1, "1"), ("/a/1", 2, "2"), ("/a/2", 3, "3"), ("/b", 4, "4"))
+        assert rows(other, "SELECT key FROM etcd_list('/a/')") == [("/a/1",), ("/a/2",)]
+        assert scalar(other, "SELECT count(*) FROM etcd_list()") == 4
+    finally:
+        rows(postgres_dsn, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.mark.usefixtures("altered")
+def test_functions_cannot_be_hijacked_by_search_path(schema: str) -> None:
+    mirror(schema, ("/a", 7, "real"))
+    with closing(connect(schema)) as conn, conn.cursor() as cur:
+        cur.execute("""
+            CREATE TEMP TABLE etcd AS SELECT now() ts, '/a'::text AS key, 'fake'::text AS value,
+                99::bigint AS revision, false AS tombstone, NULL::bytea AS value_bytes;
+            CREATE TEMP TABLE etcd_wal (LIKE public.etcd_wal INCLUDING ALL);
+            CREATE SCHEMA evil;
+            CREATE FUNCTION evil._etcd_lock_key(text) RETURNS void LANGUAGE sql AS 'SELECT 1/0';
+            CREATE FUNCTION evil.hashtextextended(text, bigint) RETURNS bigint
+                LANGUAGE sql AS 'SELECT 1/0';
+            SET search_path = evil, pg_temp, pg_catalog, public
+        """)
+        cur.execute("SELECT value FROM public.etcd_get('/a')")
+        assert cur.fetchone() == ("real",)
+        cur.execute("SELECT public.etcd_set('/a', '1')")
+    assert wal(schema) == [("/a", "1", None, 7, None)]
+
+
+def test_every_object_has_a_comment(schema: str) -> None:
+    assert (
+        rows(
+            schema,
+            """
+        SELECT relname FROM pg_class
+         WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'v')
+           AND obj_description(oid, 'pg_class') IS NULL
+        UNION ALL
+        SELECT proname FROM pg_proc WHERE pronamespace = 'public'::regnamespace
+           AND obj_description(oid, 'pg_proc') IS NULL
+        """,
+        )
+        == []
+    )
+
+
+def test_every_function_explains_itself_and_has_its_search_path_pinned(schema: str) -> None:
+    sql = """
+        SELECT proname, prosrc, proconfig FROM pg_proc WHERE pronamespace = 'public'::regnamespace
+    """
+    functions = rows(schema, sql)
+    assert len(functions) == 14
+    for name, source, settings in functions:
+        assert source.startswith("\n-- "), name
+        assert "search_path=public, pg_temp" in settings, name
+
+
+# ─ tables ─
+
+
+@pytest.mark.parametrize(
+    ("columns", "values"),
+    [
+        ("revision", "1"),  # neither a value nor a tombstone
+        ("revision, value, value_bytes", "1, 'a', 'a'"),
+        ("revision, value, tombstone", "1, 'a', true"),
+        ("revision, value_bytes, tombstone", "1, 'a', true"),
+        ("revision, value, value_bytes, tombstone", "1, 'a', 'a', true"),
+        ("revision, value", "0, 'a'"),
+    ],
+)
+def test_mirror_refuses_contradictory_rows(schema: str, columns: str, values: str) -> None:
+    refused("23514", schema, f"INSERT INTO etcd (key, {columns}) VALUES ('/a', {values})")
+
+
+@pytest.mark.parametrize(
+    ("columns", "values"),
+    [
+        ("key", "''"),
+        ("key", "repeat('x', 2601)"),
+        ("key, value, value_bytes", "'/a', 'a', 'a'"),
+        ("key, revision", "'/a', -1"),
+        ("key, status", "'/a', 'done'"),
+        ("key, status", "'/a', 'success'"),  # without finished_at
+        ("key, finished_at", "'/a', now()"),  # still pending
+    ],
+)
+def test_outbox_refuses_nonsense(schema: str, columns: str, values: str) -> None:
+    refused("23514", schema, f"INSERT INTO etcd_wal ({columns}) VALUES ({values})")
+
+
+def test_longest_key_fits_every_index(schema: str) -> None:
+    noise = random.Random(1)
+    key = "".join(chr(noise.randrange(0x20, 0x7F)) for _ in range(2600))  # does not compress
+    assert rows(schema, "SELECT etcd_set(%s, '')", key) == [(1,)]
+    mirror(schema, (key, 2**62, "v"))
+    assert scalar(schema, "SELECT value FROM etcd_list(%s)", key) == "v"
+
+
+def test_outbox_records_who_and_which_transaction(schema: str) -> None:
+    with closing(connect(schema, application_name="shop")) as conn:
+        conn.autocommit = False
+        with conn, conn.cursor() as cur:
+            cur.execute("INSERT INTO etcd_wal (key, value) VALUES ('/a', '1')")
+            cur.execute("SAVEPOINT s")
+            cur.execute("SELECT etcd_set('/b', '2')")
+        with conn, conn.cursor() as cur:
+            cur.execute("SELECT etcd_delete('/c')")
+    (a, b, c) = wal(schema, "txid::text, role_name, application_name, status, retry_count")
+    assert a == b != c
+    assert a[1:] == (scalar(schema, "SELECT current_user::text"), "shop", "pending", 0)
+
+
+def test_inserts_notify_once_per_transaction_without_payload(schema: str) -> None:
+    with closing(connect(schema)) as listener:
+        listener.cursor().execute("LISTEN etcd_changes")
+        with closing(connect(schema)) as conn:
+            conn.autocommit = False
+            with conn, conn.cursor() as cur:
+                cur.execute(
+                    "SELECT etcd_set('/a', repeat('x', 100000))"
+                )  # a payload could not hold this
+                cur.execute(
+                    "INSERT INTO etcd_wal (key) SELECT '/k/' || g FROM generate_series(1, 100) g"
+                )
+        finish(schema, 1, "success", 5)  # the daemon's own writes wake nobody
+        rows(schema, "NOTIFY etcd_changes, 'end'")
+        while not any(n.payload == "end" for n in listener.notifies):
+            assert select.select([listener], [], [], 10)[0], "no notification within 10 s"
+            listener.poll()
+    assert [n.payload for n in listener.notifies] == ["", "end"]
+
+
+# ─ reading ─
+
+
+def test_get_returns_the_latest_revision(schema: str) -> None:
+    mirror(
+        schema,
+        ("/a", 1, "old"),
+        ("/a", 5, "new"),
+        ("/b", 2, b"\xff\0"),
+        ("/c", 3, "x"),
+        ("/c", 4, None),
+    )
+    assert rows(schema, "SELECT key, value, value_bytes, revision FROM etcd_get('/a')") == [
+        ("/a", "new", None, 5)
+    ]
+    assert rows(schema, "SELECT value, value_bytes FROM etcd_get('/b')") == [(None, b"\xff\0")]
+    assert rows(schema, "SELECT FROM etcd_get('/c')") == []
+    assert rows(schema, "SELECT FROM etcd_get('/')") == []
+    assert rows(schema, "SELECT FROM etcd_get(NULL)") == []
+
+
+def test_get_all_tells_the_history_oldest_first(schema: str) -> None:
+    mirror(schema, ("/a", 9, b"\xff"), ("/a", 2, "x"), ("/a", 7, None), ("/b", 8, "other"))
+    query = "SELECT revision, value, value_bytes, tombstone FROM etcd_get_all(%s, %s)"
+    history = [(2, "x", None, False), (7, None, None, True), (9, None, b"\xff", False)]
+    assert rows(schema, query, "/a", 0) == history
+    assert rows(schema, query, "/a", 7) == history[1:]
+    assert rows(schema, query, "/a", 10) == []
+    assert scalar(schema, "SELECT count(*) FROM etcd_get_all('/a')") == 3
+
+
+@pytest.mark.parametrize(
+    "prefix", ["/a%", "/a_", "/a\\", "/a\\%", "/a'", '/a"', "/a\U0010ffff", "/aé", "/a\n"]
+)
+def test_list_takes_the_prefix_literally(schema: str, prefix: str) -> None:
+    inside = [prefix, prefix + "\x01", prefix + "/x", prefix + "\U0010ffff\U0010ffff"]
+    outside = ["/a", "/a!", "/aX", "/aXx", "/b", prefix[:-1] + "\x02" + prefix[-1]]
+    mirror(schema, *((key, 1, "v") for key in {*inside, *outside}))
+    assert rows(schema, "SELECT key FROM etcd_list(%s)", prefix) == [(key,) for key in inside]
+
+
+def test_list_and_at_agree_with_a_full_scan(schema: str) -> None:
+    dice = random.Random(7)
+    keys = [f"/{dice.choice('abc')}/{n:03}" for n in range(150)]
+    history = {
+        (dice.choice(keys[: 1 + n % 150]), n + 1): dice.choice(["x", "y", b"\xff", None])
+        for n in range(2000)
+    }
+    history |= {("/a/deep", n + 1): "z" for n in range(500)}
+    mirror(schema, *((key, revision, value) for (key, revision), value in history.items()))
+    covers(schema, "", 1, 2000)
+    columns = "key, value, value_bytes, revision"
+    oracle = f"""
+        SELECT {columns} FROM (
+            SELECT DISTINCT ON (key) * FROM etcd WHERE revision <= %s AND starts_with(key, %s)
+            ORDER BY key, revision DESC) e
+        WHERE NOT tombstone ORDER BY key COLLATE "C"
+    """
+    for prefix, revision in itertools.product(
+        ["", "/", "/a/", "/b/0", "/c/14", "/nil"], [1, 2, 700, 1999, 2000]
+    ):
+        expected = rows(schema, oracle, revision, prefix)
+        assert rows(schema, f"SELECT {columns} FROM etcd_at(%s, %s)", revision, prefix) == expected
+    assert rows(schema, f"SELECT {columns} FROM etcd_list('/a')") == rows(
+        schema, oracle, 2000, "/a"
+    )
+    assert rows(schema, f"SELECT {columns} FROM etcd_kv ORDER BY key") == rows(
+        schema, oracle, 2000, ""
+    )
+
+
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 128, 129])
+def test_list_is_complete_at_every_batch_boundary(schema: str, size: int) -> None:
+    mirror(schema, *((f"/a/{n:03}", 1, "v") for n in range(size)), ("/b", 1, "v"))
+    assert rows(schema, "SELECT key FROM etcd_list('/a/')") == [
+        (f"/a/{n:03}",) for n in range(size)
+    ]
+    assert scalar(schema, "SELECT count(*) FROM etcd_list()") == size + 1
+
+
+@pytest.mark.parametrize(
+    ("revision", "prefix", "message"),
+    [
+        (9, "/a/", "before the mirror"),
+        (19, "/p/x", "pruned"),
+        (30, "/a/", "was compacted"),
+        (39, "/a/", "was compacted"),
+        (51, "/a/", "beyond the checkpoint"),
+        (51, "/a/x", "beyond the checkpoint"),
+        (51, "", "beyond the checkpoint"),
+        (45, "/b/", "not mirrored"),
+        (0, "/a/", "before the mirror"),
+    ],
+)
+def test_at_refuses_what_the_mirror_cannot_know(
+    schema: str, revision: int, prefix: str, message: str
+) -> None:
+    covers(schema, "/a/", 10, 50, gaps='{"[30,40)"}')
+    covers(schema, "/p/", 10, 90, pruned_revision=20)
+    error = refused("22023", schema, "SELECT * FROM etcd_at(%s, %s)", revision, prefix)
+    assert message in error.message_primary
+    assert error.message_hint
+
+
+def test_at_answers_up_to_the_edges_of_what_is_known(schema: str) -> None:
+    covers(schema, "/a/", 10, 50, pruned_revision=20, gaps='{"[30,40)"}')
+    mirror(schema, ("/a/1", 15, "v"))
+    for revision, prefix in [
+        (20, "/a/"),
+        (29, "/a/1"),
+        (40, "/a/"),
+        (50, "/a/"),
+        (50, ""),
+        (50, "/a"),
+    ]:
+        assert rows(schema, "SELECT key FROM etcd_at(%s, %s)", revision, prefix) == [("/a/1",)]
+    for unknown in [(None, "/a/"), (20, None)]:
+        refused("22004", schema, "SELECT * FROM etcd_at(%s, %s)", *unknown)
+
+
+def test_at_asks_the_mirrors_that_matter(schema: str) -> None:
+    covers(schema, "/a/", 10, 50)
+    covers(schema, "/a/x/", 40, 45, pruned_revision=42)  # lies within
+    covers(schema, "/b/", 20, 60)
+    assert rows(schema, "SELECT * FROM etcd_at(50, '/a/')") == []  # /a/ covers it all
+    assert "pruned" in refused("22023", schema, "SELECT * FROM etcd_at(41, '/a/')").message_primary
+    refused("22023", schema, "SELECT * FROM etcd_at(50, '/a/x/1')")  # both must know
+    refused(
+        "22023", schema, "SELECT * FROM etcd_at(15, '/')"
+    )  # nothing covers it: each within must know
+
+
+def test_keys_of_any_collation_are_welcome(schema: str) -> None:
+    mirror(schema, ("/a", 1, "v"))
+    covers(schema, "", 1, 1)
+    for query in [
+        "SELECT count(*) FROM etcd_get('/a' COLLATE \"POSIX\")",
+        "SELECT count(*) FROM etcd_get_all('/a' COLLATE \"POSIX\")",
+        "SELECT count(*) FROM etcd_list('/' COLLATE \"POSIX\")",
+        "SELECT count(*) FROM etcd_at(1, '/' COLLATE \"POSIX\")",
+        "SELECT etcd_set('/b' COLLATE \"POSIX\", 'v')",
+    ]:
+        assert scalar(schema, query) == 1, query
+    rows(schema, "SELECT etcd_retry(id) FROM etcd_wal WHERE false")
+
+
+def test_reads_fetch_current_rows_not_the_history(schema: str) -> None:
+    rows(
+        schema,
+        """
+        INSERT INTO etcd (key, value, revision)
+        SELECT '/k/' || g % 10, 'v', g FROM generate_series(1, 20000) g
+    """,
+    )
+    covers(schema, "", 1, 20000)
+    with closing(connect(schema)) as conn:
+        assert tuples_read(conn, "etcd", "SELECT * FROM etcd_get('/k/3')") == 1
+        assert tuples_read(conn, "etcd", "SELECT * FROM etcd_get_all('/k/3', 19000)") == 100
+        for query in ["SELECT * FROM etcd_list()", "SELECT * FROM etcd_list('/k/')"]:
+            assert tuples_read(conn, "etcd", query) <= 10 * (64 + 1)
+        assert tuples_read(conn, "etcd", "SELECT * FROM etcd_at(5000, '/k/')") <= 10 * (64 + 1)
+        assert tuples_read(conn, "etcd", "SELECT etcd_set('/k/3', 'v')") == 1
+
+
+def test_kv_with_a_key_descends_the_index(schema: str) -> None:
+    rows(
+        schema,
+        """
+        INSERT INTO etcd (key, value, revision)
+        SELECT '/k/' || g % 10, 'v', g FROM generate_series(1, 20000) g
+    """,
+    )
+    rows(schema, "VACUUM ANALYZE etcd")
+    for condition in ["key = '/k/3'", "key IN ('/k/3', '/k/4')", "key >= '/k/3' AND key < '/k/4'"]:
+        plan = "\n".join(
+            line for (line,) in rows(schema, f"EXPLAIN SELECT * FROM etcd_kv WHERE {condition}")
+        )
+        assert "Seq Scan" not in plan, plan
+        assert "Index Cond: (key = " in plan, plan
+    if version(schema) >= 16:  # before, DISTINCT reads the index entries of the key's history
+        with closing(connect(schema)) as conn:
+            assert tuples_read(conn, "etcd", "SELECT * FROM etcd_kv WHERE key = '/k/3'") <= 2
+
+
+def test_plans_made_while_the_tables_were_empty_stay_good(schema: str) -> None:
+    mirror(schema, ("/x", 1, "v"))
+    rows(schema, "SELECT etcd_set('/x', 'v')")
+    finish(schema, 1, "success", 2)
+    rows(schema, "VACUUM ANALYZE etcd, etcd_wal")
+    with closing(connect(schema)) as conn, conn.cursor() as cur:
+        for _ in range(10):  # enough for cached generic plans
+            cur.execute("SELECT count(*) FROM etcd_get('/x'), etcd_get_all('/x'), etcd_list()")
+            with pytest.raises(psycopg2.errors.SerializationFailure):
+                cur.execute("SELECT etcd_set('/x', 'v', 9)")  # leaves the queue empty
+        many = "SELECT '/k/' || g, 'v', g FROM generate_series(1, 5000) g"
+        rows(schema, f"INSERT INTO etcd (key, value, revision) {many}")
+        rows(schema, f"INSERT INTO etcd_wal (key, value, revision) {many}")
+        assert tuples_read(conn, "etcd", "SELECT * FROM etcd_get('/k/77')") == 1
+        assert tuples_read(conn, "etcd", "SELECT * FROM etcd_list('/k/77')") < 150
+        assert tuples_read(conn, "etcd_wal", "SELECT etcd_set('/k/77', 'v')") < 5
+
+
+# ─ writing ─
+
+
+def test_set_is_made_on_the_latest_known_version(schema: str) -> None:
+    mirror(schema, ("/a", 3, "x"), ("/a", 8, "y"), ("/gone", 4, "x"), ("/gone", 9, None))
+    for call in [
+        "etcd_set('/a', '')",
+        "etcd_set('/gone', '1')",
+        "etcd_set_bytes('/new', '\\xff00')",
+    ]:
+        rows(schema, f"SELECT {call}")
+    assert wal(schema) == [
+        ("/a", "", None, 8, None),
+        ("/gone", "1", None, None, None),
+        ("/new", None, b"\xff\0", None, None),
+    ]
+
+
+def test_changes_to_one_key_build_on_each_other(schema: str) -> None:
+    mirror(schema, ("/a", 3, "x"))
+    for call in [
+        "etcd_set('/a', '1')",
+        "etcd_set('/b', '1')",
+        "etcd_delete('/a')",
+        "etcd_set('/a', '2')",
+    ]:
+        rows(schema, f"SELECT {call}")
+    assert wal(schema, "id, key, value, revision, depends_on") == [
+        (1, "/a", "1", 3, None),
+        (2, "/b", "1", None, None),
+        (3, "/a", None, 3, 1),
+        (4, "/a", "2", 3, 3),
+    ]
+    for change in (1, 3, 4):
+        finish(schema, change, "success", 4)
+    assert rows(schema, "SELECT etcd_set('/a', '3')") == [(5,)]
+    assert wal(schema, "depends_on")[-1] == (None,)  # nothing pending any more
+
+
+def test_set_with_a_revision_takes_only_the_current_version(schema: str) -> None:
+    mirror(schema, ("/a", 3, "x"), ("/a", 8, "y"), ("/gone", 9, None))
+    for call in [
+        "etcd_set('/a', '1', 3)",
+        "etcd_set('/a', '1', 9)",
+        "etcd_set('/a', '1', 0)",
+        "etcd_delete('/a', 3)",
+        "etcd_set_bytes('/gone', '1', 9)",
+        "etcd_set('/new', '1', 1)",
+    ]:
+        refused("40001", schema, f"SELECT {call}")
+    for call in [
+        "etcd_set('/a', '1', 8)",
+        "etcd_set('/gone', '1', 0)",
+        "etcd_set_bytes('/new', '1', 0)",
+    ]:
+        rows(schema, f"SELECT {call}")
+    assert [revision for (revision,) in wal(schema, "revision")] == [8, None, None]
+
+
+def test_set_with_a_revision_refuses_a_key_with_a_pending_change(schema: str) -> None:
+    mirror(schema, ("/a", 3, "x"))
+    rows(schema, "SELECT etcd_set('/a', '1', 3)")
+    error = refused("40001", schema, "SELECT etcd_set('/a', '2', 3)")
+    assert "pending" in error.message_primary
+    assert "row 1 of etcd_wal" in error.message_detail
+    refused("40001", schema, "SELECT etcd_delete('/a', 3)")
+
+
+@pytest.mark.parametrize(
+    ("call", "sqlstate"),
+    [
+        ("etcd_set('/a', NULL)", "22004"),
+        ("etcd_set_bytes('/a', NULL)", "22004"),
+        ("etcd_set(NULL, 'x')", "22004"),
+        ("etcd_delete(NULL)", "22004"),
+        ("etcd_set('', 'x')", "22023"),
+        ("etcd_delete('')", "22023"),
+        ("etcd_set(repeat('é', 1301), 'x')", "22023"),
+        ("etcd_set('/a', 'x', -1)", "22023"),
+        ("etcd_retry(1)", "P0002"),
+        ("etcd_retry(NULL)", "P0002"),
+    ],
+)
+def test_writing_refuses_bad_arguments(schema: str, call: str, sqlstate: str) -> None:
+    error = refused(sqlstate, schema, f"SELECT {call}")
+    assert (
+        "NULL" not in call
+        or "etcd_set" not in call
+        or "(NULL" in call
+        or "etcd_delete" in error.message_hint
+    )
+    assert wal(schema) == []
+
+
+def test_deleting_an_unknown_key_is_queued(schema: str) -> None:
+    rows(schema, "SELECT etcd_delete('/nothing')")
+    assert wal(schema) == [("/nothing", None, None, None, None)]
+
+
+def test_concurrent_sessions_on_one_key_form_one_chain(schema: str) -> None:
+    def write() -> None:
+        with closing(connect(schema)) as conn:
+            conn.autocommit = False
+            for _ in range(50):
+                with conn, conn.cursor() as cur:
+                    cur.execute("SELECT etcd_set('/hot', 'v')")
+
+    writers = [threading.Thread(target=write) for _ in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    ids = [change for (change,) in wal(schema, "id")]
+    assert len(ids) == 200
+    assert wal(schema, "depends_on") == [(None,), *((change,) for change in ids[:-1])]
+
+
+def test_a_bulk_change_leaves_room_in_the_lock_table(schema: str) -> None:
+    with closing(connect(schema)) as conn, conn.cursor() as cur:
+        conn.autocommit = False
+        cur.execute("SELECT count(etcd_set('/k/' || g, 'v')) FROM generate_series(1, 5000) g")
+        assert cur.fetchone() == (5000,)
+        cur.execute(
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()"
+        )
+        (locks,) = cur.fetchall()
+        assert locks[0] <= 1024
+
+
+def test_own_success_is_not_mistaken_for_a_foreign_change(schema: str) -> None:
+    mirror(schema, ("/a", 3, "x"))
+    with closing(connect(schema)) as daemon, daemon.cursor() as cur:
+        for _ in range(3):
+            change = scalar(schema, "SELECT etcd_set('/a', 'y')")
+            daemon.autocommit = False
+            cur.execute(
+                "INSERT INTO etcd (key, value, revision) VALUES ('/a', 'y', %s)", (change + 10,)
+            )
+            sql = """
+                UPDATE etcd_wal SET status = 'success', result_revision = %s, finished_at = now()
+                WHERE id = %s
+            """
+            cur.execute(sql, (change + 10, change))
+            follower = scalar(schema, "SELECT etcd_set('/a', 'z')")  # outcome not committed yet
+            daemon.commit()
+            assert rows(schema, "SELECT depends_on FROM etcd_wal WHERE id = %s", follower) == [
+                (change,)
+            ]
+            rows(schema, "DELETE FROM etcd_wal WHERE id = %s", follower)
+            assert scalar(schema, "SELECT etcd_set('/a', 'z', %s)", change + 10) > follower
+            rows(schema, "DELETE FROM etcd_wal WHERE status = 'pending'")
+
+
+def test_retry_queues_the_change_on_the_current_version(schema: str) -> None:
+    mirror(schema, ("/a", 3, "x"))
+    rows(schema, "SELECT etcd_set_bytes('/a', '\\xff', 3)")
+    mirror(schema, ("/a", 5, "theirs"))
+    finish(schema, 1, "conflict", 5)
+    assert scalar(schema, "SELECT etcd_retry(1)") == 2
+    assert wal(schema, "key, value_bytes, revision, status, retry_of") == [
+        ("/a", b"\xff", 3, "conflict", None),
+        ("/a", b"\xff", 5, "pending", 1),
+    ]
+    assert "row 2" in refused("55000", schema, "SELECT etcd_retry(1)").message_detail
+    refused("55000", schema, "SELECT etcd_retry(2)")  # pending
+    finish(schema, 2, "failed")
+    assert scalar(schema, "SELECT etcd_retry(2)") == 3
+    finish(schema, 3, "success", 6)
+    refused("55000", schema, "SELECT etcd_retry(3)")
+
+
+def test_a_change_is_tried_again_once_even_by_two_at_once(schema: str) -> None:
+    rows(schema, "SELECT etcd_set('/a', 'v')")
+    finish(schema, 1, "failed")
+    outcomes: list[str | None] = []
+
+    def retry() -> None:
+        try:
+            rows(schema, "SELECT etcd_retry(1)")
+            outcomes.append(None)
+        except psycopg2.Error as error:
+            outcomes.append(error.pgcode)
+
+    threads = [threading.Thread(target=retry) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes, key=str) == ["55000", "55000", "55000", None]
+    assert scalar(schema, "SELECT count(*) FROM etcd_wal WHERE retry_of = 1") == 1
+
+
+# ─ etcd_kv ─
+
+
+def test_kv_turns_statements_into_changes(schema: str) -> None:
+    mirror(schema, ("/a", 3, "x"), ("/b", 4, "x"), ("/b2", 4, "x"), ("/gone", 5, None))
+    rows(schema, "INSERT INTO etcd_kv (key, value) VALUES ('/new', '1'), ('/gone', '2')")
+    rows(schema, "UPDATE etcd_kv SET value = value || 'y' WHERE key LIKE '/b%'")
+    rows(schema, "DELETE FROM etcd_kv WHERE key = '/a'")
+    assert rows(schema, "UPDATE etcd_kv SET value = 'z' WHERE key = '/none' RETURNING 1") == []
+    assert sorted(wal(schema)) == [
+        ("/a", None, None, 3, None),
+        ("/b", "xy", None, 4, None),
+        ("/b2", "xy", None, 4, None),
+        ("/gone", "2", None, None, None),
+        ("/new", "1", None, None, None),
+    ]
+
+
+def test_kv_insert_of_a_live_key_is_a_unique_violation(schema: str) -> None:
+    mirror(schema, ("/a", 3, "x"))
+    refused("23505", schema, "INSERT INTO etcd_kv (key, value) VALUES ('/a', 'y')")
+    rows(schema, "SELECT etcd_set('/a', 'y'), etcd_set('/new', 'y')")
+    refused("40001", schema, "INSERT INTO etcd_kv (key, value) VALUES ('/a', 'y')")
+    refused("40001", schema, "INSERT INTO etcd_kv (key, value) VALUES ('/new', 'y')")
+
+
+def test_kv_refuses_a_key_with_a_pending_change(schema: str) -> None:
+    mirror(schema, ("/a", 3, "x"))
+    rows(schema, "UPDATE etcd_kv SET value = 'y' WHERE key = '/a'")
+    refused("40001", schema, "UPDATE etcd_kv SET value = 'z' WHERE key = '/a'")
+    refused("40001", schema, "DELETE FROM etcd_kv WHERE key = '/a'")
+    assert len(wal(schema)) == 1
+
+
+@pytest.mark.parametrize(
+    "statement", ["UPDATE etcd_kv SET value = 'mine' WHERE key = '/a'", "DELETE FROM etcd_kv"]
+)
+def test_kv_refuses_a_version_that_has_moved_on(schema: str, statement: str) -> None:
+    mirror(schema, ("/a", 3, "x"))
+    failure: list[str | None] = []
+
+    def write() -> None:
+        failure.append(refused("40001", schema, statement).message_primary)
+
+    with closing(connect(schema)) as other, other.cursor() as cur:
+        other.autocommit = False
+        cur.execute(
+            "SELECT _etcd_lock_key('/a')"
+        )  # holds the writer between its look and its change
+        writer = threading.Thread(target=write)
+        writer.start()
+        while not scalar(
+            schema, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        ):
+            assert writer.is_alive(), "the writer did not wait for the lock"
+        cur.execute("INSERT INTO etcd (key, value, revision) VALUES ('/a', 'theirs', 5)")
+        other.commit()
+        writer.join()
+    assert failure == ['key "/a" is not at revision 3']
+    assert wal(schema) == []
+
+
+def test_kv_update_of_the_key_moves_it_in_one_transaction(schema: str) -> None:
+    mirror(schema, ("/a", 3, "x"), ("/taken", 4, "x"))
+    rows(schema, "UPDATE etcd_kv SET key = '/b' WHERE key = '/a'")
+    assert wal(schema) == [("/a", None, None, 3, None), ("/b", "x", None, None, None)]
+    assert len(set(wal(schema, "txid::text"))) == 1
+    rows(schema, "DELETE FROM etcd_wal")
+    refused("23505", schema, "UPDATE etcd_kv SET key = '/taken' WHERE key = '/a'")
+
+
+@pytest.mark.parametrize(
+    ("old", "assignment", "value", "value_bytes"),
+    [
+        ("x", "value = 'y'", "y", None),
+        ("x", "value = value", "x", None),  # a put all the same
+        ("x", "value_bytes = '\\xff'", None, b"\xff"),
+        ("x", "value = NULL, value_bytes = '\\xff'", None, b"\xff"),
+        (b"\xff", "value = 'y'", "y", None),
+        (b"\xff", "value_bytes = '\\xfe'", None, b"\xfe"),
+        (b"\xff", "value = value", None, b"\xff"),
+    ],
+)
+def test_kv_update_of_one_value_column_clears_the_other(
+    schema: str, old: str | bytes, assignment: str, value: str | None, value_bytes: bytes | None
+) -> None:
+    mirror(schema, ("/a", 3, old))
+    returned = rows(
+        schema, f"UPDATE etcd_kv SET {assignment} WHERE key = '/a' RETURNING value, value_bytes"
+    )
+    assert returned == [(value, value_bytes)]
+    assert wal(schema) == [("/a", value, value_bytes, 3, None)]
+
+
+@pytest.mark.parametrize(
+    ("statement", "sqlstate"),
+    [
+        ("INSERT INTO etcd_kv (key) VALUES ('/n')", "22004"),
+        ("INSERT INTO etcd_kv (value) VALUES ('x')", "22004"),
+        ("INSERT INTO etcd_kv (key, value) VALUES ('', 'x')", "22023"),
+        ("INSERT INTO etcd_kv (key, value, value_bytes) VALUES ('/n', 'x', 'x')", "22023"),
+        ("INSERT INTO etcd_kv (key, value, revision) VALUES ('/n', 'x', 1)", "428C9"),
+        ("INSERT INTO etcd_kv (key, value, ts) VALUES ('/n', 'x', now())", "428C9"),
+        ("UPDATE etcd_kv SET value = NULL", "22004"),
+        ("UPDATE etcd_kv SET value = 'y', value_bytes = 'y'", "22023"),
+        ("UPDATE etcd_kv SET key = NULL", "22004"),
+        ("UPDATE etcd_kv SET revision = 9", "428C9"),
+        ("UPDATE etcd_kv SET value = 'y', ts = now()", "428C9"),
+    ],
+)
+def test_kv_refuses_what_etcd_could_not_do(schema: str, statement: str, sqlstate: str) -> None:
+    mirror(schema, ("/a", 3, "x"))
+    refused(sqlstate, schema, statement)
+    assert wal(schema) == []
+
+
+# ─ etcd_status ─
+
+
+def test_status_counts_open_changes_by_prefix(schema: str) -> None:
+    covers(schema, "/a/", 1, 5, etcd_revision=9, heartbeat_at="now", unstorable=2)
+    covers(schema, "/b/", 1, 6)
+    rows(schema, "SELECT etcd_set('/a/' || g, 'v') FROM generate_series(1, 6) g")
+    finish(schema, 1, "success", 2)
+    for change, status in [(2, "conflict"), (3, "failed"), (4, "conflict")]:
+        finish(schema, change, status)
+    rows(schema, "SELECT etcd_retry(4)")  # resolved: what counts is the new one, pending
+    columns = "prefix, revision, etcd_revision, pending, conflicts, failures, unstorable"
+    assert rows(schema, f"SELECT {columns} FROM etcd_status ORDER BY prefix") == [
+        ("/a/", 5, 9, 3, 1, 1, 2),
+        ("/b/", 6, None, 0, 0, 0, 0),
+    ]
+    assert (
+        scalar(
+            schema,
+            """
+        SELECT heartbeat_age BETWEEN '0' AND '1 min' AND oldest_pending_age BETWEEN '0' AND '1 min'
+        FROM etcd_status WHERE prefix = '/a/'
+    """,
+        )
+        is True
+    )
+
+
+def test_status_shows_changes_that_no_daemon_will_take(schema: str) -> None:
+    rows(schema, "SELECT etcd_set('/lost', 'v')")
+    query = "SELECT prefix, revision, pending FROM etcd_status ORDER BY prefix"
+    assert rows(schema, query) == [(None, None, 1)]
+    covers(schema, "/a/", 1, 5)
+    assert rows(schema, query) == [("/a/", 5, 0), (None, None, 1)]
+    covers(schema, "", 1, 5)
+    assert rows(schema, query) == [("", 5, 1), ("/a/", 5, 0)]
+
+
+# ─ privileges ─
+
+
+def grant(db: str, statements: list[str], *wanted: str) -> None:
+    for statement in statements:
+        if any(word in statement for word in wanted):
+            rows(db, statement)
+
+
+def test_example_grants_let_an_application_write_changes_only(schema: str, role: str) -> None:
+    mirror(schema, ("/app/a", 3, "x"), ("/app/b", 3, "x"))
+    covers(schema, "", 1, 5)
+    grant(schema, example_grants(app=role), f" TO {role};")
+    app = make_dsn(schema, user=role)
+    for query in [
+        "SELECT etcd_set('/app/a', 'y')",
+        "SELECT etcd_delete('/app/c')",
+        "SELECT * FROM etcd_at(3)",
+        "SELECT * FROM etcd_list()",
+        "SELECT * FROM etcd_get_all('/app/a')",
+        "SELECT * FROM etcd_status",
+        "UPDATE etcd_kv SET value = 'y' WHERE key = '/app/b' AND revision = 3",
+        "INSERT INTO etcd_wal (key, value, revision) VALUES ('/app/d', 'x', 0)",
+    ]:
+        rows(app, query)
+    for statement in [
+        "INSERT INTO etcd (key, revision, value) VALUES ('/x', 1, 'x')",
+        "DELETE FROM etcd",
+        "UPDATE etcd_wal SET status = 'success', finished_at = now()",
+        "DELETE FROM etcd_wal",
+        "INSERT INTO etcd_wal (key, status) VALUES ('/x', 'failed')",
+        "INSERT INTO etcd_wal (key, role_name) VALUES ('/x', 'somebody else')",
+        "INSERT INTO etcd_wal (key, txid) VALUES ('/x', '1')",
+        "UPDATE etcd_sync_state SET revision = 1",
+        "SELECT * FROM etcd_sync_event",
+    ]:
+        refused("42501", app, statement)
+    assert {name for (name,) in wal(schema, "role_name")} == {role}
+
+
+def test_functions_give_no_rights_that_the_caller_lacks(schema: str, role: str) -> None:
+    rows(schema, "SELECT etcd_set('/a', 'v')")
+    finish(schema, 1, "failed")
+    for call in [
+        "etcd_get('/a')",
+        "etcd_get_all('/a')",
+        "etcd_list()",
+        "etcd_at(1)",
+        "etcd_set('/a', '1')",
+        "etcd_set_bytes('/a', '1')",
+        "etcd_delete('/a')",
+        "etcd_retry(1)",
+    ]:
+        refused("42501", make_dsn(schema, user=role), f"SELECT {call}")
+
+
+@pytest.mark.usefixtures("altered")
+def test_row_level_security_holds_through_functions_and_views(schema: str, role: str) -> None:
+    mirror(schema, ("/app/a", 3, "x"), ("/other", 4, "secret"))
+    covers(schema, "", 1, 5)
+    rows(schema, "SELECT etcd_set('/other', 'secret')")
+    grants = [s for s in example_grants(app=role) if "etcd_fdw" not in s]
+    grant(schema, grants, role, "ROW LEVEL SECURITY")
+    app = make_dsn(schema, user=role)
+    reads = [
+        "etcd_get('/other')",
+        "etcd_get_all('/other')",
+        "etcd_list('/other')",
+        "etcd_at(5, '/other')",
+    ]
+    for source in [
+        "etcd_list()",
+        "etcd_at(5)",
+        "etcd_get('/app/a')",
+        *(["etcd_kv"] if version(schema) >= 15 else []),
+    ]:
+        assert rows(app, f"SELECT key FROM {source}") == [("/app/a",)], source
+    for source in reads:
+        assert rows(app, f"SELECT FROM {source}") == [], source
+    rows(app, "SELECT etcd_set('/app/a', 'y')")
+    for statement in [
+        "SELECT etcd_set('/other', 'y')",
+        "SELECT etcd_delete('/other')",
+        "INSERT INTO etcd_kv (key, value) VALUES ('/elsewhere', 'y')",
+    ]:
+        refused("42501", app, statement)
+    refused("P0002", app, "SELECT etcd_retry(1)")
+    assert rows(app, "SELECT key FROM etcd_wal") == [("/app/a",)]
+
+
+@pytest.mark.usefixtures("altered")
+def test_row_level_security_does_not_make_lists_scan_the_rest(schema: str, role: str) -> None:
+    rows(
+        schema,
+        """
+        INSERT INTO etcd (key, value, revision)
+        SELECT CASE WHEN g <= 100 THEN '/app/' ELSE '/other/' END || g, 'v', g
+        FROM generate_series(1, 5000) g
+    """,
+    )
+    rows(
+        schema,
+        f"""
+        GRANT SELECT ON etcd TO {role};
+        ALTER TABLE etcd ENABLE ROW LEVEL SECURITY;
+        CREATE POLICY app ON etcd USING (position('/app/' IN key) = 1)  -- no help for the planner
+    """,
+    )
+    with closing(connect(schema, user=role)) as conn:
+        assert tuples_read(conn, "etcd", "SELECT * FROM etcd_list('/app/')") <= 2 * 100 + 64
+        assert tuples_read(conn, "etcd", "SELECT * FROM etcd_get('/app/7')") == 1
+
+
+@pytest.mark.usefixtures("altered")
+def test_example_grants_suffice_for_a_daemon_that_does_not_own_the_schema(
+    schema: str, role: str
+) -> None:
+    database = scalar(schema, "SELECT current_database()")
+    statements = example_grants(etcd_fdw=role, mydb=database)
+    grant(schema, statements, f" TO {role};", "BYPASSRLS", "ENABLE ROW")
+    with closing(connect(schema, user=role)) as conn, conn.cursor() as cur:
+        for statement in [
+            "CREATE TEMPORARY TABLE etcd_staging (LIKE etcd)",
+            "LISTEN etcd_changes",
+            "SELECT etcd_set('/a', 'v')",
+            "UPDATE etcd_wal SET status = 'success', finished_at = now() WHERE status = 'pending'",
+            "DELETE FROM etcd_wal",
+            "INSERT INTO etcd_sync_state VALUES ('', 'c', 1, 1)",
+            "UPDATE etcd_sync_state SET revision = 2",
+            "INSERT INTO etcd_sync_event (operation) VALUES ('x')",
+            "DELETE FROM etcd_sync_event",
+            "SELECT * FROM etcd_status",
+            "DELETE FROM etcd",
+        ]:
+            cur.execute(statement)
+        cur.copy_expert(
+            "COPY etcd (key, value, revision) FROM STDIN", io.StringIO("/copied\tv\t1\n")
+        )
+    assert scalar(schema, "SELECT value FROM etcd_get('/copied')") == "v"
 
 
 # ── random histories ─────────────────────────────────────────────────────────

@@ -221,6 +221,10 @@ class PostgresAway(Away):
     """PostgreSQL cannot be reached"""
 
 
+class NoCopy(PostgresAway):
+    """PostgreSQL cannot COPY into this table, because of row-level security"""
+
+
 class AccessDenied(EtcdFdwError):
     """permission or authentication failed"""
 
@@ -245,10 +249,6 @@ class TooLarge(EtcdFdwError):
 
 class Duplicate(EtcdFdwError):
     """a row with this key and revision is there already"""
-
-
-class NoCopy(EtcdFdwError):
-    """PostgreSQL cannot COPY into this table, because of row-level security"""
 
 
 class AnotherTimeline(EtcdFdwError):

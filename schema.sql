@@ -848,11 +848,12 @@ $$;
 -- One that only reads: the first two lines of these, and SELECT on etcd_kv.
 --
 -- Only keys under a prefix: row-level security. The functions obey it, the views from PostgreSQL 15 on (before,
--- they read with their owner's rights: do not grant them). The daemon must own the tables or have BYPASSRLS;
--- a policy is not enough for it, because PostgreSQL refuses COPY into a table whose policies apply.
+-- they read with their owner's rights: do not grant them). The daemon needs the first two policies unless it
+-- owns the tables or has BYPASSRLS; with policies PostgreSQL refuses it COPY, so it is slower.
 --
---     ALTER TABLE etcd ENABLE ROW LEVEL SECURITY;
---     ALTER TABLE etcd_wal ENABLE ROW LEVEL SECURITY;
+--     CREATE POLICY daemon ON etcd TO etcd_fdw USING (true);
+--     CREATE POLICY daemon ON etcd_wal TO etcd_fdw USING (true);
 --     CREATE POLICY app ON etcd FOR SELECT TO app USING (starts_with(key, '/app/'));
 --     CREATE POLICY app ON etcd_wal TO app USING (starts_with(key, '/app/'));
---     ALTER ROLE etcd_fdw BYPASSRLS;  -- unless it owns the tables
+--     ALTER TABLE etcd ENABLE ROW LEVEL SECURITY;
+--     ALTER TABLE etcd_wal ENABLE ROW LEVEL SECURITY;

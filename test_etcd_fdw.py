@@ -5755,6 +5755,24 @@ def test_postgres_certificates_expire_and_are_replaced(daemon, tls_postgres, etc
     assert started.stop() == 0
 
 
+def test_postgres_password_is_changed_while_running(daemon, tmp_path, etcd, prefix):
+    """The new one is taken from .pgpass at the next connection."""
+    passfile = tmp_path / "pgpass"
+    passfile.touch(0o600)
+    with LocalPostgres(password="Kx7qold") as server:
+        passfile.write_text("*:*:*:*:Kx7qold")
+        dsn = f"postgresql://postgres@127.0.0.1:{server.port}/postgres"
+        started = daemon(*FAST, postgres=dsn, env={"PGPASSFILE": str(passfile)})
+        rows(server.dsn(), "ALTER ROLE postgres PASSWORD 'Kx7qnew'")
+        server.password = "Kx7qnew"
+        server.restart()
+        started.wait_log("ERROR .*password authentication failed.*retrying")
+        passfile.write_text("*:*:*:*:Kx7qnew")
+        etcd.put(prefix + "a", "1")
+        wait_until("the put did not arrive", arrives(server.dsn(), prefix + "a"))
+        assert "Kx7q" not in started.log()
+
+
 def test_postgres_without_tls_is_refused_if_tls_is_wanted(daemon, db):
     dsn = make_dsn(db, sslmode="require")
     started = daemon(*FAST, "--startup-timeout", "0s", postgres=dsn, ready=False)

@@ -164,6 +164,7 @@ COMMENT ON COLUMN etcd_wal.retry_of IS 'conflict or failed row that this one tri
 --     etcd_revision     newest revision of the whole etcd store that the daemon has heard of
 --     updated_at        when the checkpoint last moved
 --     host, pid, version, started_at, heartbeat_at   the active daemon
+--                       (heartbeat_at stays if it left changes that may have been sent)
 --     events to unstorable   counters since the prefix was first mirrored
 CREATE TABLE IF NOT EXISTS etcd_sync_state (
     prefix           text COLLATE "C"  NOT NULL,

@@ -68,6 +68,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
@@ -748,11 +749,6 @@ def int_array(numbers: Iterable[int]) -> str:
 def backoff(attempt: int, initial: float, longest: float) -> float:
     """Seconds to wait before this attempt (1, 2, …): exponential, with full jitter."""
     return random.uniform(0, min(longest, initial * 2 ** min(attempt, 30)))
-
-
-def clip(text: str, width: int = 100) -> str:
-    """The text, shortened to a terminal's width."""
-    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def hide_dsn(text: str) -> str:
@@ -4245,11 +4241,13 @@ def show_status(found: Mapping[str, Any], colour: bool) -> str:
         lines += show_instances(found)
     if "checkpoint" in found:
         lines += show_mirror(found)
-    shown = [clip(f"{label:12}{printable(text)}") for label, text in lines]
-    if colour:
-        for n, (_, text) in enumerate(lines):
-            if text.startswith("PROBLEM") or text == "healthy":
-                shown[n] = f"\x1b[{32 if text == 'healthy' else 31}m{shown[n]}\x1b[0m"
+    shown = []
+    for label, text in lines:
+        parts = textwrap.wrap(printable(text), 88) or [""]
+        painted = 31 if text.startswith("PROBLEM") else 32 if text == "healthy" else 0
+        for n, part in enumerate(parts):
+            line = f"{'' if n else label:12}{part}"
+            shown.append(f"\x1b[{painted}m{line}\x1b[0m" if colour and painted else line)
     return "\n".join(shown)
 
 

@@ -3768,13 +3768,14 @@ def test_config_show_masks_passwords():
 
 
 def test_password_or_key_that_everybody_can_read_earns_a_warning(tmp_path):
-    file, key = tmp_path / "c.yaml", tmp_path / "key.pem"
-    key.touch(0o644)
+    cert, key = Authority(tmp_path).issue("client")
+    file = tmp_path / "c.yaml"
     file.write_text(
         "postgres-dsn: postgresql://me:sesame@127.0.0.1:1/db\nstartup-timeout: 0s\n"
-        f"etcd-dsn: etcd://h/x?key={key}&cert={key}\n"
+        f"etcd-dsn: etcd://h/x?key={key}&cert={cert}\n"
     )
     file.chmod(0o644)
+    key.chmod(0o644)
     done = run_script("-c", str(file))
     assert f"everybody can read {file}, which holds a password: chmod o-r {file}" in done.stderr
     assert f"everybody can read {key}, which holds the private key" in done.stderr

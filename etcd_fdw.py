@@ -101,11 +101,12 @@ KEY_MAX_BYTES = 2600  # a btree tuple holds 2704 bytes: key, revision, headers
 TXN_MAX_BYTES = 1 << 20  # etcd refuses requests above 1.5 MiB by default
 MESSAGE_MAX_BYTES = 32 << 20  # of an answer; with gRPC's 4 MiB a larger one fails for ever
 QUEUE_MAX_BYTES = 16 << 20  # watch responses between the watch thread and the loop
-BATCH_BYTES = 4 << 20  # of values in one PostgreSQL transaction, about
+BATCH_BYTES = 4 << 20  # of values in one PostgreSQL transaction, or read from etcd_wal, about
 PAGE_BYTES = 2 << 20  # what a snapshot page aims at
 PAGE_KEYS = (16, 5000)  # first and largest number of keys in a snapshot page
 STATEMENT_LIMIT_S = 60.0  # an answer from PostgreSQL that takes longer will not come
 LONG_STATEMENT_LIMIT_S = 3600.0  # applying the schema, merging a snapshot
+STEADY_S = 2.0  # a session that lasted so long was no failed attempt
 EVENT_LIMIT_S = 30.0  # a change that etcd took comes back through the watch by then
 STOP_LIMIT_S = 10.0
 PIPELINE_DEPTH = 8  # Txns prepared for etcd, so that it need not wait for PostgreSQL
@@ -1272,11 +1273,18 @@ SELECT pg_try_advisory_lock(hashtextextended(
 # Statistics of a queue are always wrong: it was empty, or full, when they were taken.  So the
 # order asked for is that of the one index that fits, and the session does not sort.
 PENDING_COLUMNS = """
-    w.id, w.key, w.value, w.value_bytes, w.revision, w.txid::text, w.depends_on,
+    w.size_so_far, w.id, w.key, w.value, w.value_bytes, w.revision, w.txid::text, w.depends_on,
     d.status,
     CASE WHEN d.value IS NULL AND d.value_bytes IS NULL THEN 0 ELSE d.result_revision END,
     w.ts::text, pg_visible_in_snapshot(w.txid, %(before)s::pg_snapshot) AND w.ts < %(alive_until)s
 """
+# Where prefixes overlap, a change is for the instance with the longest one.
+PENDING_OWN = """
+    status = 'pending' AND starts_with(key, %(prefix)s) AND NOT EXISTS (
+        SELECT FROM etcd_sync_state s
+        WHERE length(s.prefix) > length(%(prefix)s) AND starts_with(key, s.prefix))
+"""
+PENDING_SIZE = "coalesce(octet_length(value), octet_length(value_bytes), 0)"
 PENDING_DEPENDENCY = """
     LEFT JOIN LATERAL (
         SELECT * FROM etcd_wal d WHERE d.id = w.depends_on AND d.key = w.key AND d.id < w.id
@@ -1286,23 +1294,28 @@ PENDING_DEPENDENCY = """
 PENDING_SQL = f"""
 SELECT {PENDING_COLUMNS}
 FROM (
-    SELECT * FROM etcd_wal
-    WHERE status = 'pending' AND starts_with(key, %(prefix)s)
+    SELECT *, {PENDING_SIZE} AS size,
+           sum({PENDING_SIZE}) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) AS size_so_far
+    FROM etcd_wal
+    WHERE {PENDING_OWN}
       AND id NOT IN (SELECT unnest(%(busy)s::bigint[]))
     ORDER BY id
     LIMIT %(limit)s
 ) w {PENDING_DEPENDENCY}
+WHERE w.size_so_far - w.size < %(max_bytes)s
 """
 PENDING_REST_SQL = f"""
 SELECT {PENDING_COLUMNS}
 FROM unnest(%(txids)s::xid8[]) t (txid)
 CROSS JOIN LATERAL (
-    SELECT * FROM etcd_wal w
-    WHERE status = 'pending' AND w.txid = t.txid AND id > %(last)s
-      AND starts_with(key, %(prefix)s)
+    SELECT *, {PENDING_SIZE} AS size,
+           sum({PENDING_SIZE}) OVER (ORDER BY w.txid, id ROWS UNBOUNDED PRECEDING) AS size_so_far
+    FROM etcd_wal w
+    WHERE {PENDING_OWN} AND w.txid = t.txid AND id > %(last)s
     ORDER BY w.txid, id
     LIMIT %(limit)s
 ) w {PENDING_DEPENDENCY}
+WHERE w.size_so_far - w.size <= %(max_bytes)s
 """
 # by the indexes of finished rows: there is none of all transactions
 PARTED_SQL = """
@@ -1472,8 +1485,10 @@ SELECT key, value, value_bytes, revision, tombstone FROM etcd_staging
 ON CONFLICT DO NOTHING
 """
 CONTRADICTION_SQL = """
-SELECT s.key FROM etcd_staging s JOIN etcd e USING (key, revision)
-WHERE (s.value, s.value_bytes, s.tombstone) IS DISTINCT FROM (e.value, e.value_bytes, e.tombstone)
+SELECT s.key FROM etcd_staging s JOIN etcd e USING (key)
+WHERE e.revision > s.revision AND e.revision <= %(revision)s
+   OR e.revision = s.revision
+  AND (s.value, s.value_bytes, s.tombstone) IS DISTINCT FROM (e.value, e.value_bytes, e.tombstone)
 LIMIT 1
 """
 BURY_SQL = """
@@ -1497,7 +1512,7 @@ RESYNC_STATE_SQL = """
 UPDATE etcd_sync_state
 SET gaps = gaps || CASE WHEN revision + 1 < %(revision)s
                         THEN ARRAY[int8range(revision + 1, %(revision)s)] ELSE '{}' END,
-    revision = %(revision)s, last_key = coalesce(%(last_key)s, last_key), updated_at = now()
+    revision = %(revision)s, last_key = %(last_key)s, updated_at = now()
 WHERE prefix = %(prefix)s AND revision = %(old)s
 """
 ACTIVATE_SQL = """
@@ -1758,13 +1773,13 @@ class Postgres:
         with self.cursor() as cur:
             cur.execute(DEACTIVATE_SQL, {"prefix": self.prefix, "unsettled": unsettled})
 
-    def latest(self, key: str) -> tuple[int, bytes | None] | None:
-        """Revision and value (None: deleted) of the mirror's latest version of a key."""
+    def as_of(self, key: str, revision: int) -> tuple[int, bytes | None] | None:
+        """Revision and value (None: deleted) that the mirror has for a key at a revision."""
         with self.cursor() as cur:
             cur.execute(
                 "SELECT revision, coalesce(value_bytes, convert_to(value, 'UTF8')) FROM etcd"
-                " WHERE key = %s ORDER BY revision DESC LIMIT 1",
-                (key,),
+                " WHERE key = %s AND revision <= %s ORDER BY revision DESC LIMIT 1",
+                (key, revision),
             )
             row = cur.fetchone()
         return row and (row[0], None if row[1] is None else bytes(row[1]))
@@ -1785,26 +1800,26 @@ class Postgres:
     ) -> tuple[list[WriteAheadLogEntry], bool]:
         """The first pending changes in id order without those in busy, and whether all came.
 
-        A transaction whose rows go beyond the limit is completed, up to what one etcd
-        transaction could take.
+        Their values have about BATCH_BYTES. A transaction whose rows go beyond these limits is
+        completed, up to what one etcd transaction could take.
         """
-        arguments = {
+        arguments: dict[str, Any] = {
             "prefix": self.prefix,
             "before": before,
             "alive_until": alive_until,
             "limit": limit,
         }
         with self.cursor() as cur:
+            arguments["max_bytes"] = BATCH_BYTES
             cur.execute(PENDING_SQL, {**arguments, "busy": int_array(busy)})
-            entries = [WriteAheadLogEntry(*row) for row in cur]
-            if len(entries) < limit:
+            found = cur.fetchall()
+            entries = [WriteAheadLogEntry(*row[1:]) for row in found]
+            if len(entries) < limit and (not found or found[-1][0] < BATCH_BYTES):
                 return entries, True
             txids = int_array(dict.fromkeys(int(entry.txid) for entry in entries))
-            cur.execute(
-                PENDING_REST_SQL,
-                {**arguments, "txids": txids, "last": entries[-1].id, "limit": max_ops + 1},
-            )
-            entries.extend(WriteAheadLogEntry(*row) for row in cur)
+            arguments.update(limit=max_ops + 1, max_bytes=TXN_MAX_BYTES)
+            cur.execute(PENDING_REST_SQL, {**arguments, "txids": txids, "last": entries[-1].id})
+            entries.extend(WriteAheadLogEntry(*row[1:]) for row in cur)
         return sorted(entries, key=lambda entry: entry.id), False
 
     def parted(self, entries: Sequence[WriteAheadLogEntry]) -> set[str]:
@@ -1978,14 +1993,15 @@ class Postgres:
     def merge_staging(self, cur: Any, revision: int) -> tuple[int, int]:
         """Bring the mirror from the staging table to revision; rows put and keys buried.
 
-        Raises AnotherTimeline if the mirror holds something else at the same revision.
+        Raises AnotherTimeline if the mirror holds something else at the same revision, or
+        something newer than etcd does.
         """
         cur.execute("ANALYZE etcd_staging")
-        cur.execute(CONTRADICTION_SQL)
+        cur.execute(CONTRADICTION_SQL, {"revision": revision})
         found = cur.fetchone()
         if found:
             raise another_timeline(
-                self.prefix, f"key {found[0]} differs at a revision that both sides have"
+                self.prefix, f"key {found[0]} has another history in the mirror than in etcd"
             )
         cur.execute(FROM_STAGING_SQL)
         put = cur.rowcount
@@ -2589,8 +2605,7 @@ class Batch:
                 self.unstorable.append(KeyValueRecord(kv.key, value, revision))
                 continue
             rows[kv.key, revision] = copy_row(kv.key, value, revision)
-            if value is not None:
-                key = kv.key
+            key = kv.key
         if key is not None:
             self.last_key = key.decode()
 
@@ -2755,6 +2770,7 @@ class Session:
             self.etcd, self.checkpoint, self.engine.waker, fragment=self.engine.fragment
         )
         self.engine.fragment = False
+        self.heard_at = time.monotonic()
         log.info(
             "watching %r at %s from revision %d",
             self.postgres.prefix,
@@ -2848,10 +2864,11 @@ class Session:
                 self.look_at_pending()
             took = time.monotonic() - now  # long only if very many are pending
             self.gauges_at = now + max(HEARTBEAT_S, 50 * took)
-        if (self.landed or self.doubts) and now > self.heard_at + EVENT_LIMIT_S:
+        due = self.landed or self.doubts or not self.created
+        if due and now > self.heard_at + EVENT_LIMIT_S:
             raise EtcdAway(
                 f"etcd at {self.etcd.endpoint}: the watch has been silent for"
-                f" {EVENT_LIMIT_S:.0f}s although a change was made"
+                f" {EVENT_LIMIT_S:.0f}s although it has something to tell"
             )
 
     def look_at_pending(self) -> None:
@@ -2942,20 +2959,26 @@ class Session:
         if state is None:
             return
         self.check_cluster(state)
-        mirrored = state.last_key and self.postgres.latest(state.last_key)
-        if not state.last_key or not mirrored:
-            return
         # a restored backup keeps its cluster id, and may have gone past the checkpoint since
+        last = state.last_key and self.postgres.as_of(state.last_key, state.revision)
+        if not state.last_key or not last:
+            return
+        self.check_key(state.last_key, state.revision)
+        if last[1] is None:  # that it is not there says little
+            self.check_key(state.last_key, last[0] - 1)
+
+    def check_key(self, key: str, revision: int) -> None:
+        """Make sure that a key was in etcd what it is in the mirror. Raises AnotherTimeline."""
         try:
-            found = self.etcd.range(state.last_key.encode(), revision=state.revision).kvs
+            found = self.etcd.range(key.encode(), revision=revision).kvs
         except Compacted:
             return  # the watch will say so too, and the snapshot compares everything
+        mirrored = self.postgres.as_of(key, revision)
         actual = (found[0].mod_revision, found[0].value) if found else None
-        if actual != (mirrored if mirrored[1] is not None else None):
+        if actual != (mirrored if mirrored and mirrored[1] is not None else None):
             raise another_timeline(
                 self.postgres.prefix,
-                f"key {state.last_key} at revision {state.revision} is not in etcd what it is"
-                " in the mirror",
+                f"key {key} at revision {revision} is not in etcd what it is in the mirror",
             )
 
     def take_over(self, state: SyncState) -> None:
@@ -3111,6 +3134,8 @@ class Session:
         if batch.checkpoint == self.checkpoint and not outcomes:
             return taken > 0  # what the mirror has already; there may be more behind it
         self.write(batch, outcomes)
+        if taken:
+            self.heard_at = time.monotonic()  # that took time, and there may be more in the queue
         return True
 
     def write(self, batch: Batch, outcomes: list[Outcome]) -> None:
@@ -3170,10 +3195,11 @@ class Session:
         added = False
         while len(self.pipeline) < PIPELINE_DEPTH and self.unwritten() < self.config.batch_size:
             groups = self.pack()
-            while not groups and self.look:
+            while not groups and self.look and self.has_room():
                 self.read_pending()
                 groups = self.pack()
-            if not groups and not (self.look or self.pipeline or self.unwritten()):
+            more = self.look and self.has_room()
+            if not groups and not (more or self.pipeline or self.unwritten()):
                 groups = self.pack(force=True)
             if not groups:
                 break
@@ -3202,6 +3228,13 @@ class Session:
             return True
         waiting = self.backlog or self.fragments or (self.watch and self.watch.waiting())
         return self.created and not waiting and time.monotonic() > self.heard_at + QUIET_S
+
+    def has_room(self) -> bool:
+        """Whether more changes may be read although those that were wait for one another."""
+        return (
+            len(self.queue) < 2 * self.config.batch_size
+            and sum(group.size for group in self.queue) < 2 * BATCH_BYTES
+        )
 
     def unwritten(self) -> int:
         """How many changes wait for the mirror to catch up."""
@@ -3293,6 +3326,8 @@ class Session:
         answered = self.pipeline.take()
         if not answered:
             return False
+        if not (self.landed or self.doubts):
+            self.heard_at = time.monotonic()  # from here on the watch has something to tell
         while answered:
             groups, future = answered
             try:
@@ -3305,7 +3340,6 @@ class Session:
                 for group, answer in zip(groups, unpack_response(response, groups)):
                     self.settle(group, answer, response.header.revision)
             answered = self.pipeline.take()
-        self.heard_at = time.monotonic()
         return True
 
     def settle(self, group: Group, answer: Any, revision: int) -> None:
@@ -3520,6 +3554,7 @@ class Engine:
         self.strays = 0
         self.attempt = 0
         self.connected = False  # ever
+        self.established_at: float | None = None  # when this session's loop began to turn
         self.comparison: Comparison | None = None
         self.progress = Progress()
 
@@ -3564,6 +3599,9 @@ class Engine:
         self.metrics.reconnects[side] += 1
         self.enter(f"{side} is away")
         self.counters.reconnects += 1
+        if self.established_at and time.monotonic() > self.established_at + STEADY_S:
+            self.attempt = 0
+        self.established_at = None
         self.attempt += 1
         delay = backoff(self.attempt, self.config.retry_initial, self.config.retry_max)
         if isinstance(error, AccessDenied) and (
@@ -3665,7 +3703,7 @@ class Engine:
     def established(self, session: Session) -> None:
         """A session has come as far as its loop."""
         self.current = session
-        self.connected, self.attempt = True, 0
+        self.connected, self.established_at = True, time.monotonic()
         self.enter(MIRRORING)
         self.guard.supervisor.tell(READY=1)
 

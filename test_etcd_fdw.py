@@ -47,6 +47,7 @@ from contextlib import (
     redirect_stdout,
     suppress,
 )
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -863,6 +864,311 @@ class Proxy:
                 half.source.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
         while self._halves:
             self._drop(self._halves[0])
+
+
+# ── harness: load on both sides ────────────────────────────────────────────────
+
+# Options under which faults are over soon; timeouts that a test does not wait for.
+HASTE = ("--retry-initial", "50ms", "--retry-max", "300ms", "--poll-interval", "2s")
+HASTY_ETCD = "?dial_timeout=1s&request_timeout=2s"
+
+
+class Traffic:
+    """Changes on both sides of a prefix until stopped, whatever the servers do meanwhile.
+
+    Some keys are changed by both sides, so that there are conflicts; some by one side only. Every
+    value is written once, so that an event in etcd tells which change it was.
+    """
+
+    def __init__(
+        self, db: str, endpoint: str, prefix: str, per_s: float = 150.0, seed: int = 1
+    ) -> None:
+        self.db, self.endpoint, self.prefix, self.per_s = db, endpoint, prefix, per_s
+        self.etcd_changes = self.sql_changes = 0  # acknowledged so far
+        self.deleted: set[tuple[int, bytes]] = set()  # (revision, key), by the etcd side
+        self.unsure = 0  # deletes of the etcd side that were not answered
+        self.errors: list[str] = []  # what no fault excuses
+        self._random = [random.Random(seed), random.Random(seed + 1)]
+        self._ended = threading.Event()
+        targets = (self._change_etcd, self._change_sql)
+        self._threads = [threading.Thread(target=target, daemon=True) for target in targets]
+        for thread in self._threads:
+            thread.start()
+
+    def _key(self, dice: random.Random, side: str) -> str:
+        kind = "both" if dice.random() < 0.3 else side
+        return f"{self.prefix}{kind}/{dice.randrange(20 if kind == 'both' else 100)}"
+
+    def _change_etcd(self) -> None:
+        dice = self._random[0]
+        with EtcdClient(self.endpoint, timeout=5) as client:
+            for number in itertools.count():
+                if self._ended.wait(1 / self.per_s):
+                    return
+                keys = {self._key(dice, "etcd") for _ in range(dice.choice((1, 1, 1, 3)))}
+                doomed = {key for key in keys if dice.random() < 0.2}
+                ops = [
+                    client.delete_op(key) if key in doomed else client.put_op(key, f"etcd-{number}")
+                    for key in keys
+                ]
+                try:
+                    answer = client.txn(ops)
+                except grpc.RpcError:
+                    self.unsure += len(doomed)
+                    continue
+                self.etcd_changes += 1
+                self.deleted |= {(answer.header.revision, key.encode()) for key in doomed}
+
+    def _change_sql(self) -> None:
+        dice = self._random[1]
+        conn: Any = None
+        for number in itertools.count():
+            if self._ended.wait(1 / self.per_s):
+                break
+            try:
+                conn = conn or connect(self.db, options="-cstatement_timeout=5s")
+                with conn.cursor() as cur:
+                    cur.execute(*self._statement(dice, number))
+                self.sql_changes += 1
+            except psycopg2.OperationalError:  # away, or a lock that does not come
+                if conn:
+                    conn.close()
+                conn = None
+            except psycopg2.Error as exc:
+                self.errors.append(f"{exc.pgcode}: {exc}")
+        if conn:
+            conn.close()
+
+    def _statement(self, dice: random.Random, number: int) -> tuple[str, tuple[Any, ...]]:
+        key, value, kind = self._key(dice, "sql"), f"sql-{number}", dice.random()
+        if kind < 0.2:
+            return "SELECT etcd_delete(%s)", (key,)
+        if kind < 0.3:  # one transaction, one Txn
+            keys = [f"{key}/{n}" for n in range(3)]
+            return "SELECT etcd_set(k, k || %s) FROM unnest(%s) k", ("=" + value, keys)
+        if kind < 0.4:  # compare-and-swap on what may be long gone
+            sql = "INSERT INTO etcd_wal (key, value, revision) VALUES (%s, %s, (%s))"
+            look = "SELECT max(revision) FROM etcd WHERE key = %s"
+            return sql.replace("(%s))", f"({look}))"), (key, value, key)
+        return "SELECT etcd_set(%s, %s)", (key, value)
+
+    def wait_more(self, count: int, timeout: float = 30.0) -> None:
+        """Wait for this many more changes on each side."""
+        etcd_goal, sql_goal = self.etcd_changes + count, self.sql_changes + count
+        wait_until(
+            "the load stands still",
+            lambda: self.etcd_changes >= etcd_goal and self.sql_changes >= sql_goal,
+            timeout,
+        )
+
+    def stop(self) -> None:
+        self._ended.set()
+        for thread in self._threads:
+            thread.join(30)
+        assert not any(thread.is_alive() for thread in self._threads), "the load did not end"
+        assert not self.errors, self.errors[:5]
+
+
+class Wal(NamedTuple):
+    """A row of etcd_wal; value None: delete."""
+
+    id: int
+    key: bytes
+    value: bytes | None
+    revision: int | None
+    status: str
+    result_revision: int | None
+    error_message: str | None
+    txid: str
+    depends_on: int | None
+
+
+def wal_rows(db: str, prefix: str = "") -> list[Wal]:
+    """Return the rows of etcd_wal in order."""
+    sql = """
+        SELECT id, convert_to(key, 'UTF8'), coalesce(value_bytes, convert_to(value, 'UTF8')),
+               revision, status, result_revision, error_message, txid::text, depends_on
+        FROM etcd_wal WHERE starts_with(key, %s) ORDER BY id
+    """
+    return [Wal(*row) for row in rows(db, sql, prefix)]
+
+
+def wait_answered(db: str, timeout: float = 30.0) -> None:
+    """Wait until no change is pending."""
+
+    def settled() -> bool:
+        with suppress(psycopg2.OperationalError):
+            return scalar(db, "SELECT count(*) FROM etcd_wal WHERE status = 'pending'") == 0
+        return False
+
+    wait_until("changes are still pending", settled, timeout)
+
+
+def assert_outcomes_true(
+    recorder: Recorder,
+    db: str,
+    traffic: Traffic | None = None,
+    unknown: Sequence[range] = (),
+    timeout: float = 30.0,
+) -> collections.Counter[str]:
+    """Hold every row of etcd_wal against what etcd did, and the other way round.
+
+    A success is one event with its value, made on the version that the row names, at one revision
+    for the whole transaction. A conflict or failure left no trace. No event is claimed by two
+    transactions, none that SQL asked for is unclaimed. unknown: revisions that etcd compacted
+    before they were mirrored: a restarted daemon cannot know of changes there, and dates deletes
+    to their end. Returns the statuses.
+    """
+    wait_answered(db, timeout)
+    recorder.sync()
+    events = {(e.revision, e.key): e.value for e in recorder.history()}
+    versions: dict[bytes, list[int]] = collections.defaultdict(list)
+    for revision, key in sorted(events):
+        versions[key].append(revision)
+    wal = {row.id: row for row in wal_rows(db, recorder.prefix.decode())}
+    last = {(row.txid, row.key): row.id for row in wal.values()}  # within a transaction it counts
+    made_on: dict[int, int] = {}
+    claims: dict[tuple[int, bytes], str] = {}
+    wrong: list[str] = []
+    for row in wal.values():
+        on = wal.get(row.depends_on or 0)
+        made_on[row.id] = row.revision or 0
+        if on and on.txid == row.txid:
+            made_on[row.id] = made_on[on.id]
+        elif on and on.status == "success":
+            made_on[row.id] = 0 if on.value is None else on.result_revision or 0
+        if row.status != "success":
+            continue
+        if row.result_revision is None:
+            if row.value is not None or made_on[row.id]:
+                wrong.append(f"success without a revision: {row}")
+            continue
+        at = (row.result_revision, row.key)
+        if claims.setdefault(at, row.txid) != row.txid:
+            wrong.append(f"claimed by transaction {claims[at]} too: {row}")
+        if last[row.txid, row.key] != row.id:
+            continue
+        if at not in events:
+            nothing = made_on[row.id] == 0  # deleted what was not there
+            in_a_gap = any(r.stop == row.result_revision for r in unknown)
+            if row.value is not None or not (nothing or in_a_gap):
+                wrong.append(f"no such event: {row}")
+            continue
+        if events[at] != row.value:
+            wrong.append(f"another value at its revision: {row}")
+        index = versions[row.key].index(row.result_revision)
+        before = versions[row.key][index - 1] if index else 0
+        live = before if before and events[before, row.key] is not None else 0
+        if live != made_on[row.id] and not any(live in r for r in unknown):
+            wrong.append(f"made on {made_on[row.id]}, applied on {live}: {row}")
+    known = {at: value for at, value in events.items() if not any(at[0] in r for r in unknown)}
+    for at, value in known.items():
+        if value is not None and b"sql-" in value and at not in claims:
+            wrong.append(f"nobody claims {at} = {value!r}")
+    if traffic is not None:
+        gone = {at for at, value in known.items() if value is None}
+        unclaimed = gone - set(claims) - traffic.deleted
+        if len(unclaimed) > traffic.unsure:
+            wrong.append(f"nobody claims {len(unclaimed)} deletes, {traffic.unsure} are in doubt")
+    assert not wrong, f"{len(wrong)} outcomes are not true: " + "\n".join(wrong[:10])
+    return collections.Counter(row.status for row in wal.values())
+
+
+def assert_holds_what_etcd_holds(client: EtcdClient, db: str, prefix: str) -> None:
+    """Wait until etcd_kv is what etcd holds now."""
+    expected = [(kv.key, kv.value, kv.mod_revision) for kv in client.range(prefix).kvs]
+    sql = """
+        SELECT convert_to(key, 'UTF8'), coalesce(value_bytes, convert_to(value, 'UTF8')), revision
+        FROM etcd_kv WHERE starts_with(key, %s) ORDER BY key COLLATE "C"
+    """
+    wait_until("the mirror differs", lambda: rows(db, sql, prefix) == sorted(expected), 20)
+
+
+class Scene:
+    """Load on both sides of a prefix, an independent record of it, and the final comparison."""
+
+    def __init__(self, db: str, endpoint: str, prefix: str, **options: Any) -> None:
+        self.db, self.prefix = db, prefix
+        self.client = EtcdClient(endpoint)
+        self.recorder = Recorder(self.client, prefix, self.client.revision() + 1)
+        self.traffic = Traffic(db, endpoint, prefix, **options)
+
+    def wait_flow(self, timeout: float = 40.0) -> None:
+        """Wait until changes made from now on have arrived, in both directions."""
+        number = next(_numbers)
+        keys = f"{self.prefix}flow/{number}/etcd", f"{self.prefix}flow/{number}/sql"
+
+        def arrived() -> bool:
+            with suppress(grpc.RpcError, psycopg2.OperationalError):
+                if not self.client.get(keys[0]):
+                    self.client.put(keys[0], "etcd-flow")
+                if not rows(self.db, "SELECT FROM etcd_wal WHERE key = %s", keys[1]):
+                    rows(self.db, "SELECT etcd_set(%s, %s)", keys[1], f"sql-flow-{number}")
+                sql = "SELECT count(*) FROM etcd_kv WHERE key = ANY (%s)"
+                return scalar(self.db, sql, list(keys)) == 2
+            return False
+
+        wait_until("changes do not arrive", arrived, timeout)
+
+    def finish(self, timeout: float = 40.0) -> collections.Counter[str]:
+        """End the traffic and compare everything."""
+        self.traffic.stop()
+        wait_answered(self.db, timeout)
+        assert_same(self.recorder, self.db, self.prefix, timeout=timeout)
+        return self._check_outcomes([])
+
+    def finish_with_gaps(self, timeout: float = 40.0) -> collections.Counter[str]:
+        """As finish, but etcd may have compacted revisions before they were mirrored.
+
+        Of those the mirror has some, and at the end of each gap the deletions in it.
+        """
+        self.traffic.stop()
+        wait_answered(self.db, timeout)
+        sql = "SELECT lower(g), upper(g) FROM etcd_sync_state, unnest(gaps) g WHERE prefix = %s"
+        gaps = [range(*bounds) for bounds in rows(self.db, sql, self.prefix)]
+        self.recorder.sync()
+        history = self.recorder.history()
+        buried = {
+            Event(gap.stop, e.key, None) for gap in gaps for e in history if e.revision in gap
+        }
+
+        def known(events: Iterable[Event]) -> set[Event]:
+            return {e for e in events if not any(e.revision in gap for gap in gaps)}
+
+        def same() -> bool:
+            mirrored = set(mirror_rows(self.db, self.prefix))
+            surplus = mirrored - set(history)
+            return known(history) <= mirrored and surplus <= buried
+
+        wait_until("the mirror differs", same, timeout)
+        assert_holds_what_etcd_holds(self.client, self.db, self.prefix)
+        return self._check_outcomes(gaps)
+
+    def _check_outcomes(self, unknown: Sequence[range]) -> collections.Counter[str]:
+        statuses = assert_outcomes_true(self.recorder, self.db, self.traffic, unknown)
+        assert self.traffic.etcd_changes > 50
+        assert statuses["success"] > 50, statuses
+        assert statuses["failed"] == 0, statuses
+        return statuses
+
+    def close(self) -> None:
+        self.traffic._ended.set()
+        self.recorder.close()
+        self.client.close()
+
+
+@pytest.fixture
+def scene(db: str, prefix: str, etcd_address: EtcdAddress) -> Iterator[Callable[..., Scene]]:
+    """Start a scene; scene(endpoint=own_etcd.endpoint). The schema must be there (daemon first)."""
+    scenes: list[Scene] = []
+
+    def start(endpoint: str | None = None, **options: Any) -> Scene:
+        scenes.append(Scene(db, endpoint or etcd_address.endpoint, prefix, **options))
+        return scenes[-1]
+
+    yield start
+    for one in scenes:
+        one.close()
 
 
 # ── command line and configuration ───────────────────────────────────────────
@@ -4989,6 +5295,489 @@ def test_supervisord_starts_restarts_and_stops_it(db, prefix, etcd, etcd_address
 # ── faults: etcd and network ─────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize("fault", ["restart", "kill", "pause"])
+def test_etcd_goes_away_under_load(daemon, prefix, own_etcd, scene, fault):
+    running = daemon(*HASTE, etcd=etcd_dsn(own_etcd.endpoint, prefix) + HASTY_ETCD)
+    play = scene(own_etcd.endpoint)
+    play.traffic.wait_more(100)
+    mark = running.mark()
+    if fault == "restart":
+        own_etcd.restart()
+    elif fault == "kill":
+        own_etcd.kill()
+        own_etcd.start()
+    else:
+        own_etcd.pause()
+        running.wait_log(r"WARN .*retrying", after=mark)  # longer than every timeout
+        running.wait_log(r"WARN .*retrying", after=running.mark())
+        own_etcd.resume()
+    play.wait_flow()
+    play.traffic.wait_more(50)
+    play.finish()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+def test_etcd_paused_for_longer_than_the_defaults(daemon, prefix, own_etcd, scene):
+    running = daemon(etcd=etcd_dsn(own_etcd.endpoint, prefix))
+    play = scene(own_etcd.endpoint)
+    play.traffic.wait_more(100)
+    mark = running.mark()
+    own_etcd.pause()
+    for _ in range(3):
+        running.wait_log(r"WARN .*retrying", timeout=60, after=mark)
+        mark = running.mark()
+    own_etcd.resume()
+    play.wait_flow(timeout=90)
+    play.finish()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+def test_silent_etcd_is_noticed_while_idle(daemon, db, prefix, own_etcd):
+    with Proxy(own_etcd.port) as proxy:
+        running = daemon(etcd=f"etcd://{proxy.endpoint},{own_etcd.endpoint}{prefix}")
+        proxy.stall()
+        running.wait_log("watching", timeout=60, after=running.mark())
+        with EtcdClient(own_etcd.endpoint) as client:
+            client.put(prefix + "a", "1")
+        wait_until("the put did not arrive", lambda: mirror_rows(db, prefix), 30)
+
+
+def leader_first(members: list[LocalEtcd]) -> list[LocalEtcd]:
+    """The members of a cluster, its leader first."""
+
+    def is_leader(member: LocalEtcd) -> bool:
+        with EtcdClient(member.endpoint) as client:
+            answer = client.call(client.maintenance.Status, etcdrpc.StatusRequest())
+            return bool(answer.leader == answer.header.member_id)
+
+    return sorted(members, key=is_leader, reverse=True)
+
+
+def test_cluster_loses_leader_endpoint_and_majority(daemon, prefix, own_cluster, scene):
+    first, second, third = leader_first(own_cluster)
+    hosts = ",".join(member.endpoint for member in (first, second, third))
+    daemon(*HASTE, etcd=etcd_dsn(hosts, prefix) + HASTY_ETCD)
+    play = scene(third.endpoint)
+    play.traffic.wait_more(50)
+    first.kill()  # the leader, and the daemon's endpoint
+    play.wait_flow()
+    first.start(wait=False)
+    first.wait_ready()
+    second.pause()  # silent, perhaps the leader by now
+    play.wait_flow()
+    first.kill()  # no majority
+    second.resume()
+    second.kill()
+    play.traffic.wait_more(0)
+    for member in (first, second):
+        member.start(wait=False)
+    for member in (first, second):
+        member.wait_ready()
+    play.wait_flow()
+    play.finish()
+
+
+def test_black_holed_endpoint_is_left(daemon, prefix, own_etcd, scene):
+    with Proxy(own_etcd.port) as proxy:
+        hosts = f"{proxy.endpoint},{own_etcd.endpoint}"
+        running = daemon(*HASTE, etcd=etcd_dsn(hosts, prefix) + HASTY_ETCD)
+        play = scene(own_etcd.endpoint)
+        play.traffic.wait_more(50)
+        mark = running.mark()
+        proxy.stall()
+        running.wait_log(f"watching .* at {own_etcd.endpoint}", timeout=20, after=mark)
+        play.wait_flow()
+        play.finish()
+
+
+def test_network_of_etcd_fails_under_load(daemon, prefix, own_etcd, scene):
+    with Proxy(own_etcd.port) as proxy:
+        daemon(*HASTE, etcd=etcd_dsn(proxy.endpoint, prefix) + HASTY_ETCD)
+        assert_survives_network(proxy, scene(own_etcd.endpoint))
+
+
+def test_network_of_postgres_fails_under_load(daemon, db, scene):
+    host = psycopg2.extensions.parse_dsn(db)
+    with Proxy(int(host["port"])) as proxy:
+        daemon(*HASTE, postgres=make_dsn(db, host="127.0.0.1", port=proxy.port))
+        assert_survives_network(proxy, scene())
+
+
+def assert_survives_network(proxy: Proxy, play: Scene) -> None:
+    """Cut, stall, refuse, delay and throttle the daemon's connections under load."""
+    for fault in (proxy.cut, proxy.cut, proxy.stall, proxy.refuse):
+        play.traffic.wait_more(30)
+        fault()
+        play.traffic.wait_more(100)
+        proxy.resume()
+        play.wait_flow()
+    proxy.delay(0.05)
+    play.traffic.wait_more(100)
+    proxy.resume()
+    proxy.throttle(50_000)
+    play.traffic.wait_more(100)
+    proxy.resume()
+    play.wait_flow()
+    play.finish()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+def test_silent_postgres_is_noticed(daemon, db, scene):
+    host = psycopg2.extensions.parse_dsn(db)
+    with Proxy(int(host["port"])) as proxy:
+        dsn = make_dsn(db, host=f"127.0.0.1,{host['host']}", port=f"{proxy.port},{host['port']}")
+        daemon(*HASTE, postgres=dsn)
+        play = scene()
+        play.traffic.wait_more(50)
+        proxy.stall()
+        play.wait_flow(timeout=150)
+        play.finish(timeout=90)
+
+
+@pytest.fixture
+def small_etcd() -> Iterator[LocalEtcd]:
+    """An etcd that is full soon."""
+    with LocalEtcd(["--quota-backend-bytes", str(4 << 20)]) as server:
+        yield server
+
+
+def fill(client: EtcdClient) -> str:
+    """Write until etcd takes no more; return what it says then."""
+    for n in itertools.count():
+        try:
+            client.put("filler", str(n) * 100_000)
+        except grpc.RpcError as exc:
+            return str(exc.details())
+    raise AssertionError("not reached")
+
+
+def test_etcd_without_space_makes_changes_wait(daemon, db, prefix, small_etcd):
+    running = daemon(*HASTE, etcd=etcd_dsn(small_etcd.endpoint, prefix))
+    with (
+        EtcdClient(small_etcd.endpoint) as client,
+        Recorder(client, prefix, client.revision() + 1) as recorder,
+    ):
+        client.put(prefix + "doomed", "etcd")
+        assert "database space exceeded" in fill(client)
+        ids = [scalar(db, "SELECT etcd_set(%s, 'sql')", f"{prefix}{n}") for n in range(10)]
+        sql = """
+            SELECT FROM etcd_wal WHERE id = %s AND status = 'pending' AND retry_count > 1
+               AND error_message LIKE '%%database space exceeded%%'
+        """
+        wait_until("the change is not tried again", lambda: rows(db, sql, ids[0]))
+        request = etcdrpc.DeleteRangeRequest(key=(prefix + "doomed").encode())
+        client.call(client.kv.DeleteRange, request)  # which needs no space
+        sql = "SELECT tombstone FROM etcd WHERE key = %s ORDER BY revision DESC LIMIT 1"
+        wait_until("the mirror stands still", lambda: scalar(db, sql, prefix + "doomed"))
+        client.compact(client.revision())
+        client.call(client.maintenance.Defragment, etcdrpc.DefragmentRequest())
+        member = client.call(client.maintenance.Status, etcdrpc.StatusRequest()).header.member_id
+        alarm = etcdrpc.AlarmRequest(
+            action=etcdrpc.AlarmRequest.DEACTIVATE, memberID=member, alarm=etcdrpc.NOSPACE
+        )
+        client.call(client.maintenance.Alarm, alarm)
+        assert assert_outcomes_true(recorder, db) == {"success": 10}
+        assert_same(recorder, db, prefix)
+        assert running.returncode is None
+
+
+# ─ compaction ─
+
+
+@pytest.mark.parametrize("offset", [-1, 0, 1])
+def test_compaction_next_to_the_checkpoint_loses_no_delete(daemon, db, prefix, own_etcd, offset):
+    dsn = etcd_dsn(own_etcd.endpoint, prefix)
+    with EtcdClient(own_etcd.endpoint) as client:
+        client.put(prefix + "before", "1")
+        client.put(prefix + "doomed", "1")
+        daemon(etcd=dsn).stop()
+        checkpoint = scalar(db, "SELECT revision FROM etcd_sync_state")
+        client.delete(prefix + "doomed")  # at checkpoint + 1
+        client.compact(checkpoint + offset)
+    daemon(*HASTE, etcd=dsn)
+    keys = lambda: [key for (key,) in rows(db, "SELECT key FROM etcd_kv")]  # noqa: E731
+    wait_until("the delete was lost", lambda: keys() == [prefix + "before"])
+
+
+def test_compaction_while_stopped(daemon, db, prefix, own_etcd):
+    dsn = etcd_dsn(own_etcd.endpoint, prefix)
+    with EtcdClient(own_etcd.endpoint) as client:
+        for key in ("kept", "changed", "deleted"):
+            client.put(prefix + key, "1")
+        daemon(etcd=dsn).stop()
+        checkpoint = scalar(db, "SELECT revision FROM etcd_sync_state")
+        client.put(prefix + "changed", "2")
+        client.put(prefix + "changed", "3")
+        client.delete(prefix + "deleted")
+        client.put(prefix + "new", "1")
+        client.compact(client.revision())
+        running = daemon(*HASTE, etcd=dsn)
+        running.wait_log(r"copied 3 keys .* \(2 new, 1 deleted\)")
+        assert_holds_what_etcd_holds(client, db, prefix)
+        gaps = scalar(db, "SELECT gaps::text FROM etcd_sync_state")
+        assert gaps == f'{{"[{checkpoint + 1},{client.revision()})"}}'
+        client.put(prefix + "after", "1")
+        assert_holds_what_etcd_holds(client, db, prefix)
+
+
+def test_compaction_while_the_prefix_is_quiet(daemon, db, prefix, own_etcd):
+    dsn = etcd_dsn(own_etcd.endpoint, prefix)
+    with (
+        EtcdClient(own_etcd.endpoint) as client,
+        Recorder(client, prefix, client.revision() + 1) as recorder,
+    ):
+        running = daemon(*HASTE, etcd=dsn)
+        client.put(prefix + "a", "1")
+        client.put(prefix + "b", "1")
+        assert_same(recorder, db, prefix)
+        for n in range(50):
+            client.put(f"elsewhere/{n}", "1")
+        client.compact(client.revision())
+        client.delete(prefix + "a")
+        assert_same(recorder, db, prefix)  # the watch goes on
+        for n in range(50):
+            client.put(f"elsewhere/{n}", "2")
+        client.compact(client.revision())
+        running.kill()
+        daemon(*HASTE, etcd=dsn)  # copies again, which finds nothing
+        client.put(prefix + "b", "2")
+        assert_same(recorder, db, prefix)
+
+
+def test_compaction_while_it_copies(daemon, db, prefix, own_etcd):
+    with EtcdClient(own_etcd.endpoint) as client, Proxy(own_etcd.port) as proxy:
+        for n in range(15):
+            client.txn([client.put_op(f"{prefix}{n}/{i}", "x" * 5000) for i in range(100)])
+        proxy.throttle(2_000_000)
+        running = daemon(*HASTE, etcd=etcd_dsn(proxy.endpoint, prefix), ready=False)
+        wait_until("nothing is copied", lambda: proxy.forwarded > 500_000)
+        client.delete(f"{prefix}0/", prefix=True)
+        client.put(prefix + "14/99", "new")
+        client.compact(client.revision())
+        proxy.resume()
+        running.wait_log("watching")
+        assert_holds_what_etcd_holds(client, db, prefix)
+        print(running.log())
+
+
+def test_compactions_and_kills_under_load(daemon, db, prefix, own_etcd, scene):
+    dsn = etcd_dsn(own_etcd.endpoint, prefix)
+    running = daemon(*HASTE, etcd=dsn)
+    play = scene(own_etcd.endpoint)
+    for turn in range(6):
+        play.traffic.wait_more(40)
+        if turn % 2:
+            running.kill()
+            play.traffic.wait_more(20)
+        play.client.compact(play.client.revision())
+        if turn % 2:
+            running = daemon(*HASTE, etcd=dsn)
+    play.wait_flow()
+    play.finish_with_gaps()
+
+
+# ─ another timeline ─
+
+
+def restore(server: LocalEtcd, snapshot: Path) -> None:
+    """Bring a stopped etcd back to a snapshot; it keeps its cluster id."""
+    shutil.rmtree(server.data_dir)
+    command: list[str | Path] = [etcd_fdw.find_program("etcdctl"), "snapshot", "restore", snapshot]
+    options = {
+        "name": server.name,
+        "initial-cluster": f"{server.name}={server.peer_url}",
+        "initial-advertise-peer-urls": server.peer_url,
+        "data-dir": server.data_dir,
+    }
+    command += [f"--{name}={value}" for name, value in options.items()]
+    subprocess.run(command, env={**os.environ, "ETCDCTL_API": "3"}, check=True, capture_output=True)
+
+
+def change_after_backup(client: EtcdClient, prefix: str, how: str) -> None:
+    """What the restored etcd will not know of."""
+    if how == "delete":
+        client.delete(prefix + "a")
+    elif how == "create and delete":
+        client.put(prefix + "c", "1")
+        client.delete(prefix + "c")
+    else:
+        client.put(prefix + "a", "2")
+
+
+@pytest.mark.parametrize("passed", [False, True], ids=["behind", "passed"])
+@pytest.mark.parametrize("how", ["put", "delete", "create and delete"])
+def test_etcd_restored_from_a_backup(daemon, db, prefix, own_etcd, tmp_path, how, passed):
+    dsn = etcd_dsn(own_etcd.endpoint, prefix)
+    with EtcdClient(own_etcd.endpoint) as client:
+        client.put(prefix + "a", "1")
+        client.put(prefix + "b", "1")
+        client.snapshot(tmp_path / "backup")
+        daemon(etcd=dsn).stop()
+        running = daemon(etcd=dsn)
+        change_after_backup(client, prefix, how)
+        checkpoint = client.revision()
+        wait_until("not there", lambda: mirror_rows(db, prefix)[-1].revision == checkpoint)
+        running.stop()
+        own_etcd.stop()
+        restore(own_etcd, tmp_path / "backup")
+        own_etcd.start()
+        while passed and client.revision() <= checkpoint:
+            client.put(prefix + "b", "other")
+    assert_refused(daemon, db, dsn, prefix)
+
+
+def assert_refused(daemon: StartDaemon, db: str, dsn: str, prefix: str) -> None:
+    """The daemon ends with exit code 4, says what to do, and has changed nothing."""
+    sql = "SELECT cluster_id, revision, last_key, gaps FROM etcd_sync_state"
+    before, state = mirror_rows(db, prefix), rows(db, sql)
+    refused = daemon(*HASTE, etcd=dsn, ready=False)
+    assert refused.wait_exit() == 4
+    assert "another etcd timeline" in refused.log()
+    assert "sync --reset" in refused.log()
+    assert mirror_rows(db, prefix) == before
+    assert rows(db, sql) == state
+
+
+def test_etcd_restored_while_the_daemon_runs(daemon, db, prefix, own_etcd, tmp_path):
+    dsn = etcd_dsn(own_etcd.endpoint, prefix)
+    with EtcdClient(own_etcd.endpoint) as client:
+        client.put(prefix + "a", "1")
+        client.snapshot(tmp_path / "backup")
+        running = daemon(*HASTE, etcd=dsn)
+        client.put(prefix + "a", "2")
+        wait_until("the put did not arrive", lambda: len(mirror_rows(db, prefix)) == 2)
+        own_etcd.stop()
+        restore(own_etcd, tmp_path / "backup")
+        own_etcd.start()
+    assert running.wait_exit() == 4
+    assert len(mirror_rows(db, prefix)) == 2
+
+
+def test_restored_and_compacted_beyond_the_checkpoint(daemon, db, prefix, own_etcd, tmp_path):
+    dsn = etcd_dsn(own_etcd.endpoint, prefix)
+    with EtcdClient(own_etcd.endpoint) as client:
+        client.put(prefix + "a", "1")
+        client.snapshot(tmp_path / "backup")
+        running = daemon(etcd=dsn)
+        revision = client.put(prefix + "a", "2")
+        wait_until("the put did not arrive", lambda: len(mirror_rows(db, prefix)) == 2)
+        running.stop()
+        own_etcd.stop()
+        restore(own_etcd, tmp_path / "backup")
+        own_etcd.start()
+        while client.revision() < revision + 5:
+            client.put(prefix + "b", "1")
+        client.compact(client.revision())
+    assert_refused(daemon, db, dsn, prefix)
+
+
+def test_another_cluster_at_the_same_address(daemon, db, prefix, own_etcd):
+    dsn = etcd_dsn(own_etcd.endpoint, prefix)
+    with EtcdClient(own_etcd.endpoint) as client:
+        client.put(prefix + "a", "1")
+        daemon(etcd=dsn).stop()
+    own_etcd.stop()
+    shutil.rmtree(own_etcd.data_dir)
+    own_etcd.args += ["--initial-cluster-token", "another"]
+    own_etcd.start()
+    assert_refused(daemon, db, dsn, prefix)
+
+
+# ─ much at once ─
+
+
+def test_catch_up_of_large_values_with_slow_postgres(daemon, db, prefix, own_etcd):
+    dsn = etcd_dsn(own_etcd.endpoint, prefix)
+    port = int(psycopg2.extensions.parse_dsn(db)["port"])
+    with EtcdClient(own_etcd.endpoint) as client, Proxy(port) as proxy:
+        daemon(etcd=dsn).stop()
+        with Recorder(client, prefix, client.revision() + 1) as recorder:
+            for n in range(10, 50):
+                client.put(f"{prefix}{n % 20}", str(n) * 700_000)
+            proxy.throttle(20_000_000)
+            running = daemon(etcd=dsn, postgres=make_dsn(db, host="127.0.0.1", port=proxy.port))
+            assert_same(recorder, db, prefix, timeout=30)
+            print(f"peak: {peak_mib(running.pid):.0f} MiB")
+            assert peak_mib(running.pid) < 250
+
+
+def test_large_changes_wait_for_etcd_not_in_memory(daemon, db, prefix, own_etcd):
+    dsn = etcd_dsn(own_etcd.endpoint, prefix)
+    daemon(etcd=dsn).stop()
+    sql = "SELECT etcd_set(%s || n %% 20, repeat(n::text, 350000)) FROM generate_series(10, 69) n"
+    with closing(connect(db)) as conn, conn.cursor() as cur:
+        cur.execute(sql, (prefix,))
+    running = daemon(etcd=dsn)
+    wait_answered(db, timeout=60)
+    print(f"peak: {peak_mib(running.pid):.0f} MiB")
+    assert peak_mib(running.pid) < 250
+    assert {row.status for row in wal_rows(db)} == {"success"}
+
+
+def bulk(client: EtcdClient, prefix: str, count: int) -> None:
+    """Make many revisions of one change each, many calls at a time."""
+    done: collections.deque[Any] = collections.deque()
+    for n in range(count):
+        request = etcdrpc.PutRequest(key=f"{prefix}{n % 1000}".encode(), value=str(n).encode())
+        done.append(client.kv.Put.future(request, timeout=60))
+        if len(done) > 200:
+            done.popleft().result()
+    while done:
+        done.popleft().result()
+
+
+def assert_catches_up(daemon, db, prefix, own_etcd, count: int) -> None:
+    dsn = etcd_dsn(own_etcd.endpoint, prefix)
+    daemon(etcd=dsn).stop()
+    with EtcdClient(own_etcd.endpoint) as client:
+        with Recorder(client, prefix, client.revision() + 1) as recorder:
+            bulk(client, prefix, count)
+            for n in range(40):  # responses far above gRPC's 4 MiB
+                client.put(f"{prefix}large/{n}", "x" * 500_000)
+            running = daemon(etcd=dsn)
+            assert_same(recorder, db, prefix, timeout=60)
+            print(f"peak: {peak_mib(running.pid):.0f} MiB")
+            assert peak_mib(running.pid) < 250
+
+
+def test_catches_up_with_many_revisions(daemon, db, prefix, own_etcd):
+    assert_catches_up(daemon, db, prefix, own_etcd, 5_000)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+def test_catches_up_with_100_000_revisions(daemon, db, prefix, own_etcd):
+    assert_catches_up(daemon, db, prefix, own_etcd, 100_000)
+
+
+# ─ the clock ─
+
+
+def test_clock_steps_do_not_matter(daemon, prefix, scene, tmp_path):
+    libraries = sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
+    if not libraries:
+        pytest.skip("no libfaketime (Debian: apt install libfaketime)")
+    clock = tmp_path / "clock"
+    clock.write_text("+0")
+    env = {
+        "LD_PRELOAD": str(libraries[0]),
+        "FAKETIME_TIMESTAMP_FILE": str(clock),
+        "FAKETIME_NO_CACHE": "1",
+        "DONT_FAKE_MONOTONIC": "1",
+    }
+    running = daemon(*HASTE, env=env)
+    play = scene()
+    for step in ("+400d", "-400d", "+1h", "+0"):
+        clock.write_text(step)
+        play.traffic.wait_more(50)
+        play.wait_flow()
+    play.finish()
+    assert "retrying" not in running.log()
+
+
 # ── faults: PostgreSQL ───────────────────────────────────────────────────────
 
 FAST = ("--retry-initial", "50ms", "--retry-max", "200ms", "--poll-interval", "500ms")
@@ -5299,6 +6088,217 @@ def test_read_only_database_is_waited_for(daemon, db, etcd, recorder, prefix):
 
 
 # ── faults: the daemon and its peers ─────────────────────────────────────────
+
+
+def assert_killed_at_random(daemon, scene, times: int, seed: int) -> None:
+    """SIGKILL the daemon again and again under load; compare everything in the end."""
+    dice = random.Random(seed)
+    running = daemon(*HASTE)
+    play = scene(seed=seed)
+    for _ in range(times):
+        threading.Event().wait(dice.uniform(0.1, 2.0))  # while it starts, or well into the load
+        running.kill()
+        running = daemon(*HASTE, ready=False)
+    play.wait_flow()
+    statuses = play.finish()
+    print(f"{times} kills: {play.traffic.etcd_changes} etcd changes, SQL changes {dict(statuses)}")
+
+
+def test_killed_at_random_moments(daemon, scene):
+    assert_killed_at_random(daemon, scene, 5, seed=random.randrange(1000))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_killed_at_random_moments_50_times(daemon, scene):
+    assert_killed_at_random(daemon, scene, 50, seed=50)
+
+
+@contextmanager
+def frozen_mirror(db: str) -> Iterator[None]:
+    """Nobody can write table etcd meanwhile: what etcd answers is not recorded."""
+    with closing(connect(db)) as conn, conn.cursor() as cur:
+        cur.execute("BEGIN; LOCK TABLE etcd IN SHARE MODE")
+        yield
+
+
+def test_killed_between_etcd_txn_and_postgres_commit(daemon, db, prefix, etcd, recorder):
+    running = daemon(*HASTE)
+    keys = [f"{prefix}{n}" for n in range(20)]
+    with closing(connect(db)) as conn, conn.cursor() as cur:
+        cur.execute("SELECT etcd_set(k, 'sql-old-' || k) FROM unnest(%s) k", (keys,))
+        wait_answered(db)
+        cur.execute("SELECT etcd_set(k, 'sql-new-' || k) FROM unnest(%s) k", (keys[:10],))
+        with frozen_mirror(db):
+            wait_until("etcd has no change", lambda: etcd.get(keys[0]).version == 2)
+            # deletes and creations too, whose Txn waits behind
+            running.kill()
+        with frozen_mirror(db):
+            pass
+    daemon(*HASTE)
+    assert_same(recorder, db, prefix)
+    assert assert_outcomes_true(recorder, db) == {"success": 30}
+
+
+# sessions of this database that hold the lock of a prefix; that wait for a lock on a table
+ACTIVE_SQL = """
+    SELECT count(*) FROM pg_locks l JOIN pg_database d ON d.oid = l.database
+    WHERE l.locktype = 'advisory' AND l.granted AND d.datname = current_database()
+      AND l.mode = 'ExclusiveLock' AND l.classid <> 2379
+"""
+WAITING_SQL = """
+    SELECT FROM pg_stat_activity
+    WHERE datname = current_database() AND wait_event_type = 'Lock'
+      AND application_name LIKE 'etcd_fdw active%'
+"""
+
+
+@pytest.mark.parametrize("created_anew", [False, True])
+def test_created_then_deleted_while_away_is_not_created_again(
+    daemon, db, prefix, etcd, recorder, created_anew
+):
+    key, running = prefix + "a", daemon(*HASTE)
+    with frozen_mirror(db):
+        rows(db, "INSERT INTO etcd_wal (key, value) VALUES (%s, 'sql')", key)
+        created = wait_until("the key was not created", lambda: etcd.get(key)).mod_revision
+        running.kill()
+    etcd.delete(key)
+    if created_anew:
+        etcd.put(key, "etcd")
+    daemon(*HASTE)
+    assert outcomes(db, 1) == [("success", created)]
+    assert bool(etcd.get(key)) == created_anew
+    assert_same(recorder, db, prefix)
+
+
+def test_same_change_asked_for_twice_succeeds_once(daemon, db, prefix, etcd, recorder):
+    key, running = prefix + "a", daemon(*HASTE)
+    revision = etcd.put(key, "old")
+    wait_until("the put did not arrive", lambda: mirror_rows(db, prefix))
+    with frozen_mirror(db):
+        for _ in range(2):
+            sql = "INSERT INTO etcd_wal (key, value, revision) VALUES (%s, 'sql', %s)"
+            rows(db, sql, key, revision)
+        wait_until("etcd has no change", lambda: etcd.get(key).value == b"sql")
+        running.kill()
+    daemon(*HASTE)
+    assert assert_outcomes_true(recorder, db) == {"success": 1, "conflict": 1}
+
+
+def test_delete_of_nothing_that_was_overtaken_conflicts(daemon, db, prefix, etcd):
+    daemon(*HASTE).stop()
+    rows(db, "SELECT etcd_delete(%s)", prefix + "a")
+    revision = etcd.put(prefix + "a", "etcd")
+    daemon(*HASTE)
+    assert outcomes(db, 1) == [("conflict", revision)]
+
+
+def test_change_made_on_a_deletion_conflicts(daemon, db, prefix, etcd):
+    daemon(*HASTE).stop()
+    etcd.put(prefix + "a", "etcd")
+    etcd.delete(prefix + "a")
+    revision = etcd.revision()
+    sql = "INSERT INTO etcd_wal (key, value, revision) VALUES (%s, 'sql', %s)"
+    rows(db, sql, prefix + "a", revision)
+    daemon(*HASTE)
+    assert [status for status, _ in outcomes(db, 1)] == ["conflict"]
+
+
+def test_overlap_larger_than_a_batch_does_not_stall(daemon, db, prefix, etcd, recorder):
+    daemon().stop()
+    etcd.txn([etcd.put_op(f"{prefix}{n}", "1") for n in range(5)])
+    daemon("--batch-size", "1").stop()
+    etcd.put(prefix + "0", "2")
+    etcd.put(prefix + "1", "2")
+    daemon("--batch-size", "1")
+    assert_same(recorder, db, prefix, timeout=5)
+
+
+def test_killed_while_it_creates_the_schema(daemon, db, prefix, recorder):
+    with closing(connect(db)) as conn, conn.cursor() as cur:
+        # something that a statement in the middle of schema.sql has to wait for
+        cur.execute("BEGIN; CREATE TABLE etcd_sync_event (n int)")
+        running = daemon(*HASTE, ready=False)
+        wait_until("the daemon does not wait", lambda: rows(db, WAITING_SQL))
+        running.kill()
+        cur.execute("ROLLBACK")
+    daemon(*HASTE)
+    rows(db, "SELECT etcd_set(%s, 'sql')", prefix + "a")
+    assert assert_outcomes_true(recorder, db) == {"success": 1}
+    assert_same(recorder, db, prefix)
+
+
+def test_killed_while_it_copies(daemon, db, prefix, etcd, etcd_address, recorder):
+    for n in range(20):
+        etcd.txn([etcd.put_op(f"{prefix}{n}/{i}", "x" * 1000) for i in range(100)])
+    with Proxy(int(etcd_address.endpoint.rpartition(":")[2])) as proxy:
+        slow = etcd_dsn(proxy.endpoint, prefix)
+        proxy.throttle(500_000)
+        running = daemon(*HASTE, etcd=slow, ready=False)
+        wait_until("nothing is copied", lambda: proxy.forwarded > 500_000)
+        running.kill()
+    assert scalar(db, "SELECT count(*) FROM etcd") == 0
+    assert scalar(db, "SELECT count(*) FROM etcd_sync_state") == 0
+    daemon(*HASTE)
+    assert_same(recorder, db, prefix)
+
+
+def test_standby_takes_over_and_nothing_is_done_twice(daemon, db, prefix, scene):
+    first = daemon(*HASTE)
+    others = [daemon(*HASTE, ready=False) for _ in range(2)]
+    for other in others:
+        other.wait_log("standing by")
+    play = scene()
+    play.traffic.wait_more(100)
+    for victim in (first, None):
+        victim = victim or next(one for one in others if "watching" in one.log())
+        killed_at = time.monotonic()
+        victim.kill()
+        sql = f"SELECT FROM etcd_sync_state WHERE pid <> {victim.pid}"
+        wait_until("nobody took over", partial(rows, db, sql))
+        assert time.monotonic() - killed_at < 5
+        holders = scalar(db, ACTIVE_SQL)
+        assert holders == 1, holders
+        play.wait_flow()
+    play.finish()
+
+
+def test_killed_while_it_takes_over(daemon, db, scene):
+    first, second, third = daemon(*HASTE), *(daemon(*HASTE, ready=False) for _ in range(2))
+    second.wait_log("standing by")
+    third.wait_log("standing by")
+    play = scene()
+    play.traffic.wait_more(50)
+    with frozen_mirror(db):
+        first.kill()
+        wait_until("nobody takes over", lambda: rows(db, WAITING_SQL))
+        active = second if "took over" in second.log() else third
+        active.kill()
+    play.wait_flow()
+    play.finish()
+
+
+def test_two_prefixes_side_by_side(daemon, db, prefix, etcd, etcd_address, recorder):
+    daemon(etcd=etcd_address.dsn(prefix + "a/"))
+    daemon(etcd=etcd_address.dsn(prefix + "b/"))
+    for n in range(20):
+        etcd.put(f"{prefix}{'ab'[n % 2]}/etcd/{n}", str(n))
+        rows(db, "SELECT etcd_set(%s, %s)", f"{prefix}{'ab'[n % 2]}/sql/{n}", f"sql-{n}")
+    assert assert_outcomes_true(recorder, db) == {"success": 20}
+    assert_same(recorder, db, prefix)
+
+
+def test_overlapping_prefixes(daemon, db, prefix, etcd_address, scene):
+    inner = etcd_address.dsn(prefix + "both/")
+    running = [daemon(*HASTE), daemon(*HASTE, etcd=inner)]
+    play = scene()
+    play.traffic.wait_more(100)
+    running[0].kill()
+    running[1].kill()
+    running = [daemon(*HASTE), daemon(*HASTE, etcd=inner)]
+    play.wait_flow()
+    play.finish()
+    assert [one.returncode for one in running] == [None, None]
 
 
 # ── security ─────────────────────────────────────────────────────────────────

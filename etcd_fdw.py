@@ -2199,15 +2199,20 @@ class Etcd:
         options: list[tuple[str, Any]] = list(CHANNEL_OPTIONS)
         if target.server_name:
             options.append(("grpc.ssl_target_name_override", target.server_name))
-        self.client = etcd3.client(
-            host=name,
-            port=int(port),
-            ca_cert=(target.ca or system_ca()) if target.tls else None,
-            cert_cert=target.cert,
-            cert_key=target.key,
-            timeout=target.dial_timeout,
-            grpc_options=options,
-        )
+        try:
+            # somebody may just be replacing them, and for a wrong key gRPC aborts the process
+            check_certificates(target.ca, target.cert, target.key)
+            self.client = etcd3.client(
+                host=name,
+                port=int(port),
+                ca_cert=(target.ca or system_ca()) if target.tls else None,
+                cert_cert=target.cert,
+                cert_key=target.key,
+                timeout=target.dial_timeout,
+                grpc_options=options,
+            )
+        except (OSError, ValueError) as exc:
+            raise EtcdAway(f"etcd at {host}: {exc}") from exc
         self.metadata: tuple[tuple[str, str], ...] = (("hasleader", "true"),)
         self.kv = etcdrpc.KVStub(self.client.channel)
         try:

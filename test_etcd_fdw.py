@@ -6394,6 +6394,10 @@ def test_tls_with_client_certificates_that_are_replaced(daemon, db, tmp_path):
         wait_status(db, change, "success")
 
         server.stop()
+        authority.issue("next")[0].replace(files[0])  # its key is not there yet
+        started.wait_log("WARN .*not its key in.*retrying", after=started.mark())
+        files[1].unlink()
+        started.wait_log("WARN .*not its key in.*retrying", after=started.mark())
         authority = Authority(tmp_path / "pki")  # another one: nothing of the old is valid
         authority.issue("server")
         assert authority.issue("daemon") == files

@@ -1328,6 +1328,14 @@ SELECT w.txid::text FROM etcd_wal w
 WHERE w.status IN ('conflict', 'failed')
   AND w.txid = ANY (%(txids)s::xid8[]) AND starts_with(w.key, %(prefix)s)
 """
+# the value was put since the change was asked for
+MADE_SINCE_SQL = """
+SELECT w.id FROM etcd_wal w
+WHERE w.id = ANY (%(ids)s::bigint[]) AND EXISTS (
+    SELECT FROM etcd e WHERE e.key = w.key AND e.ts >= w.ts AND NOT e.tombstone
+       AND coalesce(e.value_bytes, convert_to(e.value, 'UTF8'))
+         = coalesce(w.value_bytes, convert_to(w.value, 'UTF8')))
+"""
 COPY_SQL = """
 COPY {} (key, value, value_bytes, revision, tombstone) FROM STDIN (FORMAT binary)
 """
@@ -1821,6 +1829,14 @@ class Postgres:
             cur.execute(PENDING_REST_SQL, {**arguments, "txids": txids, "last": entries[-1].id})
             entries.extend(WriteAheadLogEntry(*row[1:]) for row in cur)
         return sorted(entries, key=lambda entry: entry.id), False
+
+    def made_since(self, ids: Sequence[int]) -> set[int]:
+        """Those of the changes whose value has been put since they were asked for."""
+        if not ids:
+            return set()
+        with self.cursor() as cur:
+            cur.execute(MADE_SINCE_SQL, {"ids": int_array(ids)})
+            return {id_ for (id_,) in cur}
 
     def parted(self, entries: Sequence[WriteAheadLogEntry]) -> set[str]:
         """Those of the entries' transactions that have outcomes already, so went in parts."""
@@ -2731,6 +2747,7 @@ class Session:
         self.landed: collections.deque[Landed] = collections.deque()
         self.doubts: list[Doubt] = []
         self.done: list[Outcome] = []  # to be written, without waiting for any event
+        self.made: set[int] = set()  # ids of what may have been applied, by the look of the mirror
         self.claimed: set[tuple[str, int | None]] = set()  # successes that are not written yet
         self.settled: dict[int, int | None] = {}  # id: the key's version after; None: refused
         self.push_attempt = 0
@@ -3259,7 +3276,9 @@ class Session:
         )
         self.look = not all_came
         self.busy.update(entry.id for entry in entries)
-        parted = self.postgres.parted([entry for entry in entries if entry.maybe_sent])
+        maybe_sent = [entry for entry in entries if entry.maybe_sent]
+        self.made |= self.postgres.made_since([entry.id for entry in maybe_sent])
+        parted = self.postgres.parted(maybe_sent)
         self.queue.extend(group_entries(entries, self.config.max_txn_ops, parted))
 
     def pack(self, force: bool = False) -> list[Group]:
@@ -3375,7 +3394,9 @@ class Session:
 
         Compare-and-swap cannot tell: etcd would make keys again that were deleted since.
         """
-        if not group.maybe_sent or any(change.expected for change in group.changes):
+        if self.made.isdisjoint(entry.id for entry in group.entries) or any(
+            change.expected for change in group.changes
+        ):
             return False
         _, applied = self.trace(group)
         if applied:

@@ -387,7 +387,7 @@ DECLARE
     v_pruned  bigint;
 BEGIN
     IF p_min_revision > 0 THEN
-        SELECT max(s.pruned_revision) INTO v_pruned FROM etcd_sync_state s WHERE starts_with(p_key, s.prefix);
+        SELECT max(s.pruned_revision) INTO v_pruned FROM etcd_sync_state s WHERE starts_with(p_key COLLATE "C", s.prefix);
         IF p_min_revision < v_pruned THEN
             RAISE EXCEPTION 'history before revision % has been pruned', v_pruned
                 USING ERRCODE = 'invalid_parameter_value',

@@ -5462,12 +5462,13 @@ def test_etcd_without_space_makes_changes_wait(daemon, db, prefix, small_etcd):
     ):
         client.put(prefix + "doomed", "etcd")
         assert "database space exceeded" in fill(client)
-        ids = [scalar(db, "SELECT etcd_set(%s, 'sql')", f"{prefix}{n}") for n in range(10)]
+        for n in range(10):
+            rows(db, "SELECT etcd_set(%s, %s)", f"{prefix}{n}", f"sql-{n}")
         sql = """
-            SELECT FROM etcd_wal WHERE id = %s AND status = 'pending' AND retry_count > 1
-               AND error_message LIKE '%%database space exceeded%%'
-        """
-        wait_until("the change is not tried again", lambda: rows(db, sql, ids[0]))
+            SELECT FROM etcd_wal WHERE status = 'pending' AND retry_count > 1
+               AND error_message LIKE '%database space exceeded%'
+        """  # etcd applies the change that meets the limit, and refuses all others
+        wait_until("no change is tried again", lambda: rows(db, sql))
         request = etcdrpc.DeleteRangeRequest(key=(prefix + "doomed").encode())
         client.call(client.kv.DeleteRange, request)  # which needs no space
         sql = "SELECT tombstone FROM etcd WHERE key = %s ORDER BY revision DESC LIMIT 1"
@@ -5695,9 +5696,9 @@ def test_catch_up_of_large_values_with_slow_postgres(daemon, db, prefix, own_etc
     with EtcdClient(own_etcd.endpoint) as client, Proxy(port) as proxy:
         daemon(etcd=dsn).stop()
         with Recorder(client, prefix, client.revision() + 1) as recorder:
-            for n in range(10, 50):
+            for n in range(10, 40):
                 client.put(f"{prefix}{n % 20}", str(n) * 700_000)
-            proxy.throttle(20_000_000)
+            proxy.throttle(30_000_000)
             running = daemon(etcd=dsn, postgres=make_dsn(db, host="127.0.0.1", port=proxy.port))
             assert_same(recorder, db, prefix, timeout=30)
             print(f"peak: {peak_mib(running.pid):.0f} MiB")
@@ -5770,7 +5771,7 @@ def test_clock_steps_do_not_matter(daemon, prefix, scene, tmp_path):
     }
     running = daemon(*HASTE, env=env)
     play = scene()
-    for step in ("+400d", "-400d", "+1h", "+0"):
+    for step in ("+400d", "-400d"):
         clock.write_text(step)
         play.traffic.wait_more(50)
         play.wait_flow()
@@ -7113,6 +7114,82 @@ def test_demo_shows_everything_and_cleans_up(tmp_path):
 
 
 # ── soak ─────────────────────────────────────────────────────────────────────
+
+
+def loses_data_when_killed(client: EtcdClient) -> bool:
+    """Whether this etcd may forget what it has answered (3.5.0 to 3.5.2, etcd issue 13766)."""
+    status = client.call(client.maintenance.Status, etcdrpc.StatusRequest())
+    return status.version in ("3.5.0", "3.5.1", "3.5.2")
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(0)
+def test_soak(daemon, db, prefix, own_etcd, scene):
+    """Load in both directions and random faults for ETCD_FDW_SOAK_S seconds (1200)."""
+    seconds = float(os.environ.get("ETCD_FDW_SOAK_S", "1200"))
+    dice = random.Random(seed := int(os.environ.get("ETCD_FDW_SOAK_SEED", time.time_ns() % 10**6)))
+    port = int(psycopg2.extensions.parse_dsn(db)["port"])
+    with Proxy(own_etcd.port) as to_etcd, Proxy(port) as to_postgres:
+        start = partial(
+            daemon,
+            *HASTE,
+            postgres=make_dsn(db, host="127.0.0.1", port=to_postgres.port),
+            etcd=etcd_dsn(to_etcd.endpoint, prefix) + HASTY_ETCD,
+        )
+        running = [start(), start(ready=False)]
+        play = scene(own_etcd.endpoint, seed=seed)
+        counts: collections.Counter[str] = collections.Counter()
+
+        def kill_daemon() -> None:
+            running.pop(dice.randrange(2)).kill()
+            running.append(start(ready=False))
+
+        def fail_network() -> None:
+            proxy = dice.choice([to_etcd, to_postgres])
+            dice.choice([proxy.cut, proxy.stall, proxy.refuse])()
+            play.traffic.wait_more(dice.randrange(200))
+            proxy.resume()
+
+        def pause_etcd() -> None:
+            own_etcd.pause()
+            threading.Event().wait(dice.uniform(0.5, 6))
+            own_etcd.resume()
+
+        def kill_etcd() -> None:
+            own_etcd.kill()
+            own_etcd.start()
+
+        def terminate_backends() -> None:
+            sql = """
+                SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+                WHERE datname = current_database() AND application_name LIKE 'etcd_fdw %'
+            """
+            rows(db, sql)
+
+        def compact() -> None:
+            play.client.compact(play.client.revision())
+
+        def lock_mirror() -> None:
+            with frozen_mirror(db):
+                play.traffic.wait_more(dice.randrange(100))
+
+        faults: list[Callable[[], None]] = [kill_daemon, fail_network, pause_etcd, compact]
+        faults += [own_etcd.restart, terminate_backends, lock_mirror]
+        if not loses_data_when_killed(play.client):
+            faults.append(kill_etcd)
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            play.traffic.wait_more(dice.randrange(200), timeout=90)
+            fault = dice.choice(faults)
+            with suppress(grpc.RpcError):
+                fault()
+            counts[fault.__name__] += 1
+            if sum(counts.values()) % 5 == 0:
+                play.wait_flow(timeout=90)
+        play.wait_flow(timeout=90)
+        statuses = play.finish_with_gaps(timeout=120)
+    print(f"seed {seed}, {seconds:.0f} s, faults: {dict(counts)}; etcd changes:")
+    print(f"{play.traffic.etcd_changes}; SQL changes: {dict(statuses)}; differences: 0")
 
 
 # ── benchmark ────────────────────────────────────────────────────────────────

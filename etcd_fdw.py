@@ -2748,6 +2748,7 @@ class Session:
         self.doubts: list[Doubt] = []
         self.done: list[Outcome] = []  # to be written, without waiting for any event
         self.made: set[int] = set()  # ids of what may have been applied, by the look of the mirror
+        self.parted: set[str] = set()  # transactions whose changes go one by one
         self.claimed: set[tuple[str, int | None]] = set()  # successes that are not written yet
         self.settled: dict[int, int | None] = {}  # id: the key's version after; None: refused
         self.push_attempt = 0
@@ -3278,8 +3279,10 @@ class Session:
         self.busy.update(entry.id for entry in entries)
         maybe_sent = [entry for entry in entries if entry.maybe_sent]
         self.made |= self.postgres.made_since([entry.id for entry in maybe_sent])
-        parted = self.postgres.parted(maybe_sent)
-        self.queue.extend(group_entries(entries, self.config.max_txn_ops, parted))
+        counts = collections.Counter(entry.txid for entry in entries)
+        self.parted.update(txid for txid, n in counts.items() if n > self.config.max_txn_ops)
+        self.parted |= self.postgres.parted([e for e in maybe_sent if e.txid not in self.parted])
+        self.queue.extend(group_entries(entries, self.config.max_txn_ops, self.parted))
 
     def pack(self, force: bool = False) -> list[Group]:
         """Take the groups of the next Txn from the queue.

@@ -2504,6 +2504,25 @@ def test_etcd_status_tells_what_is_going_on(daemon, db, prefix, etcd):
     assert etcd.get(prefix + "a").value == b"x"
 
 
+def test_backlog_of_a_killed_program_takes_few_statements(daemon, db, prefix):
+    one = daemon()
+    one.pause()  # it may have sent what is committed from now on, for all the next one knows
+    rows(
+        db,
+        "INSERT INTO etcd_wal (key, value) SELECT %s || n, n FROM generate_series(1, 3000) n",
+        prefix,
+    )
+    one.kill()
+    commits = "SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()"
+    before = scalar(db, commits)
+    two = daemon()
+    pending = "SELECT count(*) FROM etcd_wal WHERE status <> 'success'"
+    wait_until("the backlog was not applied", lambda: scalar(db, pending) == 0, 30)
+    assert two.stop() == 0
+    wait_until("no statistics came", lambda: scalar(db, commits) > before)
+    assert scalar(db, commits) - before < 2500
+
+
 # ── SQL interface ────────────────────────────────────────────────────────────
 
 # ─ the schema without the daemon ─

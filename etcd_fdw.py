@@ -1350,6 +1350,10 @@ SET revision = %(revision)s, last_key = coalesce(%(last_key)s, last_key),
     unstorable = unstorable + %(unstorable)s
 WHERE prefix = %(prefix)s AND revision = %(old)s
 """
+# As above: else the planner may read all of etcd_wal to find a thousand rows of it by id.
+BY_INDEX = """
+SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off;
+"""
 # finished_at rather than status: the planner must not think of the indexes of pending rows
 SUCCESS_SQL = """
 UPDATE etcd_wal w
@@ -1835,7 +1839,7 @@ class Postgres:
         if not ids:
             return set()
         with self.cursor() as cur:
-            cur.execute(MADE_SINCE_SQL, {"ids": int_array(ids)})
+            cur.execute(BY_INDEX + MADE_SINCE_SQL, {"ids": int_array(ids)})
             return {id_ for (id_,) in cur}
 
     def parted(self, entries: Sequence[WriteAheadLogEntry]) -> set[str]:
@@ -1860,7 +1864,9 @@ class Postgres:
         good = [o for o in outcomes if o.status == "success"]
         if good:
             revisions = ",".join("NULL" if o.revision is None else str(o.revision) for o in good)
-            cur.execute(SUCCESS_SQL, (int_array(o.id for o in good), "{" + revisions + "}"))
+            cur.execute(
+                BY_INDEX + SUCCESS_SQL, (int_array(o.id for o in good), "{" + revisions + "}")
+            )
         bad = [o for o in outcomes if o.status != "success"]
         if bad:
             psycopg2.extras.execute_values(

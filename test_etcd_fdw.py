@@ -1146,7 +1146,7 @@ class Scene:
 
     def _check_outcomes(self, unknown: Sequence[range]) -> collections.Counter[str]:
         statuses = assert_outcomes_true(self.recorder, self.db, self.traffic, unknown)
-        assert self.traffic.etcd_changes > 50
+        assert self.traffic.etcd_changes > 20  # or there was no load
         assert statuses["success"] > 50, statuses
         assert statuses["failed"] == 0, statuses
         return statuses

@@ -1405,6 +1405,15 @@ SELECT coalesce((SELECT CASE WHEN e.tombstone THEN 0 ELSE e.revision END FROM et
 FROM (VALUES %s) AS o (n, key, value, expected, ts)
 ORDER BY o.n
 """
+# Whether each key was made anew since a moment, and so was not there for a while.
+MISSED_SQL = """
+SELECT bool_and(EXISTS (
+    SELECT FROM etcd e
+    WHERE e.key = o.key AND NOT e.tombstone AND e.ts >= %(since)s::timestamptz
+      AND coalesce((SELECT p.tombstone FROM etcd p WHERE p.key = e.key AND p.revision < e.revision
+                    ORDER BY p.revision DESC LIMIT 1), true)))
+FROM unnest(%(keys)s::text[]) AS o (key)
+"""
 AUDIT_CHANGES_SQL = """
 INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, target_system,
                              target_revision, duration, details)
@@ -2011,6 +2020,12 @@ class Postgres:
                     cur, TRACE_SQL, rows, template, page_size=len(rows), fetch=True
                 )
             )
+
+    def were_missing(self, keys: Iterable[str], since: str) -> bool:
+        """Whether each key was made anew since then, and so was not there for a while."""
+        with self.cursor() as cur:
+            cur.execute(MISSED_SQL, {"keys": list(keys), "since": since})
+            return bool(cur.fetchone()[0])
 
     def merge_staging(self, cur: Any, revision: int) -> tuple[int, int]:
         """Bring the mirror from the staging table to revision; rows put and keys buried.
@@ -3489,11 +3504,22 @@ class Session:
             versions, applied = self.trace(group)
             if applied:
                 self.land(group, min(applied))
+            elif self.did_nothing(group):
+                self.land(group, None)
             elif self.agrees(doubt, versions) or self.checkpoint >= revision:
                 self.conflict(group, current)
             else:
                 self.doubts.append(doubt)
         return len(self.doubts) < len(doubts)
+
+    def did_nothing(self, group: Group) -> bool:
+        """Whether a group deletes only what was not there for a while since it was asked for.
+
+        Then it may have succeeded, and what was made on top of it may be what is there now.
+        """
+        return all(is_noop(change) for change in group.changes) and self.postgres.were_missing(
+            group.keys, group.entries[0].ts
+        )
 
     def agrees(self, doubt: Doubt, versions: Mapping[bytes, int]) -> bool:
         """Whether the mirror has what etcd had when it was asked.

@@ -5413,4 +5413,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    with suppress(OSError):  # nobody reads it any more
+        sys.stdout.flush()
+    # not sys.exit(): gRPC's destructors may close what its own threads still poll, and abort
+    os._exit(code)

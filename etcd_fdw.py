@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.9"
-# dependencies = ["psycopg2-binary>=2.9", "etcd3>=0.12", "grpcio>=1.50", "protobuf>=4.22"]
+# dependencies = ["psycopg2-binary>=2.9", "etcd3>=0.12", "grpcio>=1.50,!=1.80.*", "protobuf>=4.22"]
 # ///
 """Keep an etcd v3 key prefix and PostgreSQL in step, both ways.
 
@@ -5413,8 +5413,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    with suppress(OSError):  # nobody reads it any more
-        sys.stdout.flush()
-    # not sys.exit(): gRPC's destructors may close what its own threads still poll, and abort
-    os._exit(code)
+    sys.exit(main())

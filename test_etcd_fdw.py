@@ -1132,8 +1132,13 @@ class Scene:
             Event(gap.stop, e.key, None) for gap in gaps for e in history if e.revision in gap
         }
 
+        def lost(event: Event) -> bool:
+            """In a gap, or at its end the deletion of what may have been made in it."""
+            ends = {gap.stop for gap in gaps if event.value is None}
+            return event.revision in ends or any(event.revision in gap for gap in gaps)
+
         def known(events: Iterable[Event]) -> set[Event]:
-            return {e for e in events if not any(e.revision in gap for gap in gaps)}
+            return {e for e in events if not lost(e)}
 
         def same() -> bool:
             mirrored = set(mirror_rows(self.db, self.prefix))

@@ -103,7 +103,8 @@ MESSAGE_MAX_BYTES = 32 << 20  # of an answer; with gRPC's 4 MiB a larger one fai
 QUEUE_MAX_BYTES = 16 << 20  # watch responses between the watch thread and the loop
 BATCH_BYTES = 4 << 20  # of values in one PostgreSQL transaction, or read from etcd_wal, about
 PAGE_BYTES = 2 << 20  # what a snapshot page aims at
-PAGE_KEYS = (16, 5000)  # first and largest number of keys in a snapshot page
+# First and largest number of keys in a page: etcd counts all that follow for every one of them.
+PAGE_KEYS = (16, 20000)
 STATEMENT_LIMIT_S = 60.0  # an answer from PostgreSQL that takes longer will not come
 LONG_STATEMENT_LIMIT_S = 3600.0  # applying the schema, merging a snapshot
 STEADY_S = 2.0  # a session that lasted so long was no failed attempt

@@ -7241,7 +7241,7 @@ def test_soak(daemon, db, prefix, own_etcd, scene):
 # (fsync and synchronous_commit on) and of etcd. Load and bare clients are processes of their own.
 # Nothing is asserted about time, only that what was measured is complete.
 
-BENCH_SCALE = float(os.environ.get("ETCD_FDW_BENCH_SCALE") or 1)
+BENCH_SCALE = float(os.environ.get("ETCD_FDW_BENCH_SCALE") or 0.3)
 MAX_TXN_OPS = 100  # the program's default
 
 

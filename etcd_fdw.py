@@ -91,7 +91,7 @@ import psycopg2.extras
 
 __version__ = "1.0.0"
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA_FILE = Path(__file__).resolve().with_name("schema.sql")
 CHANGES_CHANNEL = "etcd_changes"
 OUTCOME_CHANNEL = "etcd_outcome"  # payload: <lowest id>-<highest id> of a batch of outcomes
@@ -126,7 +126,6 @@ READY_LAG_S = 10.0  # "in step" for /readyz
 HOUSEKEEPING_S = 60.0
 HOUSEKEEPING_ROWS = 1000  # looked at in one step
 APPLY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-FOREVER = datetime.max.replace(tzinfo=timezone.utc)
 
 T = TypeVar("T")
 ServerT = TypeVar("ServerT", bound="LocalServer")
@@ -239,7 +238,11 @@ class TokenExpired(AccessDenied):
 
 
 class Compacted(EtcdFdwError):
-    """etcd has compacted the revision asked for: copy the current state"""
+    """etcd has compacted the revision asked for: copying again"""
+
+    def __init__(self, message: str = "", revision: int | None = None) -> None:
+        super().__init__(message)
+        self.revision = revision  # to copy at, 0: the current one; None: a watch will tell
 
 
 class Rejected(EtcdFdwError):
@@ -421,8 +424,7 @@ class WriteAheadLogEntry(NamedTuple):
     depends_on: int | None
     dependency_status: str | None
     dependency_revision: int | None  # the version that the key has after the dependency
-    ts: str  # as PostgreSQL writes it: an application may set what no datetime holds
-    maybe_sent: bool | None  # committed before this session began, and while one was active
+    maybe_sent: bool  # before this session began
 
     @property
     def data(self) -> bytes | None:
@@ -475,7 +477,9 @@ class SyncState(NamedTuple):
     last_key: str | None
     pid: int | None
     host: str | None
-    alive_until: datetime | None  # the last session sent nothing after it; None: nor left any
+    sent_before: str | None  # changes that this snapshot sees may have been sent; None: none was
+    sent_after: int | None  # ... after this revision
+    sent_in_parts: list[str]  # ... and those of these transactions, one by one
 
 
 @dataclass
@@ -1277,7 +1281,7 @@ PENDING_COLUMNS = """
     w.size_so_far, w.id, w.key, w.value, w.value_bytes, w.revision, w.txid::text, w.depends_on,
     d.status,
     CASE WHEN d.value IS NULL AND d.value_bytes IS NULL THEN 0 ELSE d.result_revision END,
-    w.ts::text, pg_visible_in_snapshot(w.txid, %(before)s::pg_snapshot) AND w.ts < %(alive_until)s
+    coalesce(pg_visible_in_snapshot(w.txid, %(sent_before)s::pg_snapshot), false)
 """
 # Where prefixes overlap, a change is for the instance with the longest one.
 PENDING_OWN = """
@@ -1318,22 +1322,18 @@ CROSS JOIN LATERAL (
 ) w {PENDING_DEPENDENCY}
 WHERE w.size_so_far - w.size <= %(max_bytes)s
 """
-# by the indexes of finished rows: there is none of all transactions
-PARTED_SQL = """
-SELECT w.txid::text FROM etcd_wal w
-WHERE w.status = 'success'
-  AND w.finished_at >= (SELECT min(ts) FROM unnest(%(ts)s::timestamptz[]) ts)
-  AND w.txid = ANY (%(txids)s::xid8[]) AND starts_with(w.key, %(prefix)s)
-UNION ALL
-SELECT w.txid::text FROM etcd_wal w
-WHERE w.status IN ('conflict', 'failed')
-  AND w.txid = ANY (%(txids)s::xid8[]) AND starts_with(w.key, %(prefix)s)
+# Before anything is sent: changes that this sees may be, each of them after that revision.
+ANNOUNCE_SQL = """
+UPDATE etcd_sync_state
+SET sent_before = pg_current_snapshot(), sent_after = %(revision)s,
+    sent_in_parts = %(txids)s::xid8[]
+WHERE prefix = %(prefix)s
 """
-# the value was put since the change was asked for
+# the value was put since
 MADE_SINCE_SQL = """
 SELECT w.id FROM etcd_wal w
 WHERE w.id = ANY (%(ids)s::bigint[]) AND EXISTS (
-    SELECT FROM etcd e WHERE e.key = w.key AND e.ts >= w.ts AND NOT e.tombstone
+    SELECT FROM etcd e WHERE e.key = w.key AND e.revision > %(since)s AND NOT e.tombstone
        AND coalesce(e.value_bytes, convert_to(e.value, 'UTF8'))
          = coalesce(w.value_bytes, convert_to(w.value, 'UTF8')))
 """
@@ -1359,7 +1359,7 @@ SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enabl
 SUCCESS_SQL = """
 UPDATE etcd_wal w
 SET status = 'success', result_revision = o.revision, error_message = NULL,
-    finished_at = clock_timestamp()
+    finished_at = now()
 FROM unnest(%s::bigint[], %s::bigint[]) AS o (id, revision)
 WHERE w.id = o.id AND w.finished_at IS NULL
 """
@@ -1387,14 +1387,14 @@ WHERE NOT EXISTS (
 """
 EVENT_TEMPLATE = "(%s, %s, %s, %s, %s, %s::bigint, %s, %s::bigint, %s::interval, %s::jsonb)"
 # For each change the key's current version (0: none), and where it may have been applied: where
-# its value followed the version that it was made on, and no other change claims it.  For a new
-# key that may be anywhere since the change was asked for.
+# its value followed the version that it was made on, and no other change claims it.  What claims
+# an older revision than this, before a reset, does not mean this one.
 TRACE_SQL = """
 SELECT coalesce((SELECT CASE WHEN e.tombstone THEN 0 ELSE e.revision END FROM etcd e
                  WHERE e.key = o.key ORDER BY e.revision DESC LIMIT 1), 0),
        ARRAY(
            SELECT e.revision FROM etcd e
-           WHERE e.key = o.key AND e.revision > o.expected AND (o.expected > 0 OR e.ts >= o.ts)
+           WHERE e.key = o.key AND e.revision > greatest(o.expected, o.since)
              AND coalesce(e.value_bytes, convert_to(e.value, 'UTF8')) IS NOT DISTINCT FROM o.value
              AND o.expected = coalesce((
                  SELECT CASE WHEN p.tombstone THEN 0 ELSE p.revision END FROM etcd p
@@ -1403,14 +1403,14 @@ SELECT coalesce((SELECT CASE WHEN e.tombstone THEN 0 ELSE e.revision END FROM et
              AND NOT EXISTS (
                  SELECT FROM etcd_wal w WHERE w.key = e.key AND w.result_revision = e.revision
                     AND w.status = 'success' AND w.finished_at >= e.ts))
-FROM (VALUES %s) AS o (n, key, value, expected, ts)
+FROM (VALUES %s) AS o (n, key, value, expected, since)
 ORDER BY o.n
 """
-# Whether each key was made anew since a moment, and so was not there for a while.
+# Whether each key was made anew since a revision, and so was not there for a while.
 MISSED_SQL = """
 SELECT bool_and(EXISTS (
     SELECT FROM etcd e
-    WHERE e.key = o.key AND NOT e.tombstone AND e.ts >= %(since)s::timestamptz
+    WHERE e.key = o.key AND NOT e.tombstone AND e.revision > %(since)s
       AND coalesce((SELECT p.tombstone FROM etcd p WHERE p.key = e.key AND p.revision < e.revision
                     ORDER BY p.revision DESC LIMIT 1), true)))
 FROM unnest(%(keys)s::text[]) AS o (key)
@@ -1523,7 +1523,8 @@ FROM (SELECT DISTINCT ON (key) key, tombstone FROM etcd
 WHERE NOT m.tombstone AND NOT EXISTS (SELECT FROM etcd_staging s WHERE s.key = m.key)
 """
 STATE_SQL = """
-SELECT cluster_id, revision, last_key, pid, host, heartbeat_at + interval '2 min'
+SELECT cluster_id, revision, last_key, pid, host, sent_before::text, sent_after,
+       sent_in_parts::text[]
 FROM etcd_sync_state WHERE prefix = %(prefix)s
 """
 BEGIN_STATE_SQL = """
@@ -1545,7 +1546,7 @@ WHERE prefix = %(prefix)s
 """
 DEACTIVATE_SQL = """
 UPDATE etcd_sync_state SET host = NULL, pid = NULL, started_at = NULL,
-    heartbeat_at = CASE WHEN %(unsettled)s THEN heartbeat_at END
+    heartbeat_at = NULL, sent_before = CASE WHEN %(unsettled)s THEN sent_before END
 WHERE prefix = %(prefix)s
 """
 PENDING_COUNT_SQL = """
@@ -1806,17 +1807,23 @@ class Postgres:
             row = cur.fetchone()
         return row and (row[0], None if row[1] is None else bytes(row[1]))
 
-    def snapshot_id(self) -> str:
-        """What is committed by now, to tell later what was committed before."""
+    def announce(self, revision: int, parted: Iterable[str]) -> None:
+        """Note durably that all changes that are visible now may be sent, after a revision.
+
+        Those of the parted transactions may be sent one by one.
+        """
+        arguments = {
+            "prefix": self.prefix,
+            "revision": revision,
+            "txids": int_array(int(txid) for txid in parted),
+        }
         with self.cursor() as cur:
-            cur.execute("SELECT pg_current_snapshot()::text")
-            return str(cur.fetchone()[0])
+            cur.execute(ANNOUNCE_SQL, arguments)
 
     def pending(
         self,
         busy: Iterable[int],
-        before: str,
-        alive_until: datetime | None,
+        sent_before: str | None,
         limit: int,
         max_ops: int,
     ) -> tuple[list[WriteAheadLogEntry], bool]:
@@ -1827,8 +1834,7 @@ class Postgres:
         """
         arguments: dict[str, Any] = {
             "prefix": self.prefix,
-            "before": before,
-            "alive_until": alive_until,
+            "sent_before": sent_before,
             "limit": limit,
         }
         with self.cursor() as cur:
@@ -1844,25 +1850,13 @@ class Postgres:
             entries.extend(WriteAheadLogEntry(*row[1:]) for row in cur)
         return sorted(entries, key=lambda entry: entry.id), False
 
-    def made_since(self, ids: Sequence[int]) -> set[int]:
-        """Those of the changes whose value has been put since they were asked for."""
+    def made_since(self, ids: Sequence[int], since: int) -> set[int]:
+        """Those of the changes whose value has been put after a revision."""
         if not ids:
             return set()
         with self.cursor() as cur:
-            cur.execute(BY_INDEX + MADE_SINCE_SQL, {"ids": int_array(ids)})
+            cur.execute(BY_INDEX + MADE_SINCE_SQL, {"ids": int_array(ids), "since": since})
             return {id_ for (id_,) in cur}
-
-    def parted(self, entries: Sequence[WriteAheadLogEntry]) -> set[str]:
-        """Those of the entries' transactions that have outcomes already, so went in parts."""
-        counts = collections.Counter(entry.txid for entry in entries)
-        txids = [int(txid) for txid, count in counts.items() if count > 1]
-        if not txids:
-            return set()
-        ts = list({entry.ts for entry in entries})
-        arguments = {"txids": int_array(txids), "ts": ts, "prefix": self.prefix}
-        with self.cursor() as cur:
-            cur.execute(PARTED_SQL, arguments)
-            return {txid for (txid,) in cur}
 
     def copy_in(self, cur: Any, table: str, rows: Iterable[bytes]) -> None:
         """COPY rows made by copy_row() into etcd or its staging table."""
@@ -2011,10 +2005,10 @@ class Postgres:
         if cur.rowcount != 1:
             raise PostgresAway("PostgreSQL: another writer has moved the checkpoint: starting over")
 
-    def trace(self, changes: Sequence[Change], since: str) -> list[tuple[int, list[int]]]:
-        """For each change: its key's current version, and where it may have been applied."""
+    def trace(self, changes: Sequence[Change], since: int) -> list[tuple[int, list[int]]]:
+        """For each change: its key's current version, and where after since it may be applied."""
         rows = [(n, c.key.decode(), c.value, c.expected, since) for n, c in enumerate(changes)]
-        template = "(%s, %s, %s::bytea, %s::bigint, %s::timestamptz)"
+        template = "(%s, %s, %s::bytea, %s::bigint, %s::bigint)"
         with self.cursor() as cur:
             return list(
                 psycopg2.extras.execute_values(
@@ -2022,8 +2016,8 @@ class Postgres:
                 )
             )
 
-    def were_missing(self, keys: Iterable[str], since: str) -> bool:
-        """Whether each key was made anew since then, and so was not there for a while."""
+    def were_missing(self, keys: Iterable[str], since: int) -> bool:
+        """Whether each key was made anew after since, and so was not there for a while."""
         with self.cursor() as cur:
             cur.execute(MISSED_SQL, {"keys": list(keys), "since": since})
             return bool(cur.fetchone()[0])
@@ -2158,6 +2152,14 @@ class Postgres:
             cur.execute(sql, {"prefix": self.prefix, **arguments})
             names = [column.name for column in cur.description]
             return [dict(zip(names, row)) for row in cur]
+
+    def end_backend(self, pid: int | None) -> None:
+        """End a session that this process has given up, but that still holds the lock.
+
+        Something in between may keep its connection to the server, and say nothing.
+        """
+        if pid and pid == self.holder():
+            self.query("SELECT pg_terminate_backend(%(pid)s)", pid=pid)
 
     def holder(self) -> int | None:
         """The backend's pid of the active instance; None if there is none."""
@@ -2750,9 +2752,9 @@ class Session:
         self.checkpoint = 0
         self.seen_revision = etcd.header.revision
         self.watch: Watch | None = None
-        # changes that are visible in this snapshot and no newer than that may have been sent
-        self.before = ""
-        self.alive_until: datetime | None = None
+        # changes that are visible in this snapshot may have been sent, after that revision
+        self.sent_before: str | None = None
+        self.sent_after = 0
         self.caught_up = False  # the mirror has all that came of what was sent before
         # mirror
         self.fragments: list[Any] = []
@@ -2764,7 +2766,8 @@ class Session:
         # push
         self.look = True  # there may be pending changes that were not read
         self.queue: collections.deque[Group] = collections.deque()
-        self.busy: set[int] = set()  # ids that were read, until their outcome is written
+        # ids that were read, until their outcome is written; a revision before they were sent
+        self.busy: dict[int, int] = {}
         self.pipeline = Pipeline(etcd, engine.waker)
         self.landed: collections.deque[Landed] = collections.deque()
         self.doubts: list[Doubt] = []
@@ -2801,14 +2804,14 @@ class Session:
         """Work until asked to stop. Raises what ends the session."""
         state = self.postgres.state()
         self.check_timeline(state)
-        if state is None or self.engine.resync:
-            self.snapshot(state)
-            self.engine.resync = False
+        resync, self.engine.resync = self.engine.resync, None
+        if state is None or resync is not None:
+            self.snapshot(state, resync or 0)
             state = self.postgres.state()
         assert state is not None
         self.take_over(state)
         self.checkpoint = state.revision
-        self.before, self.alive_until = self.postgres.snapshot_id(), state.alive_until
+        self.recollect(state)
         # at the checkpoint, not after it: etcd before 3.4.36 and 3.5.18 silently drops a
         # delete at the compacted revision, and the overlap makes it say "compacted" instead
         self.watch = Watch(
@@ -2973,15 +2976,15 @@ class Session:
         return comparison
 
     def answer_requests(self) -> None:
-        """Compare and repair if sync or validate --fix asks for it."""
+        """Compare and repair if sync or validate --fix asks for it.
+
+        Raises Compacted; whoever asked, asks the next session again.
+        """
         requests = self.postgres.open_requests()
         if not requests:
             return
         try:
             self.postgres.answer(requests, "done", self.repair().summary())
-        except Compacted:
-            log.warning("etcd has compacted revision %d: copying again", self.checkpoint)
-            raise  # whoever asked, asks the next session again
         except Rejected as exc:
             self.postgres.answer(requests, "failed", {"message": str(exc)})
 
@@ -3038,14 +3041,18 @@ class Session:
             self.postgres.record_events(cur, [event])
         log.info("took over from pid %d on %s", state.pid, state.host)
 
-    def snapshot(self, state: SyncState | None) -> None:
-        """Copy the prefix as it is at one revision; the checkpoint is then that revision.
+    def snapshot(self, state: SyncState | None, at: int) -> None:
+        """Copy the prefix as it is at one revision, 0: now; the checkpoint is then that revision.
 
         Constant memory: pages go to a staging table, and are merged in one transaction.
+        Raises Compacted.
         """
         self.engine.enter("copying")
         started = time.monotonic()
-        revision, keys, unstorable = self.load_staging()
+        try:
+            revision, keys, unstorable = self.load_staging(at)
+        except Compacted as exc:  # once more, meanwhile; the current state will be there longer
+            raise Compacted(revision=0) from exc
         old = state.revision if state else None
         with self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
             put, buried = self.postgres.merge_staging(cur, revision)
@@ -3076,13 +3083,13 @@ class Session:
             time.monotonic() - started,
         )
 
-    def load_staging(self) -> tuple[int, int, list[KeyValueRecord]]:
+    def load_staging(self, revision: int = 0) -> tuple[int, int, list[KeyValueRecord]]:
         """Copy the prefix into the staging table: revision, number of keys, what has no room."""
-        revision = keys = 0
+        keys = 0
         unstorable: list[KeyValueRecord] = []
         with self.postgres.cursor() as cur:
             cur.execute(STAGING_SQL)
-        for page in self.etcd.pages(0):
+        for page in self.etcd.pages(revision):
             revision = revision or page.header.revision
             rows = []
             for kv in page.kvs:
@@ -3158,7 +3165,7 @@ class Session:
                 response.compact_revision,
                 self.checkpoint,
             )
-            return Compacted()
+            return Compacted(revision=response.compact_revision)
         reason = response.cancel_reason or "no reason given"
         kind = TokenExpired if "permission denied" in reason else EtcdAway
         return kind(f"etcd at {self.etcd.endpoint}: watch cancelled: {reason}")
@@ -3199,7 +3206,8 @@ class Session:
             self.careful = True
             self.write_once(batch, outcomes)
         self.checkpoint = batch.checkpoint
-        self.busy.difference_update(outcome.id for outcome in outcomes)
+        for outcome in outcomes:
+            self.busy.pop(outcome.id, None)
         self.claimed.difference_update((outcome.key, outcome.revision) for outcome in outcomes)
         self.written = replace(self.counters)
         if batch.rows or outcomes:
@@ -3241,7 +3249,8 @@ class Session:
         while len(self.pipeline) < PIPELINE_DEPTH and self.unwritten() < self.config.batch_size:
             groups = self.pack()
             while not groups and self.look and self.has_room():
-                self.read_pending()
+                if self.read_pending():
+                    self.postgres.announce(min(self.busy.values()), self.parted)
                 groups = self.pack()
             more = self.look and self.has_room()
             if not groups and not (more or self.pipeline or self.unwritten()):
@@ -3259,7 +3268,7 @@ class Session:
         """
         self.caught_up = (
             self.caught_up
-            or self.alive_until is None
+            or self.sent_before is None
             or self.has_reached(self.etcd.header.revision)
         )
         return self.caught_up
@@ -3285,26 +3294,30 @@ class Session:
         """How many changes wait for the mirror to catch up."""
         return sum(len(item.outcomes) for item in self.landed) + len(self.doubts)
 
-    def read_pending(self) -> None:
-        """Queue pending changes that are not on their way yet."""
+    def read_pending(self) -> bool:
+        """Queue pending changes that are not on their way yet; whether any is surely new."""
         # what is written by now, the database tells; but what was read before may refer to it
-        needed = self.busy | {e.depends_on or 0 for group in self.queue for e in group.entries}
+        needed = self.busy.keys() | {e.depends_on or 0 for g in self.queue for e in g.entries}
         self.settled = {id_: v for id_, v in self.settled.items() if id_ in needed}
         entries, all_came = self.postgres.pending(
-            self.busy,
-            self.before,
-            self.alive_until,
-            self.config.batch_size,
-            self.config.max_txn_ops,
+            self.busy, self.sent_before, self.config.batch_size, self.config.max_txn_ops
         )
         self.look = not all_came
-        self.busy.update(entry.id for entry in entries)
-        maybe_sent = [entry for entry in entries if entry.maybe_sent]
-        self.made |= self.postgres.made_since([entry.id for entry in maybe_sent])
         counts = collections.Counter(entry.txid for entry in entries)
+        if all_came and not self.busy:
+            self.parted.intersection_update(counts)
         self.parted.update(txid for txid, n in counts.items() if n > self.config.max_txn_ops)
-        self.parted |= self.postgres.parted([e for e in maybe_sent if e.txid not in self.parted])
+        maybe_sent = [entry.id for entry in entries if entry.maybe_sent]
+        self.made |= self.postgres.made_since(maybe_sent, self.sent_after)
+        self.busy.update((entry.id, self.checkpoint) for entry in entries)
+        self.busy.update((id_, self.sent_after) for id_ in maybe_sent)
         self.queue.extend(group_entries(entries, self.config.max_txn_ops, self.parted))
+        return len(maybe_sent) < len(entries)
+
+    def recollect(self, state: SyncState) -> None:
+        """Learn from the database what may have been sent."""
+        self.sent_before, self.sent_after = state.sent_before, state.sent_after or 0
+        self.parted.update(state.sent_in_parts)
 
     def pack(self, force: bool = False) -> list[Group]:
         """Take the groups of the next Txn from the queue.
@@ -3433,14 +3446,16 @@ class Session:
         changes = [change for change in group.changes if not is_noop(change)]
         if not changes:
             return {}, set()
-        found = self.postgres.trace(changes, group.entries[0].ts)
+        found = self.postgres.trace(changes, self.sent_after)
         applied = set.intersection(*(set(revisions) for _, revisions in found))
         applied -= {r for r in applied for key in group.keys if (key, r) in self.claimed}
         return {c.key: version for c, (version, _) in zip(changes, found)}, applied
 
     def rehearse_push(self) -> list[Outcome]:
         """What would become of the first pending changes, as far as can be told beforehand."""
-        self.before, self.alive_until = self.postgres.snapshot_id(), FOREVER
+        state = self.postgres.state()
+        if state:
+            self.recollect(state)
         self.checkpoint = sys.maxsize
         self.read_pending()
         keys = [key.encode() for group in self.queue for key in group.keys]
@@ -3519,7 +3534,7 @@ class Session:
         Then it may have succeeded, and what was made on top of it may be what is there now.
         """
         return all(is_noop(change) for change in group.changes) and self.postgres.were_missing(
-            group.keys, group.entries[0].ts
+            group.keys, self.sent_after
         )
 
     def agrees(self, doubt: Doubt, versions: Mapping[bytes, int]) -> bool:
@@ -3556,9 +3571,12 @@ class Session:
         delay = backoff(self.push_attempt, self.config.retry_initial, self.config.retry_max)
         log.warning("%s; changes wait, sending again in %.1fs", error, delay)
         self.push_after = time.monotonic() + delay
-        self.before, self.alive_until = self.postgres.snapshot_id(), FOREVER
+        state = self.postgres.state()
+        assert state is not None
+        self.recollect(state)
         for group in [*groups, *self.pipeline.drop(), *self.queue]:
-            self.busy.difference_update(entry.id for entry in group.entries)
+            for entry in group.entries:
+                self.busy.pop(entry.id, None)
         self.queue.clear()
         self.look = True
 
@@ -3611,9 +3629,10 @@ class Engine:
         self.metrics = Metrics(config.etcd_dsn.prefix, self.counters)
         self.current: Session | None = None  # the one whose loop turns
         self.host = 0  # index of the etcd endpoint that answered last
-        self.resync = False  # the next session starts with a snapshot
+        self.resync: int | None = None  # the next session starts with a snapshot at, 0: now
         self.fragment = False  # the next session's watch asks for small responses
         self.strays = 0
+        self.backend: int | None = None  # PostgreSQL's pid of the last session that had the lock
         self.attempt = 0
         self.connected = False  # ever
         self.established_at: float | None = None  # when this session's loop began to turn
@@ -3639,8 +3658,8 @@ class Engine:
             except TooLarge:
                 self.fragment = True
                 self.retry(EtcdAway("much to catch up with"), quiet=True)
-            except Compacted:
-                self.resync = True
+            except Compacted as exc:
+                self.resync = exc.revision
                 self.retry(EtcdAway("resync needed"), quiet=True)
             except Away as exc:
                 if not self.connected and time.monotonic() > give_up_at:
@@ -3800,17 +3819,19 @@ class Engine:
         """Become the active instance of the prefix, however long it takes."""
         waiting = False
         while not postgres.try_lock():
+            postgres.end_backend(self.backend)
             if not waiting:
                 log.info("standing by: another instance is active on %r", postgres.prefix)
                 self.connected = waiting = True
                 postgres.name_session("standby")
                 self.enter("standing by")
                 self.guard.supervisor.tell(READY=1)
-                self.resync = False  # the other one sees to it
+                self.resync = None  # the other one sees to it
             self.pause(STANDBY_POLL_S)
             self.check_stop()
             postgres.notified()
         postgres.name_session("active")
+        self.backend = postgres.conn.info.backend_pid
 
     def connect_etcd(self) -> Etcd:
         """A client of the first endpoint that answers, beginning with the last good one."""

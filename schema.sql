@@ -38,8 +38,8 @@ DECLARE
 BEGIN
     IF to_regprocedure(format('%I.etcd_schema_version()', current_schema())) IS NOT NULL THEN
         EXECUTE format('SELECT %I.etcd_schema_version()', current_schema()) INTO v_installed;
-        IF v_installed > 1 THEN
-            RAISE EXCEPTION 'schema version % is installed, this file is version 1', v_installed
+        IF v_installed > 2 THEN
+            RAISE EXCEPTION 'schema version % is installed, this file is version 2', v_installed
                 USING ERRCODE = 'object_not_in_prerequisite_state',
                       HINT = 'Use the schema.sql that belongs to the newer etcd_fdw.';
         END IF;
@@ -164,7 +164,9 @@ COMMENT ON COLUMN etcd_wal.retry_of IS 'conflict or failed row that this one tri
 --     etcd_revision     newest revision of the whole etcd store that the daemon has heard of
 --     updated_at        when the checkpoint last moved
 --     host, pid, version, started_at, heartbeat_at   the active daemon
---                       (heartbeat_at stays if it left changes that may have been sent)
+--     sent_before, sent_after, sent_in_parts   what it may have sent to etcd: changes that the snapshot
+--                       sent_before sees, after revision sent_after, those of the transactions
+--                       sent_in_parts one by one; sent_before null: nothing without an outcome
 --     events to unstorable   counters since the prefix was first mirrored
 CREATE TABLE IF NOT EXISTS etcd_sync_state (
     prefix           text COLLATE "C"  NOT NULL,
@@ -181,6 +183,9 @@ CREATE TABLE IF NOT EXISTS etcd_sync_state (
     version          text,
     started_at       timestamptz,
     heartbeat_at     timestamptz,
+    sent_before      pg_snapshot,
+    sent_after       bigint,
+    sent_in_parts    xid8[]            NOT NULL DEFAULT '{}',
     events           bigint            NOT NULL DEFAULT 0,
     applied          bigint            NOT NULL DEFAULT 0,
     conflicts        bigint            NOT NULL DEFAULT 0,
@@ -190,6 +195,12 @@ CREATE TABLE IF NOT EXISTS etcd_sync_state (
     unstorable       bigint            NOT NULL DEFAULT 0,
     CONSTRAINT etcd_sync_state_pkey PRIMARY KEY (prefix)
 ) WITH (fillfactor = 50);  -- updated with every batch: leave room for it in the page
+
+-- since version 2
+ALTER TABLE etcd_sync_state
+    ADD COLUMN IF NOT EXISTS sent_before    pg_snapshot,
+    ADD COLUMN IF NOT EXISTS sent_after     bigint,
+    ADD COLUMN IF NOT EXISTS sent_in_parts  xid8[]  NOT NULL DEFAULT '{}';
 
 COMMENT ON TABLE  etcd_sync_state IS 'Per mirrored prefix: checkpoint, active daemon, counters.';
 COMMENT ON COLUMN etcd_sync_state.prefix IS 'mirrored prefix; empty: the whole key space';
@@ -201,6 +212,9 @@ COMMENT ON COLUMN etcd_sync_state.pruned_revision IS
 COMMENT ON COLUMN etcd_sync_state.gaps IS 'revisions that etcd compacted before they were mirrored';
 COMMENT ON COLUMN etcd_sync_state.last_key IS 'recently mirrored key, checked at start against etcd';
 COMMENT ON COLUMN etcd_sync_state.etcd_revision IS 'newest revision of the whole etcd store that was seen';
+COMMENT ON COLUMN etcd_sync_state.sent_before IS 'changes that it sees may have been sent to etcd without an outcome yet';
+COMMENT ON COLUMN etcd_sync_state.sent_after IS 'etcd revision after which they were sent';
+COMMENT ON COLUMN etcd_sync_state.sent_in_parts IS 'transactions among them whose changes are sent one by one';
 COMMENT ON COLUMN etcd_sync_state.events IS 'counter: revisions of keys mirrored';
 COMMENT ON COLUMN etcd_sync_state.applied IS 'counter: changes from etcd_wal that etcd took';
 COMMENT ON COLUMN etcd_sync_state.conflicts IS 'counter: changes that ended as conflict';
@@ -711,7 +725,7 @@ CREATE OR REPLACE FUNCTION etcd_schema_version()
 RETURNS integer
 LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
 -- Version of this file as installed. The daemon applies a newer one and refuses an older one.
-SELECT 1
+SELECT 2
 $$;
 COMMENT ON FUNCTION etcd_schema_version() IS 'version of schema.sql as installed';
 

@@ -1308,7 +1308,7 @@ def test_start_up_retries_until_its_timeout(db):
     assert last.startswith("etcd_fdw: etcd at")
     assert len(retries) > 2
     waits = [re.search(r"Z WARN etcd at .*; retrying in 0\.[012]s$", line) for line in retries]
-    assert retries[0].endswith("applied schema version 1") and all(waits[1:])
+    assert retries[0].endswith("applied schema version 2") and all(waits[1:])
 
 
 def test_missing_postgres_permission_is_exit_code_3(db, postgres_dsn, etcd_address, prefix):
@@ -2685,7 +2685,7 @@ def test_schema_refuses_to_replace_a_newer_one(schema: str) -> None:
 
 
 def test_schema_version_is_the_marker(schema: str) -> None:
-    assert scalar(schema, "SELECT etcd_schema_version()") == 1
+    assert scalar(schema, "SELECT etcd_schema_version()") == etcd_fdw.SCHEMA_VERSION
 
 
 def test_schema_goes_where_search_path_says(db: str) -> None:
@@ -3736,12 +3736,12 @@ class History:
         rows(self.db, END_SESSION_SQL)
 
     def hold(self) -> None:
-        """Let the daemon send, but write nothing to PostgreSQL until release()."""
+        """Let the daemon send, but not write table etcd until release()."""
         if self.daemon and not self.holder:
             self.holder = connect(self.db)
             self.holder.autocommit = False
             with self.holder.cursor() as cur:
-                cur.execute(HOLD_SQL, (self.prefix,))
+                cur.execute("LOCK TABLE etcd IN SHARE MODE")
 
     def release(self) -> None:
         if self.holder:
@@ -3881,7 +3881,6 @@ END_SESSION_SQL = """
     SELECT pg_terminate_backend(pid) FROM pg_stat_activity
     WHERE datname = current_database() AND application_name LIKE 'etcd_fdw active%'
 """
-HOLD_SQL = "SELECT FROM etcd_sync_state WHERE prefix = %s FOR UPDATE"
 WAL_SQL = """
     SELECT id, txid::text::bigint, convert_to(key, 'UTF8'),
            coalesce(value_bytes, convert_to(value, 'UTF8')), revision, depends_on,
@@ -3899,11 +3898,10 @@ LIVE_SQL = """
 
 
 @contextmanager
-def unrecorded(db: str, prefix: str) -> Iterator[None]:
-    """Let the daemon send, but write nothing to PostgreSQL meanwhile."""
+def frozen_mirror(db: str) -> Iterator[None]:
+    """Nobody can write table etcd meanwhile: what etcd answers is not recorded."""
     with closing(connect(db)) as conn, conn.cursor() as cur:
-        cur.execute("BEGIN")
-        cur.execute(HOLD_SQL, (prefix,))
+        cur.execute("BEGIN; LOCK TABLE etcd IN SHARE MODE")
         yield
 
 
@@ -3917,7 +3915,7 @@ def outcomes(db: str, count: int) -> list[tuple[Any, ...]]:
 def test_change_sent_before_a_crash_is_not_sent_again(then, daemon, db, prefix, etcd, recorder):
     key = prefix + "a"
     first = daemon()
-    with unrecorded(db, prefix):
+    with frozen_mirror(db):
         rows(db, "SELECT etcd_set(%s, 'mine')", key)
         sent = wait_until("nothing was sent", lambda: etcd.get(key))
         first.kill()
@@ -3934,7 +3932,7 @@ def test_two_like_changes_cannot_both_claim_one_revision(daemon, db, prefix, etc
     key = prefix + "a"
     first = daemon()
     insert = "INSERT INTO etcd_wal (key, value) VALUES (%s, 'same')"
-    with unrecorded(db, prefix):
+    with frozen_mirror(db):
         rows(db, insert, key)
         sent = wait_until("nothing was sent", lambda: etcd.get(key)).mod_revision
         first.kill()
@@ -3960,27 +3958,27 @@ def test_change_made_while_down_on_a_version_that_never_was_is_a_conflict(daemon
 def test_delete_of_what_was_not_there_leaves_a_later_put_alone(daemon, db, prefix, etcd):
     daemon().kill()
     rows(db, "SELECT etcd_delete(%s)", prefix + "a")
-    etcd.put(prefix + "a", "theirs")
+    theirs = etcd.put(prefix + "a", "theirs")
     daemon()
-    # after a crash it may have been sent before the put, and then it was a success
-    assert outcomes(db, 1) == [("success", None)]
+    assert outcomes(db, 1) == [("conflict", theirs)]
     assert etcd.get(prefix + "a").value == b"theirs"
 
 
 def test_rest_of_a_transaction_too_large_for_etcd_is_not_taken_for_a_whole_one(
     daemon, db, prefix, etcd
 ):
-    daemon().kill()
     keys = [f"{prefix}{number}" for number in range(7)]
-    rows(db, "SELECT etcd_set(key, 'x') FROM unnest(%s) key", keys)
-    # as a crash leaves it: three changes written down, three applied, one not sent
-    for key in keys[:6]:
-        etcd.put(key, "x")
+    running = daemon("--max-txn-ops=4")
+    with frozen_mirror(db):
+        rows(db, "SELECT etcd_set(key, 'x') FROM unnest(%s) key", keys)
+        sent = wait_until("nothing was sent", lambda: etcd.get(keys[2])).mod_revision
+        running.kill()
+    # as if it had been killed a moment later: three changes are written down
     rows(
         db,
         "UPDATE etcd_wal SET status = 'success', finished_at = now(), result_revision = %s"
         " WHERE id <= 3",
-        etcd.get(keys[0]).mod_revision,
+        sent,
     )
     daemon("--max-txn-ops=4")
     assert [status for status, _ in outcomes(db, 7)] == ["success"] * 7
@@ -5552,6 +5550,31 @@ def test_compaction_while_stopped(daemon, db, prefix, own_etcd):
         assert_holds_what_etcd_holds(client, db, prefix)
 
 
+def test_what_etcd_has_not_compacted_is_not_skipped(daemon, db, prefix, own_etcd):
+    dsn = etcd_dsn(own_etcd.endpoint, prefix)
+    with EtcdClient(own_etcd.endpoint) as client:
+        for key in ("changed", "deleted"):
+            client.put(prefix + key, "1")
+        daemon(etcd=dsn).stop()
+        checkpoint = client.revision()
+        client.put(prefix + "changed", "2")
+        compacted = client.put(prefix + "changed", "3")
+        with Recorder(client, prefix, compacted + 1) as recorder:
+            client.delete(prefix + "deleted")
+            client.put(prefix + "changed", "4")
+            client.put(prefix + "deleted", "2")
+            client.delete(prefix + "deleted")
+            client.compact(compacted)
+            daemon(*HASTE, etcd=dsn)
+            assert_holds_what_etcd_holds(client, db, prefix)
+            recorder.sync()
+            mirrored = [event for event in mirror_rows(db, prefix) if event.revision > compacted]
+            assert mirrored == recorder.history()
+        assert rows(db, "SELECT gaps::text FROM etcd_sync_state") == [
+            (f'{{"[{checkpoint + 1},{compacted})"}}',)
+        ]
+
+
 def test_compaction_while_the_prefix_is_quiet(daemon, db, prefix, own_etcd):
     dsn = etcd_dsn(own_etcd.endpoint, prefix)
     with (
@@ -5785,11 +5808,21 @@ def test_catches_up_with_100_000_revisions(daemon, db, prefix, own_etcd):
 # ─ the clock ─
 
 
-def test_clock_steps_do_not_matter(daemon, prefix, scene, tmp_path):
+@pytest.fixture
+def servers_directory() -> Iterator[Path]:
+    """A directory that servers can read whatever their account is."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
+@pytest.fixture
+def fake_clock(servers_directory) -> tuple[Path, dict[str, str]]:
+    """A file that says how far off the clock is, and the environment that makes it so."""
     libraries = sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
     if not libraries:
         pytest.skip("no libfaketime (Debian: apt install libfaketime)")
-    clock = tmp_path / "clock"
+    clock = servers_directory / "clock"
     clock.write_text("+0")
     env = {
         "LD_PRELOAD": str(libraries[0]),
@@ -5797,6 +5830,11 @@ def test_clock_steps_do_not_matter(daemon, prefix, scene, tmp_path):
         "FAKETIME_NO_CACHE": "1",
         "DONT_FAKE_MONOTONIC": "1",
     }
+    return clock, env
+
+
+def test_clock_steps_do_not_matter(daemon, scene, fake_clock):
+    clock, env = fake_clock
     running = daemon(*HASTE, env=env)
     play = scene()
     for step in ("+400d", "-400d"):
@@ -5805,6 +5843,30 @@ def test_clock_steps_do_not_matter(daemon, prefix, scene, tmp_path):
         play.wait_flow()
     play.finish()
     assert "retrying" not in running.log()
+
+
+@pytest.mark.parametrize("step", ["+400d", "-400d"])
+def test_steps_of_the_clock_of_postgres_around_a_crash(
+    daemon, prefix, etcd, fake_clock, step, monkeypatch
+):
+    clock, env = fake_clock
+    key = prefix + "a"
+    with ExitStack() as stack, monkeypatch.context() as patch:
+        for name, value in env.items():
+            patch.setenv(name, value)
+        server = stack.enter_context(LocalPostgres())
+        patch.undo()
+        db = server.dsn()
+        running = daemon(*HASTE, postgres=db)
+        with frozen_mirror(db):
+            rows(db, "INSERT INTO etcd_wal (key, value) VALUES (%s, 'sql')", key)
+            created = wait_until("nothing was sent", lambda: etcd.get(key)).mod_revision
+            running.kill()
+        clock.write_text(step)
+        etcd.delete(key)
+        rows(db, "INSERT INTO etcd_wal (key, value) VALUES (%s, 'sql')", key)
+        daemon(*HASTE, postgres=db)
+        assert outcomes(db, 2) == [("success", created), ("success", etcd.get(key).mod_revision)]
 
 
 # ── faults: PostgreSQL ───────────────────────────────────────────────────────
@@ -6144,25 +6206,18 @@ def test_killed_at_random_moments_50_times(daemon, scene):
 
 
 def test_delete_of_nothing_and_what_followed_it_before_a_crash(daemon, db, prefix, etcd, recorder):
-    key, running = prefix + "a", daemon(*HASTE)
+    key = prefix + "a"
     etcd.put(key, "etcd")
-    wait_until("the put did not arrive", lambda: mirror_rows(db, prefix))
+    daemon(*HASTE).stop()
+    for statement in ("etcd_delete(%s)", "etcd_delete(%s)", "etcd_set(%s, 'sql')"):
+        rows(db, f"SELECT {statement}", key)
     with frozen_mirror(db):
-        for statement in ("etcd_delete(%s)", "etcd_delete(%s)", "etcd_set(%s, 'sql')"):
-            rows(db, f"SELECT {statement}", key)
+        running = daemon(*HASTE)
         wait_until("the key was not deleted", lambda: etcd.get(key) is None)
         running.kill()
     etcd.put(key, "sql")  # as the daemon would have done a moment later
     daemon(*HASTE)
     assert assert_outcomes_true(recorder, db) == {"success": 3}
-
-
-@contextmanager
-def frozen_mirror(db: str) -> Iterator[None]:
-    """Nobody can write table etcd meanwhile: what etcd answers is not recorded."""
-    with closing(connect(db)) as conn, conn.cursor() as cur:
-        cur.execute("BEGIN; LOCK TABLE etcd IN SHARE MODE")
-        yield
 
 
 def test_killed_between_etcd_txn_and_postgres_commit(daemon, db, prefix, etcd, recorder):
@@ -6233,8 +6288,7 @@ def test_delete_of_nothing_that_was_overtaken_ends(daemon, db, prefix, etcd):
     rows(db, "SELECT etcd_delete(%s)", prefix + "a")
     revision = etcd.put(prefix + "a", "etcd")
     daemon(*HASTE)
-    # there was nothing when it was asked for, and something when it was sent: both are true
-    assert outcomes(db, 1)[0] in [("conflict", revision), ("success", None)]
+    assert outcomes(db, 1) == [("conflict", revision)]
 
 
 def test_change_made_on_a_deletion_conflicts(daemon, db, prefix, etcd):

@@ -343,7 +343,9 @@ def postgres_error(exc: psycopg2.Error) -> EtcdFdwError:
         if code[:length] in POSTGRES_CODES:
             kind = POSTGRES_CODES[code[:length]]
             break
-    if not code and (
+    if exc.diag.source_file == "async.c":
+        kind = PostgresAway  # the queue of notifications is full: not this change's fault
+    elif not code and (
         any(text in message for text in POSTGRES_LOGIN_MESSAGES)
         or LOGIN_ROLE_MISSING.search(message)
     ):
@@ -1247,6 +1249,7 @@ class MetricsHandler(http.server.BaseHTTPRequestHandler):
 # But whoever waits in a lock queue holds up all behind, and must not do so for ever.
 # Keepalives find a vanished peer, and so free the lock, within about 30 s; a killed peer is
 # noticed even while its last statement runs, where PostgreSQL (14 and later) can.
+# A queue of notifications that was full stays so until somebody asks how full it is.
 SESSION_SQL = """
 SELECT set_config(name, '0', false) FROM pg_settings
 WHERE name IN ('statement_timeout', 'transaction_timeout', 'idle_session_timeout',
@@ -1262,6 +1265,7 @@ SET tcp_keepalives_count = 4;
 SET tcp_user_timeout = 30000;
 LISTEN etcd_changes;
 LISTEN etcd_fdw_control;
+SELECT pg_notification_queue_usage();
 """
 LIBPQ_DEFAULTS = {
     "connect_timeout": "10",

@@ -6162,6 +6162,29 @@ def test_timeouts_set_for_the_role_do_not_apply(daemon, db, etcd, recorder, pref
     assert "WARN" not in started.log()
 
 
+def test_full_queue_of_notifications_is_waited_for(daemon, etcd, prefix):
+    with ExitStack() as stack:
+        server = stack.enter_context(LocalPostgres())
+        if int(scalar(server.dsn(), "SHOW server_version_num")) < 170000:
+            pytest.skip("the size of the queue is fixed before PostgreSQL 17")
+        server.args += ["-c", "max_notify_queue_pages=64"]
+        server.restart()
+        db = server.dsn()
+        daemon(postgres=db).stop()
+        rows(db, "SELECT etcd_set(%s, 'sql')", prefix + "a")
+        sleeper = stack.enter_context(closing(connect(db)))
+        with sleeper.cursor() as cur:
+            cur.execute("LISTEN anything")
+            cur.execute("BEGIN; SELECT 1")
+        with pytest.raises(psycopg2.OperationalError):
+            for n in itertools.count():
+                rows(db, "SELECT pg_notify('anything', rpad(%s, 7000))", str(n))
+        running = daemon(*FAST, postgres=db)
+        running.wait_log(r"WARN PostgreSQL: too many notifications.*retrying")
+        sleeper.close()
+        assert outcomes(db, 1) == [("success", etcd.get(prefix + "a").mod_revision)]
+
+
 def test_read_only_database_is_waited_for(daemon, db, etcd, recorder, prefix):
     """As DBAs do it before a switch-over: the daemon must not write, nor end."""
     name = scalar(db, "SELECT current_database()")

@@ -89,7 +89,7 @@ import psycopg2
 import psycopg2.extensions
 import psycopg2.extras
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
 SCHEMA_VERSION = 2
 SCHEMA_FILE = Path(__file__).resolve().with_name("schema.sql")
@@ -480,7 +480,7 @@ class SyncState(NamedTuple):
     pid: int | None
     host: str | None
     sent_before: str | None  # changes that this snapshot sees may have been sent; None: none was
-    sent_after: int | None  # ... after this revision
+    sent_after: int  # ... after this revision
     sent_in_parts: list[str]  # ... and those of these transactions, one by one
 
 
@@ -1532,8 +1532,8 @@ SELECT cluster_id, revision, last_key, pid, host, sent_before::text, sent_after,
 FROM etcd_sync_state WHERE prefix = %(prefix)s
 """
 BEGIN_STATE_SQL = """
-INSERT INTO etcd_sync_state (prefix, cluster_id, first_revision, revision, last_key)
-VALUES (%(prefix)s, %(cluster_id)s, %(revision)s, %(revision)s, %(last_key)s)
+INSERT INTO etcd_sync_state (prefix, cluster_id, first_revision, revision, last_key, sent_after)
+VALUES (%(prefix)s, %(cluster_id)s, %(revision)s, %(revision)s, %(last_key)s, 0)
 """
 RESYNC_STATE_SQL = """
 UPDATE etcd_sync_state
@@ -2832,9 +2832,7 @@ class Session:
         self.engine.established(self)
         while not self.finished():
             self.step()
-        self.postgres.deactivate(
-            unsettled=bool(self.look or self.queue or self.pipeline or self.unwritten())
-        )
+        self.postgres.deactivate(unsettled=bool(self.look or self.busy))
 
     def close(self) -> None:
         """End the watch, and send nothing any more."""
@@ -3320,7 +3318,7 @@ class Session:
 
     def recollect(self, state: SyncState) -> None:
         """Learn from the database what may have been sent."""
-        self.sent_before, self.sent_after = state.sent_before, state.sent_after or 0
+        self.sent_before, self.sent_after = state.sent_before, state.sent_after
         self.parted.update(state.sent_in_parts)
 
     def pack(self, force: bool = False) -> list[Group]:

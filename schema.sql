@@ -196,11 +196,14 @@ CREATE TABLE IF NOT EXISTS etcd_sync_state (
     CONSTRAINT etcd_sync_state_pkey PRIMARY KEY (prefix)
 ) WITH (fillfactor = 50);  -- updated with every batch: leave room for it in the page
 
--- since version 2
+-- Since version 2. What a daemon of version 1 left behind may have been sent at any time.
 ALTER TABLE etcd_sync_state
     ADD COLUMN IF NOT EXISTS sent_before    pg_snapshot,
     ADD COLUMN IF NOT EXISTS sent_after     bigint,
     ADD COLUMN IF NOT EXISTS sent_in_parts  xid8[]  NOT NULL DEFAULT '{}';
+UPDATE etcd_sync_state
+   SET sent_before = CASE WHEN heartbeat_at IS NOT NULL THEN pg_current_snapshot() END, sent_after = 0
+ WHERE sent_after IS NULL;
 
 COMMENT ON TABLE  etcd_sync_state IS 'Per mirrored prefix: checkpoint, active daemon, counters.';
 COMMENT ON COLUMN etcd_sync_state.prefix IS 'mirrored prefix; empty: the whole key space';

@@ -3928,6 +3928,20 @@ def test_change_sent_before_a_crash_is_not_sent_again(then, daemon, db, prefix, 
     assert_same(recorder, db, prefix)
 
 
+def test_what_schema_version_1_left_may_have_been_sent(daemon, db, prefix, etcd):
+    running = daemon()
+    with frozen_mirror(db):
+        rows(db, "SELECT etcd_set(%s, 'sql')", prefix + "a")
+        sent = wait_until("nothing was sent", lambda: etcd.get(prefix + "a")).mod_revision
+        running.kill()
+    columns = ("sent_before", "sent_after", "sent_in_parts")
+    rows(db, "ALTER TABLE etcd_sync_state " + ", ".join(f"DROP COLUMN {c}" for c in columns))
+    sql = "CREATE OR REPLACE FUNCTION etcd_schema_version() RETURNS int LANGUAGE sql AS 'SELECT 1'"
+    rows(db, sql)
+    daemon()
+    assert outcomes(db, 1) == [("success", sent)]
+
+
 def test_two_like_changes_cannot_both_claim_one_revision(daemon, db, prefix, etcd):
     key = prefix + "a"
     first = daemon()
@@ -6176,9 +6190,9 @@ def test_full_queue_of_notifications_is_waited_for(daemon, etcd, prefix):
         with sleeper.cursor() as cur:
             cur.execute("LISTEN anything")
             cur.execute("BEGIN; SELECT 1")
+        sql = "SELECT pg_notify('anything', rpad(n::text, 7000)) FROM generate_series(1, 999) n"
         with pytest.raises(psycopg2.OperationalError):
-            for n in itertools.count():
-                rows(db, "SELECT pg_notify('anything', rpad(%s, 7000))", str(n))
+            rows(db, sql)
         running = daemon(*FAST, postgres=db)
         running.wait_log(r"WARN PostgreSQL: too many notifications.*retrying")
         sleeper.close()

@@ -1747,8 +1747,13 @@ class Postgres:
 
     def ensure_schema(self) -> None:
         """Apply schema.sql if the database has none, or an older one."""
-        with self.transaction(LONG_STATEMENT_LIMIT_S) as cur:
-            applied = self.apply_schema(cur)
+        try:
+            with self.transaction(LONG_STATEMENT_LIMIT_S) as cur:
+                applied = self.apply_schema(cur)
+        except AccessDenied as exc:
+            raise AccessDenied(
+                f"{exc}: have the owner of the schema apply it: psql -1 -f {SCHEMA_FILE.name}"
+            ) from exc
         if applied:
             log.info("applied schema version %d", SCHEMA_VERSION)
 

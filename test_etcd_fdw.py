@@ -1298,6 +1298,11 @@ def test_unreachable_server_is_exit_code_2(db, postgres_dsn, etcd_address, prefi
         assert_one_error_line(done, 2, text)
 
 
+OLD_VERSION_SQL = """
+    CREATE OR REPLACE FUNCTION etcd_schema_version() RETURNS int LANGUAGE sql AS 'SELECT 1'
+"""
+
+
 def test_start_up_retries_until_its_timeout(db):
     args = ["-p", db, "-e", f"etcd://{NO_ONE}/x/", "--retry-initial=100ms", "--retry-max=200ms"]
     started = time.monotonic()
@@ -1323,9 +1328,15 @@ def test_missing_postgres_permission_is_exit_code_3(db, postgres_dsn, etcd_addre
     try:
         assert_one_error_line(try_as(user=role), 3, "not permitted to log in")
         rows(db, f"ALTER ROLE {role} LOGIN; REVOKE CREATE ON SCHEMA public FROM PUBLIC")
-        assert_one_error_line(try_as(user=role), 3, "permission denied for schema public")
+        assert_one_error_line(
+            try_as(user=role),
+            3,
+            "permission denied for schema public (42501): have the owner of the schema apply it",
+        )
         rows(db, SCHEMA_SQL)
         assert_one_error_line(try_as(user=role), 3, "permission denied for table")
+        rows(db, OLD_VERSION_SQL)
+        assert_one_error_line(try_as(user=role), 3, "owner of the schema apply it: psql -1 -f")
     finally:
         rows(postgres_dsn, f"DROP ROLE {role}")
 
@@ -3936,8 +3947,7 @@ def test_what_schema_version_1_left_may_have_been_sent(daemon, db, prefix, etcd)
         running.kill()
     columns = ("sent_before", "sent_after", "sent_in_parts")
     rows(db, "ALTER TABLE etcd_sync_state " + ", ".join(f"DROP COLUMN {c}" for c in columns))
-    sql = "CREATE OR REPLACE FUNCTION etcd_schema_version() RETURNS int LANGUAGE sql AS 'SELECT 1'"
-    rows(db, sql)
+    rows(db, OLD_VERSION_SQL)
     daemon()
     assert outcomes(db, 1) == [("success", sent)]
 

@@ -3316,7 +3316,7 @@ class Session:
         self.parted.update(txid for txid, n in counts.items() if n > self.config.max_txn_ops)
         maybe_sent = [entry.id for entry in entries if entry.maybe_sent]
         self.made |= self.postgres.made_since(maybe_sent, self.sent_after)
-        self.busy.update((entry.id, self.checkpoint) for entry in entries)
+        self.busy.update((entry.id, self.seen_revision) for entry in entries)
         self.busy.update((id_, self.sent_after) for id_ in maybe_sent)
         self.queue.extend(group_entries(entries, self.config.max_txn_ops, self.parted))
         return len(maybe_sent) < len(entries)

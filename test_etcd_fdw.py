@@ -7260,12 +7260,6 @@ def test_demo_shows_everything_and_cleans_up(tmp_path):
 # ── soak ─────────────────────────────────────────────────────────────────────
 
 
-def loses_data_when_killed(client: EtcdClient) -> bool:
-    """Whether this etcd may forget what it has answered (3.5.0 to 3.5.2, etcd issue 13766)."""
-    status = client.call(client.maintenance.Status, etcdrpc.StatusRequest())
-    return status.version in ("3.5.0", "3.5.1", "3.5.2")
-
-
 @pytest.mark.soak
 @pytest.mark.timeout(0)
 def test_soak(daemon, db, prefix, own_etcd, scene):
@@ -7318,9 +7312,7 @@ def test_soak(daemon, db, prefix, own_etcd, scene):
                 play.traffic.wait_more(dice.randrange(100))
 
         faults: list[Callable[[], None]] = [kill_daemon, fail_network, pause_etcd, compact]
-        faults += [own_etcd.restart, terminate_backends, lock_mirror]
-        if not loses_data_when_killed(play.client):
-            faults.append(kill_etcd)
+        faults += [own_etcd.restart, kill_etcd, terminate_backends, lock_mirror]
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             play.traffic.wait_more(dice.randrange(200), timeout=90)

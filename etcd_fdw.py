@@ -27,8 +27,8 @@ Promises
 How they are kept
   - Rows of `etcd`, the checkpoint and the outcomes of changes are written in one PostgreSQL
     transaction, so a crash undoes all or none; the watch then starts again at the checkpoint.
-  - A change is sent as compare-and-swap on the key's mod_revision, so sending it twice cannot
-    apply it twice; if an answer was lost, the mirrored history tells whether it was applied.
+  - A change is sent as compare-and-swap on the key's mod_revision.  What may have been sent is
+    noted before; if an answer was lost, the mirrored history tells whether it was applied.
   - One session-level advisory lock per prefix: one instance is active, the others stand by.
   - Any lost connection ends the session.  Start, crash, failover and partition are one path:
     connect, lock, schema, check the cluster, snapshot if needed, watch, loop.
@@ -120,7 +120,7 @@ SYNC_LIMIT_S = 300.0  # sync gives up when the active instance has not got on fo
 HEARTBEAT_S = 10.0
 SUMMARY_S = 60.0
 PROGRESS_S = 5.0
-QUIET_S = 1.0  # etcd sends the past in portions 100 ms apart; after this silence it is all here
+QUIET_S = 0.5  # etcd sends the past in portions 100 ms apart; after this silence it is all here
 STUCK_S = 60.0  # a loop that has not turned for so long is stuck, unless PostgreSQL is working
 READY_LAG_S = 10.0  # "in step" for /readyz
 HOUSEKEEPING_S = 60.0
@@ -850,12 +850,13 @@ class Change(NamedTuple):
 class Group:
     """The pending changes of one PostgreSQL transaction, which etcd applies all or none of."""
 
-    __slots__ = ("changes", "entries", "keys", "maybe_sent", "read_at", "size")
+    __slots__ = ("changes", "entries", "keys", "maybe_sent", "read_at", "size", "txid")
 
     def __init__(self, entries: list[WriteAheadLogEntry]) -> None:
         self.read_at = time.monotonic()
         self.entries = entries
         self.keys = {entry.key for entry in entries}
+        self.txid = entries[0].txid
         self.maybe_sent = any(entry.maybe_sent for entry in entries)
         self.size = sum(2 * len(e.key) + len(e.value or e.value_bytes or "") + 100 for e in entries)
         self.changes: list[Change] = []
@@ -1249,6 +1250,7 @@ class MetricsHandler(http.server.BaseHTTPRequestHandler):
 # But whoever waits in a lock queue holds up all behind, and must not do so for ever.
 # Keepalives find a vanished peer, and so free the lock, within about 30 s; a killed peer is
 # noticed even while its last statement runs, where PostgreSQL (14 and later) can.
+# What is noted before changes are sent must survive a crash as their rows do.
 # A queue of notifications that was full stays so until somebody asks how full it is.
 SESSION_SQL = """
 SELECT set_config(name, '0', false) FROM pg_settings
@@ -1257,6 +1259,8 @@ WHERE name IN ('statement_timeout', 'transaction_timeout', 'idle_session_timeout
 SELECT set_config('lock_timeout', '30s', false) WHERE current_setting('lock_timeout') = '0';
 SELECT set_config(name, '2s', false) FROM pg_settings
 WHERE name = 'client_connection_check_interval' AND version() LIKE '%linux%';
+SELECT set_config('synchronous_commit', 'local', false)
+WHERE current_setting('synchronous_commit') = 'off';
 SET enable_sort = off;
 SET jit = off;
 SET tcp_keepalives_idle = 10;
@@ -1265,7 +1269,8 @@ SET tcp_keepalives_count = 4;
 SET tcp_user_timeout = 30000;
 LISTEN etcd_changes;
 LISTEN etcd_fdw_control;
-SELECT pg_notification_queue_usage();
+SELECT pid, backend_start::text, pg_notification_queue_usage()
+FROM pg_stat_activity WHERE pid = pg_backend_pid();
 """
 LIBPQ_DEFAULTS = {
     "connect_timeout": "10",
@@ -1288,11 +1293,12 @@ PENDING_COLUMNS = """
     coalesce(pg_visible_in_snapshot(w.txid, %(sent_before)s::pg_snapshot), false)
 """
 # Where prefixes overlap, a change is for the instance with the longest one.
-PENDING_OWN = """
-    status = 'pending' AND starts_with(key, %(prefix)s) AND NOT EXISTS (
+OWN = """
+    starts_with(key, %(prefix)s) AND NOT EXISTS (
         SELECT FROM etcd_sync_state s
         WHERE length(s.prefix) > length(%(prefix)s) AND starts_with(key, s.prefix))
 """
+PENDING_OWN = f"status = 'pending' AND {OWN}"
 PENDING_SIZE = "coalesce(octet_length(value), octet_length(value_bytes), 0)"
 PENDING_DEPENDENCY = """
     LEFT JOIN LATERAL (
@@ -1359,12 +1365,14 @@ WHERE prefix = %(prefix)s AND revision = %(old)s
 BY_INDEX = """
 SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off;
 """
+# Never before the row that it is about was mirrored, even if the clock was set back since.
 # finished_at rather than status: the planner must not think of the indexes of pending rows
 SUCCESS_SQL = """
 UPDATE etcd_wal w
 SET status = 'success', result_revision = o.revision, error_message = NULL,
-    finished_at = now()
-FROM unnest(%s::bigint[], %s::bigint[]) AS o (id, revision)
+    finished_at = CASE WHEN o.revision <= %(mirrored)s THEN greatest(now(), (
+        SELECT e.ts FROM etcd e WHERE e.key = w.key AND e.revision = o.revision)) ELSE now() END
+FROM unnest(%(ids)s::bigint[], %(revisions)s::bigint[]) AS o (id, revision)
 WHERE w.id = o.id AND w.finished_at IS NULL
 """
 REFUSAL_SQL = """
@@ -1433,9 +1441,9 @@ INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, sour
 SELECT %(prefix)s, 'mirror', 'success', key, 'etcd', revision, 'postgresql', revision
 FROM unnest(%(keys)s::text[], %(revisions)s::bigint[]) AS r (key, revision)
 """
-PENDING_GAUGES_SQL = """
+PENDING_GAUGES_SQL = f"""
 SELECT count(*), coalesce(extract(epoch FROM clock_timestamp() - min(ts)), 0)::float8
-FROM etcd_wal WHERE status = 'pending' AND starts_with(key, %(prefix)s)
+FROM etcd_wal WHERE {PENDING_OWN}
 """
 # What may be deleted is older than the retention, and older than the first pending change: what
 # became of that one, or of a later one, may have to be found out from what happened since.
@@ -1505,6 +1513,10 @@ CREATE TEMPORARY TABLE IF NOT EXISTS etcd_staging (
     key text COLLATE "C", value text, value_bytes bytea, revision bigint, tombstone boolean);
 TRUNCATE etcd_staging
 """
+REHEARSE_STAGING_SQL = """
+SELECT count(*) FROM etcd_staging s
+WHERE NOT EXISTS (SELECT FROM etcd e WHERE (e.key, e.revision) = (s.key, s.revision))
+"""
 FROM_STAGING_SQL = """
 INSERT INTO etcd (key, value, value_bytes, revision, tombstone)
 SELECT key, value, value_bytes, revision, tombstone FROM etcd_staging
@@ -1517,23 +1529,33 @@ WHERE e.revision > s.revision AND e.revision <= %(revision)s
   AND (s.value, s.value_bytes, s.tombstone) IS DISTINCT FROM (e.value, e.value_bytes, e.tombstone)
 LIMIT 1
 """
-BURY_SQL = """
-INSERT INTO etcd (key, revision, tombstone)
-SELECT m.key, %(revision)s, true
+TO_BURY = """
 FROM (SELECT DISTINCT ON (key) key, tombstone FROM etcd
       WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %(after)s)
         AND revision <= %(revision)s
       ORDER BY key DESC, revision DESC) m
 WHERE NOT m.tombstone AND NOT EXISTS (SELECT FROM etcd_staging s WHERE s.key = m.key)
 """
+BURY_SQL = f"""
+INSERT INTO etcd (key, revision, tombstone)
+SELECT m.key, %(revision)s, true {TO_BURY}
+"""
+REHEARSE_BURY_SQL = f"SELECT count(*) {TO_BURY}"
 STATE_SQL = """
 SELECT cluster_id, revision, last_key, pid, host, sent_before::text, sent_after,
        sent_in_parts::text[]
 FROM etcd_sync_state WHERE prefix = %(prefix)s
 """
+# The instance of a shorter prefix may have sent changes that are this one's from now on.
 BEGIN_STATE_SQL = """
-INSERT INTO etcd_sync_state (prefix, cluster_id, first_revision, revision, last_key, sent_after)
-VALUES (%(prefix)s, %(cluster_id)s, %(revision)s, %(revision)s, %(last_key)s, 0)
+INSERT INTO etcd_sync_state (prefix, cluster_id, first_revision, revision, last_key,
+                             sent_before, sent_after, sent_in_parts)
+SELECT %(prefix)s, %(cluster_id)s, %(revision)s, %(revision)s, %(last_key)s,
+       s.sent_before, coalesce(s.sent_after, 0), coalesce(s.sent_in_parts, '{}')
+FROM (SELECT max(length(prefix)) AS length FROM etcd_sync_state
+      WHERE starts_with(%(prefix)s, prefix)) longest
+LEFT JOIN etcd_sync_state s
+     ON starts_with(%(prefix)s, s.prefix) AND length(s.prefix) = longest.length
 """
 RESYNC_STATE_SQL = """
 UPDATE etcd_sync_state
@@ -1553,8 +1575,8 @@ UPDATE etcd_sync_state SET host = NULL, pid = NULL, started_at = NULL,
     heartbeat_at = NULL, sent_before = CASE WHEN %(unsettled)s THEN sent_before END
 WHERE prefix = %(prefix)s
 """
-PENDING_COUNT_SQL = """
-SELECT count(*) FROM etcd_wal WHERE status = 'pending' AND starts_with(key, %(prefix)s)
+PENDING_COUNT_SQL = f"""
+SELECT count(*) FROM etcd_wal WHERE {PENDING_OWN}
 """
 STRAY_SQL = """
 SELECT count(*) FROM etcd_wal w
@@ -1570,6 +1592,10 @@ WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
   AND (l.classid::bigint << 32 | l.objid::bigint)
       = hashtextextended('etcd_fdw ' || current_schema() || ' ' || %(prefix)s, 0)
 """
+END_BACKEND_SQL = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+WHERE pid = %(pid)s AND backend_start = %(since)s::timestamptz
+"""
 # The server may have changed and cut the name, as it did with this session's.
 STANDBYS_SQL = """
 SELECT coalesce(host(client_addr), 'local socket') AS client, pid AS backend_pid,
@@ -1579,6 +1605,7 @@ WHERE datname = current_database() AND application_name = left('etcd_fdw standby
       || substr(current_setting('application_name'), length('etcd_fdw status ') + 1), 63)
 ORDER BY backend_start
 """
+CHECKPOINT_NOW_SQL = "SELECT revision FROM etcd_sync_state WHERE prefix = %(prefix)s"
 STATUS_SQL = """
 SELECT s.host, s.pid, s.version, s.started_at, s.cluster_id, s.first_revision,
        s.revision AS checkpoint, s.events, s.applied, s.resyncs, s.reconnects, s.unstorable,
@@ -1589,10 +1616,10 @@ SELECT s.host, s.pid, s.version, s.started_at, s.cluster_id, s.first_revision,
 FROM etcd_sync_state s JOIN etcd_status v ON v.prefix = s.prefix
 WHERE s.prefix = %(prefix)s
 """
-REFUSALS_SQL = """
+REFUSALS_SQL = f"""
 SELECT id, key, status, error_message AS message, finished_at
 FROM etcd_wal w
-WHERE status IN ('conflict', 'failed') AND starts_with(key, %(prefix)s)
+WHERE status IN ('conflict', 'failed') AND {OWN}
   AND NOT EXISTS (SELECT FROM etcd_wal r WHERE r.retry_of = w.id)
 ORDER BY id DESC LIMIT 5
 """
@@ -1626,11 +1653,10 @@ VALUES (%(key)s, %(value)s, %(value_bytes)s, %(revision)s, %(tombstone)s)
 ON CONFLICT (key, revision) DO UPDATE
 SET value = excluded.value, value_bytes = excluded.value_bytes, tombstone = excluded.tombstone
 """
-REQUEST_SQL = """
+REQUEST_SQL = f"""
 INSERT INTO etcd_sync_event (prefix, operation, status, details)
-VALUES (%(prefix)s, 'sync', 'requested', '{}')
-RETURNING id, (SELECT max(id) FROM etcd_wal
-               WHERE status = 'pending' AND starts_with(key, %(prefix)s)) AS last
+VALUES (%(prefix)s, 'sync', 'requested', '{{}}')
+RETURNING id, (SELECT max(w.id) FROM etcd_wal w WHERE {PENDING_OWN}) AS last
 """
 OPEN_REQUESTS_SQL = """
 SELECT id FROM etcd_sync_event
@@ -1642,17 +1668,16 @@ UPDATE etcd_sync_event
 SET status = %(status)s, details = %(details)s, duration = clock_timestamp() - ts
 WHERE id = ANY (%(ids)s::bigint[])
 """
-PROGRESS_SQL = """
-SELECT status, details, (SELECT count(*) FROM etcd_wal
-                         WHERE status = 'pending' AND id <= %(last)s
-                           AND starts_with(key, %(prefix)s)) AS pending,
+PROGRESS_SQL = f"""
+SELECT status, details,
+       (SELECT count(*) FROM etcd_wal w WHERE w.id <= %(last)s AND {PENDING_OWN}) AS pending,
        (SELECT revision FROM etcd_sync_state WHERE prefix = %(prefix)s) AS checkpoint
 FROM etcd_sync_event WHERE id = %(id)s
 """
 # Changes of one transaction are tried again together.
-REFUSED_SQL = """
+REFUSED_SQL = f"""
 SELECT array_agg(id ORDER BY id) FROM etcd_wal w
-WHERE status IN ('conflict', 'failed') AND starts_with(key, %(prefix)s)
+WHERE status IN ('conflict', 'failed') AND {OWN}
   AND NOT EXISTS (SELECT FROM etcd_wal r WHERE r.retry_of = w.id)
 GROUP BY txid ORDER BY min(id)
 """
@@ -1684,6 +1709,7 @@ class Postgres:
         self.requests: set[int] = set()  # ids of etcd_sync_event that were notified
         with self.cursor() as cur:
             cur.execute(SESSION_SQL)
+            self.backend: tuple[int, str] = cur.fetchone()[:2]  # this session in pg_stat_activity
         self.where = f"{self.conn.info.host or 'localhost'}:{self.conn.info.port}"
         self.version = self.conn.info.server_version
 
@@ -1759,6 +1785,8 @@ class Postgres:
 
     def apply_schema(self, cur: Any) -> bool:
         """Apply schema.sql if it is needed; whether it was."""
+        if self.schema_version() == SCHEMA_VERSION:
+            return False
         cur.execute("SELECT pg_advisory_xact_lock(hashtextextended('etcd_fdw schema', 0))")
         found = self.schema_version()
         if found > SCHEMA_VERSION:
@@ -1828,6 +1856,8 @@ class Postgres:
         }
         with self.cursor() as cur:
             cur.execute(ANNOUNCE_SQL, arguments)
+            if cur.rowcount != 1:
+                raise PostgresAway("PostgreSQL: the mirror's state is gone: starting over")
 
     def pending(
         self,
@@ -1872,14 +1902,20 @@ class Postgres:
         data = b"".join((COPY_HEADER, *rows, COPY_TRAILER))
         cur.copy_expert(COPY_SQL.format(table), io.BytesIO(data), size=1 << 18)
 
-    def record_outcomes(self, cur: Any, outcomes: Sequence[Outcome]) -> None:
-        """Write what became of changes into etcd_wal, and refusals into etcd_sync_event."""
+    def record_outcomes(self, cur: Any, outcomes: Sequence[Outcome], mirrored: int) -> None:
+        """Write what became of changes into etcd_wal, and refusals into etcd_sync_event.
+
+        mirrored: the revision that earlier transactions have brought the mirror to.
+        """
         good = [o for o in outcomes if o.status == "success"]
         if good:
             revisions = ",".join("NULL" if o.revision is None else str(o.revision) for o in good)
-            cur.execute(
-                BY_INDEX + SUCCESS_SQL, (int_array(o.id for o in good), "{" + revisions + "}")
-            )
+            arguments = {
+                "ids": int_array(o.id for o in good),
+                "revisions": "{" + revisions + "}",
+                "mirrored": mirrored,
+            }
+            cur.execute(BY_INDEX + SUCCESS_SQL, arguments)
         bad = [o for o in outcomes if o.status != "success"]
         if bad:
             psycopg2.extras.execute_values(
@@ -2031,11 +2067,10 @@ class Postgres:
             cur.execute(MISSED_SQL, {"keys": list(keys), "since": since})
             return bool(cur.fetchone()[0])
 
-    def merge_staging(self, cur: Any, revision: int) -> tuple[int, int]:
-        """Bring the mirror from the staging table to revision; rows put and keys buried.
+    def check_staging(self, cur: Any, revision: int) -> None:
+        """Raises AnotherTimeline if the mirror contradicts what is in the staging table.
 
-        Raises AnotherTimeline if the mirror holds something else at the same revision, or
-        something newer than etcd does.
+        That is, if it holds something else at the same revision, or something newer.
         """
         cur.execute("ANALYZE etcd_staging")
         cur.execute(CONTRADICTION_SQL, {"revision": revision})
@@ -2044,11 +2079,22 @@ class Postgres:
             raise another_timeline(
                 self.prefix, f"key {found[0]} has another history in the mirror than in etcd"
             )
+
+    def merge_staging(self, cur: Any, revision: int) -> tuple[int, int]:
+        """Bring the mirror from the staging table to revision; rows put and keys buried."""
         cur.execute(FROM_STAGING_SQL)
         put = cur.rowcount
         bounds = {"prefix": self.prefix, "after": text_after(self.prefix), "revision": revision}
         cur.execute(BURY_SQL, bounds)
         return put, cur.rowcount
+
+    def rehearse_merge(self, cur: Any, revision: int) -> tuple[int, int]:
+        """What merge_staging() would answer, without a lock that others might wait for."""
+        cur.execute(REHEARSE_STAGING_SQL)
+        (put,) = cur.fetchone()
+        bounds = {"prefix": self.prefix, "after": text_after(self.prefix), "revision": revision}
+        cur.execute(REHEARSE_BURY_SQL, bounds)
+        return put, cur.fetchone()[0]
 
     def reach(self, cur: Any, cluster_id: str, revision: int, old: int | None) -> None:
         """Set the checkpoint after merge_staging(). Raises PostgresAway if it has moved."""
@@ -2162,13 +2208,14 @@ class Postgres:
             names = [column.name for column in cur.description]
             return [dict(zip(names, row)) for row in cur]
 
-    def end_backend(self, pid: int | None) -> None:
+    def end_backend(self, pid: int, since: str) -> None:
         """End a session that this process has given up, but that still holds the lock.
 
         Something in between may keep its connection to the server, and say nothing.
         """
-        if pid and pid == self.holder():
-            self.query("SELECT pg_terminate_backend(%(pid)s)", pid=pid)
+        if pid == self.holder():
+            with suppress(AccessDenied):
+                self.query(END_BACKEND_SQL, pid=pid, since=since)
 
     def holder(self) -> int | None:
         """The backend's pid of the active instance; None if there is none."""
@@ -2366,6 +2413,10 @@ class Etcd:
         for page in self.pages(revision):
             for kv in page.kvs:
                 yield KeyValueRecord(kv.key, kv.value, kv.mod_revision)
+
+    def revision(self) -> int:
+        """etcd's revision now."""
+        return int(self.range(self.key, limit=1, keys_only=True).header.revision)
 
     def newest_revision(self) -> int:
         """The newest revision of a key that there is under the prefix, 0 if there is none."""
@@ -2761,22 +2812,25 @@ class Session:
         self.checkpoint = 0
         self.seen_revision = etcd.header.revision
         self.watch: Watch | None = None
-        # changes that are visible in this snapshot may have been sent, after that revision
+        # changes that this snapshot sees may have been sent, between these revisions
         self.sent_before: str | None = None
         self.sent_after = 0
+        self.sent_until = self.seen_revision
+        self.unread = False  # some of them may not have been read yet
         self.caught_up = False  # the mirror has all that came of what was sent before
         # mirror
         self.fragments: list[Any] = []
         self.backlog: collections.deque[Part] = collections.deque()
         self.heard_at = time.monotonic()
+        self.answered_at = 0.0  # when etcd was asked whether it is alive
         self.behind = True  # more of the past may come: etcd sends it in portions
         self.created = False  # the watch, by etcd
         self.careful = False  # another mirror writes some of the same rows, or COPY cannot
         # push
         self.look = True  # there may be pending changes that were not read
         self.queue: collections.deque[Group] = collections.deque()
-        # ids that were read, until their outcome is written; a revision before they were sent
-        self.busy: dict[int, int] = {}
+        # ids that were read, until their outcome is written: a revision before they were sent, txid
+        self.busy: dict[int, tuple[int, str]] = {}
         self.pipeline = Pipeline(etcd, engine.waker)
         self.landed: collections.deque[Landed] = collections.deque()
         self.doubts: list[Doubt] = []
@@ -3062,6 +3116,7 @@ class Session:
             raise Compacted(revision=0) from exc
         old = state.revision if state else None
         with self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
+            self.postgres.check_staging(cur, revision)
             put, buried = self.postgres.merge_staging(cur, revision)
             self.postgres.reach(cur, self.etcd.cluster_id, revision, old)
             event = SynchronizationEvent(
@@ -3230,7 +3285,7 @@ class Session:
                 self.postgres.copy_in(cur, "etcd", batch.rows.values())
             if batch.unstorable:
                 self.postgres.record_events(cur, [unstorable_event(r) for r in batch.unstorable])
-            self.postgres.record_outcomes(cur, outcomes)
+            self.postgres.record_outcomes(cur, outcomes, self.checkpoint)
             if self.config.audit == "all":
                 self.postgres.audit(cur, batch.rows, outcomes)
             if self.config.notify_channel and batch.rows:
@@ -3257,7 +3312,7 @@ class Session:
             groups = self.pack()
             while not groups and self.look and self.has_room():
                 if self.read_pending():
-                    self.postgres.announce(min(self.busy.values()), self.parted)
+                    self.announce()
                 groups = self.pack()
             more = self.look and self.has_room()
             if not groups and not (more or self.pipeline or self.unwritten()):
@@ -3274,21 +3329,26 @@ class Session:
         Only then it can tell what must not be sent again.
         """
         self.caught_up = (
-            self.caught_up
-            or self.sent_before is None
-            or self.has_reached(self.etcd.header.revision)
+            self.caught_up or self.sent_before is None or self.has_reached(self.sent_until)
         )
         return self.caught_up
 
     def has_reached(self, revision: int) -> bool:
         """Whether the mirror has all up to a revision that etcd has reached.
 
-        In a prefix where nothing happens only silence tells.
+        In a prefix where nothing happens only silence tells: before and after an answer of
+        etcd's, or it may be the network that is silent.
         """
         if self.checkpoint >= revision:
             return True
         waiting = self.backlog or self.fragments or (self.watch and self.watch.waiting())
-        return self.created and not waiting and time.monotonic() > self.heard_at + QUIET_S
+        if not self.created or waiting or time.monotonic() <= self.heard_at + QUIET_S:
+            return False
+        if self.answered_at == self.heard_at:  # nothing since
+            return True
+        self.etcd.revision()
+        self.answered_at = self.heard_at = time.monotonic()
+        return False
 
     def has_room(self) -> bool:
         """Whether more changes may be read although those that were wait for one another."""
@@ -3302,7 +3362,7 @@ class Session:
         return sum(len(item.outcomes) for item in self.landed) + len(self.doubts)
 
     def read_pending(self) -> bool:
-        """Queue pending changes that are not on their way yet; whether any is surely new."""
+        """Queue pending changes that are not on their way yet; whether to announce them."""
         # what is written by now, the database tells; but what was read before may refer to it
         needed = self.busy.keys() | {e.depends_on or 0 for g in self.queue for e in g.entries}
         self.settled = {id_: v for id_, v in self.settled.items() if id_ in needed}
@@ -3310,20 +3370,33 @@ class Session:
             self.busy, self.sent_before, self.config.batch_size, self.config.max_txn_ops
         )
         self.look = not all_came
-        counts = collections.Counter(entry.txid for entry in entries)
-        if all_came and not self.busy:
-            self.parted.intersection_update(counts)
-        self.parted.update(txid for txid, n in counts.items() if n > self.config.max_txn_ops)
+        self.unread = self.unread and not all_came
         maybe_sent = [entry.id for entry in entries if entry.maybe_sent]
         self.made |= self.postgres.made_since(maybe_sent, self.sent_after)
-        self.busy.update((entry.id, self.seen_revision) for entry in entries)
-        self.busy.update((id_, self.sent_after) for id_ in maybe_sent)
-        self.queue.extend(group_entries(entries, self.config.max_txn_ops, self.parted))
-        return len(maybe_sent) < len(entries)
+        for entry in entries:
+            after = self.sent_after if entry.maybe_sent else self.seen_revision
+            self.busy[entry.id] = after, entry.txid
+        groups = group_entries(entries, self.config.max_txn_ops, self.parted)
+        self.queue.extend(groups)
+        counts = collections.Counter(entry.txid for entry in entries)
+        parted = {g.txid for g in groups if len(g.entries) < counts[g.txid]}
+        unknown = len(maybe_sent) < len(entries) or not parted <= self.parted
+        self.parted |= parted
+        if all_came:
+            self.parted &= {txid for _, txid in self.busy.values()}
+        return unknown
+
+    def announce(self) -> None:
+        """Note what may be sent from now on, and after which revision."""
+        after = min(self.busy.values())[0]
+        if self.unread:
+            after = min(after, self.sent_after)
+        self.postgres.announce(after, self.parted)
 
     def recollect(self, state: SyncState) -> None:
         """Learn from the database what may have been sent."""
         self.sent_before, self.sent_after = state.sent_before, state.sent_after
+        self.unread = self.sent_before is not None
         self.parted.update(state.sent_in_parts)
 
     def pack(self, force: bool = False) -> list[Group]:
@@ -3527,7 +3600,7 @@ class Session:
             versions, applied = self.trace(group)
             if applied:
                 self.land(group, min(applied))
-            elif self.did_nothing(group):
+            elif self.did_nothing(doubt):
                 self.land(group, None)
             elif self.agrees(doubt, versions) or self.checkpoint >= revision:
                 self.conflict(group, current)
@@ -3535,14 +3608,14 @@ class Session:
                 self.doubts.append(doubt)
         return len(self.doubts) < len(doubts)
 
-    def did_nothing(self, group: Group) -> bool:
-        """Whether a group deletes only what was not there for a while since it was asked for.
+    def did_nothing(self, doubt: Doubt) -> bool:
+        """Whether a group deletes only what was not there for a while since it may be sent.
 
         Then it may have succeeded, and what was made on top of it may be what is there now.
         """
-        return all(is_noop(change) for change in group.changes) and self.postgres.were_missing(
-            group.keys, self.sent_after
-        )
+        changes = doubt.group.changes
+        there = [c.key.decode() for c, now in zip(changes, doubt.current) if now]
+        return all(map(is_noop, changes)) and self.postgres.were_missing(there, self.sent_after)
 
     def agrees(self, doubt: Doubt, versions: Mapping[bytes, int]) -> bool:
         """Whether the mirror has what etcd had when it was asked.
@@ -3581,6 +3654,7 @@ class Session:
         state = self.postgres.state()
         assert state is not None
         self.recollect(state)
+        self.sent_until, self.caught_up = self.etcd.revision(), False
         for group in [*groups, *self.pipeline.drop(), *self.queue]:
             for entry in group.entries:
                 self.busy.pop(entry.id, None)
@@ -3639,7 +3713,7 @@ class Engine:
         self.resync: int | None = None  # the next session starts with a snapshot at, 0: now
         self.fragment = False  # the next session's watch asks for small responses
         self.strays = 0
-        self.backend: int | None = None  # PostgreSQL's pid of the last session that had the lock
+        self.backend: tuple[int, str] | None = None  # of the last session that had the lock
         self.attempt = 0
         self.connected = False  # ever
         self.established_at: float | None = None  # when this session's loop began to turn
@@ -3826,7 +3900,8 @@ class Engine:
         """Become the active instance of the prefix, however long it takes."""
         waiting = False
         while not postgres.try_lock():
-            postgres.end_backend(self.backend)
+            if self.backend:
+                postgres.end_backend(*self.backend)
             if not waiting:
                 log.info("standing by: another instance is active on %r", postgres.prefix)
                 self.connected = waiting = True
@@ -3838,7 +3913,7 @@ class Engine:
             self.check_stop()
             postgres.notified()
         postgres.name_session("active")
-        self.backend = postgres.conn.info.backend_pid
+        self.backend = postgres.backend
 
     def connect_etcd(self) -> Etcd:
         """A client of the first endpoint that answers, beginning with the last good one."""
@@ -4214,11 +4289,16 @@ def dry_run(config: Config) -> int:
         print(
             f"PostgreSQL at {postgres.where}, etcd at {etcd.endpoint}, prefix {postgres.prefix!r}"
         )
-        cur = stack.enter_context(postgres.rehearsal())
-        if postgres.apply_schema(cur):
+        found = postgres.schema_version()
+        if found != SCHEMA_VERSION:
             print(f"schema version {SCHEMA_VERSION} would be applied")
-        report_mirror(session, cur)
-        report_push(session, cur)
+        if 0 < found < SCHEMA_VERSION:
+            print(f"version {found} is too old to tell more")
+        else:
+            cur = stack.enter_context(postgres.rehearsal())
+            postgres.apply_schema(cur)
+            report_mirror(session, cur)
+            report_push(session, cur)
     print("nothing was written")
     return 0
 
@@ -4228,7 +4308,8 @@ def report_mirror(session: Session, cur: Any) -> None:
     state = session.postgres.state()
     session.check_timeline(state)
     revision, keys, unstorable = session.load_staging()
-    put, buried = session.postgres.merge_staging(cur, revision)
+    session.postgres.check_staging(cur, revision)
+    put, buried = session.postgres.rehearse_merge(cur, revision)
     known = f"mirror at revision {state.revision}" if state else "no mirror yet"
     print(
         f"etcd to PostgreSQL: {describe(keys, 'key')} at revision {revision}, {known};"
@@ -4301,8 +4382,8 @@ def lag(etcd: Etcd, postgres: Postgres, facts: dict[str, Any], waker: Waker) -> 
     deadline = time.monotonic() + (LAG_LIMIT_S if facts["locked"] else 0)
     while waiting and checkpoint < waiting[-1] and time.monotonic() < deadline:
         time.sleep(0.05)
-        state = postgres.state()
-        checkpoint = state.revision if state else checkpoint
+        for row in postgres.query(CHECKPOINT_NOW_SQL):
+            checkpoint = row["revision"]
     behind = sum(revision > checkpoint for revision in waiting)
     age = facts["checkpoint_age_s"]
     return {"checkpoint": checkpoint, "lag_revisions": behind, "lag_s": age if behind else 0.0}
@@ -4638,7 +4719,13 @@ def compare_once(engine: Engine, compacted: set[int]) -> Comparison | None:
     """
     with ExitStack() as stack:
         postgres = stack.enter_context(closing(Postgres(engine.config, engine.guard)))
-        state = postgres.state() if postgres.schema_version() else None
+        version = postgres.schema_version()
+        if 0 < version < SCHEMA_VERSION:
+            raise EtcdFdwError(
+                f"the database has schema version {version}, this script's is {SCHEMA_VERSION}:"
+                " start it, which applies that"
+            )
+        state = postgres.state() if version else None
         if state is None:
             raise EtcdFdwError("there is no mirror yet: start the daemon, or run sync")
         if state.revision in compacted:
@@ -4704,6 +4791,9 @@ def show_comparison(summary: Mapping[str, Any], repaired: int | None) -> None:
 
 Finding = Union[str, EtcdFdwError]  # what a check found: good news, or what is wrong
 
+SCHEMA_OWNER_SQL = """
+SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = 'etcd_sync_state'::regclass
+"""
 PRIVILEGES_SQL = """
 SELECT format('GRANT %s ON %I TO %I', p.name, t.name, current_user)
 FROM unnest(ARRAY['etcd', 'etcd_wal', 'etcd_sync_state', 'etcd_sync_event']) t (name)
@@ -4735,6 +4825,11 @@ def check_postgres(config: Config) -> Iterator[Finding]:
         if found > SCHEMA_VERSION:
             yield EtcdFdwError(f"its schema version {found} is newer: install that etcd_fdw.py")
         yield f"schema version {found}" if found else "no schema yet: the first start applies it"
+        if 0 < found < SCHEMA_VERSION:
+            yield f"the next start applies schema version {SCHEMA_VERSION}"
+            cur.execute(SCHEMA_OWNER_SQL)
+            if not cur.fetchone()[0]:
+                yield AccessDenied(f"only the schema's owner can: psql -1 -f {SCHEMA_FILE.name}")
         cur.execute(PRIVILEGES_SQL)
         missing = [row[0] for row in cur]
         yield from (AccessDenied(f"a privilege is missing: {grant}") for grant in missing)

@@ -329,7 +329,11 @@ WITH open_change AS (
            count(*) FILTER (WHERE o.status = 'conflict') AS conflicts,
            count(*) FILTER (WHERE o.status = 'failed')   AS failures
       FROM open_change o
-      LEFT JOIN etcd_sync_state s ON starts_with(o.key, s.prefix)
+      LEFT JOIN LATERAL (  -- where prefixes overlap, the longest one owns the change
+            SELECT l.prefix FROM etcd_sync_state l
+             WHERE starts_with(o.key, l.prefix)
+             ORDER BY length(l.prefix) DESC
+             LIMIT 1) s ON true
      GROUP BY s.prefix
 )
 SELECT coalesce(s.prefix, t.prefix)        AS prefix,
@@ -851,8 +855,7 @@ $$;
 --
 --     GRANT TEMP ON DATABASE mydb TO etcd_fdw;
 --     GRANT USAGE ON SCHEMA public TO etcd_fdw;
---     GRANT SELECT, INSERT, DELETE ON etcd TO etcd_fdw;
---     GRANT SELECT, INSERT, UPDATE, DELETE ON etcd_wal, etcd_sync_state, etcd_sync_event TO etcd_fdw;
+--     GRANT SELECT, INSERT, UPDATE, DELETE ON etcd, etcd_wal, etcd_sync_state, etcd_sync_event TO etcd_fdw;
 --     GRANT SELECT ON etcd_kv, etcd_status TO etcd_fdw;
 --
 -- An application that reads everything and changes keys, by function or through etcd_kv, but can neither

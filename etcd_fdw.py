@@ -4290,7 +4290,7 @@ def dry_run(config: Config) -> int:
             f"PostgreSQL at {postgres.where}, etcd at {etcd.endpoint}, prefix {postgres.prefix!r}"
         )
         found = postgres.schema_version()
-        if found != SCHEMA_VERSION:
+        if found < SCHEMA_VERSION:
             print(f"schema version {SCHEMA_VERSION} would be applied")
         if 0 < found < SCHEMA_VERSION:
             print(f"version {found} is too old to tell more")

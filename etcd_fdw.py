@@ -850,13 +850,12 @@ class Change(NamedTuple):
 class Group:
     """The pending changes of one PostgreSQL transaction, which etcd applies all or none of."""
 
-    __slots__ = ("changes", "entries", "keys", "maybe_sent", "read_at", "size", "txid")
+    __slots__ = ("changes", "entries", "keys", "maybe_sent", "read_at", "size")
 
     def __init__(self, entries: list[WriteAheadLogEntry]) -> None:
         self.read_at = time.monotonic()
         self.entries = entries
         self.keys = {entry.key for entry in entries}
-        self.txid = entries[0].txid
         self.maybe_sent = any(entry.maybe_sent for entry in entries)
         self.size = sum(2 * len(e.key) + len(e.value or e.value_bytes or "") + 100 for e in entries)
         self.changes: list[Change] = []
@@ -1261,6 +1260,7 @@ SELECT set_config(name, '2s', false) FROM pg_settings
 WHERE name = 'client_connection_check_interval' AND version() LIKE '%linux%';
 SELECT set_config('synchronous_commit', 'local', false)
 WHERE current_setting('synchronous_commit') = 'off';
+SET default_transaction_isolation = 'read committed';
 SET enable_sort = off;
 SET jit = off;
 SET tcp_keepalives_idle = 10;
@@ -1469,7 +1469,8 @@ WITH looked_at AS MATERIALIZED (
 ), noted AS (
     UPDATE etcd_sync_state
     SET pruned_revision = greatest(pruned_revision, (SELECT max(following) FROM due))
-    WHERE prefix = %(prefix)s AND EXISTS (SELECT FROM due)
+    WHERE (starts_with(prefix, %(prefix)s) OR starts_with(%(prefix)s, prefix))
+      AND EXISTS (SELECT FROM due)
 )
 SELECT (SELECT count(*) FROM due),
        (SELECT max(key) FROM looked_at),
@@ -1539,6 +1540,7 @@ WHERE NOT m.tombstone AND NOT EXISTS (SELECT FROM etcd_staging s WHERE s.key = m
 BURY_SQL = f"""
 INSERT INTO etcd (key, revision, tombstone)
 SELECT m.key, %(revision)s, true {TO_BURY}
+ON CONFLICT DO NOTHING
 """
 REHEARSE_BURY_SQL = f"SELECT count(*) {TO_BURY}"
 STATE_SQL = """
@@ -1967,8 +1969,8 @@ class Postgres:
 
     def record_events(
         self, cur: Any, events: Sequence[SynchronizationEvent], again: bool = False
-    ) -> None:
-        """Append to etcd_sync_event; again: but for those that are there already."""
+    ) -> int:
+        """Append to etcd_sync_event; again: but for those that are there already. How many."""
         rows = [
             (
                 self.prefix,
@@ -1984,8 +1986,8 @@ class Postgres:
             )
             for e in events
         ]
-        sql = EVENT_SQL + (NEW_EVENT_SQL if again else "")
-        psycopg2.extras.execute_values(cur, sql, rows, EVENT_TEMPLATE, page_size=1000)
+        sql = EVENT_SQL + (NEW_EVENT_SQL if again else "") + " RETURNING id"
+        return len(psycopg2.extras.execute_values(cur, sql, rows, EVENT_TEMPLATE, 1000, fetch=True))
 
     def record_retry(self, ids: Sequence[int], message: str) -> None:
         """Note at pending changes that sending them did not succeed this time."""
@@ -2822,9 +2824,11 @@ class Session:
         self.fragments: list[Any] = []
         self.backlog: collections.deque[Part] = collections.deque()
         self.heard_at = time.monotonic()
-        self.answered_at = 0.0  # when etcd was asked whether it is alive
+        self.answered_at = 0.0  # when etcd was asked for the newest revision of a key
+        self.newest = 0
         self.behind = True  # more of the past may come: etcd sends it in portions
         self.created = False  # the watch, by etcd
+        self.ended: EtcdFdwError | None = None  # why etcd has cancelled it
         self.careful = False  # another mirror writes some of the same rows, or COPY cannot
         # push
         self.look = True  # there may be pending changes that were not read
@@ -2854,7 +2858,6 @@ class Session:
             Chore("etcd_sync_event", "audit_retention", PRUNE_AUDIT_SQL, id=0),
         )
         self.reported = replace(self.counters)
-        self.written = replace(self.counters)
 
     @property
     def config(self) -> Config:
@@ -2868,6 +2871,8 @@ class Session:
         state = self.postgres.state()
         self.check_timeline(state)
         resync, self.engine.resync = self.engine.resync, None
+        if state and resync and resync <= state.revision:
+            resync = None  # meanwhile another instance was active
         if state is None or resync is not None:
             self.snapshot(state, resync or 0)
             state = self.postgres.state()
@@ -3083,8 +3088,10 @@ class Session:
         except Compacted:
             return  # the watch will say so too, and the snapshot compares everything
         mirrored = self.postgres.as_of(key, revision)
+        if mirrored is None:
+            return  # housekeeping has deleted that version
         actual = (found[0].mod_revision, found[0].value) if found else None
-        if actual != (mirrored if mirrored and mirrored[1] is not None else None):
+        if actual != (mirrored if mirrored[1] is not None else None):
             raise another_timeline(
                 self.postgres.prefix,
                 f"key {key} at revision {revision} is not in etcd what it is in the mirror",
@@ -3109,13 +3116,13 @@ class Session:
         Raises Compacted.
         """
         self.engine.enter("copying")
-        started = time.monotonic()
+        started = self.engine.progress.shown = time.monotonic()
         try:
             revision, keys, unstorable = self.load_staging(at)
         except Compacted as exc:  # once more, meanwhile; the current state will be there longer
             raise Compacted(revision=0) from exc
         old = state.revision if state else None
-        with self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
+        with self.counting(), self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
             self.postgres.check_staging(cur, revision)
             put, buried = self.postgres.merge_staging(cur, revision)
             self.postgres.reach(cur, self.etcd.cluster_id, revision, old)
@@ -3131,10 +3138,14 @@ class Session:
             )
             self.postgres.record_events(cur, [event])
             events = [unstorable_event(r) for r in unstorable]
-            self.postgres.record_events(cur, events, again=True)
+            self.counters.unstorable += self.postgres.record_events(cur, events, again=True)
+            self.counters.resyncs += state is not None
+            counts = self.counters - self.engine.written
+            self.postgres.advance(
+                cur, revision, revision, None, self.seen_revision, counts, durable=True
+            )
             if self.config.notify_channel:
                 self.postgres.notify(cur, self.config.notify_channel, (old or 0) + 1, revision)
-        self.counters.resyncs += state is not None
         self.warn_of_unstorable(unstorable)
         log.info(
             "copied %d keys from etcd to PostgreSQL at revision %d (%d new, %d deleted) in %.2fs",
@@ -3167,8 +3178,7 @@ class Session:
         return revision, keys, unstorable
 
     def warn_of_unstorable(self, records: Sequence[KeyValueRecord]) -> None:
-        """Count and report what the mirror cannot hold."""
-        self.counters.unstorable += len(records)
+        """Report what the mirror cannot hold."""
         if records:
             log.warning(
                 "cannot mirror %s whose key is not text of up to %d bytes: recorded in"
@@ -3184,13 +3194,16 @@ class Session:
         """Take complete watch responses until there is enough for a batch."""
         assert self.watch is not None
         while sum(part.share for part in self.backlog) < 1:
-            response = self.watch.take()
+            if self.ended and not self.backlog:
+                raise self.ended  # after the mirror has what etcd may have compacted since
+            response = None if self.ended else self.watch.take()
             if response is None:
                 return
             self.heard_at = time.monotonic()
             self.seen_revision = max(self.seen_revision, response.header.revision)
             if response.canceled:
-                raise self.cancellation(response)
+                self.ended = self.cancellation(response)
+                continue
             if response.created:
                 self.created = True
                 continue
@@ -3254,27 +3267,39 @@ class Session:
 
     def write(self, batch: Batch, outcomes: list[Outcome]) -> None:
         """Rows, checkpoint, counters and outcomes in one transaction."""
-        self.counters.events += len(batch.rows)
-        self.counters.applied += sum(o.status == "success" for o in outcomes)
-        self.counters.conflicts += sum(o.status == "conflict" for o in outcomes)
-        self.counters.failures += sum(o.status == "failed" for o in outcomes)
-        self.warn_of_unstorable(batch.unstorable)
         started = time.monotonic()
-        try:
-            self.write_once(batch, outcomes)
-        except (Duplicate, Rejected, NoCopy):
-            if self.careful:
-                raise
-            self.careful = True
-            self.write_once(batch, outcomes)
+        with self.counting():
+            self.counters.events += len(batch.rows)
+            self.counters.applied += sum(o.status == "success" for o in outcomes)
+            self.counters.conflicts += sum(o.status == "conflict" for o in outcomes)
+            self.counters.failures += sum(o.status == "failed" for o in outcomes)
+            self.counters.unstorable += len(batch.unstorable)
+            try:
+                self.write_once(batch, outcomes)
+            except (Duplicate, Rejected, NoCopy):
+                if self.careful:
+                    raise
+                self.careful = True
+                self.write_once(batch, outcomes)
+        self.warn_of_unstorable(batch.unstorable)
         self.checkpoint = batch.checkpoint
         for outcome in outcomes:
             self.busy.pop(outcome.id, None)
         self.claimed.difference_update((outcome.key, outcome.revision) for outcome in outcomes)
-        self.written = replace(self.counters)
         if batch.rows or outcomes:
             self.metrics.batch_done(outcomes, started)
         self.heartbeat_at = time.monotonic() + HEARTBEAT_S
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """What is counted within counts once it is written; else all of it comes again."""
+        before = replace(self.counters)
+        try:
+            yield
+        except EtcdFdwError:
+            vars(self.counters).update(vars(before))
+            raise
+        self.engine.written = replace(self.counters)
 
     def write_once(self, batch: Batch, outcomes: list[Outcome]) -> None:
         """One attempt of write()."""
@@ -3297,7 +3322,7 @@ class Session:
                 batch.checkpoint,
                 batch.last_key,
                 self.seen_revision,
-                self.counters - self.written,
+                self.counters - self.engine.written,
                 durable=bool(outcomes),
             )
 
@@ -3337,7 +3362,8 @@ class Session:
         """Whether the mirror has all up to a revision that etcd has reached.
 
         In a prefix where nothing happens only silence tells: before and after an answer of
-        etcd's, or it may be the network that is silent.
+        etcd's, or it may be the network that is silent, and without a newer key, or etcd is
+        still reading what it has to tell.
         """
         if self.checkpoint >= revision:
             return True
@@ -3345,8 +3371,8 @@ class Session:
         if not self.created or waiting or time.monotonic() <= self.heard_at + QUIET_S:
             return False
         if self.answered_at == self.heard_at:  # nothing since
-            return True
-        self.etcd.revision()
+            return self.newest <= self.checkpoint
+        self.newest = self.etcd.newest_revision()
         self.answered_at = self.heard_at = time.monotonic()
         return False
 
@@ -3379,7 +3405,8 @@ class Session:
         groups = group_entries(entries, self.config.max_txn_ops, self.parted)
         self.queue.extend(groups)
         counts = collections.Counter(entry.txid for entry in entries)
-        parted = {g.txid for g in groups if len(g.entries) < counts[g.txid]}
+        sizes = ((group.entries[0].txid, len(group.entries)) for group in groups)
+        parted = {txid for txid, size in sizes if size < counts[txid]}
         unknown = len(maybe_sent) < len(entries) or not parted <= self.parted
         self.parted |= parted
         if all_came:
@@ -3707,6 +3734,7 @@ class Engine:
         self.waker = Waker()
         self.guard = Guard(self.waker)
         self.counters = Counters()
+        self.written = Counters()  # those in etcd_sync_state
         self.metrics = Metrics(config.etcd_dsn.prefix, self.counters)
         self.current: Session | None = None  # the one whose loop turns
         self.host = 0  # index of the etcd endpoint that answered last
@@ -3835,7 +3863,7 @@ class Engine:
         log.info(
             "status: %s, etcd %s, PostgreSQL %s; revision %d, etcd at %d, %.1fs behind;"
             " pending %s, oldest %.1fs; since start: events %d, applied %d, conflicts %d,"
-            " failures %d, unstorable %d, resyncs %d, reconnects %d",
+            " failures %d, resyncs %d, reconnects %d, unstorable %d",
             m.state,
             "connected" if m.connected["etcd"] else "not connected",
             "connected" if m.connected["postgresql"] else "not connected",
@@ -4296,20 +4324,24 @@ def dry_run(config: Config) -> int:
             print(f"version {found} is too old to tell more")
         else:
             cur = stack.enter_context(postgres.rehearsal())
-            postgres.apply_schema(cur)
-            report_mirror(session, cur)
-            report_push(session, cur)
+            if found > SCHEMA_VERSION:
+                postgres.apply_schema(cur)
+            report_mirror(session, cur, first=not found)
+            if found:
+                report_push(session, cur)
     print("nothing was written")
     return 0
 
 
-def report_mirror(session: Session, cur: Any) -> None:
-    """Print what would come from etcd, as if by a snapshot."""
-    state = session.postgres.state()
+def report_mirror(session: Session, cur: Any, first: bool) -> None:
+    """Print what would come from etcd, as if by a snapshot; first: there are no tables yet."""
+    state = None if first else session.postgres.state()
     session.check_timeline(state)
     revision, keys, unstorable = session.load_staging()
-    session.postgres.check_staging(cur, revision)
-    put, buried = session.postgres.rehearse_merge(cur, revision)
+    put, buried = keys, 0
+    if not first:
+        session.postgres.check_staging(cur, revision)
+        put, buried = session.postgres.rehearse_merge(cur, revision)
     known = f"mirror at revision {state.revision}" if state else "no mirror yet"
     print(
         f"etcd to PostgreSQL: {describe(keys, 'key')} at revision {revision}, {known};"
@@ -4550,12 +4582,23 @@ class PassSession(Session):
         """Whether nothing is left to do, and the mirror was compared and repaired."""
         if super().finished():
             return True
-        # a deletion is above the goal: it has come when the watch has nothing more to tell
         behind = self.behind or self.backlog or self.checkpoint < self.goal
         if behind or self.look or self.queue or self.busy:
             return False
+        # deletions are above the goal
+        if self.checkpoint < self.etcd.header.revision and not self.same_number():
+            return False
         self.engine.comparison = self.repair()
         return True
+
+    def same_number(self) -> bool:
+        """Whether etcd has as many keys as at the checkpoint, so that no deletion is missing."""
+        key, end = self.etcd.key, self.etcd.range_end
+        try:
+            then = self.etcd.range(key, end, count_only=True, revision=self.checkpoint).count
+        except Compacted:
+            return True  # the comparison will tell
+        return bool(then == self.etcd.range(key, end, count_only=True).count)
 
     def pause_push(self, groups: list[Group], error: EtcdFdwError) -> None:
         """Raise the error: it takes longer than anybody waits for a command."""
@@ -4630,7 +4673,10 @@ def ask_active(config: Config) -> dict[str, Any]:
         seen: Any = None
         moved_at, total = time.monotonic(), 0
         while True:
-            found, holder = postgres.query(PROGRESS_SQL, **request)[0], postgres.holder()
+            rows, holder = postgres.query(PROGRESS_SQL, **request), postgres.holder()
+            if not rows:
+                raise EtcdFdwError("somebody has deleted the request: run it again")
+            found = rows[0]
             total = max(total, found["pending"])
             if bar and total:
                 bar.show(total - found["pending"], total)
@@ -5066,6 +5112,8 @@ OPTIONS = (
     ),
 )
 REQUIRED = ("postgres_dsn", "etcd_dsn")
+MAY_BE_OFF = ("metrics_address", "notify_channel")
+OFF = ("off", "false")  # YAML takes the one for the other
 
 
 class Parser(argparse.ArgumentParser):
@@ -5293,7 +5341,9 @@ def parse_setting(option: Option, setting: Setting) -> Any:
         flag, variable = option.name.replace("_", "-"), f"ETCD_FDW_{option.name.upper()}"
         raise ConfigurationError(f"--{flag} is missing: give it, or set {variable}")
     try:
-        return None if setting.text is None else option.parse(setting.text)
+        if setting.text is None or (option.name in MAY_BE_OFF and setting.text in OFF):
+            return None
+        return option.parse(setting.text)
     except ValueError as exc:
         # only what parses DSNs never quotes them
         message = str(exc) if option.name in REQUIRED else hide_dsn(str(exc))
@@ -5305,11 +5355,17 @@ def make_config(chosen: Mapping[str, Setting]) -> Config:
     return Config(**{o.name: parse_setting(o, chosen[o.name]) for o in OPTIONS})
 
 
+def mask_parameter(match: re.Match[str]) -> str:
+    """A parameter of a DSN as it was given, unless it is a password."""
+    secret = urllib.parse.unquote(match[2]) in ("password", "sslpassword")
+    return f"{match[1]}{match[2]}=****" if secret else match[0]
+
+
 def mask_dsn(text: str) -> str:
     """A DSN that can be parsed, without its passwords."""
     if text.startswith(("etcd://", "postgres://", "postgresql://")):
         text = re.sub(r"(://[^:/?#]*):[^/]*@", r"\1:****@", text)
-        return re.sub(r"([?&](?:ssl)?password=)[^&]*", r"\1****", text)
+        return re.sub(r"([?&])([^=&]*)=[^&]*", mask_parameter, text)
     parts = psycopg2.extensions.parse_dsn(text)
     masked = {k: "****" for k in ("password", "sslpassword") if k in parts}
     return str(psycopg2.extensions.make_dsn(**{**parts, **masked})) if masked else text
@@ -5498,6 +5554,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     redact: Callable[[str], str] = str
     config = None
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115  for as long as it runs
     try:
         given = vars(build_parser().parse_args(argv))
         if isinstance(sys.stdout, io.TextIOWrapper):  # which may not know every character
@@ -5528,6 +5587,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exc.exit_code
     except KeyboardInterrupt:
         return 130
+    except OSError as exc:
+        print(f"etcd_fdw: {redact(one_line(exc))}", file=sys.stderr)
+        return 4
     except Exception as exc:  # noqa: BLE001  a bug, or something that nobody has thought of
         message = redact(f"{type(exc).__name__}: {one_line(exc)}")
         where = traceback.extract_tb(exc.__traceback__)[-1]

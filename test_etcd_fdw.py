@@ -1671,12 +1671,14 @@ RESTING_SQL = """
 """
 
 
+@pytest.mark.parametrize("known", [True, False])
 def test_dry_run_holds_up_neither_a_start_nor_the_active_instance(
-    daemon, db, prefix, etcd, etcd_address, tmp_path
+    daemon, db, prefix, etcd, etcd_address, tmp_path, known
 ):
     for n in range(20):
         etcd.txn([etcd.put_op(f"{prefix}{n}/{i}", "x" * 1000) for i in range(100)])
-    daemon().stop()
+    if known:
+        daemon().stop()
     with Proxy(etcd_port(etcd_address.endpoint)) as proxy:
         proxy.throttle(100_000)
         arguments = ["-p", db, "-e", etcd_dsn(proxy.endpoint, prefix), "--dry-run"]
@@ -1684,6 +1686,8 @@ def test_dry_run_holds_up_neither_a_start_nor_the_active_instance(
         try:
             wait_until("nothing is copied", lambda: proxy.forwarded > 300_000)
             active = daemon("--poll-interval=1h", "--wal-retention=keep")
+            if not known:
+                return
             wait_until("it does not come to rest", lambda: rows(db, RESTING_SQL))
             active.pause()
             etcd.put(prefix + "new", "1")
@@ -2546,6 +2550,24 @@ def test_polling_does_without_the_trigger(daemon, db, prefix, etcd):
     rows(db, "ALTER TABLE etcd_wal DISABLE TRIGGER etcd_wal_notify")
     rows(db, "SELECT etcd_set(%s, '1')", prefix + "a")
     assert wait_settled(db) == ["success"]
+
+
+def test_reconnects_and_what_cannot_be_mirrored_are_counted_once(daemon, db, prefix, own_etcd):
+    dsn = etcd_dsn(own_etcd.endpoint, prefix)
+    with EtcdClient(own_etcd.endpoint) as client:
+        client.put(prefix.encode() + b"\xff", "1")
+        daemon(etcd=dsn).stop()
+        client.put(prefix + "a", "1")
+        client.compact(client.put(prefix + "a", "2"))
+        running = daemon(*HASTE, etcd=dsn)
+        mark = running.mark()
+        own_etcd.restart()
+        running.wait_log("watching", after=mark, timeout=30)
+        client.put(prefix + "a", "3")
+        sql = "SELECT unstorable, resyncs, reconnects > 1 FROM etcd_sync_state"
+        wait_until("miscounted", lambda: rows(db, sql) == [(1, 1, True)])
+        running.signal(signal.SIGUSR1)
+        running.wait_log(r"resyncs 1, reconnects [1-9]\d*, unstorable 0$")
 
 
 def test_etcd_status_tells_what_is_going_on(daemon, db, prefix, etcd):
@@ -4295,6 +4317,39 @@ def test_config_file_without_pyyaml_says_so(tmp_path):
     )
 
 
+def test_config_show_masks_passwords_whose_name_is_encoded():
+    done = run_script(
+        *("-p", "postgresql://h/d?%70assword=s3cret"),
+        *("-e", "etcd://h/?usernam%65=u&passwor%64=s3cret"),
+        *("config", "show"),
+    )
+    assert done.returncode == 0
+    assert "s3cret" not in done.stdout
+    assert done.stdout.count("****") == 2
+
+
+def test_off_is_a_value():
+    env = {"ETCD_FDW_METRICS_ADDRESS": "off", "ETCD_FDW_NOTIFY_CHANNEL": "false"}
+    done = run_script("-p", P, "-e", E, "config", "validate", env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("redirection", [">&-", "2>&-", "<&-"])
+def test_commands_do_without_a_standard_stream(redirection, db, prefix, etcd, etcd_address):
+    line = shlex.join([sys.executable, str(SCRIPT), "-p", db, "-e", etcd_address.dsn(prefix)])
+    for command in ("status", "sync --reset --yes"):
+        done = subprocess.run(["bash", "-c", f"{line} {command} {redirection}"], timeout=30)
+        assert done.returncode == 0
+
+
+def test_full_disk_under_the_output_is_one_line(db, prefix, etcd, etcd_address):
+    line = shlex.join([sys.executable, str(SCRIPT), "-p", db, "-e", etcd_address.dsn(prefix)])
+    done = subprocess.run(
+        ["bash", "-c", f"{line} config show >/dev/full"], capture_output=True, text=True
+    )
+    assert_one_error_line(done, 4, "No space left on device")
+
+
 def test_config_show_masks_passwords():
     for postgres in (
         "postgresql://me:ses%40me@h/db?sslpassword=sesame2",
@@ -4648,6 +4703,17 @@ def test_sync_does_not_wait_for_the_changes_of_a_longer_prefix(
     assert rows(db, sql) == [(prefix, 0), (prefix + "in/", 1)]
 
 
+def test_sync_whose_request_is_deleted_says_so(daemon, command, db, prefix):
+    one = daemon()
+    one.pause()
+    client = Daemon(one.log_path.with_name("sync.log"), *sync_arguments(one))
+    client.wait_log("asked the active instance")
+    rows(db, "DELETE FROM etcd_sync_event")
+    assert client.wait_exit() == 4
+    assert "somebody has deleted the request" in client.log()
+    one.resume()
+
+
 def sync_arguments(one: Daemon) -> list[str]:
     """The command line of sync for the servers of a daemon."""
     return [*map(str, one.process.args[2:6]), "sync"]  # type: ignore[index]
@@ -4669,6 +4735,23 @@ def test_sync_retries_what_was_refused(daemon, command, db, prefix, etcd):
     assert [kv.value for kv in etcd.range(prefix).kvs] == [b"a", b"b"]
     assert status_of(command)["conflicts"] == 0
     assert "queued 0 changes again" in command("sync", "--retry-failed").stderr
+
+
+def test_what_the_instance_of_another_prefix_pruned_is_not_told(
+    daemon, db, prefix, etcd, etcd_address
+):
+    inner = daemon(etcd=etcd_address.dsn(prefix + "in/"))
+    etcd.put(prefix + "in/k", "1")
+    revision = etcd.put(prefix + "in/k", "2")
+    etcd.put(prefix + "in/k", "3")
+    wait_until("not mirrored", lambda: scalar(db, "SELECT count(*) FROM etcd") == 3)
+    outer = daemon("--history-retention=0s")
+    wait_until("not pruned", lambda: scalar(db, "SELECT count(*) FROM etcd") == 1)
+    outer.stop()
+    rows(db, "DELETE FROM etcd_sync_state WHERE prefix = %s", prefix)
+    with pytest.raises(psycopg2.Error, match="has been pruned"):
+        rows(db, "SELECT value FROM etcd_at(%s, %s)", revision, prefix + "in/")
+    assert inner.returncode is None
 
 
 def test_reset_starts_over_and_spares_what_another_mirror_covers(
@@ -5872,6 +5955,44 @@ def test_compactions_and_kills_under_load(daemon, db, prefix, own_etcd, scene):
     play.finish_with_gaps()
 
 
+def test_resync_beside_another_that_buries_the_same_key(daemon, db, prefix, own_etcd):
+    dsn = etcd_dsn(own_etcd.endpoint, prefix)
+    with EtcdClient(own_etcd.endpoint) as client:
+        for key in ("a", "gone"):
+            client.put(prefix + key, "1")
+        daemon(etcd=dsn).stop()
+        client.delete(prefix + "gone")
+        compacted = client.put(prefix + "a", "2")
+        last = client.put(prefix + "a", "3")
+        client.compact(compacted)
+        with closing(connect(db)) as conn, conn.cursor() as cur:
+            cur.execute("BEGIN")
+            sql = "INSERT INTO etcd (key, revision, tombstone) VALUES (%s, %s, true)"
+            cur.execute(sql, (prefix + "gone", compacted))
+            running = daemon(*HASTE, etcd=dsn, ready=False)
+            wait_until("it does not wait", lambda: rows(db, WAITING_SQL))
+            cur.execute("COMMIT")
+        checkpoint = "SELECT revision FROM etcd_sync_state"
+        wait_until("it does not go on", lambda: scalar(db, checkpoint) == last)
+        assert running.returncode is None
+
+
+def test_resync_that_another_instance_has_done_meanwhile(daemon, command, db, prefix, own_etcd):
+    dsn = etcd_dsn(own_etcd.endpoint, prefix)
+    with EtcdClient(own_etcd.endpoint) as client:
+        client.put(prefix + "a", "1")
+        daemon(etcd=dsn).stop()
+        client.put(prefix + "a", "2")
+        compacted = client.put(prefix + "a", "3")
+        client.compact(compacted)
+        waiting = daemon("--retry-initial=9s", "--retry-max=9s", etcd=dsn, ready=False)
+        waiting.wait_log("copying again")
+        client.put(prefix + "a", "4")
+        assert command("sync", etcd=dsn).returncode == 0
+        waiting.wait_log("watching", after=waiting.mark(), timeout=20)
+        assert "copied" not in waiting.log()
+
+
 # ─ another timeline ─
 
 
@@ -5887,6 +6008,18 @@ def restore(server: LocalEtcd, snapshot: Path) -> None:
     }
     command += [f"--{name}={value}" for name, value in options.items()]
     subprocess.run(command, env={**os.environ, "ETCDCTL_API": "3"}, check=True, capture_output=True)
+
+
+def test_deletion_whose_older_version_was_pruned_is_no_other_timeline(daemon, db, prefix, etcd):
+    etcd.put(prefix + "a", "1")
+    one = daemon()
+    etcd.delete(prefix + "a")
+    wait_until("not mirrored", lambda: scalar(db, "SELECT count(*) FROM etcd") == 2)
+    one.stop()
+    one = daemon("--history-retention=0s")
+    wait_until("not pruned", lambda: scalar(db, "SELECT array_agg(tombstone) FROM etcd") == [True])
+    one.stop()
+    daemon()
 
 
 def change_after_backup(client: EtcdClient, prefix: str, how: str) -> None:
@@ -6038,6 +6171,39 @@ def assert_catches_up(daemon, db, prefix, own_etcd, count: int) -> None:
 
 def test_catches_up_with_many_revisions(daemon, db, prefix, own_etcd):
     assert_catches_up(daemon, db, prefix, own_etcd, 5_000)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+def test_silence_of_an_etcd_that_reads_what_it_has_to_tell(daemon, db, prefix, own_etcd):
+    dsn = etcd_dsn(own_etcd.endpoint, prefix)
+    with EtcdClient(own_etcd.endpoint) as client:
+        first = daemon(etcd=dsn)
+        with frozen_mirror(db):
+            rows(db, "SELECT etcd_set(%s, 'mine')", prefix + "k")
+            wait_until("nothing was sent", lambda: client.get(prefix + "k"))
+            first.kill()
+        client.delete(prefix + "k")
+        for _ in range(16000):
+            client.txn([client.put_op(f"{prefix}other/{i}", "x" * 64) for i in range(100)])
+        daemon(etcd=dsn)
+        finished = "SELECT count(*) FROM etcd_wal WHERE status <> 'pending'"
+        wait_until("the change stays pending", lambda: scalar(db, finished), 120)
+        assert client.get(prefix + "k") is None
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+def test_sync_waits_for_deletions_that_etcd_is_slow_to_tell(command, daemon, db, prefix, own_etcd):
+    dsn = etcd_dsn(own_etcd.endpoint, prefix)
+    with EtcdClient(own_etcd.endpoint) as client:
+        client.put(prefix + "a", "1")
+        daemon(etcd=dsn).stop()
+        for _ in range(9000):
+            client.txn([client.put_op(f"{prefix}other/{i}", "x" * 64) for i in range(100)])
+        client.delete(prefix, prefix=True)
+        assert command("sync", etcd=dsn).returncode == 0
+        assert scalar(db, "SELECT revision FROM etcd_sync_state") == client.revision()
 
 
 @pytest.mark.soak
@@ -6477,6 +6643,21 @@ def test_full_queue_of_notifications_is_waited_for(daemon, etcd, prefix):
         running.wait_log(r"WARN PostgreSQL: too many notifications.*retrying")
         sleeper.close()
         assert outcomes(db, 1) == [("success", etcd.get(prefix + "a").mod_revision)]
+
+
+def test_isolation_set_for_the_database_does_not_apply(daemon, db, etcd, prefix):
+    name = scalar(db, "SELECT current_database()")
+    rows(db, f"ALTER DATABASE {name} SET default_transaction_isolation = 'serializable'")
+    rows(db, SCHEMA_SQL)
+    started = daemon(*FAST)
+    shown = "SELECT count(*) FROM pg_locks WHERE mode = 'SIReadLock'"
+    for n in range(20):
+        rows(db, "SET default_transaction_isolation = 'read committed'")
+        rows(db, "SELECT etcd_set(%s, %s)", prefix + "a", str(n))
+    assert wait_settled(db)[-1] == "success"
+    sql = "SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'etcd_fdw active%%'"
+    assert scalar(db, shown + f" AND pid IN ({sql})") == 0
+    assert "retrying" not in started.log()
 
 
 def test_read_only_database_is_waited_for(daemon, db, etcd, recorder, prefix):

@@ -1484,7 +1484,10 @@ WITH looked_at AS MATERIALIZED (
     WHERE status = 'success' AND finished_at >= %(finished_at)s AND finished_at < {CUTOFF}
     ORDER BY finished_at LIMIT %(limit)s
 ), due AS MATERIALIZED (
-    SELECT id FROM etcd_wal WHERE id = ANY (ARRAY(SELECT id FROM looked_at WHERE mine))
+    SELECT id FROM etcd_wal w
+    WHERE id = ANY (ARRAY(SELECT id FROM looked_at WHERE mine)) AND NOT EXISTS (
+        SELECT FROM etcd_wal p
+        WHERE p.key = w.key AND p.status = 'pending' AND p.depends_on = w.id)
     FOR UPDATE SKIP LOCKED
 ), deleted AS (
     DELETE FROM etcd_wal WHERE id = ANY (ARRAY(SELECT id FROM due))

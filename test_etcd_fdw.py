@@ -6604,10 +6604,29 @@ def test_crash_of_a_postgres_that_commits_asynchronously(daemon, prefix, etcd):
         assert outcomes(db, 1) == [("success", sent)]
 
 
-def test_session_that_was_given_up_does_not_keep_the_lock(db, etcd_address, prefix):
+def engine_of(db: str, etcd_address: EtcdAddress, prefix: str) -> etcd_fdw.Engine:
+    """An engine that does not run."""
     given = {"postgres_dsn": db, "etcd_dsn": etcd_address.dsn(prefix)}
-    config = etcd_fdw.make_config(etcd_fdw.settings(given, {}))
-    engine = etcd_fdw.Engine(config)
+    return etcd_fdw.Engine(etcd_fdw.make_config(etcd_fdw.settings(given, {})))
+
+
+def test_housekeeping_spares_what_a_pending_change_was_made_on(db, etcd_address, prefix):
+    rows(db, SCHEMA_SQL)
+    sql = "SELECT etcd_set(%s, '1') UNION ALL SELECT etcd_set(%s, '2')"
+    first, second = (id_ for (id_,) in rows(db, sql, prefix + "a", prefix + "a"))
+    finish = "UPDATE etcd_wal SET status = 'success', finished_at = ts - interval '1 s'"
+    rows(db, finish + " WHERE id = %s", first)
+    engine = engine_of(db, etcd_address, prefix)
+    with closing(etcd_fdw.Postgres(engine.config, engine.guard)) as postgres:
+        start = {"finished_at": "-infinity"}
+        assert postgres.prune(etcd_fdw.PRUNE_WAL_SQL, 0.0, start)[0] == 0
+        rows(db, finish + " WHERE id = %s", second)
+        assert postgres.prune(etcd_fdw.PRUNE_WAL_SQL, 0.0, start)[0] == 2
+
+
+def test_session_that_was_given_up_does_not_keep_the_lock(db, etcd_address, prefix):
+    engine = engine_of(db, etcd_address, prefix)
+    config = engine.config
     with (
         closing(etcd_fdw.Postgres(config, engine.guard)) as silent,
         closing(etcd_fdw.Postgres(config, engine.guard)) as new,

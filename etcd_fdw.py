@@ -4446,6 +4446,8 @@ def gather_status(engine: Engine) -> dict[str, Any]:
             etcd_side.update(cluster_id=etcd.cluster_id, revision=etcd.header.revision)
             if postgres and "checkpoint" in found:
                 found.update(lag(etcd, postgres, found, engine.waker))
+        except PostgresAway as exc:
+            postgres_side.update(reachable=False, error=str(exc))
         except EtcdFdwError as exc:
             etcd_side.update(reachable=False, error=str(exc))
     found["problems"] = list(problems_of(found))

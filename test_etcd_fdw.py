@@ -51,6 +51,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
+# Before gRPC is loaded: its handlers abort what the tests start as another user, now and then.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+
 import grpc
 import hypothesis
 import psycopg2
@@ -2564,7 +2567,7 @@ def test_reconnects_and_what_cannot_be_mirrored_are_counted_once(daemon, db, pre
         own_etcd.restart()
         running.wait_log("watching", after=mark, timeout=30)
         client.put(prefix + "a", "3")
-        sql = "SELECT unstorable, resyncs, reconnects > 1 FROM etcd_sync_state"
+        sql = "SELECT unstorable, resyncs, reconnects > 0 FROM etcd_sync_state"
         wait_until("miscounted", lambda: rows(db, sql) == [(1, 1, True)])
         running.signal(signal.SIGUSR1)
         running.wait_log(r"resyncs 1, reconnects [1-9]\d*, unstorable 0$")

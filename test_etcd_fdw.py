@@ -2562,10 +2562,11 @@ def test_reconnects_and_what_cannot_be_mirrored_are_counted_once(daemon, db, pre
         daemon(etcd=dsn).stop()
         client.put(prefix + "a", "1")
         client.compact(client.put(prefix + "a", "2"))
-        running = daemon(*HASTE, etcd=dsn)
-        mark = running.mark()
-        own_etcd.restart()
-        running.wait_log("watching", after=mark, timeout=30)
+    running = daemon(*HASTE, etcd=dsn)
+    mark = running.mark()
+    own_etcd.restart()
+    running.wait_log("watching", after=mark, timeout=30)
+    with EtcdClient(own_etcd.endpoint) as client:  # the other one's connection is gone
         client.put(prefix + "a", "3")
         sql = "SELECT unstorable, resyncs, reconnects > 0 FROM etcd_sync_state"
         wait_until("miscounted", lambda: rows(db, sql) == [(1, 1, True)])

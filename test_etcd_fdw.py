@@ -6096,8 +6096,9 @@ def test_restored_and_compacted_beyond_the_checkpoint(daemon, db, prefix, own_et
         wait_until("the put did not arrive", lambda: len(mirror_rows(db, prefix)) == 2)
         running.stop()
         own_etcd.stop()
-        restore(own_etcd, tmp_path / "backup")
-        own_etcd.start()
+    restore(own_etcd, tmp_path / "backup")
+    own_etcd.start()
+    with EtcdClient(own_etcd.endpoint) as client:  # the other one's connection is gone
         while client.revision() < revision + 5:
             client.put(prefix + "b", "1")
         client.compact(client.revision())

@@ -1703,6 +1703,7 @@ class Postgres:
     def __init__(self, config: Config, guard: Guard) -> None:
         self.guard = guard
         self.prefix = config.etcd_dsn.prefix
+        self.bounds = {"prefix": self.prefix, "after": text_after(self.prefix)}  # for SQL
         dsn = config.postgres_dsn
         given = psycopg2.extensions.parse_dsn(dsn)
         extra: dict[str, Any] = {k: v for k, v in LIBPQ_DEFAULTS.items() if k not in given}
@@ -1961,8 +1962,7 @@ class Postgres:
         """One step of housekeeping: rows deleted, the new position, whether there is more."""
         arguments = {
             **position,
-            "prefix": self.prefix,
-            "after": text_after(self.prefix),
+            **self.bounds,
             "age_s": age_s,
             "limit": HOUSEKEEPING_ROWS,
         }
@@ -2089,16 +2089,14 @@ class Postgres:
         """Bring the mirror from the staging table to revision; rows put and keys buried."""
         cur.execute(FROM_STAGING_SQL)
         put = cur.rowcount
-        bounds = {"prefix": self.prefix, "after": text_after(self.prefix), "revision": revision}
-        cur.execute(BURY_SQL, bounds)
+        cur.execute(BURY_SQL, {**self.bounds, "revision": revision})
         return put, cur.rowcount
 
     def rehearse_merge(self, cur: Any, revision: int) -> tuple[int, int]:
         """What merge_staging() would answer, without a lock that others might wait for."""
         cur.execute(REHEARSE_STAGING_SQL)
         (put,) = cur.fetchone()
-        bounds = {"prefix": self.prefix, "after": text_after(self.prefix), "revision": revision}
-        cur.execute(REHEARSE_BURY_SQL, bounds)
+        cur.execute(REHEARSE_BURY_SQL, {**self.bounds, "revision": revision})
         return put, cur.fetchone()[0]
 
     def reach(self, cur: Any, cluster_id: str, revision: int, old: int | None) -> None:
@@ -2118,8 +2116,7 @@ class Postgres:
 
     def live_at(self, cur: Any, revision: int) -> Iterator[KeyValueRecord]:
         """The mirror's live keys as of a revision, in key order, within cur's transaction."""
-        bounds = {"prefix": self.prefix, "after": text_after(self.prefix), "revision": revision}
-        cur.execute(LIVE_SQL, bounds)
+        cur.execute(LIVE_SQL, {**self.bounds, "revision": revision})
         limit = PAGE_KEYS[0]
         while True:
             cur.execute("FETCH %s FROM etcd_live", (limit,))
@@ -2198,10 +2195,9 @@ class Postgres:
     def reset(self) -> int:
         """Forget the mirror, but for what another mirror covers; how many rows were deleted."""
         with self.transaction(LONG_STATEMENT_LIMIT_S) as cur:
-            bounds = {"prefix": self.prefix, "after": text_after(self.prefix)}
-            cur.execute(RESET_SQL, bounds)
+            cur.execute(RESET_SQL, self.bounds)
             deleted = int(cur.rowcount)
-            cur.execute("DELETE FROM etcd_sync_state WHERE prefix = %(prefix)s", bounds)
+            cur.execute("DELETE FROM etcd_sync_state WHERE prefix = %(prefix)s", self.bounds)
             event = SynchronizationEvent("reset", "done", details={"rows": deleted})
             self.record_events(cur, [event])
         return deleted
@@ -2230,7 +2226,7 @@ class Postgres:
     def size(self) -> dict[str, Any]:
         """How many keys and revisions are mirrored; None if counting takes too long."""
         try:
-            return self.query(SIZE_SQL, after=text_after(self.prefix))[0]
+            return self.query(SIZE_SQL, **self.bounds)[0]
         except PostgresAway:
             return {"keys": None, "revisions": None}
 

@@ -4001,6 +4001,15 @@ def frozen_mirror(db: str) -> Iterator[None]:
         yield
 
 
+def kill_once_sent(running: Daemon, db: str, client: EtcdClient, sql: str, key: str) -> int:
+    """Ask for a change, kill the daemon before it can note that etcd took it; return where."""
+    with frozen_mirror(db):
+        rows(db, sql, key)
+        sent = wait_until("nothing was sent", lambda: client.get(key)).mod_revision
+        running.kill()
+    return int(sent)
+
+
 def outcomes(db: str, count: int) -> list[tuple[Any, ...]]:
     """Wait until that many changes are done; return (status, result_revision) of each."""
     sql = "SELECT status, result_revision FROM etcd_wal WHERE finished_at IS NOT NULL ORDER BY id"
@@ -4052,10 +4061,7 @@ def test_ids_that_come_late_do_not_hide_what_was_sent_before_a_crash(daemon, db,
         for n, cur in enumerate(late):
             cur.execute("BEGIN")
             cur.execute("INSERT INTO etcd_wal (key, value) VALUES (%s, 'late')", (f"{prefix}{n}",))
-        with frozen_mirror(db):
-            rows(db, "SELECT etcd_set(%s, 'mine')", prefix + "x")
-            sent = wait_until("nothing was sent", lambda: etcd.get(prefix + "x")).mod_revision
-            first.kill()
+        sent = kill_once_sent(first, db, etcd, "SELECT etcd_set(%s, 'mine')", prefix + "x")
         for cur in late:
             cur.execute("COMMIT")
     with closing(connect(db)) as conn, conn.cursor() as cur:
@@ -4082,10 +4088,7 @@ def test_deletes_of_what_was_not_there_before_a_crash(daemon, db, prefix, etcd):
 
 def test_another_prefix_takes_over_what_may_have_been_sent(daemon, db, prefix, etcd, etcd_address):
     first = daemon()
-    with frozen_mirror(db):
-        rows(db, "SELECT etcd_set(%s, 'mine')", prefix + "a/x")
-        sent = wait_until("nothing was sent", lambda: etcd.get(prefix + "a/x")).mod_revision
-        first.kill()
+    sent = kill_once_sent(first, db, etcd, "SELECT etcd_set(%s, 'mine')", prefix + "a/x")
     daemon(etcd=etcd_address.dsn(prefix + "a/"))
     assert outcomes(db, 1) == [("success", sent)]
 
@@ -4099,10 +4102,7 @@ def test_nothing_is_sent_once_the_state_of_the_mirror_is_gone(daemon, db, prefix
 
 def test_what_schema_version_1_left_may_have_been_sent(daemon, db, prefix, etcd):
     running = daemon()
-    with frozen_mirror(db):
-        rows(db, "SELECT etcd_set(%s, 'sql')", prefix + "a")
-        sent = wait_until("nothing was sent", lambda: etcd.get(prefix + "a")).mod_revision
-        running.kill()
+    sent = kill_once_sent(running, db, etcd, "SELECT etcd_set(%s, 'sql')", prefix + "a")
     columns = ("sent_before", "sent_after", "sent_in_parts")
     rows(db, "ALTER TABLE etcd_sync_state " + ", ".join(f"DROP COLUMN {c}" for c in columns))
     rows(db, OLD_VERSION_SQL)
@@ -4114,10 +4114,7 @@ def test_two_like_changes_cannot_both_claim_one_revision(daemon, db, prefix, etc
     key = prefix + "a"
     first = daemon()
     insert = "INSERT INTO etcd_wal (key, value) VALUES (%s, 'same')"
-    with frozen_mirror(db):
-        rows(db, insert, key)
-        sent = wait_until("nothing was sent", lambda: etcd.get(key)).mod_revision
-        first.kill()
+    sent = kill_once_sent(first, db, etcd, insert, key)
     rows(db, insert, key)
     daemon()
     assert outcomes(db, 2) == [("success", sent), ("conflict", sent)]
@@ -5758,10 +5755,7 @@ def assert_survives_network(proxy: Proxy, play: Scene) -> None:
 
 def test_network_that_stalls_while_it_catches_up(daemon, db, prefix, etcd, etcd_address, recorder):
     first = daemon()
-    with frozen_mirror(db):
-        rows(db, "SELECT etcd_set(%s, 'mine')", prefix + "a")
-        sent = wait_until("nothing was sent", lambda: etcd.get(prefix + "a")).mod_revision
-        first.kill()
+    sent = kill_once_sent(first, db, etcd, "SELECT etcd_set(%s, 'mine')", prefix + "a")
     etcd.delete(prefix + "a")
     with Proxy(etcd_port(etcd_address.endpoint)) as proxy:
         proxy.delay(0.2)
@@ -5842,6 +5836,15 @@ def test_etcd_without_space_makes_changes_wait(daemon, db, prefix, small_etcd):
 # ─ compaction ─
 
 
+def mirror_once(daemon, server: LocalEtcd, client: EtcdClient, prefix: str, *keys: str) -> str:
+    """Put these keys and let a daemon mirror them, which then stops; return etcd's DSN."""
+    dsn = etcd_dsn(server.endpoint, prefix)
+    for key in keys:
+        client.put(prefix + key, "1")
+    daemon(etcd=dsn).stop()
+    return dsn
+
+
 @pytest.mark.parametrize("offset", [-1, 0, 1])
 def test_compaction_next_to_the_checkpoint_loses_no_delete(daemon, db, prefix, own_etcd, offset):
     dsn = etcd_dsn(own_etcd.endpoint, prefix)
@@ -5858,11 +5861,8 @@ def test_compaction_next_to_the_checkpoint_loses_no_delete(daemon, db, prefix, o
 
 
 def test_compaction_while_stopped(daemon, db, prefix, own_etcd):
-    dsn = etcd_dsn(own_etcd.endpoint, prefix)
     with EtcdClient(own_etcd.endpoint) as client:
-        for key in ("kept", "changed", "deleted"):
-            client.put(prefix + key, "1")
-        daemon(etcd=dsn).stop()
+        dsn = mirror_once(daemon, own_etcd, client, prefix, "kept", "changed", "deleted")
         checkpoint = scalar(db, "SELECT revision FROM etcd_sync_state")
         client.put(prefix + "changed", "2")
         client.put(prefix + "changed", "3")
@@ -5879,11 +5879,8 @@ def test_compaction_while_stopped(daemon, db, prefix, own_etcd):
 
 
 def test_what_etcd_has_not_compacted_is_not_skipped(daemon, db, prefix, own_etcd):
-    dsn = etcd_dsn(own_etcd.endpoint, prefix)
     with EtcdClient(own_etcd.endpoint) as client:
-        for key in ("changed", "deleted"):
-            client.put(prefix + key, "1")
-        daemon(etcd=dsn).stop()
+        dsn = mirror_once(daemon, own_etcd, client, prefix, "changed", "deleted")
         checkpoint = client.revision()
         client.put(prefix + "changed", "2")
         compacted = client.put(prefix + "changed", "3")
@@ -5960,11 +5957,8 @@ def test_compactions_and_kills_under_load(daemon, db, prefix, own_etcd, scene):
 
 
 def test_resync_beside_another_that_buries_the_same_key(daemon, db, prefix, own_etcd):
-    dsn = etcd_dsn(own_etcd.endpoint, prefix)
     with EtcdClient(own_etcd.endpoint) as client:
-        for key in ("a", "gone"):
-            client.put(prefix + key, "1")
-        daemon(etcd=dsn).stop()
+        dsn = mirror_once(daemon, own_etcd, client, prefix, "a", "gone")
         client.delete(prefix + "gone")
         compacted = client.put(prefix + "a", "2")
         last = client.put(prefix + "a", "3")
@@ -6184,10 +6178,7 @@ def test_silence_of_an_etcd_that_reads_what_it_has_to_tell(daemon, db, prefix, o
     dsn = etcd_dsn(own_etcd.endpoint, prefix)
     with EtcdClient(own_etcd.endpoint) as client:
         first = daemon(etcd=dsn)
-        with frozen_mirror(db):
-            rows(db, "SELECT etcd_set(%s, 'mine')", prefix + "k")
-            wait_until("nothing was sent", lambda: client.get(prefix + "k"))
-            first.kill()
+        kill_once_sent(first, db, client, "SELECT etcd_set(%s, 'mine')", prefix + "k")
         client.delete(prefix + "k")
         for _ in range(16000):
             client.txn([client.put_op(f"{prefix}other/{i}", "x" * 64) for i in range(100)])
@@ -6274,10 +6265,9 @@ def test_steps_of_the_clock_of_postgres_around_a_crash(daemon, prefix, etcd, fak
     clock, db = faked_postgres
     key = prefix + "a"
     running = daemon(*HASTE, postgres=db)
-    with frozen_mirror(db):
-        rows(db, "INSERT INTO etcd_wal (key, value) VALUES (%s, 'sql')", key)
-        created = wait_until("nothing was sent", lambda: etcd.get(key)).mod_revision
-        running.kill()
+    created = kill_once_sent(
+        running, db, etcd, "INSERT INTO etcd_wal (key, value) VALUES (%s, 'sql')", key
+    )
     clock.write_text(step)
     etcd.delete(key)
     rows(db, "INSERT INTO etcd_wal (key, value) VALUES (%s, 'sql')", key)
@@ -6289,10 +6279,7 @@ def test_like_changes_after_a_crash_and_a_clock_set_back(daemon, prefix, etcd, f
     clock, db = faked_postgres
     key, insert = prefix + "a", "INSERT INTO etcd_wal (key, value) VALUES (%s, 'same')"
     running = daemon(*HASTE, postgres=db)
-    with frozen_mirror(db):
-        rows(db, insert, key)
-        sent = wait_until("nothing was sent", lambda: etcd.get(key)).mod_revision
-        running.kill()
+    sent = kill_once_sent(running, db, etcd, insert, key)
     rows(db, insert, key)
     with closing(connect(db)) as conn, conn.cursor() as cur:
         cur.execute("BEGIN; SELECT FROM etcd_wal FOR UPDATE")

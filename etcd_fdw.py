@@ -2282,7 +2282,7 @@ CONNECT_HINTS = (
 def with_hint(error: EtcdFdwError) -> EtcdFdwError:
     """The error with what to look at, if that is known."""
     hints = [hint for text, hint in CONNECT_HINTS if text in str(error)]
-    return type(error)(f"{error}; {hints[0]}") if hints else error
+    return type(error)("; ".join([str(error), *hints[:1]]))
 
 
 class Etcd:
@@ -2313,21 +2313,15 @@ class Etcd:
         self.metadata: tuple[tuple[str, str], ...] = (("hasleader", "true"),)
         self.kv = etcdrpc.KVStub(self.client.channel)
         try:
-            # by stub, as is authenticate(): etcd3 would pass the token in a way that needs TLS
-            status = etcdrpc.MaintenanceStub(self.client.channel).Status(
-                etcdrpc.StatusRequest(), timeout=target.dial_timeout
-            )
-            self.version = status.version
-            self.authenticate()
+            # by stub: etcd3 would pass the token in a way that needs TLS
+            self.authenticate(target.dial_timeout)
             self.header = self.range(self.key, self.range_end, limit=1, keys_only=True).header
-        except grpc.RpcError as exc:
-            self.close()
-            raise with_hint(etcd_error(exc, host)) from exc
+            self.version = self.server_version()
         except EtcdFdwError as exc:
             self.close()
             if isinstance(exc, TokenExpired) and not target.username:
                 raise AccessDenied(f"{exc}: the DSN names no user and password") from exc
-            raise
+            raise with_hint(exc) from exc
 
     @property
     def cluster_id(self) -> str:
@@ -2339,7 +2333,20 @@ class Etcd:
         """Whether etcd knows who this client is, and may have told it what it may not do."""
         return "token" in dict(self.metadata) or self.target.cert is not None
 
-    def authenticate(self) -> None:
+    def server_version(self) -> str:
+        """Such as 3.5.1; "unknown" if this user may not ask (etcd 3.6 and later want root)."""
+        stub = etcdrpc.MaintenanceStub(self.client.channel)
+        timeout, metadata = self.target.request_timeout, self.metadata
+        try:
+            status = stub.Status(etcdrpc.StatusRequest(), timeout=timeout, metadata=metadata)
+        except grpc.RpcError as exc:
+            error = etcd_error(exc, self.endpoint)
+            if isinstance(error, AccessDenied):
+                return "unknown"
+            raise error from exc
+        return str(status.version)
+
+    def authenticate(self, timeout: float | None = None) -> None:
         """Get a new token, if there is a user name and etcd wants one."""
         if not self.target.username:
             return
@@ -2348,7 +2355,9 @@ class Etcd:
         )
         stub = etcdrpc.AuthStub(self.client.channel)
         try:
-            token = stub.Authenticate(request, timeout=self.target.request_timeout).token
+            token = stub.Authenticate(
+                request, timeout=timeout or self.target.request_timeout
+            ).token
         except grpc.RpcError as exc:
             if "authentication is not enabled" in str(exc.details()):
                 return
@@ -4894,7 +4903,7 @@ def check_etcd(config: Config) -> Iterator[Finding]:
         raise AccessDenied(f"{exc}; for reading: {remedy}") from exc
     with closing(etcd):
         yield f"etcd {etcd.version} at {etcd.endpoint}, cluster {etcd.cluster_id}"
-        if [int(n) for n in re.findall(r"\d+", etcd.version)[:2]] < [3, 4]:
+        if [0] < [int(n) for n in re.findall(r"\d+", etcd.version)[:2]] < [3, 4]:
             yield EtcdFdwError("etcd 3.4 or later is needed: upgrade it")
         try:
             etcd.check_write()

@@ -57,7 +57,7 @@ import pwd
 import random
 import re
 import secrets
-import select
+import selectors
 import shutil
 import signal
 import socket
@@ -75,7 +75,7 @@ import traceback
 import types
 import urllib.parse
 import urllib.request
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -89,9 +89,9 @@ import psycopg2
 import psycopg2.extensions
 import psycopg2.extras
 
-__version__ = "1.1.0"
+__version__ = "2.0.0"
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 SCHEMA_FILE = Path(__file__).resolve().with_name("schema.sql")
 CHANGES_CHANNEL = "etcd_changes"
 OUTCOME_CHANNEL = "etcd_outcome"  # payload: <lowest id>-<highest id> of a batch of outcomes
@@ -111,6 +111,8 @@ STEADY_S = 2.0  # a session that lasted so long was no failed attempt
 EVENT_LIMIT_S = 30.0  # a change that etcd took comes back through the watch by then
 STOP_LIMIT_S = 10.0
 PIPELINE_DEPTH = 8  # Txns prepared for etcd, so that it need not wait for PostgreSQL
+RECEIPT_MAX_BYTES = 64 << 10  # of what a receipt says of the Txns before its own, about
+CONFLICTS_SHOWN = 10  # a minute; the rest is counted
 STANDBY_POLL_S = 1.0
 LISTEN_S = 0.5  # a watch that has told nothing new by then has nothing to tell
 LAG_LIMIT_S = 3.0  # an active instance has mirrored a change by then
@@ -213,6 +215,12 @@ class Away(EtcdFdwError):
 
 class EtcdAway(Away):
     """etcd cannot be reached"""
+
+
+class Fenced(EtcdAway):
+    """another session sends changes for this mirror"""
+
+    copy = False  # whether it works for another database
 
 
 class NoSpace(EtcdAway):
@@ -414,39 +422,6 @@ class KeyValueRecord:
             raise ValueError("a revision is positive")
 
 
-class WriteAheadLogEntry(NamedTuple):
-    """A pending row of etcd_wal, with what is known of the change that it was made on."""
-
-    id: int
-    key: str
-    value: str | None
-    value_bytes: memoryview | None  # value and value_bytes None: delete
-    revision: int | None
-    txid: str
-    depends_on: int | None
-    dependency_status: str | None
-    dependency_revision: int | None  # the version that the key has after the dependency
-    maybe_sent: bool  # before this session began
-
-    @property
-    def data(self) -> bytes | None:
-        """The value in bytes; None to delete the key."""
-        if self.value is not None:
-            return self.value.encode()
-        return None if self.value_bytes is None else bytes(self.value_bytes)
-
-
-class Outcome(NamedTuple):
-    """What became of a change."""
-
-    id: int
-    key: str
-    status: str  # success, conflict, failed
-    revision: int | None  # the revision that it got, or that beat it
-    message: str | None
-    read_at: float  # monotonic: when the loop read the change
-
-
 @dataclass(frozen=True)
 class SynchronizationEvent:
     """A row of etcd_sync_event."""
@@ -460,28 +435,6 @@ class SynchronizationEvent:
     target_revision: int | None = None
     duration_s: float | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
-
-
-class Difference(NamedTuple):
-    """A key about which etcd and the mirror do not agree at one revision."""
-
-    kind: str  # missing, extra or different in the mirror
-    key: bytes
-    etcd: KeyValueRecord | None
-    mirror_revision: int | None
-
-
-class SyncState(NamedTuple):
-    """A row of etcd_sync_state."""
-
-    cluster_id: str
-    revision: int
-    last_key: str | None
-    pid: int | None
-    host: str | None
-    sent_before: str | None  # changes that this snapshot sees may have been sent; None: none was
-    sent_after: int  # ... after this revision
-    sent_in_parts: list[str]  # ... and those of these transactions, one by one
 
 
 @dataclass
@@ -784,167 +737,24 @@ def one_line(exc: BaseException) -> str:
     return " ".join(str(exc).split()) or type(exc).__name__
 
 
-class Comparison:
-    """What etcd and the mirror hold at one revision, compared key by key."""
-
-    def __init__(self, revision: int) -> None:
-        self.revision = revision
-        self.keys = 0  # of etcd, without those that the mirror cannot hold
-        self.unstorable = 0
-        self.counts = {"missing": 0, "extra": 0, "different": 0}
-        self.first: dict[str, list[str]] = {kind: [] for kind in self.counts}
-
-    def storable(self, etcd: Iterable[KeyValueRecord]) -> Iterator[KeyValueRecord]:
-        """Those keys that a mirror can have, counted."""
-        for record in etcd:
-            if is_storable(record.key):
-                self.keys += 1
-                yield record
-            else:
-                self.unstorable += 1
-
-    def differences(
-        self, etcd: Iterable[KeyValueRecord], mirror: Iterable[KeyValueRecord]
-    ) -> Iterator[Difference]:
-        """Merge the two, both in key order; remembers the first ten differences of each kind."""
-        theirs, ours = self.storable(etcd), iter(mirror)
-        there, here = next(theirs, None), next(ours, None)
-        while there or here:
-            if there and here and there.key == here.key:
-                if there != here:
-                    yield self.note(Difference("different", here.key, there, here.revision))
-                there, here = next(theirs, None), next(ours, None)
-            elif there and (here is None or there.key < here.key):
-                yield self.note(Difference("missing", there.key, there, None))
-                there = next(theirs, None)
-            elif here:
-                yield self.note(Difference("extra", here.key, None, here.revision))
-                here = next(ours, None)
-
-    def note(self, found: Difference) -> Difference:
-        """Count a difference, and return it."""
-        self.counts[found.kind] += 1
-        if len(self.first[found.kind]) < 10:
-            self.first[found.kind].append(found.key.decode())
-        return found
-
-    def total(self) -> int:
-        """The number of differences."""
-        return sum(self.counts.values())
-
-    def summary(self) -> dict[str, Any]:
-        """For people's programs; the names are those of validate --format json."""
-        kinds = {k: {"count": n, "first": self.first[k]} for k, n in self.counts.items()}
-        keys = {"keys": self.keys, "unstorable": self.unstorable}
-        return {"revision": self.revision, **keys, **kinds}
-
-
-class Change(NamedTuple):
-    """What a group does to one key."""
-
-    key: bytes
-    expected: int  # the mod_revision that etcd must hold, 0 for none
-    value: bytes | None  # None: delete
-
-
-class Group:
-    """The pending changes of one PostgreSQL transaction, which etcd applies all or none of."""
-
-    __slots__ = ("changes", "entries", "keys", "maybe_sent", "read_at", "size")
-
-    def __init__(self, entries: list[WriteAheadLogEntry]) -> None:
-        self.read_at = time.monotonic()
-        self.entries = entries
-        self.keys = {entry.key for entry in entries}
-        self.maybe_sent = any(entry.maybe_sent for entry in entries)
-        self.size = sum(2 * len(e.key) + len(e.value or e.value_bytes or "") + 100 for e in entries)
-        self.changes: list[Change] = []
-
-
-def group_entries(
-    entries: Iterable[WriteAheadLogEntry], max_ops: int, parted: Collection[str] = ()
-) -> list[Group]:
-    """The entries by transaction, in the order of their first id.
-
-    A transaction that etcd would not take in one piece is split into its single changes, and so
-    is what is left of one (parted has its txid).
-    """
-    by_txid: dict[str, list[WriteAheadLogEntry]] = {}
-    for entry in entries:
-        by_txid.setdefault(entry.txid, []).append(entry)
-    groups: list[Group] = []
-    for txid, members in by_txid.items():
-        group = Group(members)
-        whole = len(members) <= max_ops and group.size <= TXN_MAX_BYTES and txid not in parted
-        if len(members) > 1 and not whole:
-            groups.extend(Group([entry]) for entry in members)
-        else:
-            groups.append(group)
-    return groups
-
-
-def conflict_message(changes: Sequence[Change], current: Sequence[int]) -> str:
-    """Which keys were beaten, and by what."""
-    beaten = [
-        f"{change.key.decode()} is "
-        + (f"at revision {now}" if now else "not there")
-        + " in etcd, the change was made on "
-        + (f"revision {change.expected}" if change.expected else "its absence")
-        for change, now in zip(changes, current)
-        if now != change.expected
-    ]
-    more = f"; and {len(beaten) - 3} more" if len(beaten) > 3 else ""
-    return "etcd wins: " + "; ".join(beaten[:3]) + more
-
-
 def describe(count: int, noun: str) -> str:
     """'1 key', '2 keys'."""
     return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
-def refusal_event(outcome: Outcome) -> SynchronizationEvent:
-    """The audit row of a conflict or failure."""
-    return SynchronizationEvent(
-        operation="change",
-        status=outcome.status,
-        key=outcome.key,
-        source_system="postgresql",
-        target_system="etcd",
-        target_revision=outcome.revision,
-        details={"wal_id": outcome.id, "message": outcome.message},
-    )
-
-
-def unstorable_event(record: KeyValueRecord) -> SynchronizationEvent:
-    """The audit row of an event that the mirror cannot hold; it has all its bytes."""
-    return SynchronizationEvent(
-        operation="mirror",
-        status="unstorable",
-        key=record.key.replace(b"\0", b"\\x00").decode("utf-8", "backslashreplace"),
-        source_system="etcd",
-        source_revision=record.revision,
-        target_system="postgresql",
-        details={
-            "key_hex": record.key.hex(),
-            "value_hex": None if record.value is None else record.value.hex(),
-        },
-    )
-
-
-def another_timeline(prefix: str, reason: str) -> AnotherTimeline:
-    """The error that says why the mirror cannot go on, and what to do."""
-    return AnotherTimeline(
-        f"the mirror of {prefix or 'the whole key space'!r} belongs to another etcd timeline:"
-        f" {reason}; nothing was changed; if etcd is right, drop this mirror and copy again"
-        ' with the command "sync --reset"'
-    )
-
-
 # ── waker and signals ──────────────────────────────────────────────────────────
 
 
+def wait_for_any(timeout: float, *sources: Any) -> bool:
+    """Wait until one of the sources can be read, or seconds have passed; whether one can."""
+    with selectors.PollSelector() as selector:  # unlike select(), takes any file descriptor
+        for source in sources:
+            selector.register(source, selectors.EVENT_READ)
+        return bool(selector.select(timeout))
+
+
 class Waker:
-    """A pipe that ends the loop's select()."""
+    """A pipe that ends the loop's wait."""
 
     def __init__(self) -> None:
         self._reader, self._writer = os.pipe()
@@ -952,7 +762,7 @@ class Waker:
         os.set_blocking(self._writer, False)
 
     def fileno(self) -> int:
-        """For select()."""
+        """For wait_for_any()."""
         return self._reader
 
     def wake(self, *_: object) -> None:
@@ -1012,6 +822,7 @@ class Guard(threading.Thread):
         self.supervisor = Supervisor(os.environ)
         self.stop_by: float | None = None  # monotonic; set once asked to stop
         self.requests: set[int] = set()  # other signals, for the loop to take
+        self.started_at = time.time()
         self.turned_at = time.monotonic()  # when the loop was last seen to go on
         self._lock = threading.Lock()
         self._limit: tuple[int, float] | None = None  # file descriptor, deadline
@@ -1056,7 +867,7 @@ class Guard(threading.Thread):
         """Serve for the life of the process."""
         period = min(1.0, (self.supervisor.watchdog_s or 3.0) / 3)
         while True:
-            if select.select([self._inbox], [], [], period)[0]:
+            if wait_for_any(period, self._inbox):
                 for number in self._inbox.recv(64):
                     self._take(number)
             self._enforce(time.monotonic())
@@ -1249,7 +1060,8 @@ class MetricsHandler(http.server.BaseHTTPRequestHandler):
 # But whoever waits in a lock queue holds up all behind, and must not do so for ever.
 # Keepalives find a vanished peer, and so free the lock, within about 30 s; a killed peer is
 # noticed even while its last statement runs, where PostgreSQL (14 and later) can.
-# What is noted before changes are sent must survive a crash as their rows do.
+# Statistics of a queue are always wrong: it was empty, or full, when they were taken.  So each
+# query asks for the order of the one index that fits, and the session does not sort.
 # A queue of notifications that was full stays so until somebody asks how full it is.
 SESSION_SQL = """
 SELECT set_config(name, '0', false) FROM pg_settings
@@ -1261,6 +1073,7 @@ WHERE name = 'client_connection_check_interval' AND version() LIKE '%linux%';
 SELECT set_config('synchronous_commit', 'local', false)
 WHERE current_setting('synchronous_commit') = 'off';
 SET default_transaction_isolation = 'read committed';
+SET array_nulls = on;
 SET enable_sort = off;
 SET jit = off;
 SET tcp_keepalives_idle = 10;
@@ -1280,111 +1093,37 @@ LIBPQ_DEFAULTS = {
     "tcp_user_timeout": "30000",
     "fallback_application_name": "etcd_fdw",
 }
-LOCK_SQL = """
-SELECT pg_try_advisory_lock(hashtextextended(
-    'etcd_fdw ' || current_schema() || ' ' || %(prefix)s, 0))
+LOCK_ID = "hashtextextended('etcd_fdw ' || current_schema() || ' ' || %(prefix)s, 0::bigint)"
+LOCK_SQL = f"SELECT pg_try_advisory_lock({LOCK_ID})"
+LOCK_HOLDER_SQL = f"""
+SELECT l.pid, a.usename AS role, a.application_name
+FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
+  AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+  AND (l.classid::bigint << 32 | l.objid::bigint) = {LOCK_ID}
 """
-# Statistics of a queue are always wrong: it was empty, or full, when they were taken.  So the
-# order asked for is that of the one index that fits, and the session does not sort.
-PENDING_COLUMNS = """
-    w.size_so_far, w.id, w.key, w.value, w.value_bytes, w.revision, w.txid::text, w.depends_on,
-    d.status,
-    CASE WHEN d.value IS NULL AND d.value_bytes IS NULL THEN 0 ELSE d.result_revision END,
-    coalesce(pg_visible_in_snapshot(w.txid, %(sent_before)s::pg_snapshot), false)
+END_BACKEND_SQL = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+WHERE pid = %(pid)s AND backend_start = %(since)s::timestamptz
 """
-# Where prefixes overlap, a change is for the instance with the longest one.
-OWN = """
-    starts_with(key, %(prefix)s) AND NOT EXISTS (
-        SELECT FROM etcd_sync_state s
-        WHERE length(s.prefix) > length(%(prefix)s) AND starts_with(key, s.prefix))
+OVERLAP_SQL = """
+SELECT prefix FROM etcd_sync_state
+WHERE prefix <> %(prefix)s AND (starts_with(prefix, %(prefix)s) OR starts_with(%(prefix)s, prefix))
 """
-PENDING_OWN = f"status = 'pending' AND {OWN}"
-PENDING_SIZE = "coalesce(octet_length(value), octet_length(value_bytes), 0)"
-PENDING_DEPENDENCY = """
-    LEFT JOIN LATERAL (
-        SELECT * FROM etcd_wal d WHERE d.id = w.depends_on AND d.key = w.key AND d.id < w.id
-        LIMIT 1
-    ) d ON true
+STATE_SQL = """
+SELECT mirror_id::text, cluster_id, revision, last_key, receipt, pid, host
+FROM etcd_sync_state WHERE prefix = %(prefix)s
 """
-PENDING_SQL = f"""
-SELECT {PENDING_COLUMNS}
-FROM (
-    SELECT *, {PENDING_SIZE} AS size,
-           sum({PENDING_SIZE}) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) AS size_so_far
-    FROM etcd_wal
-    WHERE {PENDING_OWN}
-      AND id NOT IN (SELECT unnest(%(busy)s::bigint[]))
-    ORDER BY id
-    LIMIT %(limit)s
-) w {PENDING_DEPENDENCY}
-WHERE w.size_so_far - w.size < %(max_bytes)s
-"""
-PENDING_REST_SQL = f"""
-SELECT {PENDING_COLUMNS}
-FROM unnest(%(txids)s::xid8[]) t (txid)
-CROSS JOIN LATERAL (
-    SELECT *, {PENDING_SIZE} AS size,
-           sum({PENDING_SIZE}) OVER (ORDER BY w.txid, id ROWS UNBOUNDED PRECEDING) AS size_so_far
-    FROM etcd_wal w
-    WHERE {PENDING_OWN} AND w.txid = t.txid AND id > %(last)s
-    ORDER BY w.txid, id
-    LIMIT %(limit)s
-) w {PENDING_DEPENDENCY}
-WHERE w.size_so_far - w.size <= %(max_bytes)s
-"""
-# Before anything is sent: changes that this sees may be, each of them after that revision.
-ANNOUNCE_SQL = """
+ACTIVATE_SQL = """
 UPDATE etcd_sync_state
-SET sent_before = pg_current_snapshot(), sent_after = %(revision)s,
-    sent_in_parts = %(txids)s::xid8[]
+SET host = %(host)s, pid = %(pid)s, version = %(version)s, heartbeat_at = now(),
+    started_at = to_timestamp(%(started_at)s), last_error = %(error)s,
+    last_error_at = CASE WHEN %(error)s IS NOT NULL THEN now() END
 WHERE prefix = %(prefix)s
 """
-# the value was put since
-MADE_SINCE_SQL = """
-SELECT w.id FROM etcd_wal w
-WHERE w.id = ANY (%(ids)s::bigint[]) AND EXISTS (
-    SELECT FROM etcd e WHERE e.key = w.key AND e.revision > %(since)s AND NOT e.tombstone
-       AND coalesce(e.value_bytes, convert_to(e.value, 'UTF8'))
-         = coalesce(w.value_bytes, convert_to(w.value, 'UTF8')))
-"""
-COPY_SQL = """
-COPY {} (key, value, value_bytes, revision, tombstone) FROM STDIN (FORMAT binary)
-"""
-CHECKPOINT_SQL = """
-UPDATE etcd_sync_state
-SET revision = %(revision)s, last_key = coalesce(%(last_key)s, last_key),
-    etcd_revision = greatest(etcd_revision, %(etcd_revision)s),
-    updated_at = now(), heartbeat_at = now(),
-    events = events + %(events)s, applied = applied + %(applied)s,
-    conflicts = conflicts + %(conflicts)s, failures = failures + %(failures)s,
-    resyncs = resyncs + %(resyncs)s, reconnects = reconnects + %(reconnects)s,
-    unstorable = unstorable + %(unstorable)s
-WHERE prefix = %(prefix)s AND revision = %(old)s
-"""
-# As above: else the planner may read all of etcd_wal to find a thousand rows of it by id.
-BY_INDEX = """
-SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off;
-"""
-# Never before the row that it is about was mirrored, even if the clock was set back since.
-# finished_at rather than status: the planner must not think of the indexes of pending rows
-SUCCESS_SQL = """
-UPDATE etcd_wal w
-SET status = 'success', result_revision = o.revision, error_message = NULL,
-    finished_at = CASE WHEN o.revision <= %(mirrored)s THEN greatest(now(), (
-        SELECT e.ts FROM etcd e WHERE e.key = w.key AND e.revision = o.revision)) ELSE now() END
-FROM unnest(%(ids)s::bigint[], %(revisions)s::bigint[]) AS o (id, revision)
-WHERE w.id = o.id AND w.finished_at IS NULL
-"""
-REFUSAL_SQL = """
-UPDATE etcd_wal w
-SET status = o.status, result_revision = o.revision::bigint, error_message = o.message,
-    finished_at = clock_timestamp()
-FROM (VALUES %s) AS o (id, status, revision, message)
-WHERE w.id = o.id AND w.finished_at IS NULL
-"""
-RETRY_SQL = """
-UPDATE etcd_wal SET retry_count = retry_count + 1, error_message = %(message)s
-WHERE id = ANY (%(ids)s::bigint[]) AND finished_at IS NULL
+DEACTIVATE_SQL = """
+UPDATE etcd_sync_state SET host = NULL, pid = NULL, started_at = NULL, heartbeat_at = NULL
+WHERE prefix = %(prefix)s
 """
 EVENT_SQL = """
 INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, source_revision,
@@ -1398,190 +1137,10 @@ WHERE NOT EXISTS (
         = (n.prefix, n.status, n.key, n.source_revision))
 """
 EVENT_TEMPLATE = "(%s, %s, %s, %s, %s, %s::bigint, %s, %s::bigint, %s::interval, %s::jsonb)"
-# For each change the key's current version (0: none), and where it may have been applied: where
-# its value followed the version that it was made on, and no other change claims it.  What claims
-# an older revision than this, before a reset, does not mean this one.
-TRACE_SQL = """
-SELECT coalesce((SELECT CASE WHEN e.tombstone THEN 0 ELSE e.revision END FROM etcd e
-                 WHERE e.key = o.key ORDER BY e.revision DESC LIMIT 1), 0),
-       ARRAY(
-           SELECT e.revision FROM etcd e
-           WHERE e.key = o.key AND e.revision > greatest(o.expected, o.since)
-             AND coalesce(e.value_bytes, convert_to(e.value, 'UTF8')) IS NOT DISTINCT FROM o.value
-             AND o.expected = coalesce((
-                 SELECT CASE WHEN p.tombstone THEN 0 ELSE p.revision END FROM etcd p
-                 WHERE p.key = e.key AND p.revision < e.revision
-                 ORDER BY p.revision DESC LIMIT 1), 0)
-             AND NOT EXISTS (
-                 SELECT FROM etcd_wal w WHERE w.key = e.key AND w.result_revision = e.revision
-                    AND w.status = 'success' AND w.finished_at >= e.ts))
-FROM (VALUES %s) AS o (n, key, value, expected, since)
-ORDER BY o.n
-"""
-# Whether each key was made anew since a revision, and so was not there for a while.
-MISSED_SQL = """
-SELECT bool_and(EXISTS (
-    SELECT FROM etcd e
-    WHERE e.key = o.key AND NOT e.tombstone AND e.revision > %(since)s
-      AND coalesce((SELECT p.tombstone FROM etcd p WHERE p.key = e.key AND p.revision < e.revision
-                    ORDER BY p.revision DESC LIMIT 1), true)))
-FROM unnest(%(keys)s::text[]) AS o (key)
-"""
-AUDIT_CHANGES_SQL = """
-INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, target_system,
-                             target_revision, duration, details)
-SELECT %(prefix)s, 'change', w.status, w.key, 'postgresql', 'etcd', w.result_revision,
-       w.finished_at - w.ts,
-       jsonb_build_object('wal_id', w.id, 'role', w.role_name, 'application', w.application_name)
-FROM etcd_wal w WHERE w.id = ANY (%(ids)s::bigint[])
-"""
-AUDIT_EVENTS_SQL = """
-INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, source_revision,
-                             target_system, target_revision)
-SELECT %(prefix)s, 'mirror', 'success', key, 'etcd', revision, 'postgresql', revision
-FROM unnest(%(keys)s::text[], %(revisions)s::bigint[]) AS r (key, revision)
-"""
+PENDING = "status = 'pending' AND starts_with(key, %(prefix)s)"
 PENDING_GAUGES_SQL = f"""
 SELECT count(*), coalesce(extract(epoch FROM clock_timestamp() - min(ts)), 0)::float8
-FROM etcd_wal WHERE {PENDING_OWN}
-"""
-# What may be deleted is older than the retention, and older than the first pending change: what
-# became of that one, or of a later one, may have to be found out from what happened since.
-CUTOFF = """
-(SELECT least(now() - %(age_s)s * interval '1 second', (
-    SELECT p.ts FROM etcd_wal p
-    WHERE p.status = 'pending' AND starts_with(p.key, %(prefix)s) ORDER BY p.id LIMIT 1)))
-"""
-# Each looks at `limit` rows behind a position, deletes what is due, and answers: rows deleted,
-# where to go on, and whether there may be more.
-PRUNE_HISTORY_SQL = f"""
-WITH looked_at AS MATERIALIZED (
-    SELECT key, revision, lead(revision) OVER (PARTITION BY key ORDER BY revision) AS following
-    FROM (SELECT key, revision FROM etcd
-          WHERE (key, revision) >= (%(key)s, %(revision)s)
-            AND (%(after)s::text IS NULL OR key < %(after)s)
-          ORDER BY key, revision LIMIT %(limit)s) r
-), due AS MATERIALIZED (
-    SELECT l.* FROM looked_at l JOIN etcd n ON n.key = l.key AND n.revision = l.following
-    WHERE n.ts < {CUTOFF}
-), deleted AS (
-    DELETE FROM etcd e USING due d WHERE e.key = d.key AND e.revision = d.revision
-), noted AS (
-    UPDATE etcd_sync_state
-    SET pruned_revision = greatest(pruned_revision, (SELECT max(following) FROM due))
-    WHERE (starts_with(prefix, %(prefix)s) OR starts_with(%(prefix)s, prefix))
-      AND EXISTS (SELECT FROM due)
-)
-SELECT (SELECT count(*) FROM due),
-       (SELECT max(key) FROM looked_at),
-       (SELECT max(revision) FROM looked_at WHERE key = (SELECT max(key) FROM looked_at)),
-       (SELECT count(*) = %(limit)s FROM looked_at)
-"""
-PRUNE_WAL_SQL = f"""
-WITH looked_at AS MATERIALIZED (
-    SELECT id, finished_at, retry_of IS NULL AND starts_with(key, %(prefix)s) AS mine
-    FROM etcd_wal
-    WHERE status = 'success' AND finished_at >= %(finished_at)s AND finished_at < {CUTOFF}
-    ORDER BY finished_at LIMIT %(limit)s
-), due AS MATERIALIZED (
-    SELECT id FROM etcd_wal w
-    WHERE id = ANY (ARRAY(SELECT id FROM looked_at WHERE mine)) AND NOT EXISTS (
-        SELECT FROM etcd_wal p
-        WHERE p.key = w.key AND p.status = 'pending' AND p.depends_on = w.id)
-    FOR UPDATE SKIP LOCKED
-), deleted AS (
-    DELETE FROM etcd_wal WHERE id = ANY (ARRAY(SELECT id FROM due))
-)
-SELECT (SELECT count(*) FROM due),
-       CASE WHEN count(*) < %(limit)s THEN {CUTOFF}
-            WHEN EXISTS (SELECT FROM due) THEN max(finished_at)
-            ELSE max(finished_at) + interval '1 microsecond' END,
-       count(*) = %(limit)s
-FROM looked_at
-"""
-PRUNE_AUDIT_SQL = """
-WITH looked_at AS MATERIALIZED (
-    SELECT id, ts < now() - %(age_s)s * interval '1 second' AS old,
-           prefix = %(prefix)s AND status <> 'unstorable' AS mine
-    FROM etcd_sync_event WHERE id > %(id)s ORDER BY id LIMIT %(limit)s
-), passed AS MATERIALIZED (
-    SELECT id, mine FROM looked_at
-    WHERE id < ALL (SELECT min(id) FROM looked_at WHERE NOT old HAVING min(id) IS NOT NULL)
-), deleted AS (
-    DELETE FROM etcd_sync_event WHERE id = ANY (ARRAY(SELECT id FROM passed WHERE mine))
-)
-SELECT count(*) FILTER (WHERE mine), coalesce(max(id), %(id)s), count(*) = %(limit)s FROM passed
-"""
-STAGING_SQL = """
-CREATE TEMPORARY TABLE IF NOT EXISTS etcd_staging (
-    key text COLLATE "C", value text, value_bytes bytea, revision bigint, tombstone boolean);
-TRUNCATE etcd_staging
-"""
-REHEARSE_STAGING_SQL = """
-SELECT count(*) FROM etcd_staging s
-WHERE NOT EXISTS (SELECT FROM etcd e WHERE (e.key, e.revision) = (s.key, s.revision))
-"""
-FROM_STAGING_SQL = """
-INSERT INTO etcd (key, value, value_bytes, revision, tombstone)
-SELECT key, value, value_bytes, revision, tombstone FROM etcd_staging
-ON CONFLICT DO NOTHING
-"""
-CONTRADICTION_SQL = """
-SELECT s.key FROM etcd_staging s JOIN etcd e USING (key)
-WHERE e.revision > s.revision AND e.revision <= %(revision)s
-   OR e.revision = s.revision
-  AND (s.value, s.value_bytes, s.tombstone) IS DISTINCT FROM (e.value, e.value_bytes, e.tombstone)
-LIMIT 1
-"""
-TO_BURY = """
-FROM (SELECT DISTINCT ON (key) key, tombstone FROM etcd
-      WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %(after)s)
-        AND revision <= %(revision)s
-      ORDER BY key DESC, revision DESC) m
-WHERE NOT m.tombstone AND NOT EXISTS (SELECT FROM etcd_staging s WHERE s.key = m.key)
-"""
-BURY_SQL = f"""
-INSERT INTO etcd (key, revision, tombstone)
-SELECT m.key, %(revision)s, true {TO_BURY}
-ON CONFLICT DO NOTHING
-"""
-REHEARSE_BURY_SQL = f"SELECT count(*) {TO_BURY}"
-STATE_SQL = """
-SELECT cluster_id, revision, last_key, pid, host, sent_before::text, sent_after,
-       sent_in_parts::text[]
-FROM etcd_sync_state WHERE prefix = %(prefix)s
-"""
-# The instance of a shorter prefix may have sent changes that are this one's from now on.
-BEGIN_STATE_SQL = """
-INSERT INTO etcd_sync_state (prefix, cluster_id, first_revision, revision, last_key,
-                             sent_before, sent_after, sent_in_parts)
-SELECT %(prefix)s, %(cluster_id)s, %(revision)s, %(revision)s, %(last_key)s,
-       s.sent_before, coalesce(s.sent_after, 0), coalesce(s.sent_in_parts, '{}')
-FROM (SELECT max(length(prefix)) AS length FROM etcd_sync_state
-      WHERE starts_with(%(prefix)s, prefix)) longest
-LEFT JOIN etcd_sync_state s
-     ON starts_with(%(prefix)s, s.prefix) AND length(s.prefix) = longest.length
-"""
-RESYNC_STATE_SQL = """
-UPDATE etcd_sync_state
-SET gaps = gaps || CASE WHEN revision + 1 < %(revision)s
-                        THEN ARRAY[int8range(revision + 1, %(revision)s)] ELSE '{}' END,
-    revision = %(revision)s, last_key = %(last_key)s, updated_at = now()
-WHERE prefix = %(prefix)s AND revision = %(old)s
-"""
-ACTIVATE_SQL = """
-UPDATE etcd_sync_state
-SET host = %(host)s, pid = %(pid)s, version = %(version)s, started_at = now(),
-    heartbeat_at = now()
-WHERE prefix = %(prefix)s
-"""
-DEACTIVATE_SQL = """
-UPDATE etcd_sync_state SET host = NULL, pid = NULL, started_at = NULL,
-    heartbeat_at = NULL, sent_before = CASE WHEN %(unsettled)s THEN sent_before END
-WHERE prefix = %(prefix)s
-"""
-PENDING_COUNT_SQL = f"""
-SELECT count(*) FROM etcd_wal WHERE {PENDING_OWN}
+FROM etcd_wal WHERE {PENDING}
 """
 STRAY_SQL = """
 SELECT count(*) FROM etcd_wal w
@@ -1590,112 +1149,20 @@ WHERE status = 'pending'
 """
 
 
-LOCK_HOLDER_SQL = """
-SELECT l.pid FROM pg_locks l
-WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
-  AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-  AND (l.classid::bigint << 32 | l.objid::bigint)
-      = hashtextextended('etcd_fdw ' || current_schema() || ' ' || %(prefix)s, 0)
-"""
-END_BACKEND_SQL = """
-SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-WHERE pid = %(pid)s AND backend_start = %(since)s::timestamptz
-"""
-# The server may have changed and cut the name, as it did with this session's.
-STANDBYS_SQL = """
-SELECT coalesce(host(client_addr), 'local socket') AS client, pid AS backend_pid,
-       backend_start AS since
-FROM pg_stat_activity
-WHERE datname = current_database() AND application_name = left('etcd_fdw standby '
-      || substr(current_setting('application_name'), length('etcd_fdw status ') + 1), 63)
-ORDER BY backend_start
-"""
-CHECKPOINT_NOW_SQL = "SELECT revision FROM etcd_sync_state WHERE prefix = %(prefix)s"
-STATUS_SQL = """
-SELECT s.host, s.pid, s.version, s.started_at, s.cluster_id, s.first_revision,
-       s.revision AS checkpoint, s.events, s.applied, s.resyncs, s.reconnects, s.unstorable,
-       extract(epoch FROM clock_timestamp() - s.heartbeat_at)::float8 AS heartbeat_age_s,
-       extract(epoch FROM clock_timestamp() - s.updated_at)::float8 AS checkpoint_age_s,
-       v.pending, extract(epoch FROM v.oldest_pending_age)::float8 AS oldest_pending_age_s,
-       v.conflicts, v.failures
-FROM etcd_sync_state s JOIN etcd_status v ON v.prefix = s.prefix
-WHERE s.prefix = %(prefix)s
-"""
-REFUSALS_SQL = f"""
-SELECT id, key, status, error_message AS message, finished_at
-FROM etcd_wal w
-WHERE status IN ('conflict', 'failed') AND {OWN}
-  AND NOT EXISTS (SELECT FROM etcd_wal r WHERE r.retry_of = w.id)
-ORDER BY id DESC LIMIT 5
-"""
-SIZE_SQL = """
-SET LOCAL statement_timeout = '2s';
-SELECT count(*) FILTER (WHERE NOT e.tombstone) AS keys, coalesce(sum(m.n), 0)::bigint AS revisions
-FROM (SELECT key, max(revision) AS revision, count(*) AS n FROM etcd
-      WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %(after)s)
-      GROUP BY key) m
-JOIN etcd e ON e.key = m.key AND e.revision = m.revision
-"""
+class SyncState(NamedTuple):
+    """A row of etcd_sync_state."""
 
-
-# In the index's order, without a sort, so the first rows come at once.
-LIVE_SQL = """
-DECLARE etcd_live NO SCROLL CURSOR FOR
-SELECT e.key, e.value, e.value_bytes, e.revision
-FROM (SELECT key, max(revision) AS revision FROM etcd
-      WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %(after)s)
-        AND revision <= %(revision)s
-      GROUP BY key) m
-JOIN etcd e ON e.key = m.key AND e.revision = m.revision
-WHERE NOT e.tombstone
-ORDER BY m.key
-"""
-CORRECT_SQL = """
-DELETE FROM etcd
-WHERE key = %(key)s AND revision > %(revision)s AND revision <= %(checkpoint)s;
-INSERT INTO etcd (key, value, value_bytes, revision, tombstone)
-VALUES (%(key)s, %(value)s, %(value_bytes)s, %(revision)s, %(tombstone)s)
-ON CONFLICT (key, revision) DO UPDATE
-SET value = excluded.value, value_bytes = excluded.value_bytes, tombstone = excluded.tombstone
-"""
-REQUEST_SQL = f"""
-INSERT INTO etcd_sync_event (prefix, operation, status, details)
-VALUES (%(prefix)s, 'sync', 'requested', '{{}}')
-RETURNING id, (SELECT max(w.id) FROM etcd_wal w WHERE {PENDING_OWN}) AS last
-"""
-OPEN_REQUESTS_SQL = """
-SELECT id FROM etcd_sync_event
-WHERE id = ANY (%(ids)s::bigint[]) AND prefix = %(prefix)s AND operation = 'sync'
-  AND status = 'requested'
-"""
-ANSWER_SQL = """
-UPDATE etcd_sync_event
-SET status = %(status)s, details = %(details)s, duration = clock_timestamp() - ts
-WHERE id = ANY (%(ids)s::bigint[])
-"""
-PROGRESS_SQL = f"""
-SELECT status, details,
-       (SELECT count(*) FROM etcd_wal w WHERE w.id <= %(last)s AND {PENDING_OWN}) AS pending,
-       (SELECT revision FROM etcd_sync_state WHERE prefix = %(prefix)s) AS checkpoint
-FROM etcd_sync_event WHERE id = %(id)s
-"""
-# Changes of one transaction are tried again together.
-REFUSED_SQL = f"""
-SELECT array_agg(id ORDER BY id) FROM etcd_wal w
-WHERE status IN ('conflict', 'failed') AND {OWN}
-  AND NOT EXISTS (SELECT FROM etcd_wal r WHERE r.retry_of = w.id)
-GROUP BY txid ORDER BY min(id)
-"""
-RESET_SQL = """
-DELETE FROM etcd e
-WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %(after)s)
-  AND NOT EXISTS (SELECT FROM etcd_sync_state s
-                  WHERE s.prefix <> %(prefix)s AND starts_with(e.key, s.prefix))
-"""
+    mirror_id: str
+    cluster_id: str
+    revision: int  # the checkpoint
+    last_key: str | None
+    receipt: int  # revision of the newest receipt whose outcomes are all written
+    pid: int | None
+    host: str | None
 
 
 class Postgres:
-    """One PostgreSQL session: notifications, the lock, reads and writes.
+    """One PostgreSQL session: notifications, the lock, and transactions.
 
     Every method raises the errors of postgres_error().
     """
@@ -1717,6 +1184,7 @@ class Postgres:
             cur.execute(SESSION_SQL)
             self.backend: tuple[int, str] = cur.fetchone()[:2]  # this session in pg_stat_activity
         self.where = f"{self.conn.info.host or 'localhost'}:{self.conn.info.port}"
+        self.database = f"{self.where}/{self.conn.info.dbname}"
         self.version = self.conn.info.server_version
 
     def close(self) -> None:
@@ -1739,15 +1207,12 @@ class Postgres:
         with self.cursor(limit_s) as cur, self.conn:
             yield cur
 
-    @contextmanager
-    def rehearsal(self) -> Iterator[Any]:
-        """As transaction, but nothing of it stays."""
-        with self.transaction(LONG_STATEMENT_LIMIT_S) as cur:
-            try:
-                yield cur
-            finally:
-                with suppress(psycopg2.Error):  # a lost connection undoes it as well
-                    self.conn.rollback()
+    def query(self, sql: str, **arguments: Any) -> list[dict[str, Any]]:
+        """The rows of a query about this prefix, by column name."""
+        with self.transaction() as cur:
+            cur.execute(sql, {"prefix": self.prefix, **arguments})
+            names = [column.name for column in cur.description]
+            return [dict(zip(names, row)) for row in cur]
 
     def notified(self) -> bool:
         """Whether a notification came, forgetting it. They also arrive while statements run."""
@@ -1763,10 +1228,44 @@ class Postgres:
         return found
 
     def try_lock(self) -> bool:
-        """Whether this session now holds the lock of its prefix."""
+        """Whether this session now holds the lock of its prefix. Raises AccessDenied."""
         with self.cursor() as cur:
             cur.execute(LOCK_SQL, {"prefix": self.prefix})
-            return bool(cur.fetchone()[0])
+            locked = cur.fetchone()[0]
+        if locked is None:  # current_schema() is
+            raise self.no_schema()
+        return bool(locked)
+
+    def no_schema(self) -> AccessDenied:
+        """The error that says why search_path names no schema that this role may use."""
+        row = self.query("SELECT current_setting('search_path') AS path, current_user AS role")[0]
+        return AccessDenied(
+            f"PostgreSQL: search_path is {row['path']}, which names no schema that exists and that"
+            f" role {row['role']} may use: CREATE SCHEMA, or GRANT USAGE, CREATE ON SCHEMA … TO"
+            f" {row['role']}"
+        )
+
+    def holder(self) -> dict[str, Any] | None:
+        """Who holds the prefix's lock: pid (of the backend), role, application_name."""
+        return next(iter(self.query(LOCK_HOLDER_SQL)), None)
+
+    def end_backend(self, pid: int, since: str) -> None:
+        """End a session that this process has given up, but that still holds the lock.
+
+        Something in between may keep its connection to the server, and say nothing.
+        """
+        holder = self.holder()
+        if holder and holder["pid"] == pid:
+            with suppress(AccessDenied):
+                self.query(END_BACKEND_SQL, pid=pid, since=since)
+
+    def name_session(self, role: str) -> None:
+        """Show in pg_stat_activity whether this session is active or standby."""
+        with self.cursor() as cur:
+            cur.execute(
+                "SELECT set_config('application_name', %s, false)",
+                (f"etcd_fdw {role} {self.prefix}"[:63],),
+            )
 
     def schema_version(self) -> int:
         """The version of the schema in the database, 0 for none."""
@@ -1775,7 +1274,16 @@ class Postgres:
             if not cur.fetchone()[0]:
                 return 0
             cur.execute("SELECT etcd_schema_version()")
-            return int(cur.fetchone()[0])
+            (version,) = cur.fetchone()
+        if version is None:
+            raise EtcdFdwError("etcd_schema_version() returns null: apply schema.sql again")
+        return int(version)
+
+    def usable_schema_version(self) -> int:
+        """As schema_version(), after a check that there is a schema at all. Raises AccessDenied."""
+        if self.query("SELECT current_schema() IS NULL AS none")[0]["none"]:
+            raise self.no_schema()
+        return self.schema_version()
 
     def ensure_schema(self) -> None:
         """Apply schema.sql if the database has none, or an older one."""
@@ -1787,13 +1295,13 @@ class Postgres:
                 f"{exc}: have the owner of the schema apply it: psql -1 -f {SCHEMA_FILE.name}"
             ) from exc
         if applied:
-            log.info("applied schema version %d", SCHEMA_VERSION)
+            log.info("applied schema version %(version)d", {"version": SCHEMA_VERSION})
 
     def apply_schema(self, cur: Any) -> bool:
         """Apply schema.sql if it is needed; whether it was."""
         if self.schema_version() == SCHEMA_VERSION:
             return False
-        cur.execute("SELECT pg_advisory_xact_lock(hashtextextended('etcd_fdw schema', 0))")
+        cur.execute("SELECT pg_advisory_xact_lock(hashtextextended('etcd_fdw schema', 0::bigint))")
         found = self.schema_version()
         if found > SCHEMA_VERSION:
             raise EtcdFdwError(
@@ -1816,6 +1324,17 @@ class Postgres:
             ) from exc
         return True
 
+    def refuse_overlap(self, cur: Any) -> None:
+        """Raises EtcdFdwError if another mirror's prefix and this one have keys in common."""
+        cur.execute(OVERLAP_SQL, {"prefix": self.prefix})
+        found = cur.fetchone()
+        if found:
+            raise EtcdFdwError(
+                f"prefix {self.prefix!r} overlaps with {found[0]!r}, which this database"
+                " mirrors already: use another schema or database; if that mirror is retired,"
+                " delete its row of etcd_sync_state"
+            )
+
     def state(self) -> SyncState | None:
         """What is known of this prefix's mirror; None before the first snapshot."""
         with self.cursor() as cur:
@@ -1823,152 +1342,27 @@ class Postgres:
             row = cur.fetchone()
         return SyncState(*row) if row else None
 
-    def activate(self) -> None:
-        """Say in etcd_sync_state that this process is the active one."""
+    def activate(self, error: str | None = None) -> None:
+        """Say in etcd_sync_state that this process is the active one, and what keeps it off."""
         identity = {
             "prefix": self.prefix,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "version": __version__,
+            "started_at": self.guard.started_at,
+            "error": error,
         }
         with self.cursor() as cur:
             cur.execute(ACTIVATE_SQL, identity)
 
-    def deactivate(self, unsettled: bool) -> None:
-        """Say in etcd_sync_state that nobody is active; unsettled: changes may have been sent."""
+    def deactivate(self) -> None:
+        """Say in etcd_sync_state that nobody is active."""
         with self.cursor() as cur:
-            cur.execute(DEACTIVATE_SQL, {"prefix": self.prefix, "unsettled": unsettled})
-
-    def as_of(self, key: str, revision: int) -> tuple[int, bytes | None] | None:
-        """Revision and value (None: deleted) that the mirror has for a key at a revision."""
-        with self.cursor() as cur:
-            cur.execute(
-                "SELECT revision, coalesce(value_bytes, convert_to(value, 'UTF8')) FROM etcd"
-                " WHERE key = %s AND revision <= %s ORDER BY revision DESC LIMIT 1",
-                (key, revision),
-            )
-            row = cur.fetchone()
-        return row and (row[0], None if row[1] is None else bytes(row[1]))
-
-    def announce(self, revision: int, parted: Iterable[str]) -> None:
-        """Note durably that all changes that are visible now may be sent, after a revision.
-
-        Those of the parted transactions may be sent one by one.
-        """
-        arguments = {
-            "prefix": self.prefix,
-            "revision": revision,
-            "txids": int_array(int(txid) for txid in parted),
-        }
-        with self.cursor() as cur:
-            cur.execute(ANNOUNCE_SQL, arguments)
-            if cur.rowcount != 1:
-                raise PostgresAway("PostgreSQL: the mirror's state is gone: starting over")
-
-    def pending(
-        self,
-        busy: Iterable[int],
-        sent_before: str | None,
-        limit: int,
-        max_ops: int,
-    ) -> tuple[list[WriteAheadLogEntry], bool]:
-        """The first pending changes in id order without those in busy, and whether all came.
-
-        Their values have about BATCH_BYTES. A transaction whose rows go beyond these limits is
-        completed, up to what one etcd transaction could take.
-        """
-        arguments: dict[str, Any] = {
-            "prefix": self.prefix,
-            "sent_before": sent_before,
-            "limit": limit,
-        }
-        with self.cursor() as cur:
-            arguments["max_bytes"] = BATCH_BYTES
-            cur.execute(PENDING_SQL, {**arguments, "busy": int_array(busy)})
-            found = cur.fetchall()
-            entries = [WriteAheadLogEntry(*row[1:]) for row in found]
-            if len(entries) < limit and (not found or found[-1][0] < BATCH_BYTES):
-                return entries, True
-            txids = int_array(dict.fromkeys(int(entry.txid) for entry in entries))
-            arguments.update(limit=max_ops + 1, max_bytes=TXN_MAX_BYTES)
-            cur.execute(PENDING_REST_SQL, {**arguments, "txids": txids, "last": entries[-1].id})
-            entries.extend(WriteAheadLogEntry(*row[1:]) for row in cur)
-        return sorted(entries, key=lambda entry: entry.id), False
-
-    def made_since(self, ids: Sequence[int], since: int) -> set[int]:
-        """Those of the changes whose value has been put after a revision."""
-        if not ids:
-            return set()
-        with self.cursor() as cur:
-            cur.execute(BY_INDEX + MADE_SINCE_SQL, {"ids": int_array(ids), "since": since})
-            return {id_ for (id_,) in cur}
-
-    def copy_in(self, cur: Any, table: str, rows: Iterable[bytes]) -> None:
-        """COPY rows made by copy_row() into etcd or its staging table."""
-        data = b"".join((COPY_HEADER, *rows, COPY_TRAILER))
-        cur.copy_expert(COPY_SQL.format(table), io.BytesIO(data), size=1 << 18)
-
-    def record_outcomes(self, cur: Any, outcomes: Sequence[Outcome], mirrored: int) -> None:
-        """Write what became of changes into etcd_wal, and refusals into etcd_sync_event.
-
-        mirrored: the revision that earlier transactions have brought the mirror to.
-        """
-        good = [o for o in outcomes if o.status == "success"]
-        if good:
-            revisions = ",".join("NULL" if o.revision is None else str(o.revision) for o in good)
-            arguments = {
-                "ids": int_array(o.id for o in good),
-                "revisions": "{" + revisions + "}",
-                "mirrored": mirrored,
-            }
-            cur.execute(BY_INDEX + SUCCESS_SQL, arguments)
-        bad = [o for o in outcomes if o.status != "success"]
-        if bad:
-            psycopg2.extras.execute_values(
-                cur, REFUSAL_SQL, [(o.id, o.status, o.revision, o.message) for o in bad]
-            )
-            self.record_events(cur, [refusal_event(o) for o in bad])
-        if outcomes:
-            ids = [o.id for o in outcomes]
-            self.notify(cur, OUTCOME_CHANNEL, min(ids), max(ids))
+            cur.execute(DEACTIVATE_SQL, {"prefix": self.prefix})
 
     def notify(self, cur: Any, channel: str, first: int, last: int) -> None:
         """Tell whoever listens of a range, once the transaction is committed."""
         cur.execute("SELECT pg_notify(%s, %s)", (channel, f"{first}-{last}"))
-
-    def audit(
-        self, cur: Any, rows: Iterable[tuple[bytes, int]], outcomes: Iterable[Outcome]
-    ) -> None:
-        """Append each mirrored event and each successful change to etcd_sync_event."""
-        keys, revisions = [], []
-        for key, revision in rows:
-            keys.append(key.decode())
-            revisions.append(revision)
-        arguments = {"prefix": self.prefix, "keys": keys, "revisions": int_array(revisions)}
-        if keys:
-            cur.execute(AUDIT_EVENTS_SQL, arguments)
-        ids = [o.id for o in outcomes if o.status == "success"]
-        if ids:
-            cur.execute(AUDIT_CHANGES_SQL, {**arguments, "ids": int_array(ids)})
-
-    def pending_gauges(self) -> tuple[int, float]:
-        """Number of pending changes, and age of the oldest in seconds."""
-        with self.cursor() as cur:
-            cur.execute(PENDING_GAUGES_SQL, {"prefix": self.prefix})
-            count, oldest_s = cur.fetchone()
-        return count, oldest_s
-
-    def prune(self, statement: str, age_s: float, position: Mapping[str, Any]) -> tuple[Any, ...]:
-        """One step of housekeeping: rows deleted, the new position, whether there is more."""
-        arguments = {
-            **position,
-            **self.bounds,
-            "age_s": age_s,
-            "limit": HOUSEKEEPING_ROWS,
-        }
-        with self.cursor() as cur:
-            cur.execute(statement, arguments)
-            return tuple(cur.fetchone())
 
     def record_events(
         self, cur: Any, events: Sequence[SynchronizationEvent], again: bool = False
@@ -1992,247 +1386,12 @@ class Postgres:
         sql = EVENT_SQL + (NEW_EVENT_SQL if again else "") + " RETURNING id"
         return len(psycopg2.extras.execute_values(cur, sql, rows, EVENT_TEMPLATE, 1000, fetch=True))
 
-    def record_retry(self, ids: Sequence[int], message: str) -> None:
-        """Note at pending changes that sending them did not succeed this time."""
+    def pending_gauges(self) -> tuple[int, float]:
+        """Number of pending changes, and age of the oldest in seconds."""
         with self.cursor() as cur:
-            cur.execute(RETRY_SQL, {"ids": int_array(ids), "message": message})
-
-    def store_carefully(self, cur: Any, rows: Mapping[tuple[bytes, int], bytes]) -> None:
-        """As copy_in, but for rows that may be there already, or that PostgreSQL refuses."""
-        cur.execute("SAVEPOINT careful")
-        try:
-            cur.execute(STAGING_SQL)
-            self.copy_in(cur, "etcd_staging", rows.values())
-            cur.execute(FROM_STAGING_SQL)
-            cur.execute("RELEASE careful")
-        except psycopg2.Error as exc:
-            if not isinstance(postgres_error(exc), Rejected):
-                raise
-            cur.execute("ROLLBACK TO careful")
-            items = list(rows.items())
-            if len(items) == 1:
-                (key, revision), _ = items[0]
-                event = unstorable_event(KeyValueRecord(key, None, revision))
-                self.record_events(cur, [event])
-                return
-            middle = len(items) // 2
-            self.store_carefully(cur, dict(items[:middle]))
-            self.store_carefully(cur, dict(items[middle:]))
-
-    def name_session(self, role: str) -> None:
-        """Show in pg_stat_activity whether this session is active or standby."""
-        with self.cursor() as cur:
-            cur.execute(
-                "SELECT set_config('application_name', %s, false)",
-                (f"etcd_fdw {role} {self.prefix}"[:63],),
-            )
-
-    def advance(
-        self,
-        cur: Any,
-        old: int,
-        new: int,
-        last_key: str | None,
-        seen: int,
-        counts: Counters,
-        durable: bool,
-    ) -> None:
-        """Move the checkpoint and add to the counters. Raises PostgresAway if it has moved.
-
-        Not durable: if PostgreSQL crashes, rows and checkpoint go together, and come again.
-        """
-        cur.execute(
-            CHECKPOINT_SQL if durable else "SET LOCAL synchronous_commit = off;" + CHECKPOINT_SQL,
-            {
-                "prefix": self.prefix,
-                "old": old,
-                "revision": new,
-                "last_key": last_key,
-                "etcd_revision": seen,
-                **vars(counts),
-            },
-        )
-        if cur.rowcount != 1:
-            raise PostgresAway("PostgreSQL: another writer has moved the checkpoint: starting over")
-
-    def trace(self, changes: Sequence[Change], since: int) -> list[tuple[int, list[int]]]:
-        """For each change: its key's current version, and where after since it may be applied."""
-        rows = [(n, c.key.decode(), c.value, c.expected, since) for n, c in enumerate(changes)]
-        template = "(%s, %s, %s::bytea, %s::bigint, %s::bigint)"
-        with self.cursor() as cur:
-            return list(
-                psycopg2.extras.execute_values(
-                    cur, TRACE_SQL, rows, template, page_size=len(rows), fetch=True
-                )
-            )
-
-    def were_missing(self, keys: Iterable[str], since: int) -> bool:
-        """Whether each key was made anew after since, and so was not there for a while."""
-        with self.cursor() as cur:
-            cur.execute(MISSED_SQL, {"keys": list(keys), "since": since})
-            return bool(cur.fetchone()[0])
-
-    def check_staging(self, cur: Any, revision: int) -> None:
-        """Raises AnotherTimeline if the mirror contradicts what is in the staging table.
-
-        That is, if it holds something else at the same revision, or something newer.
-        """
-        cur.execute("ANALYZE etcd_staging")
-        cur.execute(CONTRADICTION_SQL, {"revision": revision})
-        found = cur.fetchone()
-        if found:
-            raise another_timeline(
-                self.prefix, f"key {found[0]} has another history in the mirror than in etcd"
-            )
-
-    def merge_staging(self, cur: Any, revision: int) -> tuple[int, int]:
-        """Bring the mirror from the staging table to revision; rows put and keys buried."""
-        cur.execute(FROM_STAGING_SQL)
-        put = cur.rowcount
-        cur.execute(BURY_SQL, {**self.bounds, "revision": revision})
-        return put, cur.rowcount
-
-    def rehearse_merge(self, cur: Any, revision: int) -> tuple[int, int]:
-        """What merge_staging() would answer, without a lock that others might wait for."""
-        cur.execute(REHEARSE_STAGING_SQL)
-        (put,) = cur.fetchone()
-        cur.execute(REHEARSE_BURY_SQL, {**self.bounds, "revision": revision})
-        return put, cur.fetchone()[0]
-
-    def reach(self, cur: Any, cluster_id: str, revision: int, old: int | None) -> None:
-        """Set the checkpoint after merge_staging(). Raises PostgresAway if it has moved."""
-        cur.execute("SELECT key FROM etcd_staging ORDER BY revision DESC LIMIT 1")
-        row = cur.fetchone()
-        arguments = {
-            "prefix": self.prefix,
-            "cluster_id": cluster_id,
-            "revision": revision,
-            "old": old,
-            "last_key": row and row[0],
-        }
-        cur.execute(BEGIN_STATE_SQL if old is None else RESYNC_STATE_SQL, arguments)
-        if cur.rowcount != 1:
-            raise PostgresAway("PostgreSQL: another writer has moved the checkpoint: starting over")
-
-    def live_at(self, cur: Any, revision: int) -> Iterator[KeyValueRecord]:
-        """The mirror's live keys as of a revision, in key order, within cur's transaction."""
-        cur.execute(LIVE_SQL, {**self.bounds, "revision": revision})
-        limit = PAGE_KEYS[0]
-        while True:
-            cur.execute("FETCH %s FROM etcd_live", (limit,))
-            rows = cur.fetchall()
-            size = 1
-            for key, text, data, mod_revision in rows:
-                value = bytes(data) if text is None else text.encode()
-                size += len(value) + 100
-                yield KeyValueRecord(key.encode(), value, mod_revision)
-            if len(rows) < limit:
-                return
-            limit = max(1, min(PAGE_BYTES * limit // size, limit * 4, PAGE_KEYS[1]))
-
-    def correct(self, cur: Any, found: Difference, checkpoint: int) -> None:
-        """Make the mirror's state of a key at the checkpoint what it was in etcd."""
-        value = found.etcd.value if found.etcd else None
-        text = value is not None and is_text(value)
-        revision = found.etcd.revision if found.etcd else checkpoint
-        arguments = {
-            "key": found.key.decode(),
-            "value": value.decode() if value is not None and text else None,
-            "value_bytes": None if text else value,
-            "revision": revision,
-            "checkpoint": checkpoint,
-            "tombstone": value is None,
-        }
-        cur.execute(CORRECT_SQL, arguments)
-        event = SynchronizationEvent(
-            "repair",
-            found.kind,
-            key=found.key.decode(),
-            source_system="etcd",
-            source_revision=revision,
-            target_system="postgresql",
-            target_revision=found.mirror_revision,
-        )
-        self.record_events(cur, [event])
-
-    def request_sync(self) -> dict[str, Any]:
-        """Ask the active instance to compare and repair: id of the request, last pending id."""
-        request = self.query(REQUEST_SQL)[0]
-        self.notify_control(request["id"])
-        return request
-
-    def notify_control(self, request: int) -> None:
-        """Have the active instance look at a request."""
-        with self.cursor() as cur:
-            cur.execute("SELECT pg_notify(%s, %s)", (CONTROL_CHANNEL, str(request)))
-
-    def open_requests(self) -> list[int]:
-        """The ids of requests for this prefix that were notified, forgetting them."""
-        notified, self.requests = self.requests, set()
-        if not notified:
-            return []
-        return [row["id"] for row in self.query(OPEN_REQUESTS_SQL, ids=int_array(notified))]
-
-    def answer(self, requests: Sequence[int], status: str, details: Mapping[str, Any]) -> None:
-        """Write what became of requests."""
-        arguments = {
-            "ids": int_array(requests),
-            "status": status,
-            "details": psycopg2.extras.Json(dict(details)),
-        }
-        with self.cursor() as cur:
-            cur.execute(ANSWER_SQL, arguments)
-
-    def retry_refused(self) -> int:
-        """Queue every conflict and failure again that was not yet; how many there were."""
-        with self.cursor() as cur:
-            cur.execute(REFUSED_SQL, {"prefix": self.prefix})
-            groups = [row[0] for row in cur]
-            for ids in groups:
-                cur.execute("SELECT count(etcd_retry(id)) FROM unnest(%s::bigint[]) id", (ids,))
-        return sum(map(len, groups))
-
-    def reset(self) -> int:
-        """Forget the mirror, but for what another mirror covers; how many rows were deleted."""
-        with self.transaction(LONG_STATEMENT_LIMIT_S) as cur:
-            cur.execute(RESET_SQL, self.bounds)
-            deleted = int(cur.rowcount)
-            cur.execute("DELETE FROM etcd_sync_state WHERE prefix = %(prefix)s", self.bounds)
-            event = SynchronizationEvent("reset", "done", details={"rows": deleted})
-            self.record_events(cur, [event])
-        return deleted
-
-    def query(self, sql: str, **arguments: Any) -> list[dict[str, Any]]:
-        """The rows of a query about this prefix, by column name."""
-        with self.transaction() as cur:
-            cur.execute(sql, {"prefix": self.prefix, **arguments})
-            names = [column.name for column in cur.description]
-            return [dict(zip(names, row)) for row in cur]
-
-    def end_backend(self, pid: int, since: str) -> None:
-        """End a session that this process has given up, but that still holds the lock.
-
-        Something in between may keep its connection to the server, and say nothing.
-        """
-        if pid == self.holder():
-            with suppress(AccessDenied):
-                self.query(END_BACKEND_SQL, pid=pid, since=since)
-
-    def holder(self) -> int | None:
-        """The backend's pid of the active instance; None if there is none."""
-        found = self.query(LOCK_HOLDER_SQL)
-        return found[0]["pid"] if found else None
-
-    def size(self) -> dict[str, Any]:
-        """How many keys and revisions are mirrored; None if counting takes too long."""
-        try:
-            return self.query(SIZE_SQL, **self.bounds)[0]
-        except PostgresAway:
-            return {"keys": None, "revisions": None}
-
-    def version_text(self) -> str:
-        """The server's version, such as 15.4."""
-        return f"{self.version // 10000}.{self.version % 10000}"
+            cur.execute(PENDING_GAUGES_SQL, {"prefix": self.prefix})
+            count, oldest_s = cur.fetchone()
+        return count, oldest_s
 
     def strays(self) -> int:
         """How many pending changes lie outside every mirrored prefix."""
@@ -2240,9 +1399,14 @@ class Postgres:
             cur.execute(STRAY_SQL)
             return int(cur.fetchone()[0])
 
+    def version_text(self) -> str:
+        """The server's version, such as 15.4."""
+        return f"{self.version // 10000}.{self.version % 10000}"
+
 
 # ── etcd side ──────────────────────────────────────────────────────────────────
 
+RESERVED = b"etcd_fdw/"  # where the daemon keeps its own keys; no mirror sees them
 PUT, DELETE = 0, 1  # mvccpb.Event.EventType
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_MAX_BYTES),
@@ -2315,7 +1479,9 @@ class Etcd:
         try:
             # by stub: etcd3 would pass the token in a way that needs TLS
             self.authenticate(target.dial_timeout)
-            self.header = self.range(self.key, self.range_end, limit=1, keys_only=True).header
+            self.header = self.range(
+                self.key, self.range_end, target.dial_timeout, limit=1, keys_only=True
+            ).header
             self.version = self.server_version()
         except EtcdFdwError as exc:
             self.close()
@@ -2355,9 +1521,7 @@ class Etcd:
         )
         stub = etcdrpc.AuthStub(self.client.channel)
         try:
-            token = stub.Authenticate(
-                request, timeout=timeout or self.target.request_timeout
-            ).token
+            token = stub.Authenticate(request, timeout=timeout or self.target.request_timeout).token
         except grpc.RpcError as exc:
             if "authentication is not enabled" in str(exc.details()):
                 return
@@ -2368,34 +1532,22 @@ class Etcd:
         """Close the channel; calls under way end as cancelled."""
         self.client.close()
 
-    def range(self, key: bytes, range_end: bytes = b"", **fields: Any) -> Any:
+    def range(
+        self, key: bytes, range_end: bytes = b"", timeout: float | None = None, **fields: Any
+    ) -> Any:
         """One RangeResponse; fields are those of RangeRequest."""
         try:
-            return self.range_future(key, range_end, **fields).result()
+            return self.range_future(key, range_end, timeout, **fields).result()
         except grpc.RpcError as exc:
             raise etcd_error(exc, self.endpoint) from exc
 
-    def revisions(self, keys: Iterable[bytes], at_once: int) -> dict[bytes, int]:
-        """The mod_revision of each key, 0 for none."""
-        found = dict.fromkeys(keys, 0)
-        names = list(found)
-        for start in range(0, len(names), at_once):
-            request = etcdrpc.TxnRequest()
-            for name in names[start : start + at_once]:
-                look = request.success.add().request_range
-                look.key, look.keys_only = name, True
-            try:
-                answers = self.txn_future(request).result().responses
-            except grpc.RpcError as exc:
-                raise etcd_error(exc, self.endpoint) from exc
-            found.update((kv.key, kv.mod_revision) for a in answers for kv in a.response_range.kvs)
-        return found
-
-    def range_future(self, key: bytes, range_end: bytes = b"", **fields: Any) -> Any:
+    def range_future(
+        self, key: bytes, range_end: bytes = b"", timeout: float | None = None, **fields: Any
+    ) -> Any:
         """The future of a RangeResponse."""
         request = etcdrpc.RangeRequest(key=key, range_end=range_end, **fields)
         return self.kv.Range.future(
-            request, timeout=self.target.request_timeout, metadata=self.metadata
+            request, timeout=timeout or self.target.request_timeout, metadata=self.metadata
         )
 
     def txn_future(self, request: Any) -> Any:
@@ -2404,15 +1556,27 @@ class Etcd:
             request, timeout=self.target.request_timeout, metadata=self.metadata
         )
 
-    def check_write(self) -> None:
-        """Ask whether the prefix may be written, without writing. Raises AccessDenied."""
+    def put(self, key: bytes, value: bytes) -> int:
+        """Put one key; the revision that it got."""
+        try:
+            response = self.kv.Put(
+                etcdrpc.PutRequest(key=key, value=value),
+                timeout=self.target.request_timeout,
+                metadata=self.metadata,
+            )
+        except grpc.RpcError as exc:
+            raise etcd_error(exc, self.endpoint) from exc
+        return int(response.header.revision)
+
+    def check_write(self, key: bytes, range_end: bytes) -> None:
+        """Ask whether a range may be written, without writing. Raises AccessDenied."""
         request = etcdrpc.TxnRequest()
         # etcd checks the permissions of both branches, and no revision is below zero
         request.compare.add(
-            result=etcdrpc.Compare.LESS, target=etcdrpc.Compare.MOD, key=self.key, mod_revision=0
+            result=etcdrpc.Compare.LESS, target=etcdrpc.Compare.MOD, key=key, mod_revision=0
         )
         delete = request.success.add().request_delete_range
-        delete.key, delete.range_end = self.key, self.range_end
+        delete.key, delete.range_end = key, range_end
         try:
             self.txn_future(request).result()
         except grpc.RpcError as exc:
@@ -2422,20 +1586,8 @@ class Etcd:
         """The keys that there were at a revision, in key order. Raises Compacted."""
         for page in self.pages(revision):
             for kv in page.kvs:
-                yield KeyValueRecord(kv.key, kv.value, kv.mod_revision)
-
-    def revision(self) -> int:
-        """etcd's revision now."""
-        return int(self.range(self.key, limit=1, keys_only=True).header.revision)
-
-    def newest_revision(self) -> int:
-        """The newest revision of a key that there is under the prefix, 0 if there is none."""
-        order = {
-            "sort_order": etcdrpc.RangeRequest.DESCEND,
-            "sort_target": etcdrpc.RangeRequest.MOD,
-        }
-        found = self.range(self.key, self.range_end, limit=1, keys_only=True, **order).kvs
-        return int(found[0].mod_revision) if found else 0
+                if not kv.key.startswith(RESERVED):
+                    yield KeyValueRecord(kv.key, kv.value, kv.mod_revision)
 
     def pages(self, revision: int) -> Iterator[Any]:
         """RangeResponses over the prefix at one revision, in key order; 0: the current one.
@@ -2553,180 +1705,11 @@ class Watch(threading.Thread):
         self.join(STOP_LIMIT_S)
 
 
-def txn_request(changes: Sequence[Change]) -> Any:
-    """All changes if each key is at its expected revision, else what their revisions are."""
-    request = etcdrpc.TxnRequest()
-    for key, expected, value in changes:
-        request.compare.add(
-            result=etcdrpc.Compare.EQUAL,
-            target=etcdrpc.Compare.MOD,
-            key=key,
-            mod_revision=expected,
-        )
-        operation = request.success.add()
-        if value is None:
-            operation.request_delete_range.key = key
-        else:
-            # a plain put would detach the key from its lease
-            put = operation.request_put
-            put.key, put.value, put.ignore_lease = key, value, expected > 0
-        look = request.failure.add().request_range
-        look.key, look.keys_only = key, True
-    return request
-
-
-def pack_request(groups: Sequence[Group], guarded: bool = False) -> Any:
-    """One Txn for several groups, each nested in it; for one group, just its own.
-
-    Guarded: every key is also named in the outer Txn, in the branch that is never taken,
-    because etcd (3.4, 3.5) checks no permissions in nested ones.
-    """
-    if len(groups) == 1:
-        return txn_request(groups[0].changes)
-    request = etcdrpc.TxnRequest()
-    for group in groups:
-        request.success.add().request_txn.CopyFrom(txn_request(group.changes))
-        for change in group.changes if guarded else ():
-            request.failure.add().request_put.key = change.key
-    return request
-
-
-def unpack_response(response: Any, groups: Sequence[Group]) -> list[Any]:
-    """The TxnResponse of each group."""
-    if len(groups) == 1:
-        return [response]
-    return [item.response_txn for item in response.responses]
-
-
-class Pipeline:
-    """Sends Txns to etcd one after another: each as soon as the one before it was answered.
-
-    The next one leaves from gRPC's thread, so etcd has work while the loop waits for
-    PostgreSQL.  It must not touch the keys of those before it.  After an error nothing more
-    is sent until resume().  All other methods are for the loop's thread.
-    """
-
-    def __init__(self, etcd: Etcd, waker: Waker) -> None:
-        self.keys: set[str] = set()  # of every Txn whose answer was not taken yet
-        self._etcd = etcd
-        self._waker = waker
-        self._lock = threading.Lock()
-        self._unsent: collections.deque[tuple[list[Group], Any]] = collections.deque()
-        self._sent = self._halted = False
-        self._answered: collections.deque[tuple[list[Group], Any]] = collections.deque()
-
-    def __len__(self) -> int:
-        """The number of Txns whose answer was not taken yet."""
-        with self._lock:
-            return len(self._unsent) + self._sent + len(self._answered)
-
-    def add(self, groups: list[Group], first: bool = False) -> None:
-        """Send a Txn when its turn comes; first: before the others."""
-        for group in groups:
-            self.keys |= group.keys
-        item = groups, pack_request(groups, self._etcd.guarded)
-        with self._lock:
-            if first:
-                self._unsent.appendleft(item)
-            else:
-                self._unsent.append(item)
-        self._send()
-
-    def _send(self) -> None:
-        with self._lock:
-            if self._sent or self._halted or not self._unsent:
-                return
-            groups, request = self._unsent.popleft()
-            self._sent = True
-            future = self._etcd.txn_future(request)
-        future.add_done_callback(lambda future: self._done(groups, future))
-
-    def _done(self, groups: list[Group], future: Any) -> None:
-        with self._lock:
-            self._sent = False
-            self._halted |= future.code() is not grpc.StatusCode.OK
-            self._answered.append((groups, future))
-        self._send()
-        self._waker.wake()
-
-    def take(self) -> tuple[list[Group], Any] | None:
-        """The next answered Txn and its future, None if there is none."""
-        with self._lock:
-            if not self._answered:
-                return None
-            groups, future = self._answered.popleft()
-        for group in groups:
-            self.keys -= group.keys
-        return groups, future
-
-    def resume(self) -> None:
-        """Go on after an error."""
-        self._halted = False
-        self._send()
-
-    def drop(self) -> list[Group]:
-        """Forget what was not sent yet, and return it."""
-        with self._lock:
-            groups = [group for item, _ in self._unsent for group in item]
-            self._unsent.clear()
-        for group in groups:
-            self.keys -= group.keys
-        return groups
-
-    def close(self) -> None:
-        """Send nothing any more."""
-        with self._lock:
-            self._halted = True
-            self._unsent.clear()
-
-
-# ── engine ─────────────────────────────────────────────────────────────────────
-
-
-class Landed(NamedTuple):
-    """Changes that etcd took, until the mirror has their revision."""
-
-    revision: int
-    outcomes: list[Outcome]
-
-
-class Doubt(NamedTuple):
-    """A group whose compare failed, but which may have been applied before its answer was lost."""
-
-    group: Group
-    current: list[int]  # the mod_revision of each key, 0 for none
-    revision: int  # of etcd at that moment
-
-
-class Batch:
-    """What one transaction brings into the mirror."""
-
-    def __init__(self, checkpoint: int) -> None:
-        self.rows: dict[tuple[bytes, int], bytes] = {}  # one etcd Txn may put and delete a key
-        self.unstorable: list[KeyValueRecord] = []
-        self.checkpoint = checkpoint
-        self.last_key: str | None = None
-
-    def add(self, events: Iterable[Any], after: int) -> None:
-        """Add the watch events above a revision."""
-        rows, key = self.rows, None
-        for event in events:
-            kv = event.kv
-            revision = kv.mod_revision
-            if revision <= after:
-                continue
-            value = None if event.type == DELETE else kv.value
-            if not is_storable(kv.key):
-                self.unstorable.append(KeyValueRecord(kv.key, value, revision))
-                continue
-            rows[kv.key, revision] = copy_row(kv.key, value, revision)
-            key = kv.key
-        if key is not None:
-            self.last_key = key.decode()
+# ── mirror: the watch's way into table etcd ────────────────────────────────────
 
 
 class Part(NamedTuple):
-    """Watch events that come into the mirror together."""
+    """Watch events of whole revisions, which come into the mirror together."""
 
     events: Sequence[Any]
     revision: int  # the checkpoint after them
@@ -2734,7 +1717,7 @@ class Part(NamedTuple):
 
 
 def slices(events: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """Runs of about size events that never part a revision."""
+    """Runs of about size events that never split a revision."""
     start = 0
     while start < len(events):
         end = start + size
@@ -2746,50 +1729,1557 @@ def slices(events: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
         start = end
 
 
-class Chore:
-    """A table that housekeeping goes through in small steps."""
+class Intake:
+    """Puts the responses of the watch together to whole revisions, in parts of batch size.
 
-    def __init__(self, table: str, option: str, statement: str, **start: Any) -> None:
-        self.table = table
-        self.option = option
-        self.statement = statement
-        self.start = start
-        self.position = start  # all before it is done, or stays
-        self.due_at = time.monotonic()
+    Created once etcd has confirmed the watch; ended once etcd has cancelled it, which is final.
+    """
 
-    def step(self, postgres: Postgres, config: Config) -> int:
-        """Look at some rows, and delete those that are due; returns how many."""
+    def __init__(self, etcd: Etcd, watch: Watch) -> None:
+        self.endpoint = etcd.endpoint
+        self.watch = watch
+        self.parts: collections.deque[Part] = collections.deque()
+        self.fragments: list[Any] = []  # of a revision that is not complete yet
+        self.store_revision = etcd.header.revision  # newest one of the whole store heard of
+        self.heard_at = time.monotonic()
+        self.replaying = True  # etcd sends the past in portions, and there may be more of it
+        self.created = False
+        self.ended: EtcdFdwError | None = None
+
+    def take(self, batch_size: int) -> None:
+        """Take responses until there is enough for a batch. Raises what ended the watch."""
+        while sum(part.share for part in self.parts) < 1:
+            if self.ended and not self.parts:
+                raise self.ended  # after the mirror has what etcd may have compacted since
+            response = None if self.ended else self.watch.take()
+            if response is None:
+                return
+            self.heard_at = time.monotonic()
+            self.store_revision = max(self.store_revision, response.header.revision)
+            if response.canceled:
+                self.ended = self.cancellation(response)
+            elif response.created:
+                self.created = True
+            else:
+                self.add(response, batch_size)
+
+    def cancellation(self, response: Any) -> EtcdFdwError:
+        """The error that a cancelled watch is. It is always final, but the stream lives on."""
+        if response.compact_revision:
+            return Compacted(revision=response.compact_revision)
+        reason = response.cancel_reason or "no reason given"
+        kind = TokenExpired if "permission denied" in reason else EtcdAway
+        return kind(f"etcd at {self.endpoint}: watch cancelled: {reason}")
+
+    def add(self, response: Any, batch_size: int) -> None:
+        """Keep the whole revisions of a response, with what its predecessors left over."""
+        last = response.events[-1].kv.mod_revision if response.events else 0
+        # while it replays the past, etcd names the store's revision, far ahead of the events
+        self.replaying = 0 < last < response.header.revision
+        events: Sequence[Any] = response.events
+        if self.fragments:
+            events = [*self.fragments, *events]
+        self.fragments = []
+        if getattr(response, "fragment", False):  # its last revision may go on in the next
+            whole = len(events)
+            while whole and events[whole - 1].kv.mod_revision == events[-1].kv.mod_revision:
+                whole -= 1
+            events, self.fragments = events[:whole], list(events[whole:])
+        elif not events:  # a progress notification: nothing happened up to here
+            self.parts.append(Part((), response.header.revision))
+        share = max(
+            len(events) / batch_size,
+            sum(len(event.kv.value) for event in events) / BATCH_BYTES,
+        )
+        for part in slices(events, max(1, int(len(events) / max(share, 1)))):
+            revision = part[-1].kv.mod_revision
+            self.parts.append(Part(part, revision, share * len(part) / len(events)))
+
+    def behind(self) -> bool:
+        """Whether there is something to mirror, or may be soon."""
+        self.replaying = self.replaying and time.monotonic() < self.heard_at + QUIET_S
+        return self.replaying or bool(self.parts or self.fragments or self.watch.waiting())
+
+
+class Batch:
+    """What one PostgreSQL transaction brings into the mirror."""
+
+    def __init__(self, checkpoint: int) -> None:
+        self.rows: dict[tuple[bytes, int], bytes] = {}  # one etcd Txn may put and delete a key
+        self.unstorable: list[KeyValueRecord] = []
+        self.checkpoint = checkpoint
+        self.last_key: str | None = None
+        self.share = 0.0  # of a full batch
+
+    def add(self, part: Part) -> None:
+        """Add the events above the checkpoint, and move it."""
+        rows, after, key = self.rows, self.checkpoint, None
+        for event in part.events:
+            kv = event.kv
+            revision = kv.mod_revision
+            if revision <= after or kv.key.startswith(RESERVED):
+                continue
+            value = None if event.type == DELETE else kv.value
+            if not is_storable(kv.key):
+                self.unstorable.append(KeyValueRecord(kv.key, value, revision))
+                continue
+            key = kv.key
+            rows[key, revision] = copy_row(key, value, revision)
+        if key is not None:
+            self.last_key = key.decode()
+        self.checkpoint = max(self.checkpoint, part.revision)
+        self.share += part.share
+
+
+COPY_SQL = """
+COPY {} (key, value, value_bytes, revision, tombstone) FROM STDIN (FORMAT binary)
+"""
+CHECKPOINT_SQL = """
+UPDATE etcd_sync_state
+SET revision = %(revision)s, last_key = coalesce(%(last_key)s, last_key),
+    receipt = greatest(receipt, %(receipt)s),
+    etcd_revision = greatest(etcd_revision, %(etcd_revision)s),
+    updated_at = now(), heartbeat_at = now(),
+    events = events + %(events)s, applied = applied + %(applied)s,
+    conflicts = conflicts + %(conflicts)s, failures = failures + %(failures)s,
+    resyncs = resyncs + %(resyncs)s, reconnects = reconnects + %(reconnects)s,
+    unstorable = unstorable + %(unstorable)s
+WHERE prefix = %(prefix)s AND revision = %(old)s
+"""
+AUDIT_EVENTS_SQL = """
+INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, source_revision,
+                             target_system, target_revision)
+SELECT %(prefix)s, 'mirror', 'success', key, 'etcd', revision, 'postgresql', revision
+FROM unnest(%(keys)s::text[], %(revisions)s::bigint[]) AS r (key, revision)
+"""
+STAGING_SQL = """
+CREATE TEMPORARY TABLE IF NOT EXISTS etcd_staging (
+    key text COLLATE "C", value text, value_bytes bytea, revision bigint, tombstone boolean);
+TRUNCATE etcd_staging
+"""
+FROM_STAGING_SQL = """
+INSERT INTO etcd (key, value, value_bytes, revision, tombstone)
+SELECT key, value, value_bytes, revision, tombstone FROM etcd_staging
+ON CONFLICT DO NOTHING
+"""
+CONTRADICTION_SQL = """
+SELECT s.key FROM etcd_staging s JOIN etcd e USING (key)
+WHERE e.revision > s.revision AND e.revision <= %(revision)s
+   OR e.revision = s.revision
+  AND (s.value, s.value_bytes, s.tombstone) IS DISTINCT FROM (e.value, e.value_bytes, e.tombstone)
+LIMIT 1
+"""
+TOMBSTONES_SQL = """
+INSERT INTO etcd (key, revision, tombstone)
+SELECT m.key, %(revision)s, true
+FROM (SELECT DISTINCT ON (key) key, tombstone FROM etcd
+      WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %(after)s)
+        AND revision <= %(revision)s
+      ORDER BY key DESC, revision DESC) m
+WHERE NOT m.tombstone AND NOT EXISTS (SELECT FROM etcd_staging s WHERE s.key = m.key)
+"""
+NEW_STATE_SQL = """
+INSERT INTO etcd_sync_state (prefix, cluster_id, first_revision, revision, last_key)
+VALUES (%(prefix)s, %(cluster_id)s, %(revision)s, %(revision)s, %(last_key)s)
+"""
+RESYNC_STATE_SQL = """
+UPDATE etcd_sync_state
+SET gaps = gaps || CASE WHEN revision + 1 < %(revision)s
+                        THEN ARRAY[int8range(revision + 1, %(revision)s)] ELSE '{}' END,
+    revision = %(revision)s, last_key = %(last_key)s, updated_at = now()
+WHERE prefix = %(prefix)s AND revision = %(old)s
+"""
+AS_OF_SQL = """
+SELECT revision, coalesce(value_bytes, convert_to(value, 'UTF8')) FROM etcd
+WHERE key = %(key)s AND revision <= %(revision)s ORDER BY revision DESC LIMIT 1
+"""
+
+
+class Mirror:
+    """Brings what happens in etcd into table etcd, together with the outcomes of changes.
+
+    At the checkpoint the mirror is exactly what etcd held.  Rows, checkpoint, counters and
+    outcomes are one PostgreSQL transaction, so a crash undoes all or none of them.
+    """
+
+    def __init__(self, engine: Engine, postgres: Postgres, etcd: Etcd) -> None:
+        self.engine = engine
+        self.postgres = postgres
+        self.etcd = etcd
+        self.checkpoint = 0
+        self.intake: Intake | None = None  # None: not watching yet
+        self.careful = False  # PostgreSQL refused a COPY: rows go in one by one if need be
+        self.written_at = time.monotonic()
+
+    # ─ start ─
+
+    def check_timeline(self, state: SyncState) -> None:
+        """Make sure that etcd is still what the mirror is a mirror of. Raises AnotherTimeline."""
+        check_cluster(self.etcd, state)
+        # a restored backup keeps its cluster id, and may have gone past the checkpoint since
+        last = state.last_key and self.as_of(state.last_key, state.revision)
+        if not state.last_key or not last:
+            return
+        self.check_key(state.last_key, state.revision)
+        if last[1] is None:  # that it is not there says little
+            self.check_key(state.last_key, last[0] - 1)
+
+    def check_key(self, key: str, revision: int) -> None:
+        """Make sure that a key was in etcd what it is in the mirror. Raises AnotherTimeline."""
+        try:
+            found = self.etcd.range(key.encode(), revision=revision).kvs
+        except Compacted:
+            return  # the watch will say so too, and the snapshot compares everything
+        mirrored = self.as_of(key, revision)
+        if mirrored is None:
+            return  # housekeeping has deleted that version
+        actual = (found[0].mod_revision, found[0].value) if found else None
+        if actual != (mirrored if mirrored[1] is not None else None):
+            raise another_timeline(
+                self.postgres.prefix,
+                f"key {key} at revision {revision} is not in etcd what it is in the mirror",
+            )
+
+    def as_of(self, key: str, revision: int) -> tuple[int, bytes | None] | None:
+        """Revision and value (None: deleted) that the mirror has for a key at a revision."""
+        with self.postgres.cursor() as cur:
+            cur.execute(AS_OF_SQL, {"key": key, "revision": revision})
+            row = cur.fetchone()
+        return row and (row[0], None if row[1] is None else bytes(row[1]))
+
+    def snapshot(self, state: SyncState | None, at: int) -> None:
+        """Copy the prefix as it is at one revision, 0: now; the checkpoint is then that revision.
+
+        Constant memory: pages go to a staging table, and are merged in one transaction.
+        Raises Compacted.
+        """
+        engine = self.engine
+        engine.enter("copying")
+        started = engine.progress.shown = time.monotonic()
+        try:
+            revision, keys, unstorable = self.load_staging(at)
+        except Compacted as exc:  # once more, meanwhile; the current state will be there longer
+            raise Compacted(revision=0) from exc
+        old = state.revision if state else None
+        with engine.counting(), self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
+            put, deleted = self.merge_staging(cur, revision)
+            self.reach(cur, revision, old)
+            event = SynchronizationEvent(
+                operation="snapshot" if state is None else "resync",
+                status="done",
+                source_system="etcd",
+                source_revision=revision,
+                target_system="postgresql",
+                target_revision=old,
+                duration_s=time.monotonic() - started,
+                details={"keys": keys, "put": put, "deleted": deleted},
+            )
+            self.postgres.record_events(cur, [event])
+            events = [unstorable_event(r) for r in unstorable]
+            engine.counters.unstorable += self.postgres.record_events(cur, events, again=True)
+            engine.counters.resyncs += state is not None
+            self.advance(cur, revision, Batch(revision), 0)
+            if engine.config.notify_channel:
+                self.postgres.notify(cur, engine.config.notify_channel, (old or 0) + 1, revision)
+        warn_of_unstorable(unstorable)
+        log.info(
+            "copied %(keys)d keys from etcd to PostgreSQL at revision %(revision)d"
+            " (%(new)d new, %(deleted)d deleted) in %(seconds).2fs",
+            {
+                "keys": keys,
+                "revision": revision,
+                "new": put,
+                "deleted": deleted,
+                "seconds": time.monotonic() - started,
+            },
+        )
+
+    def load_staging(self, revision: int) -> tuple[int, int, list[KeyValueRecord]]:
+        """Copy the prefix into the staging table: revision, number of keys, what has no room."""
+        keys = 0
+        unstorable: list[KeyValueRecord] = []
+        with self.postgres.cursor() as cur:
+            cur.execute(STAGING_SQL)
+        for page in self.etcd.pages(revision):
+            revision = revision or page.header.revision
+            rows = []
+            for kv in page.kvs:
+                if kv.key.startswith(RESERVED):
+                    continue
+                if is_storable(kv.key):
+                    rows.append(copy_row(kv.key, kv.value, kv.mod_revision))
+                else:
+                    unstorable.append(KeyValueRecord(kv.key, kv.value, kv.mod_revision))
+            with self.postgres.cursor() as cur:
+                self.copy_in(cur, "etcd_staging", rows)
+            keys += len(rows)
+            self.engine.progress.show(keys, keys + page.count - len(page.kvs))
+            self.engine.check_stop()
+        return revision, keys, unstorable
+
+    def merge_staging(self, cur: Any, revision: int) -> tuple[int, int]:
+        """Bring the mirror from the staging table to a revision; rows put, tombstones written.
+
+        Raises AnotherTimeline if the mirror has something else at the same revision, or newer.
+        """
+        cur.execute("ANALYZE etcd_staging")
+        cur.execute(CONTRADICTION_SQL, {"revision": revision})
+        found = cur.fetchone()
+        if found:
+            raise another_timeline(
+                self.postgres.prefix,
+                f"key {found[0]} has another history in the mirror than in etcd",
+            )
+        cur.execute(FROM_STAGING_SQL)
+        put = cur.rowcount
+        cur.execute(TOMBSTONES_SQL, {**self.postgres.bounds, "revision": revision})
+        return put, cur.rowcount
+
+    def reach(self, cur: Any, revision: int, old: int | None) -> None:
+        """Set the checkpoint after merge_staging(). Raises PostgresAway if it has moved."""
+        cur.execute("SELECT key FROM etcd_staging ORDER BY revision DESC LIMIT 1")
+        row = cur.fetchone()
+        arguments = {
+            "prefix": self.postgres.prefix,
+            "cluster_id": self.etcd.cluster_id,
+            "revision": revision,
+            "old": old,
+            "last_key": row and row[0],
+        }
+        if old is None:
+            # two prefixes that overlap may be new at the same time
+            cur.execute("LOCK TABLE etcd_sync_state IN SHARE ROW EXCLUSIVE MODE")
+            self.postgres.refuse_overlap(cur)
+        cur.execute(NEW_STATE_SQL if old is None else RESYNC_STATE_SQL, arguments)
+        if cur.rowcount != 1:
+            raise PostgresAway("PostgreSQL: another writer has moved the checkpoint: starting over")
+
+    def watch(self, checkpoint: int, fragment: bool) -> None:
+        """Begin to watch at the checkpoint."""
+        self.checkpoint = checkpoint
+        # at the checkpoint, not after it: etcd before 3.4.36 and 3.5.18 silently drops a
+        # delete at the compacted revision, and the overlap makes it say "compacted" instead
+        watch = Watch(self.etcd, checkpoint, self.engine.waker, fragment)
+        self.intake = Intake(self.etcd, watch)
+        log.info(
+            "watching %(prefix)r at %(server)s from revision %(revision)d",
+            {
+                "prefix": self.postgres.prefix,
+                "server": self.etcd.endpoint,
+                "revision": checkpoint,
+            },
+        )
+
+    # ─ an event's way ─
+
+    def next_batch(self) -> Batch:
+        """What the watch has brought, up to the size of a batch. Raises what ended the watch."""
+        assert self.intake is not None
+        parts = self.intake.parts
+        self.intake.take(self.engine.config.batch_size)
+        batch = Batch(self.checkpoint)
+        while parts and (not batch.share or batch.share + parts[0].share <= 1):
+            batch.add(parts.popleft())
+        return batch
+
+    def write(self, batch: Batch, outcomes: Outcomes) -> None:
+        """Rows, checkpoint, counters and outcomes in one transaction."""
         started = time.monotonic()
-        age_s = getattr(config, self.option)
-        if age_s is None:
-            self.due_at = started + HOUSEKEEPING_S
-            return 0
-        deleted, *position, more = postgres.prune(self.statement, age_s, self.position)
-        self.position = dict(zip(self.start, position))
-        now = time.monotonic()
-        if more:
-            self.due_at = now + 10 * (now - started)  # a tenth of the loop's time at most
-            return int(deleted)
-        self.due_at = now + HOUSEKEEPING_S
-        if self.table == "etcd":  # each round looks at every key, so it has to be rare
-            self.position = self.start
-            self.due_at = now + max(HOUSEKEEPING_S, min(age_s / 20, 3600))
-        return int(deleted)
+        with self.engine.counting() as counters:
+            counters.events += len(batch.rows)
+            counters.unstorable += len(batch.unstorable)
+            outcomes.count(counters)
+            try:
+                self.write_once(batch, outcomes)
+            except (Duplicate, Rejected, NoCopy):
+                if self.careful:
+                    raise
+                self.careful = True
+                self.write_once(batch, outcomes)
+        warn_of_unstorable(batch.unstorable)
+        self.checkpoint = batch.checkpoint
+        self.written_at = time.monotonic()
+        if self.intake and batch.share:
+            self.intake.heard_at = self.written_at  # that took time; there may be more by now
+        if batch.rows or outcomes.list:
+            self.engine.metrics.batch_done(outcomes.list, started)
+
+    def write_once(self, batch: Batch, outcomes: Outcomes) -> None:
+        """One attempt of write()."""
+        config = self.engine.config
+        with self.postgres.transaction() as cur:
+            if self.careful:
+                self.store_carefully(cur, batch.rows)
+            elif batch.rows:
+                self.copy_in(cur, "etcd", batch.rows.values())
+            if batch.unstorable:
+                self.postgres.record_events(cur, [unstorable_event(r) for r in batch.unstorable])
+            outcomes.record(self.postgres, cur, config.audit == "all")
+            if config.audit == "all" and batch.rows:
+                keys, revisions = zip(*((key.decode(), revision) for key, revision in batch.rows))
+                arguments = {"keys": list(keys), "revisions": int_array(revisions)}
+                cur.execute(AUDIT_EVENTS_SQL, {"prefix": self.postgres.prefix, **arguments})
+            if config.notify_channel and batch.rows:
+                (_, first), (_, last) = next(iter(batch.rows)), next(reversed(batch.rows))
+                self.postgres.notify(cur, config.notify_channel, first, last)
+            # what only mirrors need not be durable: rows and checkpoint are lost together
+            if not outcomes.list:
+                cur.execute("SET LOCAL synchronous_commit = off")
+            self.advance(cur, self.checkpoint, batch, outcomes.receipt)
+
+    def copy_in(self, cur: Any, table: str, rows: Iterable[bytes]) -> None:
+        """COPY rows made by copy_row() into etcd or its staging table."""
+        data = b"".join((COPY_HEADER, *rows, COPY_TRAILER))
+        cur.copy_expert(COPY_SQL.format(table), io.BytesIO(data), size=1 << 18)
+
+    def store_carefully(self, cur: Any, rows: Mapping[tuple[bytes, int], bytes]) -> None:
+        """As copy_in, but for rows that may be there already, or that PostgreSQL refuses."""
+        cur.execute("SAVEPOINT careful")
+        try:
+            cur.execute(STAGING_SQL)
+            self.copy_in(cur, "etcd_staging", rows.values())
+            cur.execute(FROM_STAGING_SQL)
+            cur.execute("RELEASE careful")
+        except psycopg2.Error as exc:
+            if not isinstance(postgres_error(exc), Rejected):
+                raise
+            cur.execute("ROLLBACK TO careful")
+            items = list(rows.items())
+            if len(items) == 1:
+                (key, revision), _ = items[0]
+                event = unstorable_event(KeyValueRecord(key, None, revision))
+                self.postgres.record_events(cur, [event])
+                return
+            middle = len(items) // 2
+            self.store_carefully(cur, dict(items[:middle]))
+            self.store_carefully(cur, dict(items[middle:]))
+
+    def advance(self, cur: Any, old: int, batch: Batch, receipt: int) -> None:
+        """Move the checkpoint and add to the counters. Raises PostgresAway if it has moved."""
+        intake = self.intake
+        arguments = {
+            "prefix": self.postgres.prefix,
+            "old": old,
+            "revision": batch.checkpoint,
+            "last_key": batch.last_key,
+            "receipt": receipt,
+            "etcd_revision": intake.store_revision if intake else self.etcd.header.revision,
+            **vars(self.engine.uncounted()),
+        }
+        cur.execute(CHECKPOINT_SQL, arguments)
+        if cur.rowcount != 1:
+            raise PostgresAway("PostgreSQL: another writer has moved the checkpoint: starting over")
+
+    def close(self) -> None:
+        """End the watch."""
+        if self.intake:
+            self.intake.watch.stop()
+
+
+def check_cluster(etcd: Etcd, state: SyncState) -> None:
+    """Make sure that etcd can be what the mirror is a mirror of. Raises AnotherTimeline."""
+    prefix, header = etcd.target.prefix, etcd.header
+    if state.cluster_id != etcd.cluster_id:
+        raise another_timeline(
+            prefix, f"it is of cluster {state.cluster_id}, this is {etcd.cluster_id}"
+        )
+    if header.revision < state.revision:
+        raise another_timeline(
+            prefix, f"it is at revision {state.revision}, etcd only at {header.revision}"
+        )
+
+
+def another_timeline(prefix: str, reason: str) -> AnotherTimeline:
+    """The error that says why the mirror cannot go on, and what to do."""
+    return AnotherTimeline(
+        f"the mirror of {prefix or 'the whole key space'!r} belongs to another etcd timeline:"
+        f" {reason}; nothing was changed; if etcd is right, drop this mirror and copy again"
+        ' with the command "sync --reset"'
+    )
+
+
+def unstorable_event(record: KeyValueRecord) -> SynchronizationEvent:
+    """The audit row of an event that the mirror cannot hold; it has all its bytes."""
+    return SynchronizationEvent(
+        operation="mirror",
+        status="unstorable",
+        key=record.key.replace(b"\0", b"\\x00").decode("utf-8", "backslashreplace"),
+        source_system="etcd",
+        source_revision=record.revision,
+        target_system="postgresql",
+        details={
+            "key_hex": record.key.hex(),
+            "value_hex": None if record.value is None else record.value.hex(),
+        },
+    )
+
+
+def warn_of_unstorable(records: Sequence[KeyValueRecord]) -> None:
+    """Report what the mirror cannot hold."""
+    if records:
+        log.warning(
+            "cannot mirror %(events)s whose key is not text of up to %(bytes)d bytes: recorded in"
+            " etcd_sync_event, revision %(revision)d",
+            {
+                "events": describe(len(records), "event"),
+                "bytes": KEY_MAX_BYTES,
+                "revision": records[-1].revision,
+            },
+        )
+
+
+# ── outbox: etcd_wal's way to etcd and back ────────────────────────────────────
+
+
+class OutboxRow(NamedTuple):
+    """A pending row of etcd_wal, with what is known of the change that it was made on."""
+
+    id: int
+    queued_at: int  # ts in microseconds: a failover of PostgreSQL can make an id twice
+    key: str
+    value: str | None
+    value_bytes: memoryview | None  # value and value_bytes None: delete
+    revision: int | None
+    txid: str
+    depends_on: int | None  # an earlier row about the same key
+    dependency_status: str | None
+    dependency_revision: int | None  # the version that the key has after the dependency
+
+    @property
+    def data(self) -> bytes | None:
+        """The value in bytes; None to delete the key."""
+        if self.value is not None:
+            return self.value.encode()
+        return None if self.value_bytes is None else bytes(self.value_bytes)
+
+
+class Change(NamedTuple):
+    """What an outbox transaction does to one key."""
+
+    key: bytes
+    expected: int  # the mod_revision that etcd must hold, 0 for none
+    value: bytes | None  # None: delete
+
+    @property
+    def moves(self) -> bool:
+        """Whether etcd gets a new version of the key; deleting nothing succeeds without one."""
+        return self.value is not None or self.expected > 0
+
+
+class OutboxTransaction:
+    """The pending changes of one PostgreSQL transaction, which etcd applies all or none of.
+
+    Waiting for `waits` others: those before it that change the same keys, to be packed, and
+    those that it depends on, to be answered.
+    """
+
+    __slots__ = ("changes", "followers", "keys", "read_at", "rows", "size", "versions", "waits")
+
+    def __init__(self, rows: list[OutboxRow]) -> None:
+        self.read_at = time.monotonic()
+        self.rows = rows
+        self.keys = {row.key for row in rows}
+        self.size = sum(4 * len(r.key) + len(r.value or r.value_bytes or "") + 150 for r in rows)
+        self.changes: list[Change] = []
+        self.waits = 0
+        self.followers: list[OutboxTransaction] = []
+        self.versions: dict[int, int] = {}  # of keys, after the rows that it depends on
+
+    def resolve(self) -> None:
+        """Decide for each key on the version that the change is made on; the last one counts."""
+        own: dict[int, int] = {}
+        changes: dict[str, Change] = {}
+        for row in self.rows:
+            on = row.depends_on
+            if on in own:
+                expected = own[on]
+            elif on in self.versions:
+                expected = self.versions[on]
+            elif row.dependency_status == "success":
+                expected = row.dependency_revision or 0
+            else:
+                expected = row.revision or 0
+            own[row.id] = expected
+            changes[row.key] = Change(row.key.encode(), expected, row.data)
+        self.changes = list(changes.values())
+
+
+def group_rows(rows: Iterable[OutboxRow], max_changes: int) -> list[OutboxTransaction]:
+    """The rows by transaction, in the order of their first id.
+
+    A transaction that etcd would not take in one piece is split into its single changes.
+    """
+    by_txid: dict[str, list[OutboxRow]] = {}
+    for row in rows:
+        by_txid.setdefault(row.txid, []).append(row)
+    found: list[OutboxTransaction] = []
+    for members in by_txid.values():
+        whole = OutboxTransaction(members)
+        if len(members) > 1 and (len(members) > max_changes or whole.size > TXN_MAX_BYTES):
+            found.extend(OutboxTransaction([row]) for row in members)
+        else:
+            found.append(whole)
+    return found
+
+
+class Outcome(NamedTuple):
+    """What became of a change."""
+
+    id: int
+    key: str
+    status: str  # success, conflict, failed
+    revision: int | None  # the revision that it got, or that beat it
+    message: str | None
+    read_at: float  # monotonic: when the loop read the change
+
+
+# finished_at rather than status: the planner must not think of the indexes of pending rows,
+# nor read all of etcd_wal to find a thousand rows of it by id
+SUCCESS_SQL = """
+SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off;
+UPDATE etcd_wal w
+SET status = 'success', result_revision = o.revision, error_message = NULL, finished_at = now()
+FROM unnest(%(ids)s::bigint[], %(revisions)s::bigint[]) AS o (id, revision)
+WHERE w.id = o.id AND w.finished_at IS NULL
+"""
+REFUSAL_SQL = """
+UPDATE etcd_wal w
+SET status = o.status, result_revision = o.revision::bigint, error_message = o.message,
+    finished_at = clock_timestamp()
+FROM (VALUES %s) AS o (id, status, revision, message)
+WHERE w.id = o.id AND w.finished_at IS NULL
+"""
+RETRY_SQL = """
+UPDATE etcd_wal SET retry_count = retry_count + 1, error_message = %(message)s
+WHERE id = ANY (%(ids)s::bigint[]) AND finished_at IS NULL
+"""
+AUDIT_CHANGES_SQL = """
+INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, target_system,
+                             target_revision, duration, details)
+SELECT %(prefix)s, 'change', w.status, w.key, 'postgresql', 'etcd', w.result_revision,
+       w.finished_at - w.ts,
+       jsonb_build_object('wal_id', w.id, 'role', w.role_name, 'application', w.application_name)
+FROM etcd_wal w WHERE w.id = ANY (%(ids)s::bigint[])
+"""
+
+
+class Outcomes:
+    """Outcomes that are written together, and the newest receipt that they complete (0: none)."""
+
+    def __init__(self, outcomes: Sequence[Outcome] = (), receipt: int = 0) -> None:
+        self.list = outcomes
+        self.receipt = receipt
+
+    def count(self, counters: Counters) -> None:
+        """Add them up."""
+        tally = collections.Counter(outcome.status for outcome in self.list)
+        counters.applied += tally["success"]
+        counters.conflicts += tally["conflict"]
+        counters.failures += tally["failed"]
+
+    def record(self, postgres: Postgres, cur: Any, audit: bool) -> None:
+        """Write them into etcd_wal, refusals (and with audit all) into etcd_sync_event."""
+        good = [o for o in self.list if o.status == "success"]
+        if good:
+            revisions = ",".join("NULL" if o.revision is None else str(o.revision) for o in good)
+            ids = int_array(o.id for o in good)
+            cur.execute(SUCCESS_SQL, {"ids": ids, "revisions": "{" + revisions + "}"})
+            if audit:
+                cur.execute(AUDIT_CHANGES_SQL, {"prefix": postgres.prefix, "ids": ids})
+        bad = [o for o in self.list if o.status != "success"]
+        if bad:
+            values = [(o.id, o.status, o.revision, o.message) for o in bad]
+            psycopg2.extras.execute_values(cur, REFUSAL_SQL, values, page_size=1000)
+            postgres.record_events(cur, [refusal_event(o) for o in bad])
+        if self.list:
+            first, last = min(o.id for o in self.list), max(o.id for o in self.list)
+            postgres.notify(cur, OUTCOME_CHANNEL, first, last)
+
+
+def refusal_event(outcome: Outcome) -> SynchronizationEvent:
+    """The audit row of a conflict or failure."""
+    return SynchronizationEvent(
+        operation="change",
+        status=outcome.status,
+        key=outcome.key,
+        source_system="postgresql",
+        target_system="etcd",
+        target_revision=outcome.revision,
+        details={"wal_id": outcome.id, "message": outcome.message},
+    )
+
+
+def conflict_message(changes: Sequence[Change], current: Sequence[int]) -> str:
+    """Which keys were beaten, and by what."""
+    beaten = [
+        f"{change.key.decode()} is "
+        + (f"at revision {now}" if now else "not there")
+        + " in etcd, the change was made on "
+        + (f"revision {change.expected}" if change.expected else "its absence")
+        for change, now in zip(changes, current)
+        if now != change.expected
+    ]
+    beaten = beaten or ["it held another version at that moment"]
+    more = f"; and {len(beaten) - 3} more" if len(beaten) > 3 else ""
+    return "etcd wins: " + "; ".join(beaten[:3]) + more
+
+
+# ─ the receipt ─
+
+
+def format_rows(rows: Iterable[OutboxRow]) -> str:
+    """'17-116@1763980800123456,118@…': runs of ids that were queued at the same time."""
+    runs: list[list[int]] = []
+    for id_, queued_at in sorted((row.id, row.queued_at) for row in rows):
+        if runs and runs[-1][1] + 1 == id_ and runs[-1][2] == queued_at:
+            runs[-1][1] = id_
+        else:
+            runs.append([id_, id_, queued_at])
+    return ",".join(f"{a}-{b}@{at}" if a < b else f"{a}@{at}" for a, b, at in runs)
+
+
+def parse_rows(text: str) -> dict[int, int]:
+    """The ids in a text by format_rows(), each with the time at which it was queued."""
+    found: dict[int, int] = {}
+    for first, last, queued_at in re.findall(r"(\d+)(?:-(\d+))?@(\d+)", text):
+        found.update(dict.fromkeys(range(int(first), int(last or first) + 1), int(queued_at)))
+    return found
+
+
+class Sent(NamedTuple):
+    """A Txn that etcd has answered, but whose outcomes are not all in PostgreSQL yet."""
+
+    revision: int
+    rows: str  # see format_rows()
+    refused: str  # those of them that etcd refused
+
+
+class Receipts:
+    """The daemon's own keys in etcd, below etcd_fdw/<mirror id>/.
+
+    owner        who sends; its mod_revision is the fence that every Txn compares
+    receipt      what its Txn carries, and what Txns before it did whose outcomes PostgreSQL
+                 may not have; as every Txn puts it, its mod_revision is that Txn's revision
+    refused/<n>  the rows of the n-th transaction in a Txn, put when that one is refused; it
+                 counts only if its mod_revision is the receipt's
+    """
+
+    def __init__(self, etcd: Etcd, mirror_id: str) -> None:
+        self.etcd = etcd
+        root = f"{RESERVED.decode()}{mirror_id}/"
+        self.key, self.range_end = prefix_range(root)
+        self.owner, self.receipt = self.key + b"owner", self.key + b"receipt"
+
+    def fence(self, database: str) -> int:
+        """Become the owner: whatever was sent before and arrives later fails. The new fence.
+
+        Raises AccessDenied, which names the grant that is missing.
+        """
+        identity = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": utc(time.time()),
+            "database": database,
+        }
+        with self.grant_named():
+            return self.etcd.put(self.owner, json.dumps(identity).encode())
+
+    @contextmanager
+    def grant_named(self) -> Iterator[None]:
+        """Add to an AccessDenied what to do."""
+        try:
+            yield
+        except TokenExpired:
+            raise
+        except AccessDenied as exc:
+            raise AccessDenied(f"{exc}: changes wait until this is granted: {GRANT_HINT}") from exc
+
+    def sent(self, written: int) -> list[Sent]:
+        """What was sent and has no outcome in PostgreSQL, in order; call after fence().
+
+        written: the newest receipt whose outcomes PostgreSQL has.  If a sender knew of a newer
+        one, PostgreSQL has lost commits in a failover; then the receipt's past is read as well.
+        """
+        found: dict[int, Sent] = {}
+        revision = 0  # now
+        while True:
+            try:
+                with self.grant_named():
+                    kvs = self.etcd.range(self.key, self.range_end, revision=revision).kvs
+            except Compacted:
+                log.warning(
+                    "PostgreSQL has lost outcomes of changes up to etcd's revision %(revision)d,"
+                    " and etcd has compacted its record of them: those may be applied again",
+                    {"revision": revision},
+                )
+                break
+            held = {kv.key: kv for kv in kvs}
+            receipt = held.get(self.receipt)
+            if receipt is None:
+                break
+            refused = [
+                kv.value.decode()
+                for kv in kvs
+                if kv.key.startswith(self.key + b"refused/")
+                and kv.mod_revision == receipt.mod_revision
+            ]
+            content = json.loads(receipt.value)
+            newest = Sent(receipt.mod_revision, content["rows"], ",".join(refused))
+            for sent in (newest, *(Sent(*item) for item in content["unsettled"])):
+                found[sent.revision] = sent
+            revision = content["settled"]
+            if revision <= written:
+                break
+        return [found[revision] for revision in sorted(found) if revision > written]
+
+
+GRANT_HINT = f"etcdctl role grant-permission ROLE --prefix=true readwrite {RESERVED.decode()}"
+
+
+class Txn:
+    """An etcd transaction with the outbox transactions in it.
+
+    A fence around all of them, one nested transaction for each:
+
+        if owner is at the fence:  put receipt; for each: if its keys are as expected: its changes
+                                                          else: put refused/<n>, range its keys
+        else:                      range owner
+
+    Guarded: with one more level around it that names every key in a branch which is never
+    taken, because etcd up to at least 3.5 checks no permissions in nested transactions, and
+    counts no nested puts when its quota is used up.
+    """
+
+    __slots__ = ("_receipt", "future", "guarded", "request", "rows", "transactions")
+
+    def __init__(
+        self, transactions: list[OutboxTransaction], receipts: Receipts, fence: int
+    ) -> None:
+        self.transactions = transactions
+        self.rows = format_rows(row for t in transactions for row in t.rows)
+        self.guarded = receipts.etcd.guarded
+        self.future: Any = None
+        equal, mod = etcdrpc.Compare.EQUAL, etcdrpc.Compare.MOD
+        self.request = txn = etcdrpc.TxnRequest()
+        if self.guarded:
+            for transaction in transactions:
+                for change in transaction.changes:
+                    txn.failure.add().request_put.key = change.key
+            txn = txn.success.add().request_txn
+        txn.compare.add(result=equal, target=mod, key=receipts.owner, mod_revision=fence)
+        txn.failure.add().request_range.key = receipts.owner
+        self._receipt = txn.success.add().request_put
+        self._receipt.key = receipts.receipt
+        for number, transaction in enumerate(transactions):
+            nested = txn.success.add().request_txn
+            for key, expected, value in transaction.changes:
+                nested.compare.add(result=equal, target=mod, key=key, mod_revision=expected)
+                if value is None:
+                    nested.success.add().request_delete_range.key = key
+                else:
+                    put = nested.success.add().request_put
+                    put.key, put.value = key, value
+                    put.ignore_lease = expected > 0  # a plain put would detach the key from it
+                look = nested.failure.add().request_range
+                look.key, look.keys_only = key, True
+            refusal = nested.failure.add().request_put
+            refusal.key = b"%srefused/%d" % (receipts.key, number)
+            refusal.value = format_rows(transaction.rows).encode()
+
+    def send(self, etcd: Etcd, settled: int, unsettled: Iterable[Sent]) -> None:
+        """Complete the receipt, and send it all."""
+        content = {"rows": self.rows, "settled": settled, "unsettled": list(unsettled)}
+        self._receipt.value = json.dumps(content, separators=(",", ":")).encode()
+        self.future = etcd.txn_future(self.request)
+
+    def answer(self) -> Any:
+        """The TxnResponse of the fenced level, with the header. Raises grpc.RpcError."""
+        response = self.future.result()
+        if self.guarded:
+            response.responses[0].response_txn.header.CopyFrom(response.header)
+            response = response.responses[0].response_txn
+        return response
+
+    def refused(self, answer: Any) -> str:
+        """The rows that etcd refused, as in a receipt."""
+        items = answer.responses[1:]
+        failed = [t for t, i in zip(self.transactions, items) if not i.response_txn.succeeded]
+        return format_rows(row for transaction in failed for row in transaction.rows)
+
+
+class Pipeline:
+    """Sends Txns to etcd one after another: each as soon as the one before it was answered.
+
+    The next one leaves from gRPC's thread, so etcd has work while the loop waits for
+    PostgreSQL.  That is safe because of the fence.  Its receipt is completed at that moment,
+    as only then the answer to the one before is known.  After anything but an answer within
+    the fence nothing more is sent until resume().  All methods are for the loop's thread.
+    """
+
+    def __init__(self, etcd: Etcd, waker: Waker, settled: int, unsettled: Iterable[Sent]) -> None:
+        self._etcd = etcd
+        self._waker = waker
+        self._lock = threading.Lock()
+        self._settled = settled
+        self._unsettled = collections.deque(unsettled)
+        self._unsent: collections.deque[Txn] = collections.deque()
+        self._answered: collections.deque[Txn] = collections.deque()
+        self._sending = self._halted = False
+
+    def __len__(self) -> int:
+        """The number of Txns whose answer was not taken yet."""
+        with self._lock:
+            return len(self._unsent) + self._sending + len(self._answered)
+
+    def full(self) -> bool:
+        """Whether etcd has enough to do for now, or a receipt would get too long."""
+        with self._lock:
+            length = sum(len(sent.rows) + len(sent.refused) for sent in self._unsettled)
+        return len(self) >= PIPELINE_DEPTH or length > RECEIPT_MAX_BYTES
+
+    def add(self, *txns: Txn, first: bool = False) -> None:
+        """Send Txns when their turn comes; first: before all others."""
+        with self._lock:
+            if first:
+                self._unsent.extendleft(reversed(txns))
+            else:
+                self._unsent.extend(txns)
+        self._send()
+
+    def _send(self) -> None:
+        with self._lock:
+            if self._sending or self._halted or not self._unsent:
+                return
+            txn = self._unsent.popleft()
+            self._sending = True
+            txn.send(self._etcd, self._settled, self._unsettled)
+        txn.future.add_done_callback(lambda _: self._done(txn))
+
+    def _done(self, txn: Txn) -> None:
+        with self._lock:
+            self._sending = False
+            answer = txn.answer() if txn.future.code() is grpc.StatusCode.OK else None
+            if answer is not None and answer.succeeded:
+                sent = Sent(answer.header.revision, txn.rows, txn.refused(answer))
+                self._unsettled.append(sent)
+            else:
+                self._halted = True
+            self._answered.append(txn)
+        self._send()
+        self._waker.wake()
+
+    def take(self) -> Txn | None:
+        """The next answered Txn, None if there is none."""
+        with self._lock:
+            return self._answered.popleft() if self._answered else None
+
+    def resume(self) -> None:
+        """Go on after an error."""
+        self._halted = False
+        self._send()
+
+    def settle(self, revision: int) -> None:
+        """Leave out of the next receipts what PostgreSQL has now."""
+        with self._lock:
+            self._settled = max(self._settled, revision)
+            while self._unsettled and self._unsettled[0].revision <= revision:
+                self._unsettled.popleft()
+
+    def drop(self) -> None:
+        """Forget what was not sent yet."""
+        with self._lock:
+            self._unsent.clear()
+
+    def close(self) -> None:
+        """Send nothing any more."""
+        with self._lock:
+            self._halted = True
+            self._unsent.clear()
+
+
+# ─ the way of a row ─
+
+SIZE = "coalesce(octet_length(value), octet_length(value_bytes), 0)"
+ROW_COLUMNS = """
+    w.id, (extract(epoch FROM w.ts) * 1000000)::bigint, w.key, w.value, w.value_bytes, w.revision,
+    w.txid::text, d.id, d.status,
+    CASE WHEN d.value IS NULL AND d.value_bytes IS NULL THEN 0 ELSE d.result_revision END
+"""
+DEPENDENCY = """
+LEFT JOIN LATERAL (
+    SELECT * FROM etcd_wal d WHERE d.id = w.depends_on AND d.key = w.key AND d.id < w.id
+    LIMIT 1
+) d ON true
+"""
+PENDING_SQL = f"""
+SELECT {ROW_COLUMNS}, w.size_so_far
+FROM (
+    SELECT *, {SIZE} AS size,
+           sum({SIZE}) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) AS size_so_far
+    FROM etcd_wal
+    WHERE {PENDING} AND id NOT IN (SELECT unnest(%(busy)s::bigint[]))
+    ORDER BY id
+    LIMIT %(limit)s
+) w {DEPENDENCY}
+WHERE w.size_so_far - w.size < %(max_bytes)s
+"""
+PENDING_REST_SQL = f"""
+SELECT {ROW_COLUMNS}
+FROM unnest(%(txids)s::xid8[]) t (txid)
+CROSS JOIN LATERAL (
+    SELECT *, {SIZE} AS size,
+           sum({SIZE}) OVER (ORDER BY w.txid, id ROWS UNBOUNDED PRECEDING) AS size_so_far
+    FROM etcd_wal w
+    WHERE {PENDING} AND w.txid = t.txid AND id > %(last)s
+    ORDER BY w.txid, id
+    LIMIT %(limit)s
+) w {DEPENDENCY}
+WHERE w.size_so_far - w.size <= %(max_bytes)s
+"""
+SENT_SQL = f"""
+SELECT {ROW_COLUMNS}
+FROM etcd_wal w {DEPENDENCY}
+WHERE w.id = ANY (%(ids)s::bigint[]) AND w.finished_at IS NULL AND starts_with(w.key, %(prefix)s)
+"""
+HAS_PENDING_SQL = f"SELECT EXISTS (SELECT FROM etcd_wal WHERE {PENDING}) AS found"
+REFUSED = -1  # in place of a version: the change was not made
+
+
+class Acknowledged(NamedTuple):
+    """What etcd answered to a Txn, until PostgreSQL has it."""
+
+    revision: int
+    mirrored: bool  # whether the watch will bring something at this revision
+    outcomes: list[Outcome]
+    at: float  # monotonic
+
+
+class Outbox:
+    """Brings pending rows of etcd_wal to etcd, and what became of them back.
+
+    It lives as long as its fence: from the moment at which nothing that was sent before can be
+    applied any more, until an answer is lost or the fence is.  A row is read, waits for those
+    before it, is packed into a Txn, sent, acknowledged, and written.  What becomes of it is in
+    etcd all the time (see Receipts): forgetting all of this loses nothing.
+    """
+
+    def __init__(self, engine: Engine, postgres: Postgres, etcd: Etcd, state: SyncState) -> None:
+        """Fence off the outbox before this one, and settle what it sent."""
+        self.engine = engine
+        self.postgres = postgres
+        self.receipts = Receipts(etcd, state.mirror_id)
+        self.fence = self.receipts.fence(postgres.database)
+        sent = self.receipts.sent(state.receipt)
+        self.pipeline = Pipeline(etcd, engine.waker, state.receipt, sent)
+        self.all_read = False  # whether there is no pending row that was not read
+        # rows that were read and not written: the key's version after them, None: no answer yet
+        self.versions: dict[int, int | None] = {}
+        self.queue: dict[int, OutboxTransaction] = {}  # what is not packed yet, by first id
+        self.queued_bytes = 0
+        self.last: dict[str, OutboxTransaction] = {}  # the last of these that changes a key
+        self.dependents: dict[int, list[OutboxTransaction]] = {}
+        self.ready: collections.deque[OutboxTransaction] = collections.deque()
+        self.acknowledged: collections.deque[Acknowledged] = collections.deque()
+        self.failed: list[Outcome] = []
+        self.token_renewed = False
+        self.recover(sent)
+
+    # ─ what another session sent ─
+
+    def recover(self, sent: Sequence[Sent]) -> None:
+        """Take what the receipts say of Txns whose outcomes PostgreSQL does not have."""
+        queued = [parse_rows(item.rows) for item in sent]
+        ids = int_array(id_ for rows in queued for id_ in rows)
+        with self.postgres.cursor() as cur:
+            cur.execute(SENT_SQL, {"ids": ids, "prefix": self.postgres.prefix})
+            found = {row[0]: OutboxRow(*row) for row in cur}
+        settled = 0
+        for item, rows in zip(sent, queued):
+            there = [found[i] for i in sorted(rows) if i in found]
+            there = [row for row in there if row.queued_at == rows[row.id]]
+            refused = parse_rows(item.refused)
+            transactions = group_rows([row for row in there if row.id in refused], len(there))
+            applied = OutboxTransaction([row for row in there if row.id not in refused])
+            outcomes: list[Outcome] = []
+            for transaction in (applied, *transactions):
+                self.versions.update(dict.fromkeys((row.id for row in transaction.rows), None))
+                self.link(transaction)
+                transaction.resolve()
+            outcomes += self.applied(applied, item.revision)
+            for transaction in transactions:
+                current = [self.version_at(c.key, item.revision) for c in transaction.changes]
+                outcomes += self.refused(transaction, current)
+            moves = any(change.moves for change in applied.changes)
+            self.acknowledged.append(Acknowledged(item.revision, moves, outcomes, time.monotonic()))
+            settled += len(outcomes)
+        if settled:
+            log.info(
+                "etcd's receipts tell what became of %(changes)s sent before",
+                {"changes": describe(settled, "change")},
+            )
+
+    def version_at(self, key: bytes, revision: int) -> int:
+        """The mod_revision that a key had, or if etcd has compacted that, has; 0 for none."""
+        etcd = self.receipts.etcd
+        try:
+            kvs = etcd.range(key, revision=revision, keys_only=True).kvs
+        except Compacted:
+            kvs = etcd.range(key, keys_only=True).kvs
+        return int(kvs[0].mod_revision) if kvs else 0
+
+    # ─ read ─
+
+    def fill(self) -> bool:
+        """Read, pack and send as much as there is room for; whether anything was sent."""
+        sent = False
+        while not self.pipeline.full() and self.unwritten() < self.engine.config.batch_size:
+            transactions = self.pack()
+            while not (transactions or self.all_read) and self.has_room():
+                self.read()
+                transactions = self.pack()
+            if not (transactions or self.pipeline or self.unwritten()):
+                transactions = self.pack(force=True)
+            if not transactions:
+                break
+            self.pipeline.add(Txn(transactions, self.receipts, self.fence))
+            sent = True
+        return sent
+
+    def unwritten(self) -> int:
+        """How many changes wait for the mirror."""
+        return sum(len(item.outcomes) for item in self.acknowledged)
+
+    def has_room(self) -> bool:
+        """Whether more changes may be read although those that were wait for one another."""
+        return (
+            len(self.queue) < 2 * self.engine.config.batch_size
+            and self.queued_bytes < 2 * BATCH_BYTES
+        )
+
+    def read(self) -> None:
+        """Queue pending rows that were not read yet."""
+        max_changes = self.max_changes()
+        rows, self.all_read = self.pending(self.engine.config.batch_size, max_changes)
+        self.versions.update(dict.fromkeys((row.id for row in rows), None))
+        for transaction in group_rows(rows, max_changes):
+            if any(key.encode().startswith(RESERVED) for key in transaction.keys):
+                self.fail(transaction, Rejected(f"keys below {RESERVED.decode()} are reserved"))
+            else:
+                self.enqueue(transaction)
+
+    def pending(self, limit: int, max_changes: int) -> tuple[list[OutboxRow], bool]:
+        """The first pending rows in id order without those that were read, and whether all came.
+
+        Their values have about BATCH_BYTES. A transaction whose rows go beyond these limits is
+        completed, up to what one etcd transaction could take.
+        """
+        arguments: dict[str, Any] = {"prefix": self.postgres.prefix, "limit": limit}
+        with self.postgres.cursor() as cur:
+            arguments["max_bytes"] = BATCH_BYTES
+            cur.execute(PENDING_SQL, {**arguments, "busy": int_array(self.versions)})
+            found = cur.fetchall()
+            rows = [OutboxRow(*row[:-1]) for row in found]
+            if len(rows) < limit and (not found or found[-1][-1] < BATCH_BYTES):
+                return rows, True
+            txids = int_array(dict.fromkeys(int(row.txid) for row in rows))
+            arguments.update(limit=max_changes + 1, max_bytes=TXN_MAX_BYTES)
+            cur.execute(PENDING_REST_SQL, {**arguments, "txids": txids, "last": rows[-1].id})
+            rows.extend(OutboxRow(*row) for row in cur)
+        return sorted(rows), False
+
+    def max_changes(self) -> int:
+        """How many changes one transaction can have: each level of nesting takes some operations.
+
+        etcd subtracts from the limit of a level what the level above holds.
+        """
+        room = self.engine.config.max_txn_ops - 3  # receipt, nested transaction, refusal
+        return max(1, room // 2 if self.receipts.etcd.guarded else room)
+
+    def enqueue(self, transaction: OutboxTransaction) -> None:
+        """Have a transaction wait for those that must go before it."""
+        self.queue[transaction.rows[0].id] = transaction
+        self.queued_bytes += transaction.size
+        for key in transaction.keys:
+            before = self.last.get(key)
+            if before is not None:
+                before.followers.append(transaction)
+                transaction.waits += 1
+            self.last[key] = transaction
+        self.link(transaction)
+        if not transaction.waits:
+            self.ready.append(transaction)
+
+    def link(self, transaction: OutboxTransaction) -> None:
+        """Find what its rows depend on among the rows that were read before."""
+        own = {row.id for row in transaction.rows}
+        for row in transaction.rows:
+            on = row.depends_on
+            if on is None or on in own or row.dependency_status != "pending":
+                continue
+            version = self.versions.get(on)
+            if version is None:
+                self.dependents.setdefault(on, []).append(transaction)
+                transaction.waits += 1
+            elif version != REFUSED:
+                transaction.versions[on] = version
+
+    # ─ pack ─
+
+    def pack(self, force: bool = False) -> list[OutboxTransaction]:
+        """Take the transactions of the next Txn: each key once, within what etcd takes.
+
+        force: the first one goes even if it depends on a row that nobody will ever settle.
+        """
+        if force and self.queue and not self.ready:
+            self.ready.append(next(iter(self.queue.values())))
+        taken: list[OutboxTransaction] = []
+        later: list[OutboxTransaction] = []
+        keys: set[str] = set()
+        widest = named = size = 0
+        while self.ready:
+            transaction = self.ready.popleft()
+            if not keys.isdisjoint(transaction.keys):
+                later.append(transaction)
+                continue
+            if not taken:
+                transaction.resolve()
+            changes = len(transaction.keys)
+            widest, named = max(widest, changes), named + changes
+            size += transaction.size
+            # receipt, the nested transactions, and what the widest of them has with its refusal
+            operations = 1 + len(taken) + 1 + widest + 1 + named * self.receipts.etcd.guarded
+            if taken and (operations > self.engine.config.max_txn_ops or size > TXN_MAX_BYTES):
+                later.append(transaction)
+                break
+            transaction.resolve()
+            taken.append(transaction)
+            keys |= transaction.keys
+            self.release(transaction)
+        self.ready.extendleft(reversed(later))
+        return taken
+
+    def release(self, transaction: OutboxTransaction) -> None:
+        """Let those go on that wait for a transaction to be packed."""
+        del self.queue[transaction.rows[0].id]
+        self.queued_bytes -= transaction.size
+        for key in transaction.keys:
+            if self.last.get(key) is transaction:
+                del self.last[key]
+        for follower in transaction.followers:
+            self.admit(follower)
+
+    def admit(self, transaction: OutboxTransaction) -> None:
+        """One thing that a transaction waits for has come."""
+        transaction.waits -= 1
+        if transaction.waits == 0 and transaction.rows[0].id in self.queue:
+            self.ready.append(transaction)
+
+    # ─ etcd's answers ─
+
+    def receive(self) -> bool:
+        """Take etcd's answers; whether there was any. Raises what ends the outbox."""
+        txn = self.pipeline.take()
+        if txn is None:
+            return False
+        while txn is not None:
+            try:
+                answer = txn.answer()
+            except grpc.RpcError as exc:
+                self.unanswered(txn, etcd_error(exc, self.receipts.etcd.endpoint))
+            else:
+                self.acknowledge(txn, answer)
+            txn = self.pipeline.take()
+        return True
+
+    def acknowledge(self, txn: Txn, answer: Any) -> None:
+        """Keep what became of a Txn's changes. Raises Fenced."""
+        if not answer.succeeded:
+            raise self.fenced(answer.responses[0].response_range.kvs)
+        self.token_renewed = False
+        revision, outcomes, moves = answer.header.revision, [], False
+        for transaction, item in zip(txn.transactions, answer.responses[1:]):
+            if item.response_txn.succeeded:
+                outcomes += self.applied(transaction, revision)
+                moves = moves or any(change.moves for change in transaction.changes)
+                continue
+            ranges = (look.response_range.kvs for look in item.response_txn.responses[:-1])
+            current = [kvs[0].mod_revision if kvs else 0 for kvs in ranges]
+            outcomes += self.refused(transaction, current)
+        self.acknowledged.append(Acknowledged(revision, moves, outcomes, time.monotonic()))
+
+    def fenced(self, owner: Sequence[Any]) -> Fenced:
+        """The error that says who sends in place of this session."""
+        other = json.loads(owner[0].value) if owner else {}
+        who = "process {pid} on {host}, for database {database}".format_map(
+            collections.defaultdict(lambda: "?", other)
+        )
+        error = Fenced(f"{who}, has begun to send changes for this mirror: nothing more is sent")
+        error.copy = other.get("database") != self.postgres.database
+        return error
+
+    def applied(self, transaction: OutboxTransaction, revision: int) -> list[Outcome]:
+        """The outcomes of a transaction that etcd took at a revision."""
+        reached, after = {}, {}
+        for change in transaction.changes:
+            key = change.key.decode()
+            reached[key] = revision if change.moves else None
+            after[key] = revision if change.value is not None else 0
+        outcomes = []
+        for row in transaction.rows:
+            outcomes.append(
+                Outcome(row.id, row.key, "success", reached[row.key], None, transaction.read_at)
+            )
+            self.answered(row.id, after[row.key])
+        return outcomes
+
+    def refused(self, transaction: OutboxTransaction, current: Sequence[int]) -> list[Outcome]:
+        """The outcomes of a transaction one of whose keys etcd has at another version."""
+        message = conflict_message(transaction.changes, current)
+        self.engine.conflicts.note(transaction.rows[0].id, message)
+        beaten_at = {
+            c.key.decode(): now for c, now in zip(transaction.changes, current) if now != c.expected
+        }
+        newest = max(beaten_at.values(), default=0)
+        outcomes = []
+        for row in transaction.rows:
+            revision = beaten_at.get(row.key) or newest or None
+            outcomes.append(
+                Outcome(row.id, row.key, "conflict", revision, message, transaction.read_at)
+            )
+            self.answered(row.id, REFUSED)
+        return outcomes
+
+    def answered(self, id_: int, version: int) -> None:
+        """Let those go on that depend on a row: its key's version is known now."""
+        self.versions[id_] = version
+        for transaction in self.dependents.pop(id_, ()):
+            if version != REFUSED:
+                transaction.versions[id_] = version
+            self.admit(transaction)
+
+    def fail(self, transaction: OutboxTransaction, error: EtcdFdwError) -> None:
+        """Note that etcd will never take a transaction."""
+        log.warning(
+            "change %(id)d failed: %(error)s", {"id": transaction.rows[0].id, "error": error}
+        )
+        for row in transaction.rows:
+            self.failed.append(
+                Outcome(row.id, row.key, "failed", None, str(error), transaction.read_at)
+            )
+            self.answered(row.id, REFUSED)
+
+    def unanswered(self, txn: Txn, error: EtcdFdwError) -> None:
+        """Deal with a Txn that etcd refused as a whole; raises if it may have applied it."""
+        transactions = txn.transactions
+        if isinstance(error, TokenExpired) and not self.token_renewed:
+            self.token_renewed = True
+            self.receipts.etcd.authenticate()
+            self.pipeline.add(txn, first=True)
+        elif isinstance(error, (Rejected, AccessDenied)) and not isinstance(error, TokenExpired):
+            if isinstance(error, AccessDenied):  # is it the keys of the changes, or the receipt?
+                with self.receipts.grant_named():
+                    self.receipts.etcd.check_write(self.receipts.key, self.receipts.range_end)
+            if len(transactions) == 1:
+                self.fail(transactions[0], error)
+            middle = len(transactions) // 2
+            halves = [h for h in (transactions[:middle], transactions[middle:]) if middle]
+            again = (Txn(half, self.receipts, self.fence) for half in halves)
+            self.pipeline.add(*again, first=True)
+        else:
+            ids = int_array(row.id for transaction in transactions for row in transaction.rows)
+            with self.postgres.cursor() as cur:
+                cur.execute(RETRY_SQL, {"ids": ids, "message": one_line(error)})
+            raise error
+        self.pipeline.resume()
+
+    # ─ back to PostgreSQL ─
+
+    def due(self, checkpoint: int) -> Outcomes:
+        """The outcomes to write when the mirror has got to a checkpoint.
+
+        Those of a Txn are written together and in order, so that one number tells which
+        receipts are settled.
+        """
+        outcomes, self.failed, receipt = self.failed, [], 0
+        while self.acknowledged:
+            first = self.acknowledged[0]
+            if first.mirrored and first.revision > checkpoint:
+                break
+            self.acknowledged.popleft()
+            outcomes += first.outcomes
+            receipt = first.revision
+        return Outcomes(outcomes, receipt)
+
+    def written(self, outcomes: Outcomes) -> None:
+        """PostgreSQL has these outcomes for good."""
+        for outcome in outcomes.list:
+            self.versions.pop(outcome.id, None)
+        if outcomes.receipt:
+            self.pipeline.settle(outcomes.receipt)
+
+    def silent_since(self) -> float | None:
+        """Since when the watch has a change of this outbox to tell (monotonic)."""
+        return next((item.at for item in self.acknowledged if item.mirrored), None)
+
+    def settled(self) -> bool:
+        """Whether nothing is on its way that is worth a wait."""
+        return not (self.pipeline or self.acknowledged or self.failed)
+
+    def idle(self) -> bool:
+        """Whether no pending row is left."""
+        return self.all_read and not self.versions
+
+
+# ── comparison of both sides ───────────────────────────────────────────────────
+
+
+class Difference(NamedTuple):
+    """A key about which etcd and the mirror do not agree at one revision."""
+
+    kind: str  # missing, extra or different in the mirror
+    key: bytes
+    etcd: KeyValueRecord | None
+    mirror_revision: int | None
+
+
+# In the index's order, without a sort, so the first rows come at once.
+LIVE_SQL = """
+DECLARE etcd_live NO SCROLL CURSOR FOR
+SELECT e.key, e.value, e.value_bytes, e.revision
+FROM (SELECT key, max(revision) AS revision FROM etcd
+      WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %(after)s)
+        AND revision <= %(revision)s
+      GROUP BY key) m
+JOIN etcd e ON e.key = m.key AND e.revision = m.revision
+WHERE NOT e.tombstone
+ORDER BY m.key
+"""
+CORRECT_SQL = """
+DELETE FROM etcd
+WHERE key = %(key)s AND revision > %(revision)s AND revision <= %(checkpoint)s;
+INSERT INTO etcd (key, value, value_bytes, revision, tombstone)
+VALUES (%(key)s, %(value)s, %(value_bytes)s, %(revision)s, %(tombstone)s)
+ON CONFLICT (key, revision) DO UPDATE
+SET value = excluded.value, value_bytes = excluded.value_bytes, tombstone = excluded.tombstone
+"""
+
+
+class Comparison:
+    """What etcd and the mirror hold at one revision, compared key by key."""
+
+    def __init__(self, revision: int) -> None:
+        self.revision = revision
+        self.keys = 0  # of etcd, without those that the mirror cannot hold
+        self.unstorable = 0
+        self.counts = {"missing": 0, "extra": 0, "different": 0}
+        self.first: dict[str, list[str]] = {kind: [] for kind in self.counts}
+
+    def storable(self, etcd: Iterable[KeyValueRecord]) -> Iterator[KeyValueRecord]:
+        """Those keys that a mirror can have, counted."""
+        for record in etcd:
+            if is_storable(record.key):
+                self.keys += 1
+                yield record
+            else:
+                self.unstorable += 1
+
+    def differences(
+        self, etcd: Iterable[KeyValueRecord], mirror: Iterable[KeyValueRecord]
+    ) -> Iterator[Difference]:
+        """Merge the two, both in key order; remembers the first ten differences of each kind."""
+        theirs, ours = self.storable(etcd), iter(mirror)
+        there, here = next(theirs, None), next(ours, None)
+        while there or here:
+            if there and here and there.key == here.key:
+                if there != here:
+                    yield self.note(Difference("different", here.key, there, here.revision))
+                there, here = next(theirs, None), next(ours, None)
+            elif there and (here is None or there.key < here.key):
+                yield self.note(Difference("missing", there.key, there, None))
+                there = next(theirs, None)
+            elif here:
+                yield self.note(Difference("extra", here.key, None, here.revision))
+                here = next(ours, None)
+
+    def note(self, found: Difference) -> Difference:
+        """Count a difference, and return it."""
+        self.counts[found.kind] += 1
+        if len(self.first[found.kind]) < 10:
+            self.first[found.kind].append(found.key.decode())
+        return found
+
+    def total(self) -> int:
+        """The number of differences."""
+        return sum(self.counts.values())
+
+    def summary(self) -> dict[str, Any]:
+        """For people's programs; the names are those of validate --format json."""
+        kinds = {k: {"count": n, "first": self.first[k]} for k, n in self.counts.items()}
+        keys = {"keys": self.keys, "unstorable": self.unstorable}
+        return {"revision": self.revision, **keys, **kinds}
+
+
+def mirrored_at(postgres: Postgres, cur: Any, revision: int) -> Iterator[KeyValueRecord]:
+    """The mirror's live keys as of a revision, in key order, within cur's transaction."""
+    cur.execute(LIVE_SQL, {**postgres.bounds, "revision": revision})
+    limit = PAGE_KEYS[0]
+    while True:
+        cur.execute("FETCH %s FROM etcd_live", (limit,))
+        rows = cur.fetchall()
+        size = 1
+        for key, text, data, mod_revision in rows:
+            value = bytes(data) if text is None else text.encode()
+            size += len(value) + 100
+            yield KeyValueRecord(key.encode(), value, mod_revision)
+        if len(rows) < limit:
+            return
+        limit = max(1, min(PAGE_BYTES * limit // size, limit * 4, PAGE_KEYS[1]))
+
+
+def correct(postgres: Postgres, cur: Any, found: Difference, checkpoint: int) -> None:
+    """Make the mirror's state of a key at the checkpoint what it was in etcd."""
+    value = found.etcd.value if found.etcd else None
+    text = value is not None and is_text(value)
+    revision = found.etcd.revision if found.etcd else checkpoint
+    arguments = {
+        "key": found.key.decode(),
+        "value": value.decode() if value is not None and text else None,
+        "value_bytes": None if text else value,
+        "revision": revision,
+        "checkpoint": checkpoint,
+        "tombstone": value is None,
+    }
+    cur.execute(CORRECT_SQL, arguments)
+    event = SynchronizationEvent(
+        "repair",
+        found.kind,
+        key=found.key.decode(),
+        source_system="etcd",
+        source_revision=revision,
+        target_system="postgresql",
+        target_revision=found.mirror_revision,
+    )
+    postgres.record_events(cur, [event])
 
 
 def compare_sides(
-    postgres: Postgres, etcd: Etcd, checkpoint: int, at: int | None = None, correct: bool = False
+    postgres: Postgres,
+    etcd: Etcd,
+    checkpoint: int,
+    at: int | None = None,
+    repair: bool = False,
 ) -> Comparison:
     """Compare the mirror at the checkpoint with etcd then, or at another revision (0: now).
 
-    Constant memory. correct: make the mirror the same. Raises Compacted.
+    Constant memory. repair: make the mirror the same. Raises Compacted.
     """
     comparison = Comparison(checkpoint)
     with postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
         theirs = etcd.live_at(checkpoint if at is None else at)
-        for found in comparison.differences(theirs, postgres.live_at(cur, checkpoint)):
-            if correct:
-                postgres.correct(cur, found, checkpoint)
+        ours = mirrored_at(postgres, cur, checkpoint)
+        for found in comparison.differences(theirs, ours):
+            if repair:
+                correct(postgres, cur, found, checkpoint)
         cur.execute("CLOSE etcd_live")
     return comparison
 
@@ -2806,304 +3296,195 @@ def compare_with_now(postgres: Postgres, etcd: Etcd, checkpoint: int) -> Compari
     return comparison
 
 
+# ── session and engine ─────────────────────────────────────────────────────────
+
+
+class Timer:
+    """Something that is done from time to time."""
+
+    def __init__(self, action: Callable[[], float]) -> None:
+        self.action = action  # returns in how many seconds it is due again
+        self.due_at = time.monotonic()
+
+    def run(self) -> None:
+        """Do it."""
+        pause_s = self.action()
+        self.due_at = time.monotonic() + pause_s
+
+
+# Each looks at `limit` rows behind a position, deletes what is due, and answers: rows deleted,
+# where to go on, and whether there may be more.
+PRUNE_HISTORY_SQL = """
+WITH looked_at AS MATERIALIZED (
+    SELECT key, revision, lead(revision) OVER (PARTITION BY key ORDER BY revision) AS following
+    FROM (SELECT key, revision FROM etcd
+          WHERE (key, revision) >= (%(key)s, %(revision)s)
+            AND (%(after)s::text IS NULL OR key < %(after)s)
+          ORDER BY key, revision LIMIT %(limit)s) r
+), due AS MATERIALIZED (
+    SELECT l.* FROM looked_at l JOIN etcd n ON n.key = l.key AND n.revision = l.following
+    WHERE n.ts < now() - %(age_s)s * interval '1 second'
+), deleted AS (
+    DELETE FROM etcd e USING due d WHERE e.key = d.key AND e.revision = d.revision
+), noted AS (
+    UPDATE etcd_sync_state
+    SET pruned_revision = greatest(pruned_revision, (SELECT max(following) FROM due))
+    WHERE prefix = %(prefix)s AND EXISTS (SELECT FROM due)
+)
+SELECT (SELECT count(*) FROM due),
+       (SELECT max(key) FROM looked_at),
+       (SELECT max(revision) FROM looked_at WHERE key = (SELECT max(key) FROM looked_at)),
+       (SELECT count(*) = %(limit)s FROM looked_at)
+"""
+# What a pending change was made on top of stays: its result is the version to compare with.
+PRUNE_WAL_SQL = """
+WITH looked_at AS MATERIALIZED (
+    SELECT id, finished_at, retry_of IS NULL AND starts_with(key, %(prefix)s) AS mine
+    FROM etcd_wal
+    WHERE status = 'success' AND finished_at >= %(finished_at)s
+      AND finished_at < now() - %(age_s)s * interval '1 second'
+    ORDER BY finished_at LIMIT %(limit)s
+), due AS MATERIALIZED (
+    SELECT id FROM etcd_wal w
+    WHERE id = ANY (ARRAY(SELECT id FROM looked_at WHERE mine)) AND NOT EXISTS (
+        SELECT FROM etcd_wal p
+        WHERE p.key = w.key AND p.status = 'pending' AND p.depends_on = w.id)
+    FOR UPDATE SKIP LOCKED
+), deleted AS (
+    DELETE FROM etcd_wal WHERE id = ANY (ARRAY(SELECT id FROM due))
+)
+SELECT (SELECT count(*) FROM due),
+       CASE WHEN count(*) < %(limit)s THEN now() - %(age_s)s * interval '1 second'
+            WHEN EXISTS (SELECT FROM due) THEN max(finished_at)
+            ELSE max(finished_at) + interval '1 microsecond' END,
+       count(*) = %(limit)s
+FROM looked_at
+"""
+PRUNE_AUDIT_SQL = """
+WITH looked_at AS MATERIALIZED (
+    SELECT id, ts < now() - %(age_s)s * interval '1 second' AS old,
+           prefix = %(prefix)s AND status <> 'unstorable' AS mine
+    FROM etcd_sync_event WHERE id > %(id)s ORDER BY id LIMIT %(limit)s
+), passed AS MATERIALIZED (
+    SELECT id, mine FROM looked_at
+    WHERE id < ALL (SELECT min(id) FROM looked_at WHERE NOT old HAVING min(id) IS NOT NULL)
+), deleted AS (
+    DELETE FROM etcd_sync_event WHERE id = ANY (ARRAY(SELECT id FROM passed WHERE mine))
+)
+SELECT count(*) FILTER (WHERE mine), coalesce(max(id), %(id)s), count(*) = %(limit)s FROM passed
+"""
+
+
+class Chore(Timer):
+    """A table that housekeeping goes through in small steps."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        postgres: Postgres,
+        table: str,
+        option: str,
+        statement: str,
+        **start: Any,
+    ) -> None:
+        super().__init__(self.step)
+        self.engine = engine
+        self.postgres = postgres
+        self.table = table
+        self.option = option
+        self.statement = statement
+        self.start = start
+        self.position = start  # all before it is done, or stays
+
+    def step(self) -> float:
+        """Look at some rows, and delete those that are due; returns the pause before the next."""
+        started = time.monotonic()
+        age_s = getattr(self.engine.config, self.option)
+        if age_s is None:
+            return HOUSEKEEPING_S
+        arguments = {**self.position, **self.postgres.bounds, "age_s": age_s}
+        with self.postgres.cursor() as cur:
+            cur.execute(self.statement, {**arguments, "limit": HOUSEKEEPING_ROWS})
+            deleted, *position, more = cur.fetchone()
+        self.position = dict(zip(self.start, position))
+        self.engine.metrics.deleted[self.table] += deleted
+        if deleted:
+            log.debug(
+                "housekeeping deleted %(rows)d rows of %(table)s",
+                {"rows": deleted, "table": self.table},
+            )
+        if more:
+            return 10 * (time.monotonic() - started)  # a tenth of the loop's time at most
+        if self.table != "etcd":
+            return HOUSEKEEPING_S
+        self.position = self.start  # each round looks at every key, so it has to be rare
+        return max(HOUSEKEEPING_S, min(age_s / 20, 3600))
+
+
+OPEN_REQUESTS_SQL = """
+SELECT id, (details->>'revision')::bigint AS revision FROM etcd_sync_event
+WHERE id = ANY (%(ids)s::bigint[]) AND prefix = %(prefix)s AND operation = 'sync'
+  AND status = 'requested'
+"""
+ANSWER_SQL = """
+UPDATE etcd_sync_event
+SET status = %(status)s, details = %(details)s, duration = clock_timestamp() - ts
+WHERE id = %(id)s
+"""
+
+
 class Session:
     """One connected life of the engine: from the lock to the first lost connection.
 
-    What it remembers is in the two stores as well: it may end at any line.
+    It owns the mirror and, as long as changes can be sent, an outbox.  What it remembers is in
+    the two stores as well: it may end at any line.
     """
 
     def __init__(self, engine: Engine, postgres: Postgres, etcd: Etcd) -> None:
         self.engine = engine
-        self.guard = engine.guard
-        self.counters = engine.counters
-        self.metrics = engine.metrics
         self.postgres = postgres
         self.etcd = etcd
-        self.checkpoint = 0
-        self.seen_revision = etcd.header.revision
-        self.watch: Watch | None = None
-        # changes that this snapshot sees may have been sent, between these revisions
-        self.sent_before: str | None = None
-        self.sent_after = 0
-        self.sent_until = self.seen_revision
-        self.unread = False  # some of them may not have been read yet
-        self.caught_up = False  # the mirror has all that came of what was sent before
-        # mirror
-        self.fragments: list[Any] = []
-        self.backlog: collections.deque[Part] = collections.deque()
-        self.heard_at = time.monotonic()
-        self.answered_at = 0.0  # when etcd was asked for the newest revision of a key
-        self.newest = 0
-        self.behind = True  # more of the past may come: etcd sends it in portions
-        self.created = False  # the watch, by etcd
-        self.ended: EtcdFdwError | None = None  # why etcd has cancelled it
-        self.careful = False  # another mirror writes some of the same rows, or COPY cannot
-        # push
+        self.mirror = Mirror(engine, postgres, etcd)
+        self.outbox: Outbox | None = None
+        self.outbox_attempt = 0
+        self.outbox_after = 0.0  # monotonic: when to open an outbox again
         self.look = True  # there may be pending changes that were not read
-        self.queue: collections.deque[Group] = collections.deque()
-        # ids that were read, until their outcome is written: a revision before they were sent, txid
-        self.busy: dict[int, tuple[int, str]] = {}
-        self.pipeline = Pipeline(etcd, engine.waker)
-        self.landed: collections.deque[Landed] = collections.deque()
-        self.doubts: list[Doubt] = []
-        self.done: list[Outcome] = []  # to be written, without waiting for any event
-        self.made: set[int] = set()  # ids of what may have been applied, by the look of the mirror
-        self.parted: set[str] = set()  # transactions whose changes go one by one
-        self.claimed: set[tuple[str, int | None]] = set()  # successes that are not written yet
-        self.settled: dict[int, int | None] = {}  # id: the key's version after; None: refused
-        self.push_attempt = 0
-        self.push_after = 0.0
-        self.renewed = False
-        # clocks
-        now = time.monotonic()
-        self.poll_at = now
-        self.heartbeat_at = now + HEARTBEAT_S
-        self.summary_at = now + SUMMARY_S
-        self.gauges_at = now
-        self.chores = (
-            Chore("etcd", "history_retention", PRUNE_HISTORY_SQL, key=postgres.prefix, revision=0),
-            Chore("etcd_wal", "wal_retention", PRUNE_WAL_SQL, finished_at="-infinity"),
-            Chore("etcd_sync_event", "audit_retention", PRUNE_AUDIT_SQL, id=0),
-        )
-        self.reported = replace(self.counters)
-
-    @property
-    def config(self) -> Config:
-        """As it is now: a SIGHUP may change it."""
-        return self.engine.config
+        self.reported = replace(engine.counters)
+        self.timers = [Timer(a) for a in (self.poll, self.heartbeat, self.summarise, self.gauge)]
+        self.chores = [
+            Chore(engine, postgres, *chore, **start)
+            for chore, start in (
+                (
+                    ("etcd", "history_retention", PRUNE_HISTORY_SQL),
+                    {"key": postgres.prefix, "revision": 0},
+                ),
+                (("etcd_wal", "wal_retention", PRUNE_WAL_SQL), {"finished_at": "-infinity"}),
+                (("etcd_sync_event", "audit_retention", PRUNE_AUDIT_SQL), {"id": 0}),
+            )
+        ]
 
     # ─ life ─
 
     def run(self) -> None:
         """Work until asked to stop. Raises what ends the session."""
+        engine, mirror = self.engine, self.mirror
         state = self.postgres.state()
-        self.check_timeline(state)
-        resync, self.engine.resync = self.engine.resync, None
+        if state:
+            mirror.check_timeline(state)
+        resync, engine.resync = engine.resync, None
         if state and resync and resync <= state.revision:
             resync = None  # meanwhile another instance was active
         if state is None or resync is not None:
-            self.snapshot(state, resync or 0)
+            mirror.snapshot(state, resync or 0)
             state = self.postgres.state()
         assert state is not None
         self.take_over(state)
-        self.checkpoint = state.revision
-        self.recollect(state)
-        # at the checkpoint, not after it: etcd before 3.4.36 and 3.5.18 silently drops a
-        # delete at the compacted revision, and the overlap makes it say "compacted" instead
-        self.watch = Watch(
-            self.etcd, self.checkpoint, self.engine.waker, fragment=self.engine.fragment
-        )
-        self.engine.fragment = False
-        self.heard_at = time.monotonic()
-        log.info(
-            "watching %r at %s from revision %d",
-            self.postgres.prefix,
-            self.etcd.endpoint,
-            self.checkpoint,
-        )
-        self.engine.established(self)
+        mirror.watch(state.revision, engine.fragment)
+        engine.fragment = False
+        engine.established(self)
         while not self.finished():
             self.step()
-        self.postgres.deactivate(unsettled=bool(self.look or self.busy))
-
-    def close(self) -> None:
-        """End the watch, and send nothing any more."""
-        self.pipeline.close()
-        if self.watch:
-            self.watch.stop()
-
-    def finished(self) -> bool:
-        """Whether the session was asked to stop and has nothing left that is worth a wait."""
-        if not self.guard.stopping:
-            return False
-        self.pipeline.drop()
-        return not (self.pipeline or self.landed or self.done) or (
-            self.guard.stop_by is not None and time.monotonic() > self.guard.stop_by
-        )
-
-    def step(self) -> None:
-        """Wait for work and do some of each kind."""
-        self.wait(self.deadline())
-        self.rest()
-        self.engine.attend()
-        self.answer_requests()
-        worked = self.receive()
-        worked |= self.settle_doubts()
-        worked |= self.push()
-        worked |= self.mirror()
-        if worked:
-            self.engine.waker.wake()  # one may have made room for the other
-        self.tick(time.monotonic())
-        self.keep_house(time.monotonic(), worked)
-
-    def deadline(self) -> float:
-        """When the loop must turn even if nothing happens (monotonic)."""
-        times = [self.poll_at, self.heartbeat_at, self.summary_at, self.gauges_at]
-        times.extend(chore.due_at for chore in self.chores)
-        if self.behind:
-            times.append(self.heard_at + QUIET_S)
-        if self.push_after > time.monotonic():
-            times.append(self.push_after)
-        if self.landed or self.doubts or not self.caught_up:
-            times.append(time.monotonic() + QUIET_S)
-        if self.guard.stop_by is not None:
-            times.append(self.guard.stop_by)
-        return min(times)
-
-    def wait(self, deadline: float) -> None:
-        """Sleep until there is work or the deadline has come."""
-        self.rest()
-        if not self.postgres.notified():
-            timeout = max(0.0, deadline - time.monotonic())
-            select.select([self.postgres.conn, self.engine.waker], [], [], timeout)
-            self.engine.waker.drain()
-            if not self.postgres.notified():
-                return
-        self.look = True
-
-    def rest(self) -> None:
-        """Note how things are before and after each wait."""
-        now = self.guard.turned_at = time.monotonic()
-        self.behind = self.behind and now < self.heard_at + QUIET_S
-        more = self.behind or bool(self.backlog or self.fragments)
-        more = more or (self.watch is not None and self.watch.waiting())
-        self.metrics.checkpoint, self.metrics.etcd_revision = self.checkpoint, self.seen_revision
-        self.metrics.at_rest(not more)
-
-    def tick(self, now: float) -> None:
-        """Do what is due by the clock."""
-        if now >= self.poll_at:
-            self.poll_at = now + self.config.poll_interval
-            self.look = True
-            self.warn_of_strays()
-        if now >= self.heartbeat_at:
-            self.write(Batch(self.checkpoint), [])
-        if now >= self.summary_at:
-            self.summary_at = now + SUMMARY_S
-            self.summarise()
-        if now >= self.gauges_at:
-            if self.config.metrics_address:
-                self.look_at_pending()
-            took = time.monotonic() - now  # long only if very many are pending
-            self.gauges_at = now + max(HEARTBEAT_S, 50 * took)
-        due = self.landed or self.doubts or not self.created
-        if due and now > self.heard_at + EVENT_LIMIT_S:
-            raise EtcdAway(
-                f"etcd at {self.etcd.endpoint}: the watch has been silent for"
-                f" {EVENT_LIMIT_S:.0f}s although it has something to tell"
-            )
-
-    def look_at_pending(self) -> None:
-        """Bring the gauges of pending changes up to date."""
-        self.metrics.pending, self.metrics.oldest_pending_s = self.postgres.pending_gauges()
-
-    def keep_house(self, now: float, busy: bool) -> None:
-        """Do a step of what is due; while there is other work, only what is long overdue."""
-        chore = min(self.chores, key=lambda chore: chore.due_at)
-        if now >= chore.due_at + (HOUSEKEEPING_S if busy else 0):
-            deleted = chore.step(self.postgres, self.config)
-            self.metrics.deleted[chore.table] += deleted
-            if deleted:
-                log.debug("housekeeping deleted %d rows of %s", deleted, chore.table)
-
-    def warn_of_strays(self) -> None:
-        """Say once when there are pending changes outside every mirrored prefix."""
-        strays = self.postgres.strays()
-        if strays and not self.engine.strays:
-            log.warning(
-                "%s outside every mirrored prefix: left alone", describe(strays, "pending change")
-            )
-        self.engine.strays = strays
-
-    def summarise(self) -> None:
-        """Log what happened since the last time, if anything did."""
-        new = self.counters - self.reported
-        self.reported = replace(self.counters)
-        if new.events or new.applied or new.conflicts or new.failures:
-            log.info(
-                "mirrored %s up to revision %d; applied %s, %d in conflict, %d failed",
-                describe(new.events, "event"),
-                self.checkpoint,
-                describe(new.applied, "change"),
-                new.conflicts,
-                new.failures,
-            )
-
-    # ─ repair ─
-
-    def repair(self) -> Comparison:
-        """Make the mirror at the checkpoint what etcd held then; what follows, the watch brings.
-
-        Raises Compacted if etcd no longer knows.
-        """
-        try:
-            comparison = compare_sides(self.postgres, self.etcd, self.checkpoint, correct=True)
-        except Compacted:
-            comparison = compare_with_now(self.postgres, self.etcd, self.checkpoint)
-        log.log(
-            logging.WARNING if comparison.total() else logging.INFO,
-            "compared %d keys with etcd at revision %d: repaired %s",
-            comparison.keys,
-            self.checkpoint,
-            describe(comparison.total(), "difference"),
-        )
-        return comparison
-
-    def answer_requests(self) -> None:
-        """Compare and repair if sync or validate --fix asks for it.
-
-        Raises Compacted; whoever asked, asks the next session again.
-        """
-        requests = self.postgres.open_requests()
-        if not requests:
-            return
-        try:
-            self.postgres.answer(requests, "done", self.repair().summary())
-        except Rejected as exc:
-            self.postgres.answer(requests, "failed", {"message": str(exc)})
-
-    # ─ start ─
-
-    def check_cluster(self, state: SyncState) -> None:
-        """Make sure that etcd can be what the mirror is a mirror of. Raises AnotherTimeline."""
-        prefix, header = self.postgres.prefix, self.etcd.header
-        if state.cluster_id != self.etcd.cluster_id:
-            raise another_timeline(
-                prefix, f"it is of cluster {state.cluster_id}, this is {self.etcd.cluster_id}"
-            )
-        if header.revision < state.revision:
-            raise another_timeline(
-                prefix, f"it is at revision {state.revision}, etcd only at {header.revision}"
-            )
-
-    def check_timeline(self, state: SyncState | None) -> None:
-        """Make sure that etcd is still what the mirror is a mirror of. Raises AnotherTimeline."""
-        if state is None:
-            return
-        self.check_cluster(state)
-        # a restored backup keeps its cluster id, and may have gone past the checkpoint since
-        last = state.last_key and self.postgres.as_of(state.last_key, state.revision)
-        if not state.last_key or not last:
-            return
-        self.check_key(state.last_key, state.revision)
-        if last[1] is None:  # that it is not there says little
-            self.check_key(state.last_key, last[0] - 1)
-
-    def check_key(self, key: str, revision: int) -> None:
-        """Make sure that a key was in etcd what it is in the mirror. Raises AnotherTimeline."""
-        try:
-            found = self.etcd.range(key.encode(), revision=revision).kvs
-        except Compacted:
-            return  # the watch will say so too, and the snapshot compares everything
-        mirrored = self.postgres.as_of(key, revision)
-        if mirrored is None:
-            return  # housekeeping has deleted that version
-        actual = (found[0].mod_revision, found[0].value) if found else None
-        if actual != (mirrored if mirrored[1] is not None else None):
-            raise another_timeline(
-                self.postgres.prefix,
-                f"key {key} at revision {revision} is not in etcd what it is in the mirror",
-            )
+        self.postgres.deactivate()
 
     def take_over(self, state: SyncState) -> None:
         """Register as the active instance; note it if the last one did not say goodbye."""
@@ -3115,591 +3496,264 @@ class Session:
         )
         with self.postgres.transaction() as cur:
             self.postgres.record_events(cur, [event])
-        log.info("took over from pid %d on %s", state.pid, state.host)
+        log.info("took over from pid %(pid)d on %(host)s", {"pid": state.pid, "host": state.host})
 
-    def snapshot(self, state: SyncState | None, at: int) -> None:
-        """Copy the prefix as it is at one revision, 0: now; the checkpoint is then that revision.
+    def finished(self) -> bool:
+        """Whether the session was asked to stop and has nothing left that is worth a wait."""
+        stop_by = self.engine.guard.stop_by
+        if stop_by is None:
+            return False
+        if self.outbox:
+            self.outbox.pipeline.drop()
+        return self.outbox is None or self.outbox.settled() or time.monotonic() > stop_by
 
-        Constant memory: pages go to a staging table, and are merged in one transaction.
-        Raises Compacted.
-        """
-        self.engine.enter("copying")
-        started = self.engine.progress.shown = time.monotonic()
-        try:
-            revision, keys, unstorable = self.load_staging(at)
-        except Compacted as exc:  # once more, meanwhile; the current state will be there longer
-            raise Compacted(revision=0) from exc
-        old = state.revision if state else None
-        with self.counting(), self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
-            self.postgres.check_staging(cur, revision)
-            put, buried = self.postgres.merge_staging(cur, revision)
-            self.postgres.reach(cur, self.etcd.cluster_id, revision, old)
-            event = SynchronizationEvent(
-                operation="snapshot" if state is None else "resync",
-                status="done",
-                source_system="etcd",
-                source_revision=revision,
-                target_system="postgresql",
-                target_revision=old,
-                duration_s=time.monotonic() - started,
-                details={"keys": keys, "put": put, "deleted": buried},
-            )
-            self.postgres.record_events(cur, [event])
-            events = [unstorable_event(r) for r in unstorable]
-            self.counters.unstorable += self.postgres.record_events(cur, events, again=True)
-            self.counters.resyncs += state is not None
-            counts = self.counters - self.engine.written
-            self.postgres.advance(
-                cur, revision, revision, None, self.seen_revision, counts, durable=True
-            )
-            if self.config.notify_channel:
-                self.postgres.notify(cur, self.config.notify_channel, (old or 0) + 1, revision)
-        self.warn_of_unstorable(unstorable)
-        log.info(
-            "copied %d keys from etcd to PostgreSQL at revision %d (%d new, %d deleted) in %.2fs",
-            keys,
-            revision,
-            put,
-            buried,
-            time.monotonic() - started,
-        )
+    def close(self) -> None:
+        """End the watch, and send nothing any more."""
+        if self.outbox:
+            self.outbox.pipeline.close()
+        self.mirror.close()
 
-    def load_staging(self, revision: int = 0) -> tuple[int, int, list[KeyValueRecord]]:
-        """Copy the prefix into the staging table: revision, number of keys, what has no room."""
-        keys = 0
-        unstorable: list[KeyValueRecord] = []
-        with self.postgres.cursor() as cur:
-            cur.execute(STAGING_SQL)
-        for page in self.etcd.pages(revision):
-            revision = revision or page.header.revision
-            rows = []
-            for kv in page.kvs:
-                if is_storable(kv.key):
-                    rows.append(copy_row(kv.key, kv.value, kv.mod_revision))
-                else:
-                    unstorable.append(KeyValueRecord(kv.key, kv.value, kv.mod_revision))
-            with self.postgres.cursor() as cur:
-                self.postgres.copy_in(cur, "etcd_staging", rows)
-            keys += len(rows)
-            self.engine.progress.show(keys, keys + page.count - len(page.kvs))
-            self.engine.check_stop()
-        return revision, keys, unstorable
+    # ─ the loop ─
 
-    def warn_of_unstorable(self, records: Sequence[KeyValueRecord]) -> None:
-        """Report what the mirror cannot hold."""
-        if records:
-            log.warning(
-                "cannot mirror %s whose key is not text of up to %d bytes: recorded in"
-                " etcd_sync_event, revision %d",
-                describe(len(records), "event"),
-                KEY_MAX_BYTES,
-                records[-1].revision,
-            )
+    def step(self) -> None:
+        """Wait for work and do some of each kind."""
+        self.wait(self.deadline())
+        self.note_lag()
+        self.engine.attend()
+        self.answer_requests()
+        worked = self.push()
+        worked |= self.write()
+        if worked:
+            self.engine.waker.wake()  # one may have made room for the other
+        self.watch_is_alive()
+        now = time.monotonic()
+        for timer in self.timers:
+            if now >= timer.due_at:
+                timer.run()
+        chore = min(self.chores, key=lambda chore: chore.due_at)
+        if now >= chore.due_at + (HOUSEKEEPING_S if worked else 0):
+            chore.run()
 
-    # ─ mirror ─
+    def deadline(self) -> float:
+        """When the loop must turn even if nothing happens (monotonic)."""
+        times = [timer.due_at for timer in (*self.timers, *self.chores)]
+        if self.mirror.intake and self.mirror.intake.replaying:
+            times.append(self.mirror.intake.heard_at + QUIET_S)
+        if self.outbox_after > time.monotonic():
+            times.append(self.outbox_after)
+        if self.engine.guard.stop_by is not None:
+            times.append(self.engine.guard.stop_by)
+        return min(times)
 
-    def intake(self) -> None:
-        """Take complete watch responses until there is enough for a batch."""
-        assert self.watch is not None
-        while sum(part.share for part in self.backlog) < 1:
-            if self.ended and not self.backlog:
-                raise self.ended  # after the mirror has what etcd may have compacted since
-            response = None if self.ended else self.watch.take()
-            if response is None:
+    def wait(self, deadline: float) -> None:
+        """Sleep until there is work or the deadline has come."""
+        self.note_lag()
+        if not self.postgres.notified():
+            timeout = max(0.0, deadline - time.monotonic())
+            wait_for_any(timeout, self.postgres.conn, self.engine.waker)
+            self.engine.waker.drain()
+            if not self.postgres.notified():
                 return
-            self.heard_at = time.monotonic()
-            self.seen_revision = max(self.seen_revision, response.header.revision)
-            if response.canceled:
-                self.ended = self.cancellation(response)
-                continue
-            if response.created:
-                self.created = True
-                continue
-            last = response.events[-1].kv.mod_revision if response.events else 0
-            self.behind = 0 < last < response.header.revision
-            events: Sequence[Any] = response.events
-            if self.fragments:
-                events = [*self.fragments, *events]
-            self.fragments = []
-            if getattr(response, "fragment", False):  # its last revision may go on in the next
-                whole = len(events)
-                while whole and events[whole - 1].kv.mod_revision == events[-1].kv.mod_revision:
-                    whole -= 1
-                events, self.fragments = events[:whole], list(events[whole:])
-            elif not events:  # a progress notification: nothing happened up to here
-                self.backlog.append(Part((), response.header.revision))
-            self.queue_events(events)
-
-    def queue_events(self, events: Sequence[Any]) -> None:
-        """Cut whole revisions into parts that are no larger than a batch."""
-        share = max(
-            len(events) / self.config.batch_size,
-            sum(len(event.kv.value) for event in events) / BATCH_BYTES,
-        )
-        for part in slices(events, max(1, int(len(events) / max(share, 1)))):
-            revision = part[-1].kv.mod_revision
-            self.backlog.append(Part(part, revision, share * len(part) / len(events)))
-
-    def cancellation(self, response: Any) -> EtcdFdwError:
-        """The error that a cancelled watch is. It is always final, but the stream lives on."""
-        if response.compact_revision:
-            log.warning(
-                "etcd has compacted up to revision %d, the mirror is at %d: copying again",
-                response.compact_revision,
-                self.checkpoint,
-            )
-            return Compacted(revision=response.compact_revision)
-        reason = response.cancel_reason or "no reason given"
-        kind = TokenExpired if "permission denied" in reason else EtcdAway
-        return kind(f"etcd at {self.etcd.endpoint}: watch cancelled: {reason}")
-
-    def mirror(self) -> bool:
-        """Write what the watch brought, and outcomes that are due; whether there was any."""
-        self.intake()
-        batch, taken = Batch(self.checkpoint), 0.0
-        while self.backlog and (not taken or taken + self.backlog[0].share <= 1):
-            part = self.backlog.popleft()
-            batch.add(part.events, self.checkpoint)
-            batch.checkpoint = max(batch.checkpoint, part.revision)
-            taken += part.share
-        outcomes = self.done
-        self.done = []
-        while self.landed and self.landed[0].revision <= batch.checkpoint:
-            outcomes += self.landed.popleft().outcomes
-        if batch.checkpoint == self.checkpoint and not outcomes:
-            return taken > 0  # what the mirror has already; there may be more behind it
-        self.write(batch, outcomes)
-        if taken:
-            self.heard_at = time.monotonic()  # that took time, and there may be more in the queue
-        return True
-
-    def write(self, batch: Batch, outcomes: list[Outcome]) -> None:
-        """Rows, checkpoint, counters and outcomes in one transaction."""
-        started = time.monotonic()
-        with self.counting():
-            self.counters.events += len(batch.rows)
-            self.counters.applied += sum(o.status == "success" for o in outcomes)
-            self.counters.conflicts += sum(o.status == "conflict" for o in outcomes)
-            self.counters.failures += sum(o.status == "failed" for o in outcomes)
-            self.counters.unstorable += len(batch.unstorable)
-            try:
-                self.write_once(batch, outcomes)
-            except (Duplicate, Rejected, NoCopy):
-                if self.careful:
-                    raise
-                self.careful = True
-                self.write_once(batch, outcomes)
-        self.warn_of_unstorable(batch.unstorable)
-        self.checkpoint = batch.checkpoint
-        for outcome in outcomes:
-            self.busy.pop(outcome.id, None)
-        self.claimed.difference_update((outcome.key, outcome.revision) for outcome in outcomes)
-        if batch.rows or outcomes:
-            self.metrics.batch_done(outcomes, started)
-        self.heartbeat_at = time.monotonic() + HEARTBEAT_S
-
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """What is counted within counts once it is written; else all of it comes again."""
-        before = replace(self.counters)
-        try:
-            yield
-        except EtcdFdwError:
-            vars(self.counters).update(vars(before))
-            raise
-        self.engine.written = replace(self.counters)
-
-    def write_once(self, batch: Batch, outcomes: list[Outcome]) -> None:
-        """One attempt of write()."""
-        with self.postgres.transaction() as cur:
-            if self.careful:
-                self.postgres.store_carefully(cur, batch.rows)
-            elif batch.rows:
-                self.postgres.copy_in(cur, "etcd", batch.rows.values())
-            if batch.unstorable:
-                self.postgres.record_events(cur, [unstorable_event(r) for r in batch.unstorable])
-            self.postgres.record_outcomes(cur, outcomes, self.checkpoint)
-            if self.config.audit == "all":
-                self.postgres.audit(cur, batch.rows, outcomes)
-            if self.config.notify_channel and batch.rows:
-                (_, first), (_, last) = next(iter(batch.rows)), next(reversed(batch.rows))
-                self.postgres.notify(cur, self.config.notify_channel, first, last)
-            self.postgres.advance(
-                cur,
-                self.checkpoint,
-                batch.checkpoint,
-                batch.last_key,
-                self.seen_revision,
-                self.counters - self.engine.written,
-                durable=bool(outcomes),
-            )
-
-    # ─ push ─
-
-    def push(self) -> bool:
-        """Fill the pipeline; whether anything was added to it."""
-        if self.guard.stopping or time.monotonic() < self.push_after or not self.catch_up():
-            return False
-        added = False
-        while len(self.pipeline) < PIPELINE_DEPTH and self.unwritten() < self.config.batch_size:
-            groups = self.pack()
-            while not groups and self.look and self.has_room():
-                if self.read_pending():
-                    self.announce()
-                groups = self.pack()
-            more = self.look and self.has_room()
-            if not groups and not (more or self.pipeline or self.unwritten()):
-                groups = self.pack(force=True)
-            if not groups:
-                break
-            self.pipeline.add(groups)
-            added = True
-        return added
-
-    def catch_up(self) -> bool:
-        """Whether the mirror has what came of all changes that another session sent.
-
-        Only then it can tell what must not be sent again.
-        """
-        self.caught_up = (
-            self.caught_up or self.sent_before is None or self.has_reached(self.sent_until)
-        )
-        return self.caught_up
-
-    def has_reached(self, revision: int) -> bool:
-        """Whether the mirror has all up to a revision that etcd has reached.
-
-        In a prefix where nothing happens only silence tells: before and after an answer of
-        etcd's, or it may be the network that is silent, and without a newer key, or etcd is
-        still reading what it has to tell.
-        """
-        if self.checkpoint >= revision:
-            return True
-        waiting = self.backlog or self.fragments or (self.watch and self.watch.waiting())
-        if not self.created or waiting or time.monotonic() <= self.heard_at + QUIET_S:
-            return False
-        if self.answered_at == self.heard_at:  # nothing since
-            return self.newest <= self.checkpoint
-        self.newest = self.etcd.newest_revision()
-        self.answered_at = self.heard_at = time.monotonic()
-        return False
-
-    def has_room(self) -> bool:
-        """Whether more changes may be read although those that were wait for one another."""
-        return (
-            len(self.queue) < 2 * self.config.batch_size
-            and sum(group.size for group in self.queue) < 2 * BATCH_BYTES
-        )
-
-    def unwritten(self) -> int:
-        """How many changes wait for the mirror to catch up."""
-        return sum(len(item.outcomes) for item in self.landed) + len(self.doubts)
-
-    def read_pending(self) -> bool:
-        """Queue pending changes that are not on their way yet; whether to announce them."""
-        # what is written by now, the database tells; but what was read before may refer to it
-        needed = self.busy.keys() | {e.depends_on or 0 for g in self.queue for e in g.entries}
-        self.settled = {id_: v for id_, v in self.settled.items() if id_ in needed}
-        entries, all_came = self.postgres.pending(
-            self.busy, self.sent_before, self.config.batch_size, self.config.max_txn_ops
-        )
-        self.look = not all_came
-        self.unread = self.unread and not all_came
-        maybe_sent = [entry.id for entry in entries if entry.maybe_sent]
-        self.made |= self.postgres.made_since(maybe_sent, self.sent_after)
-        for entry in entries:
-            after = self.sent_after if entry.maybe_sent else self.seen_revision
-            self.busy[entry.id] = after, entry.txid
-        groups = group_entries(entries, self.config.max_txn_ops, self.parted)
-        self.queue.extend(groups)
-        counts = collections.Counter(entry.txid for entry in entries)
-        sizes = ((group.entries[0].txid, len(group.entries)) for group in groups)
-        parted = {txid for txid, size in sizes if size < counts[txid]}
-        unknown = len(maybe_sent) < len(entries) or not parted <= self.parted
-        self.parted |= parted
-        if all_came:
-            self.parted &= {txid for _, txid in self.busy.values()}
-        return unknown
-
-    def announce(self) -> None:
-        """Note what may be sent from now on, and after which revision."""
-        after = min(self.busy.values())[0]
-        if self.unread:
-            after = min(after, self.sent_after)
-        self.postgres.announce(after, self.parted)
-
-    def recollect(self, state: SyncState) -> None:
-        """Learn from the database what may have been sent."""
-        self.sent_before, self.sent_after = state.sent_before, state.sent_after
-        self.unread = self.sent_before is not None
-        self.parted.update(state.sent_in_parts)
-
-    def pack(self, force: bool = False) -> list[Group]:
-        """Take the groups of the next Txn from the queue.
-
-        A key occurs once in a Txn, and the changes of a key keep their order. force: a
-        dependency that nobody will ever settle counts as refused.
-        """
-        groups: list[Group] = []
-        kept: list[Group] = []
-        keys = {key for doubt in self.doubts for key in doubt.group.keys}
-        widest = outer = size = 0
-        while self.queue:
-            group = self.queue.popleft()
-            if not (
-                keys.isdisjoint(group.keys)
-                and self.pipeline.keys.isdisjoint(group.keys)
-                and self.resolve(group, force and not groups)
-            ):
-                kept.append(group)
-                keys |= group.keys
-                continue
-            if self.recall(group):
-                continue
-            widest = max(widest, len(group.changes))
-            outer += len(group.changes) if self.etcd.guarded else 1
-            size += group.size
-            if groups and (outer + widest > self.config.max_txn_ops or size > TXN_MAX_BYTES):
-                kept.append(group)
-                break
-            groups.append(group)
-            keys |= group.keys
-        self.queue.extendleft(reversed(kept))
-        return groups
-
-    def resolve(self, group: Group, force: bool) -> bool:
-        """Find the expected revision of each of the group's keys; False if not known yet."""
-        own: dict[int, int] = {}
-        changes: dict[str, Change] = {}
-        for entry in group.entries:
-            expected = self.expected(entry, own, force)
-            if expected is None:
-                return False
-            own[entry.id] = expected
-            changes[entry.key] = Change(entry.key.encode(), expected, entry.data)
-        group.changes = list(changes.values())
-        return True
-
-    def expected(
-        self, entry: WriteAheadLogEntry, own: Mapping[int, int], force: bool
-    ) -> int | None:
-        """The mod_revision that a change was made on, 0 for none; None if not known yet."""
-        on = entry.depends_on
-        if on is not None and entry.dependency_status is not None:
-            if on in own:
-                return own[on]
-            if on in self.settled:
-                version = self.settled[on]
-                if version is not None:
-                    return version
-            elif entry.dependency_status == "success":
-                return entry.dependency_revision or 0
-            elif entry.dependency_status == "pending" and not force:
-                return None
-        return entry.revision or 0
-
-    def receive(self) -> bool:
-        """Take etcd's answers; whether there was any."""
-        answered = self.pipeline.take()
-        if not answered:
-            return False
-        if not (self.landed or self.doubts):
-            self.heard_at = time.monotonic()  # from here on the watch has something to tell
-        while answered:
-            groups, future = answered
-            try:
-                response = future.result()
-            except grpc.RpcError as exc:
-                self.refused(groups, etcd_error(exc, self.etcd.endpoint))
-                self.pipeline.resume()
-            else:
-                self.renewed, self.push_attempt = False, 0
-                for group, answer in zip(groups, unpack_response(response, groups)):
-                    self.settle(group, answer, response.header.revision)
-            answered = self.pipeline.take()
-        return True
-
-    def settle(self, group: Group, answer: Any, revision: int) -> None:
-        """Note what etcd answered to one group."""
-        if answer.succeeded:
-            moved = any(
-                change.value is not None or item.response_delete_range.deleted
-                for change, item in zip(group.changes, answer.responses)
-            )
-            self.land(group, revision if moved else None)
-            return
-        current = [
-            item.response_range.kvs[0].mod_revision if item.response_range.kvs else 0
-            for item in answer.responses
-        ]
-        self.beaten(group, current, revision)
-
-    def beaten(self, group: Group, current: list[int], revision: int) -> None:
-        """Note that a group's compare failed: at a revision its keys were at the current ones."""
-        untouched = any(c.expected == now > 0 for c, now in zip(group.changes, current))
-        if group.maybe_sent and not untouched:
-            self.doubts.append(Doubt(group, current, revision))
-        else:
-            self.conflict(group, current)
-
-    def recall(self, group: Group) -> bool:
-        """Whether a group that makes new keys was applied by another session; it then is a success.
-
-        Compare-and-swap cannot tell: etcd would make keys again that were deleted since.
-        """
-        if self.made.isdisjoint(entry.id for entry in group.entries) or any(
-            change.expected for change in group.changes
-        ):
-            return False
-        _, applied = self.trace(group)
-        if applied:
-            self.land(group, min(applied))
-        return bool(applied)
-
-    def trace(self, group: Group) -> tuple[dict[bytes, int], set[int]]:
-        """What the mirror has of a group's keys: their versions, and where all may be applied."""
-        changes = [change for change in group.changes if not is_noop(change)]
-        if not changes:
-            return {}, set()
-        found = self.postgres.trace(changes, self.sent_after)
-        applied = set.intersection(*(set(revisions) for _, revisions in found))
-        applied -= {r for r in applied for key in group.keys if (key, r) in self.claimed}
-        return {c.key: version for c, (version, _) in zip(changes, found)}, applied
-
-    def rehearse_push(self) -> list[Outcome]:
-        """What would become of the first pending changes, as far as can be told beforehand."""
-        state = self.postgres.state()
-        if state:
-            self.recollect(state)
-        self.checkpoint = sys.maxsize
-        self.read_pending()
-        keys = [key.encode() for group in self.queue for key in group.keys]
-        held = self.etcd.revisions(dict.fromkeys(keys), self.config.max_txn_ops)
-        revision = self.seen_revision
-        while groups := self.pack() or self.pack(force=True):
-            for group in groups:
-                current = [held[change.key] for change in group.changes]
-                if current == [change.expected for change in group.changes]:
-                    revision += 1
-                    held.update((c.key, 0 if c.value is None else revision) for c in group.changes)
-                    self.land(group, revision)
-                else:
-                    self.beaten(group, current, revision)
-            self.settle_doubts()
-        return self.done
-
-    def land(self, group: Group, revision: int | None) -> None:
-        """Note that a group was applied at a revision, None if it changed nothing."""
-        after = {c.key.decode(): revision if c.value is not None else 0 for c in group.changes}
-        outcomes = [
-            Outcome(e.id, e.key, "success", revision, None, group.read_at) for e in group.entries
-        ]
-        self.claimed.update((key, revision) for key in group.keys)
-        self.settled.update((e.id, after[e.key]) for e in group.entries)
-        if revision is None or revision <= self.checkpoint:
-            self.done += outcomes
-        else:
-            self.landed.append(Landed(revision, outcomes))
-
-    def conflict(self, group: Group, current: Sequence[int]) -> None:
-        """Note that etcd holds something else than a group was made on."""
-        message = conflict_message(group.changes, current)
-        log.warning("conflict: change %d: %s", group.entries[0].id, message)
-        beaten_at = {
-            c.key.decode(): now for c, now in zip(group.changes, current) if now != c.expected
-        }
-        for entry in group.entries:
-            revision = beaten_at.get(entry.key) or max(beaten_at.values()) or None
-            self.done.append(
-                Outcome(entry.id, entry.key, "conflict", revision, message, group.read_at)
-            )
-            self.settled[entry.id] = None
-
-    def fail(self, group: Group, error: EtcdFdwError) -> None:
-        """Note that etcd will never take a group."""
-        log.warning("change %d failed: %s", group.entries[0].id, error)
-        for entry in group.entries:
-            self.done.append(
-                Outcome(entry.id, entry.key, "failed", None, str(error), group.read_at)
-            )
-            self.settled[entry.id] = None
-
-    def settle_doubts(self) -> bool:
-        """Decide about groups that may have been applied already, as the mirror catches up."""
-        doubts, self.doubts = self.doubts, []
-        for doubt in doubts:
-            group, current, revision = doubt
-            if max(current) > self.checkpoint:
-                self.doubts.append(doubt)
-                continue
-            versions, applied = self.trace(group)
-            if applied:
-                self.land(group, min(applied))
-            elif self.did_nothing(doubt):
-                self.land(group, None)
-            elif self.agrees(doubt, versions) or self.checkpoint >= revision:
-                self.conflict(group, current)
-            else:
-                self.doubts.append(doubt)
-        return len(self.doubts) < len(doubts)
-
-    def did_nothing(self, doubt: Doubt) -> bool:
-        """Whether a group deletes only what was not there for a while since it may be sent.
-
-        Then it may have succeeded, and what was made on top of it may be what is there now.
-        """
-        changes = doubt.group.changes
-        there = [c.key.decode() for c, now in zip(changes, doubt.current) if now]
-        return all(map(is_noop, changes)) and self.postgres.were_missing(there, self.sent_after)
-
-    def agrees(self, doubt: Doubt, versions: Mapping[bytes, int]) -> bool:
-        """Whether the mirror has what etcd had when it was asked.
-
-        Of a key that is not there, it may lack both how it came and how it went.
-        """
-        held = {c.key: now for c, now in zip(doubt.group.changes, doubt.current)}
-        same = all(held[key] == version for key, version in versions.items())
-        return same and (all(held[key] for key in versions) or self.has_reached(doubt.revision))
-
-    def refused(self, groups: list[Group], error: EtcdFdwError) -> None:
-        """Deal with a Txn that etcd did not answer, or refused. Raises what ends the session."""
-        if isinstance(error, TokenExpired) and not self.renewed:
-            self.renewed = True
-            self.etcd.authenticate()
-            self.pipeline.add(groups, first=True)  # it was certainly not applied
-        elif isinstance(error, (Rejected, AccessDenied)) and len(groups) > 1:
-            middle = len(groups) // 2
-            self.pipeline.add(groups[middle:], first=True)
-            self.pipeline.add(groups[:middle], first=True)
-        elif isinstance(error, (Rejected, AccessDenied)):
-            self.fail(groups[0], error)
-        else:
-            ids = [entry.id for group in groups for entry in group.entries]
-            self.postgres.record_retry(ids, one_line(error))
-            if not isinstance(error, NoSpace):
-                raise error
-            self.pause_push(groups, error)
-
-    def pause_push(self, groups: list[Group], error: EtcdFdwError) -> None:
-        """Read everything anew after a while; what was sent may have been applied all the same."""
-        self.push_attempt += 1
-        delay = backoff(self.push_attempt, self.config.retry_initial, self.config.retry_max)
-        log.warning("%s; changes wait, sending again in %.1fs", error, delay)
-        self.push_after = time.monotonic() + delay
-        state = self.postgres.state()
-        assert state is not None
-        self.recollect(state)
-        self.sent_until, self.caught_up = self.etcd.revision(), False
-        for group in [*groups, *self.pipeline.drop(), *self.queue]:
-            for entry in group.entries:
-                self.busy.pop(entry.id, None)
-        self.queue.clear()
         self.look = True
 
+    def note_lag(self) -> None:
+        """Note how things are before and after each wait."""
+        intake, metrics = self.mirror.intake, self.engine.metrics
+        assert intake is not None
+        self.engine.guard.turned_at = time.monotonic()
+        metrics.checkpoint, metrics.etcd_revision = self.mirror.checkpoint, intake.store_revision
+        metrics.at_rest(not intake.behind())
 
-def is_noop(change: Change) -> bool:
-    """Whether a change deletes what was not there when it was made."""
-    return change.value is None and change.expected == 0
+    def push(self) -> bool:
+        """Take etcd's answers, and send what is pending; whether there was any of it."""
+        worked = False
+        try:
+            if self.outbox:
+                worked = self.outbox.receive()
+            if not self.engine.guard.stopping:
+                worked |= self.send()
+        except (NoSpace, AccessDenied) as exc:
+            if isinstance(exc, TokenExpired):
+                raise
+            self.pause_outbox(exc)
+        return worked
+
+    def send(self) -> bool:
+        """Send what is pending; whether there was any. Raises NoSpace, AccessDenied."""
+        if self.outbox is None:
+            if not self.look or time.monotonic() < self.outbox_after:
+                return False
+            self.look = self.postgres.query(HAS_PENDING_SQL)[0]["found"]
+            if not self.look:
+                return False
+            state = self.postgres.state()
+            if state is None:
+                raise PostgresAway("PostgreSQL: the mirror's state is gone: starting over")
+            self.outbox = Outbox(self.engine, self.postgres, self.etcd, state)
+        if self.look:
+            self.look = self.outbox.all_read = False
+        sent = self.outbox.fill()
+        if sent:
+            self.outbox_attempt = 0
+        return sent
+
+    def pause_outbox(self, error: EtcdFdwError) -> None:
+        """Open a new outbox after a while: until then etcd takes no changes."""
+        if self.outbox:
+            self.outbox.pipeline.close()
+        self.outbox, self.look = None, True
+        config = self.engine.config
+        self.outbox_attempt += 1
+        delay = backoff(self.outbox_attempt, config.retry_initial, config.retry_max)
+        if isinstance(error, AccessDenied):
+            delay = config.retry_max
+        log.log(
+            logging.ERROR if isinstance(error, AccessDenied) else logging.WARNING,
+            "%(error)s; changes wait, sending again in %(delay).1fs",
+            {"error": error, "delay": delay},
+        )
+        self.outbox_after = time.monotonic() + delay
+
+    def write(self) -> bool:
+        """Write what the watch brought, and outcomes that are due; whether there was any."""
+        batch = self.mirror.next_batch()
+        outcomes = self.outbox.due(batch.checkpoint) if self.outbox else Outcomes()
+        news = batch.checkpoint > self.mirror.checkpoint or outcomes.list or outcomes.receipt
+        if news:
+            self.mirror.write(batch, outcomes)
+            if self.outbox:
+                self.outbox.written(outcomes)
+        return bool(news or batch.share)  # what the mirror has already: there may be more behind
+
+    def watch_is_alive(self) -> None:
+        """Raises EtcdAway if the watch says nothing although it has something to tell."""
+        intake = self.mirror.intake
+        assert intake is not None
+        since = self.outbox.silent_since() if self.outbox else None
+        if since is None and not intake.created:
+            since = intake.heard_at
+        if since and time.monotonic() > max(since, intake.heard_at) + EVENT_LIMIT_S:
+            raise EtcdAway(
+                f"etcd at {self.etcd.endpoint}: the watch has been silent for"
+                f" {EVENT_LIMIT_S:.0f}s although it has something to tell"
+            )
+
+    # ─ by the clock: each returns when it is due again ─
+
+    def poll(self) -> float:
+        """Look for pending changes even if no notification came."""
+        self.look = True
+        strays = self.postgres.strays()
+        if strays > self.engine.strays:
+            log.warning(
+                "%(changes)s outside every mirrored prefix: left alone",
+                {"changes": describe(strays, "pending change")},
+            )
+        self.engine.strays = strays
+        return self.engine.config.poll_interval
+
+    def heartbeat(self) -> float:
+        """Say in etcd_sync_state that this instance is alive, unless a batch just did."""
+        mirror = self.mirror
+        if time.monotonic() >= mirror.written_at + HEARTBEAT_S:
+            mirror.write(Batch(mirror.checkpoint), Outcomes())
+        return mirror.written_at + HEARTBEAT_S - time.monotonic()
+
+    def gauge(self) -> float:
+        """Bring the gauges of pending changes up to date."""
+        started = time.monotonic()
+        if self.engine.config.metrics_address:
+            self.look_at_pending()
+        return max(HEARTBEAT_S, 50 * (time.monotonic() - started))  # long only if very many are
+
+    def look_at_pending(self) -> None:
+        """Count pending changes."""
+        metrics = self.engine.metrics
+        metrics.pending, metrics.oldest_pending_s = self.postgres.pending_gauges()
+
+    def summarise(self) -> float:
+        """Log what happened since the last time, if anything did."""
+        self.engine.conflicts.summarise()
+        counters = self.engine.counters
+        new = counters - self.reported
+        self.reported = replace(counters)
+        if new.events or new.applied or new.conflicts or new.failures:
+            log.info(
+                "mirrored %(events)s up to revision %(revision)d; applied %(applied)s,"
+                " %(conflicts)d in conflict, %(failures)d failed",
+                {
+                    "events": describe(new.events, "event"),
+                    "revision": self.mirror.checkpoint,
+                    "applied": describe(new.applied, "change"),
+                    "conflicts": new.conflicts,
+                    "failures": new.failures,
+                },
+            )
+        return SUMMARY_S
+
+    # ─ sync and validate --fix ─
+
+    def answer_requests(self) -> None:
+        """Compare and repair if sync or validate --fix asks for it, once the mirror is there.
+
+        Raises Compacted; whoever asked, asks the next session again.
+        """
+        notified, self.postgres.requests = self.postgres.requests, set()
+        if not notified:
+            return
+        for request in self.postgres.query(OPEN_REQUESTS_SQL, ids=int_array(notified)):
+            status, details = "done", {}
+            try:
+                comparison = self.bring_in_step(request["revision"] or 0)
+                if comparison is None:  # whoever asked, asks again until there is an answer
+                    continue
+                details = comparison.summary()
+            except Rejected as exc:
+                status, details = "failed", {"message": str(exc)}
+            answer = {"id": request["id"], "status": status}
+            with self.postgres.cursor() as cur:
+                cur.execute(ANSWER_SQL, {**answer, "details": psycopg2.extras.Json(details)})
+
+    def bring_in_step(self, goal: int) -> Comparison | None:
+        """Repair the mirror, if it has all that etcd held at a revision; else None: not yet.
+
+        The store's revision says little about a prefix: other prefixes move it too.  So while
+        the checkpoint is below the goal, what both hold is compared.  Raises Compacted if etcd
+        no longer knows what it held at the checkpoint.
+        """
+        intake, checkpoint = self.mirror.intake, self.mirror.checkpoint
+        if intake and intake.behind():
+            return None
+        comparison = self.repair()
+        if checkpoint < goal:
+            try:
+                lacking = compare_sides(self.postgres, self.etcd, checkpoint, at=goal)
+            except Compacted:
+                lacking = compare_sides(self.postgres, self.etcd, checkpoint, at=0)
+            if lacking.total():
+                return None
+        log.info(
+            "compared %(keys)d keys with etcd at revision %(revision)d",
+            {"keys": comparison.keys, "revision": checkpoint},
+        )
+        return comparison
+
+    def repair(self) -> Comparison:
+        """Make the mirror at the checkpoint what etcd held then; what follows, the watch brings.
+
+        Raises Compacted if etcd no longer knows.
+        """
+        checkpoint = self.mirror.checkpoint
+        try:
+            comparison = compare_sides(self.postgres, self.etcd, checkpoint, repair=True)
+        except Compacted:
+            comparison = compare_with_now(self.postgres, self.etcd, checkpoint)
+        if comparison.total():
+            log.warning(
+                "the mirror was not what etcd held at revision %(revision)d: repaired %(repaired)s",
+                {"revision": checkpoint, "repaired": describe(comparison.total(), "difference")},
+            )
+        return comparison
 
 
 MIRRORING = "mirroring"
@@ -3728,11 +3782,39 @@ class Progress:
         """Say it, if the last time is long enough ago."""
         if time.monotonic() > self.shown + PROGRESS_S:
             self.shown = time.monotonic()
-            log.info("copying from etcd: %d of %d keys", done, total)
+            log.info(
+                "copying from etcd: %(done)d of %(total)d keys", {"done": done, "total": total}
+            )
+
+
+class ConflictLog:
+    """A line for each conflict, but in a flood of them only for the first few of a minute."""
+
+    def __init__(self) -> None:
+        self.minute = 0.0
+        self.seen = 0
+
+    def note(self, id_: int, message: str) -> None:
+        """Log a conflict, or count it."""
+        if time.monotonic() > self.minute + 60:
+            self.summarise()
+            self.minute = time.monotonic()
+        self.seen += 1
+        if self.seen <= CONFLICTS_SHOWN:
+            log.warning("conflict: change %(id)d: %(message)s", {"id": id_, "message": message})
+
+    def summarise(self) -> None:
+        """Say how many were counted, and start anew."""
+        if self.seen > CONFLICTS_SHOWN:
+            log.warning(
+                "%(conflicts)d more conflicts within a minute: see etcd_wal",
+                {"conflicts": self.seen - CONFLICTS_SHOWN},
+            )
+        self.seen = 0
 
 
 class Engine:
-    """Runs sessions one after another until asked to stop."""
+    """Runs sessions one after another until asked to stop; has what outlives a session."""
 
     session_type = Session
 
@@ -3744,17 +3826,22 @@ class Engine:
         self.counters = Counters()
         self.written = Counters()  # those in etcd_sync_state
         self.metrics = Metrics(config.etcd_dsn.prefix, self.counters)
+        self.conflicts = ConflictLog()
+        self.progress = Progress()
         self.current: Session | None = None  # the one whose loop turns
         self.host = 0  # index of the etcd endpoint that answered last
         self.resync: int | None = None  # the next session starts with a snapshot at, 0: now
         self.fragment = False  # the next session's watch asks for small responses
         self.strays = 0
         self.backend: tuple[int, str] | None = None  # of the last session that had the lock
+        self.away = ""  # the server that the last attempts failed at
         self.attempt = 0
         self.connected = False  # ever
         self.established_at: float | None = None  # when this session's loop began to turn
+        self.lost_at: float | None = None  # when the last one was lost
         self.comparison: Comparison | None = None
-        self.progress = Progress()
+
+    # ─ one session after another ─
 
     def run(self) -> None:
         """Keep both sides in step. Raises EtcdFdwError where retrying makes no sense."""
@@ -3777,6 +3864,11 @@ class Engine:
                 self.retry(EtcdAway("much to catch up with"), quiet=True)
             except Compacted as exc:
                 self.resync = exc.revision
+                log.warning(
+                    "etcd has compacted up to revision %(compacted)s, the mirror is at"
+                    " %(revision)d: copying again",
+                    {"compacted": exc.revision or "?", "revision": self.metrics.checkpoint},
+                )
                 self.retry(EtcdAway("resync needed"), quiet=True)
             except Away as exc:
                 if not self.connected and time.monotonic() > give_up_at:
@@ -3789,26 +3881,126 @@ class Engine:
                 self.retry(exc)
         log.info("stopped")
 
+    def session(self) -> None:
+        """Connect, lock, schema, and work until asked to stop or a connection is lost."""
+        with ExitStack() as stack:
+            stack.callback(self.disconnected)
+            postgres = Postgres(self.config, self.guard)
+            stack.callback(postgres.close)
+            self.metrics.connected["postgresql"] = True
+            self.lock(postgres)
+            self.metrics.active = True
+            postgres.ensure_schema()
+            with postgres.cursor() as cur:
+                postgres.refuse_overlap(cur)
+            try:
+                etcd = self.connect_etcd()
+                stack.callback(etcd.close)
+                self.metrics.connected["etcd"] = True
+                session = self.session_type(self, postgres, etcd)
+                stack.callback(session.close)
+                session.run()
+            except EtcdFdwError as exc:
+                if not isinstance(exc, (Stopped, PostgresAway)):
+                    with suppress(EtcdFdwError):  # it may be gone as well
+                        postgres.activate(one_line(exc))
+                raise
+
+    def lock(self, postgres: Postgres) -> None:
+        """Become the active instance of the prefix, however long it takes."""
+        waiting = False
+        while not postgres.try_lock():
+            if self.backend:
+                postgres.end_backend(*self.backend)
+            if not waiting:
+                holder = postgres.holder() or collections.defaultdict(lambda: "unknown")
+                log.info(
+                    "standing by: another instance is active on %(prefix)r: backend %(pid)s of"
+                    " role %(role)s, %(application)s",
+                    {
+                        "prefix": postgres.prefix,
+                        "pid": holder["pid"],
+                        "role": holder["role"],
+                        "application": holder["application_name"],
+                    },
+                )
+                self.connected = waiting = True
+                postgres.name_session("standby")
+                self.enter("standing by")
+                self.guard.supervisor.tell(READY=1)
+                self.resync = None  # the other one sees to it
+            self.pause(STANDBY_POLL_S)
+            self.check_stop()
+            postgres.notified()
+        postgres.name_session("active")
+        self.backend = postgres.backend
+
+    def connect_etcd(self) -> Etcd:
+        """A client of the first endpoint that answers, beginning with the last good one."""
+        hosts = self.config.etcd_dsn.hosts
+        errors = []
+        for turn in range(len(hosts)):
+            index = (self.host + turn) % len(hosts)
+            try:
+                etcd = Etcd(self.config.etcd_dsn, hosts[index])
+            except EtcdAway as exc:
+                errors.append(str(exc))
+                self.check_stop()
+                continue
+            self.host = index
+            return etcd
+        raise EtcdAway("; ".join(errors))
+
+    def established(self, session: Session) -> None:
+        """A session has come as far as its loop."""
+        now = time.monotonic()
+        if self.lost_at is not None:
+            log.info("connected again after %(seconds).1fs", {"seconds": now - self.lost_at})
+        self.current = session
+        self.connected, self.established_at, self.lost_at = True, now, None
+        self.enter(MIRRORING)
+        self.guard.supervisor.tell(READY=1)
+
+    def disconnected(self) -> None:
+        """A session has ended."""
+        self.current, self.metrics.active = None, False
+        self.metrics.at_rest(False)
+
     def retry(self, error: EtcdFdwError, quiet: bool = False) -> None:
         """Wait before the next session; a first expired token is nothing to wait for long."""
-        text = str(error)
+        text, now = str(error), time.monotonic()
         side = "postgresql" if text.startswith("PostgreSQL") else "etcd"
         self.metrics.connected[side] = False
-        self.metrics.reconnects[side] += 1
         self.enter(f"{side} is away")
-        self.counters.reconnects += 1
-        if self.established_at and time.monotonic() > self.established_at + STEADY_S:
+        lasted_s = 0.0
+        if self.established_at is not None:
+            lasted_s = now - self.established_at
+            self.metrics.reconnects[side] += 1
+            self.counters.reconnects += 1
+            self.lost_at = now
+        if lasted_s > STEADY_S or side != self.away:
             self.attempt = 0
-        self.established_at = None
+        self.established_at, self.away = None, side
         self.attempt += 1
         delay = backoff(self.attempt, self.config.retry_initial, self.config.retry_max)
+        arguments = {"error": error, "server": side}
         if isinstance(error, AccessDenied) and (
             not isinstance(error, TokenExpired) or self.attempt > 1
         ):
             delay = self.config.retry_max
-            log.error("%s; grant what is missing; retrying in %.1fs", error, delay)
+            log.error(
+                "%(error)s; grant what is missing; retrying in %(delay).1fs",
+                {**arguments, "delay": delay},
+            )
+        elif isinstance(error, Fenced) and error.copy:
+            delay = self.config.retry_max
+            log.error(
+                "%(error)s; is that a copy of this database? give it a mirror of its own with the"
+                ' command "sync --reset"; retrying in %(delay).1fs',
+                {**arguments, "delay": delay},
+            )
         elif not quiet:
-            log.warning("%s; retrying in %.1fs", error, delay)
+            log.warning("%(error)s; retrying in %(delay).1fs", {**arguments, "delay": delay})
         self.pause(delay)
 
     def pause(self, seconds: float) -> None:
@@ -3817,9 +4009,28 @@ class Engine:
         while not self.guard.stopping and time.monotonic() < deadline:
             self.guard.turned_at = time.monotonic()
             timeout = min(max(0.0, deadline - time.monotonic()), HEARTBEAT_S)
-            select.select([self.waker], [], [], timeout)
+            wait_for_any(timeout, self.waker)
             self.waker.drain()
             self.attend()
+
+    # ─ counters ─
+
+    @contextmanager
+    def counting(self) -> Iterator[Counters]:
+        """What is counted within counts once it is written; else all of it comes again."""
+        before = replace(self.counters)
+        try:
+            yield self.counters
+        except EtcdFdwError:
+            vars(self.counters).update(vars(before))
+            raise
+        self.written = replace(self.counters)
+
+    def uncounted(self) -> Counters:
+        """What etcd_sync_state does not have yet."""
+        return self.counters - self.written
+
+    # ─ signals ─
 
     def check_stop(self) -> None:
         """Attend to signals. Raises Stopped if the process was asked to stop."""
@@ -3847,7 +4058,7 @@ class Engine:
         try:
             new = self.read_config()
         except EtcdFdwError as exc:
-            log.error("%s; going on with the configuration as it was", exc)
+            log.error("%(error)s; going on with the configuration as it was", {"error": exc})
         else:
             changed = [
                 name for name in vars(new) if getattr(new, name) != getattr(self.config, name)
@@ -3856,32 +4067,48 @@ class Engine:
             self.config = replace(self.config, **now)
             log.setLevel(self.config.log_level)
             log.info(
-                "read the configuration again; changed: %s; changes only with a restart: %s",
-                ", ".join(now) or "nothing",
-                ", ".join(name for name in changed if name not in RELOADABLE) or "nothing",
+                "read the configuration again; changed: %(changed)s; changes only with a restart:"
+                " %(restart)s",
+                {
+                    "changed": ", ".join(now) or "nothing",
+                    "restart": ", ".join(n for n in changed if n not in RELOADABLE) or "nothing",
+                },
             )
         if ready:
             supervisor.tell(READY=1)
 
     def log_status(self) -> None:
         """Log in one line how it goes."""
-        m, c = self.metrics, self.counters
+        m = self.metrics
         if self.current:
             self.current.look_at_pending()
+        connected = {
+            side: "connected" if yes else "not connected" for side, yes in m.connected.items()
+        }
         log.info(
-            "status: %s, etcd %s, PostgreSQL %s; revision %d, etcd at %d, %.1fs behind;"
-            " pending %s, oldest %.1fs; since start: events %d, applied %d, conflicts %d,"
-            " failures %d, resyncs %d, reconnects %d, unstorable %d",
-            m.state,
-            "connected" if m.connected["etcd"] else "not connected",
-            "connected" if m.connected["postgresql"] else "not connected",
-            m.checkpoint,
-            m.etcd_revision,
-            m.lag_s(),
-            "unknown" if m.pending is None else m.pending,
-            m.oldest_pending_s,
-            *vars(c).values(),
+            "status: %(state)s, etcd %(etcd)s, PostgreSQL %(postgresql)s; revision %(revision)d,"
+            " etcd at %(etcd_revision)d, %(lag_s).1fs behind; pending %(pending)s, oldest"
+            " %(oldest_s).1fs; since start: events %(events)d, applied %(applied)d,"
+            " conflicts %(conflicts)d, failures %(failures)d, resyncs %(resyncs)d,"
+            " reconnects %(reconnects)d, unstorable %(unstorable)d",
+            {
+                **vars(self.counters),
+                **connected,
+                "state": m.state,
+                "revision": m.checkpoint,
+                "etcd_revision": m.etcd_revision,
+                "lag_s": m.lag_s(),
+                "pending": "unknown" if m.pending is None else m.pending,
+                "oldest_s": m.oldest_pending_s,
+            },
         )
+
+    # ─ health ─
+
+    def enter(self, state: str) -> None:
+        """Say what the process does from now on."""
+        self.metrics.state = state
+        self.guard.supervisor.tell(STATUS=state)
 
     def healthz(self) -> tuple[int, str]:
         """Whether the loop turns. Called by other threads."""
@@ -3897,75 +4124,6 @@ class Engine:
         if m.lag_s() > READY_LAG_S:
             return 503, f"the mirror is {m.lag_s():.0f}s behind\n"
         return 200, "ok\n"
-
-    def established(self, session: Session) -> None:
-        """A session has come as far as its loop."""
-        self.current = session
-        self.connected, self.established_at = True, time.monotonic()
-        self.enter(MIRRORING)
-        self.guard.supervisor.tell(READY=1)
-
-    def enter(self, state: str) -> None:
-        """Say what the process does from now on."""
-        self.metrics.state = state
-        self.guard.supervisor.tell(STATUS=state)
-
-    def disconnected(self) -> None:
-        """A session has ended."""
-        self.current, self.metrics.active = None, False
-        self.metrics.at_rest(False)
-
-    def session(self) -> None:
-        """Connect, lock, schema, and work until asked to stop or a connection is lost."""
-        with ExitStack() as stack:
-            stack.callback(self.disconnected)
-            postgres = Postgres(self.config, self.guard)
-            stack.callback(postgres.close)
-            self.metrics.connected["postgresql"] = True
-            self.lock(postgres)
-            self.metrics.active = True
-            postgres.ensure_schema()
-            etcd = self.connect_etcd()
-            stack.callback(etcd.close)
-            self.metrics.connected["etcd"] = True
-            session = self.session_type(self, postgres, etcd)
-            stack.callback(session.close)
-            session.run()
-
-    def lock(self, postgres: Postgres) -> None:
-        """Become the active instance of the prefix, however long it takes."""
-        waiting = False
-        while not postgres.try_lock():
-            if self.backend:
-                postgres.end_backend(*self.backend)
-            if not waiting:
-                log.info("standing by: another instance is active on %r", postgres.prefix)
-                self.connected = waiting = True
-                postgres.name_session("standby")
-                self.enter("standing by")
-                self.guard.supervisor.tell(READY=1)
-                self.resync = None  # the other one sees to it
-            self.pause(STANDBY_POLL_S)
-            self.check_stop()
-            postgres.notified()
-        postgres.name_session("active")
-        self.backend = postgres.backend
-
-    def connect_etcd(self) -> Etcd:
-        """A client of the first endpoint that answers, beginning with the last good one."""
-        hosts = self.config.etcd_dsn.hosts
-        errors = []
-        for turn in range(len(hosts)):
-            index = (self.host + turn) % len(hosts)
-            try:
-                etcd = Etcd(self.config.etcd_dsn, hosts[index])
-            except EtcdAway as exc:
-                errors.append(str(exc))
-                self.check_stop()
-                continue
-            self.host = index
-            return etcd
-        raise EtcdAway("; ".join(errors))
 
 
 # ── throw-away servers, for demo and the tests ─────────────────────────────────
@@ -4304,73 +4462,129 @@ def start(config: Config, given: Mapping[str, Any]) -> int:
     """Run until stopped."""
     if config.dry_run:
         return dry_run(config)
+    server = psycopg2.extensions.parse_dsn(config.postgres_dsn)
+    log.info(
+        "etcd_fdw %(version)s, pid %(pid)d: PostgreSQL at %(postgresql)s, etcd at %(etcd)s,"
+        " prefix %(prefix)r",
+        {
+            "version": __version__,
+            "pid": os.getpid(),
+            "postgresql": server.get("host") or server.get("service") or "its default host",
+            "etcd": ",".join(config.etcd_dsn.hosts),
+            "prefix": config.etcd_dsn.prefix,
+        },
+    )
     Engine(config, lambda: make_config(settings(given, os.environ))).run()
     return 0
 
 
-def dry_run(config: Config) -> int:
-    """Report what start would write to either side first, and write nothing.
+FIRST_PENDING_SQL = f"""
+SELECT w.id, w.key, coalesce(
+           CASE WHEN d.status = 'success' AND d.value IS NULL AND d.value_bytes IS NULL THEN 0
+                WHEN d.status = 'success' THEN d.result_revision END, w.revision, 0) AS expected,
+       d.status IS NOT DISTINCT FROM 'pending' AS waits, count(*) OVER () AS total
+FROM etcd_wal w {DEPENDENCY}
+WHERE w.status = 'pending' AND starts_with(w.key, %(prefix)s)
+ORDER BY w.id LIMIT 20
+"""
 
-    All is done in one PostgreSQL transaction, which is undone; etcd is only read.
-    """
+
+def dry_run(config: Config) -> int:
+    """Report what start would write to either side first, and write nothing."""
     log.setLevel(max(config.log_level, logging.ERROR))  # the report says it all
     engine = Engine(config)
     engine.guard.listen(signal.SIGTERM, signal.SIGINT)
-    with ExitStack() as stack:
-        postgres = Postgres(config, engine.guard)
-        stack.callback(postgres.close)
-        etcd = engine.connect_etcd()
-        stack.callback(etcd.close)
-        session = Session(engine, postgres, etcd)
+    with (
+        closing(Postgres(config, engine.guard)) as postgres,
+        closing(engine.connect_etcd()) as etcd,
+    ):
         print(
             f"PostgreSQL at {postgres.where}, etcd at {etcd.endpoint}, prefix {postgres.prefix!r}"
         )
-        found = postgres.schema_version()
+        found = postgres.usable_schema_version()
         if found < SCHEMA_VERSION:
             print(f"schema version {SCHEMA_VERSION} would be applied")
-        if 0 < found < SCHEMA_VERSION:
-            print(f"version {found} is too old to tell more")
-        else:
-            cur = stack.enter_context(postgres.rehearsal())
-            if found > SCHEMA_VERSION:
-                postgres.apply_schema(cur)
-            report_mirror(session, cur, first=not found)
-            if found:
-                report_push(session, cur)
+        if found in (0, SCHEMA_VERSION):
+            report_mirror(postgres, etcd, postgres.state() if found else None)
+        if found == SCHEMA_VERSION:
+            report_pending(postgres, etcd)
     print("nothing was written")
     return 0
 
 
-def report_mirror(session: Session, cur: Any, first: bool) -> None:
-    """Print what would come from etcd, as if by a snapshot; first: there are no tables yet."""
-    state = None if first else session.postgres.state()
-    session.check_timeline(state)
-    revision, keys, unstorable = session.load_staging()
-    put, buried = keys, 0
-    if not first:
-        session.postgres.check_staging(cur, revision)
-        put, buried = session.postgres.rehearse_merge(cur, revision)
-    known = f"mirror at revision {state.revision}" if state else "no mirror yet"
+def report_mirror(postgres: Postgres, etcd: Etcd, state: SyncState | None) -> None:
+    """Print how far the mirror is from what etcd holds now."""
+    if state is None:
+        keys = etcd.range(etcd.key, etcd.range_end, count_only=True).count
+        print(f"etcd to PostgreSQL: no mirror yet; {describe(keys, 'key')} to copy")
+        return
+    check_cluster(etcd, state)
+    found = compare_sides(postgres, etcd, state.revision, at=0)
     print(
-        f"etcd to PostgreSQL: {describe(keys, 'key')} at revision {revision}, {known};"
-        f" {put} to copy, {buried} to mark as deleted"
-        + (f", {len(unstorable)} that cannot be mirrored" if unstorable else "")
+        f"etcd to PostgreSQL: mirror at revision {state.revision}, etcd at {etcd.header.revision};"
+        f" of {describe(found.keys, 'key')}"
+        f" {found.counts['missing'] + found.counts['different']} to copy,"
+        f" {found.counts['extra']} to mark as deleted"
     )
 
 
-def report_push(session: Session, cur: Any) -> None:
-    """Print what would become of pending changes."""
-    outcomes = session.rehearse_push()
-    cur.execute(PENDING_COUNT_SQL, {"prefix": session.postgres.prefix})
-    pending = cur.fetchone()[0]
-    conflicts = [outcome for outcome in outcomes if outcome.status == "conflict"]
-    first = f", of the first {len(outcomes)} of them" if len(outcomes) < pending else ""
-    print(
-        f"PostgreSQL to etcd: {describe(pending, 'pending change')}{first};"
-        f" {len(outcomes) - len(conflicts)} to apply, {len(conflicts)} in conflict"
-    )
-    for outcome in conflicts:
-        print(f"  change {outcome.id}: {outcome.message}")
+def report_pending(postgres: Postgres, etcd: Etcd) -> None:
+    """Print how many changes are pending, and what the first ones would meet."""
+    rows = postgres.query(FIRST_PENDING_SQL)
+    total = rows[0]["total"] if rows else 0
+    print(f"PostgreSQL to etcd: {describe(total, 'pending change')}")
+    for row in rows:
+        kvs = etcd.range(row["key"].encode(), keys_only=True).kvs
+        current = kvs[0].mod_revision if kvs else 0
+        if row["waits"]:
+            meets = "made on top of a pending one"
+        elif current == row["expected"]:
+            meets = "to apply"
+        else:
+            change = Change(row["key"].encode(), row["expected"], None)
+            meets = f"in conflict: {conflict_message([change], [current])}"
+        print(f"  change {row['id']} to {printable(row['key'])}: {meets}")
+
+
+# The server may have changed and cut the name, as it did with this session's.
+STANDBYS_SQL = """
+SELECT coalesce(host(client_addr), 'local socket') AS client, pid AS backend_pid,
+       backend_start AS since
+FROM pg_stat_activity
+WHERE datname = current_database() AND application_name = left('etcd_fdw standby '
+      || substr(current_setting('application_name'), length('etcd_fdw status ') + 1), 63)
+ORDER BY backend_start
+"""
+CHECKPOINT_NOW_SQL = "SELECT revision FROM etcd_sync_state WHERE prefix = %(prefix)s"
+STATUS_SQL = """
+SELECT s.host, s.pid, s.version, s.started_at, s.cluster_id, s.first_revision,
+       s.revision AS checkpoint, s.events, s.applied, s.resyncs, s.reconnects, s.unstorable,
+       s.mirror_id::text, s.last_error,
+       extract(epoch FROM clock_timestamp() - s.last_error_at)::float8 AS last_error_age_s,
+       extract(epoch FROM clock_timestamp() - s.heartbeat_at)::float8 AS heartbeat_age_s,
+       extract(epoch FROM clock_timestamp() - s.updated_at)::float8 AS checkpoint_age_s,
+       v.pending, extract(epoch FROM v.oldest_pending_age)::float8 AS oldest_pending_age_s,
+       v.conflicts, v.failures
+FROM etcd_sync_state s JOIN etcd_status v ON v.prefix = s.prefix
+WHERE s.prefix = %(prefix)s
+"""
+UNRESOLVED = """
+    status IN ('conflict', 'failed') AND starts_with(key, %(prefix)s)
+    AND NOT EXISTS (SELECT FROM etcd_wal r WHERE r.retry_of = w.id)
+"""
+REFUSALS_SQL = f"""
+SELECT id, key, status, error_message AS message, finished_at
+FROM etcd_wal w WHERE {UNRESOLVED}
+ORDER BY id DESC LIMIT 5
+"""
+SIZE_SQL = """
+SET LOCAL statement_timeout = '2s';
+SELECT count(*) FILTER (WHERE NOT e.tombstone) AS keys, coalesce(sum(m.n), 0)::bigint AS revisions
+FROM (SELECT key, max(revision) AS revision, count(*) AS n FROM etcd
+      WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %(after)s)
+      GROUP BY key) m
+JOIN etcd e ON e.key = m.key AND e.revision = m.revision
+"""
 
 
 def revisions_after(etcd: Etcd, checkpoint: int, waker: Waker) -> list[int]:
@@ -4385,7 +4599,7 @@ def revisions_after(etcd: Etcd, checkpoint: int, waker: Waker) -> list[int]:
     watch, deadline = Watch(etcd, checkpoint + 1, waker), time.monotonic() + LISTEN_S
     try:
         while time.monotonic() < deadline:
-            select.select([waker], [], [], max(0.0, deadline - time.monotonic()))
+            wait_for_any(max(0.0, deadline - time.monotonic()), waker)
             waker.drain()
             while response := watch.take():
                 if response.compact_revision:  # usual where the prefix is quiet
@@ -4402,13 +4616,16 @@ def postgres_status(postgres: Postgres) -> dict[str, Any]:
     """What PostgreSQL knows of the prefix; the names are those of status --format json."""
     postgres.name_session("status")
     facts: dict[str, Any] = {"schema_version": postgres.schema_version()}
-    facts["locked"] = postgres.holder() is not None
+    facts["holder"] = postgres.holder()
+    facts["locked"] = facts["holder"] is not None
     facts["standbys"] = postgres.query(STANDBYS_SQL)
     if facts["schema_version"]:
         facts.update(next(iter(postgres.query(STATUS_SQL)), {}))
         facts["pending_outside"] = postgres.strays()
         facts["refusals"] = postgres.query(REFUSALS_SQL)
-        facts.update(postgres.size())
+        facts.update(keys=None, revisions=None)
+        with suppress(PostgresAway):  # it takes too long
+            facts.update(postgres.query(SIZE_SQL, **postgres.bounds)[0])
     return facts
 
 
@@ -4449,6 +4666,7 @@ def gather_status(engine: Engine) -> dict[str, Any]:
             etcd = stack.enter_context(closing(engine.connect_etcd()))
             etcd_side.update(reachable=True, endpoint=etcd.endpoint, version=etcd.version)
             etcd_side.update(cluster_id=etcd.cluster_id, revision=etcd.header.revision)
+            etcd_side["writable"] = is_granted(etcd)
             if postgres and "checkpoint" in found:
                 found.update(lag(etcd, postgres, found, engine.waker))
         except PostgresAway as exc:
@@ -4460,6 +4678,15 @@ def gather_status(engine: Engine) -> dict[str, Any]:
     return found
 
 
+def is_granted(etcd: Etcd) -> bool:
+    """Whether etcd lets the daemon keep its own keys, without which no change is sent."""
+    try:
+        etcd.check_write(*prefix_range(RESERVED.decode()))
+    except AccessDenied:
+        return False
+    return True
+
+
 def problems_of(found: Mapping[str, Any]) -> Iterator[str]:
     """Why a person should look at it; nothing if all is well."""
     for side in ("postgresql", "etcd"):
@@ -4467,7 +4694,9 @@ def problems_of(found: Mapping[str, Any]) -> Iterator[str]:
             yield found[side]["error"]
     if not found["postgresql"]["reachable"]:
         return
-    if not found["locked"]:
+    if not found["locked"] and is_retrying(found):
+        yield f"pid {found['pid']} on {found['host']} cannot work: {found['last_error']}"
+    elif not found["locked"]:
         yield "no instance is active"
     elif "checkpoint" not in found:
         yield "the first copy is not done"
@@ -4475,8 +4704,16 @@ def problems_of(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"the last heartbeat was {show_age(found['heartbeat_age_s'])} ago"
     if found.get("lag_revisions"):
         yield f"the mirror is behind by {describe(found['lag_revisions'], 'revision')}"
+    if found.get("pending") and not found["etcd"].get("writable", True):
+        yield f"changes wait until this is granted: {GRANT_HINT}"
     if (found.get("oldest_pending_age_s") or 0) > PENDING_LIMIT_S:
         yield f"a change has been pending for {show_age(found['oldest_pending_age_s'])}"
+
+
+def is_retrying(found: Mapping[str, Any]) -> bool:
+    """Whether an instance is alive that has PostgreSQL now and then, but not etcd."""
+    age_s = found.get("last_error_age_s")
+    return age_s is not None and age_s < HEARTBEAT_LIMIT_S
 
 
 def show_status(found: Mapping[str, Any], colour: bool) -> str:
@@ -4504,10 +4741,12 @@ def show_status(found: Mapping[str, Any], colour: bool) -> str:
 
 def show_instances(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The lines about who is active and who stands by."""
-    if not found["locked"]:
+    holder = found["holder"] or {}
+    if not found["locked"] and not is_retrying(found):
         yield "active", "nobody"
     elif found.get("pid") is None:
-        yield "active", "starting"
+        who = f"backend {holder['pid']} of role {holder['role']}, {holder['application_name']}"
+        yield "active", f"starting, or not an instance at all: the lock is held by {who}"
     else:
         since = utc(found["started_at"].timestamp())
         who = f"pid {found['pid']} on {found['host']}, version {found['version']}"
@@ -4586,33 +4825,33 @@ class PassSession(Session):
 
     def __init__(self, engine: Engine, postgres: Postgres, etcd: Etcd) -> None:
         super().__init__(engine, postgres, etcd)
-        self.goal = etcd.newest_revision()
+        self.compare_at = 0.0  # monotonic
 
     def finished(self) -> bool:
         """Whether nothing is left to do, and the mirror was compared and repaired."""
         if super().finished():
             return True
-        behind = self.behind or self.backlog or self.checkpoint < self.goal
-        if behind or self.look or self.queue or self.busy:
+        if self.look or (self.outbox and not self.outbox.idle()):
             return False
-        # deletions are above the goal
-        if self.checkpoint < self.etcd.header.revision and not self.same_number():
-            return False
-        self.engine.comparison = self.repair()
-        return True
+        started = time.monotonic()
+        if started >= self.compare_at:
+            self.engine.comparison = self.bring_in_step(self.etcd.header.revision)
+            # a fraction of the time, as the watch needs some to bring what is missing
+            self.compare_at = time.monotonic() + max(QUIET_S, 2 * (time.monotonic() - started))
+        return self.engine.comparison is not None
 
-    def same_number(self) -> bool:
-        """Whether etcd has as many keys as at the checkpoint, so that no deletion is missing."""
-        key, end = self.etcd.key, self.etcd.range_end
-        try:
-            then = self.etcd.range(key, end, count_only=True, revision=self.checkpoint).count
-        except Compacted:
-            return True  # the comparison will tell
-        return bool(then == self.etcd.range(key, end, count_only=True).count)
+    def deadline(self) -> float:
+        """As above, and when to compare again."""
+        return min(super().deadline(), max(self.compare_at, time.monotonic() + 0.05))
 
-    def pause_push(self, groups: list[Group], error: EtcdFdwError) -> None:
+    def pause_outbox(self, error: EtcdFdwError) -> None:
         """Raise the error: it takes longer than anybody waits for a command."""
         raise error
+
+
+RESET_SQL = """
+DELETE FROM etcd WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %(after)s)
+"""
 
 
 class OnePass(Engine):
@@ -4638,8 +4877,29 @@ class OnePass(Engine):
         postgres.name_session("active")
         if self.reset:
             postgres.ensure_schema()
-            log.warning("dropped the mirror: %s", describe(postgres.reset(), "row"))
+            self.drop_mirror(postgres)
             self.reset = False
+
+    def drop_mirror(self, postgres: Postgres) -> None:
+        """Forget the mirror and its id, once what was sent under that id is settled."""
+        state = postgres.state()
+        with self.counting() as counters, closing(self.connect_etcd()) as etcd:
+            outcomes = Outcomes()
+            if state:
+                outbox = Outbox(self, postgres, etcd, state)
+                outcomes = outbox.due(sys.maxsize)
+                outbox.pipeline.close()
+            with postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
+                outcomes.record(postgres, cur, self.config.audit == "all")
+                cur.execute(RESET_SQL, postgres.bounds)
+                deleted = int(cur.rowcount)
+                cur.execute(
+                    "DELETE FROM etcd_sync_state WHERE prefix = %(prefix)s", postgres.bounds
+                )
+                event = SynchronizationEvent("reset", "done", details={"rows": deleted})
+                postgres.record_events(cur, [event])
+            outcomes.count(counters)
+        log.warning("dropped the mirror: %(rows)s", {"rows": describe(deleted, "row")})
 
     def established(self, session: Session) -> None:
         """Not a reason to try for ever."""
@@ -4666,6 +4926,24 @@ class ProgressBar(Progress):
         print(text, end="\n" if done >= total else "", file=sys.stderr, flush=True)
 
 
+REQUEST_SQL = f"""
+INSERT INTO etcd_sync_event (prefix, operation, status, details)
+VALUES (%(prefix)s, 'sync', 'requested', jsonb_build_object('revision', %(revision)s))
+RETURNING id, (SELECT max(w.id) FROM etcd_wal w WHERE {PENDING}) AS last
+"""
+PROGRESS_SQL = f"""
+SELECT status, details,
+       (SELECT count(*) FROM etcd_wal w WHERE w.id <= %(last)s AND {PENDING}) AS pending,
+       (SELECT revision FROM etcd_sync_state WHERE prefix = %(prefix)s) AS checkpoint
+FROM etcd_sync_event WHERE id = %(id)s
+"""
+# Changes of one transaction are tried again together.
+RETRY_REFUSED_SQL = f"""
+SELECT array_agg(id ORDER BY id) AS ids FROM etcd_wal w WHERE {UNRESOLVED}
+GROUP BY txid ORDER BY min(id)
+"""
+
+
 def ask_active(config: Config) -> dict[str, Any]:
     """Have the active instance compare and repair; wait until it has done that, and all else
     that there is to do now on either side.
@@ -4675,13 +4953,13 @@ def ask_active(config: Config) -> dict[str, Any]:
     engine = Engine(config)
     engine.guard.start()
     with closing(engine.connect_etcd()) as etcd:
-        goal = etcd.newest_revision()
+        goal = etcd.header.revision
     with closing(Postgres(config, engine.guard)) as postgres:
-        request = postgres.request_sync()
-        log.info("asked the active instance to sync: request %d", request["id"])
+        request = postgres.query(REQUEST_SQL, revision=goal)[0]
+        log.info("asked the active instance to sync: request %(id)d", request)
         bar = ProgressBar("changes") if sys.stderr.isatty() else None
         seen: Any = None
-        moved_at, total = time.monotonic(), 0
+        moved_at, total, pause_s = time.monotonic(), 0, 0.1
         while True:
             rows, holder = postgres.query(PROGRESS_SQL, **request), postgres.holder()
             if not rows:
@@ -4692,16 +4970,19 @@ def ask_active(config: Config) -> dict[str, Any]:
                 bar.show(total - found["pending"], total)
             if found["status"] == "failed":
                 raise EtcdFdwError(f"the active instance could not: {found['details']['message']}")
-            caught_up = not found["pending"] and (found["checkpoint"] or 0) >= goal
-            if found["status"] == "done" and caught_up:
+            if found["status"] == "done" and not found["pending"]:
                 details: dict[str, Any] = found["details"]
                 return details
             if (found, holder) != seen:
                 seen, moved_at = (found, holder), time.monotonic()
             if time.monotonic() > moved_at + (SYNC_LIMIT_S if holder else STOP_LIMIT_S):
                 raise EtcdFdwError("the active instance does not get on: see status, try again")
-            postgres.notify_control(request["id"])  # it may have started anew
-            time.sleep(0.2)
+            # it may not have been there yet, or have started anew
+            postgres.query(
+                "SELECT pg_notify(%(channel)s, %(id)s::text)", channel=CONTROL_CHANNEL, **request
+            )
+            pause_s = min(1.5 * pause_s, 5.0)  # comparing all keeps it busy
+            engine.pause(pause_s)
 
 
 def bring_in_step(config: Config, reset: bool = False) -> dict[str, Any]:
@@ -4717,11 +4998,13 @@ def bring_in_step(config: Config, reset: bool = False) -> dict[str, Any]:
         raise EtcdFdwError("stopped before both sides were in step: run it again")
     new = engine.counters
     log.info(
-        "mirrored %s, applied %s, %d in conflict, %d failed",
-        describe(new.events, "event"),
-        describe(new.applied, "change"),
-        new.conflicts,
-        new.failures,
+        "mirrored %(events)s, applied %(applied)s, %(conflicts)d in conflict, %(failures)d failed",
+        {
+            "events": describe(new.events, "event"),
+            "applied": describe(new.applied, "change"),
+            "conflicts": new.conflicts,
+            "failures": new.failures,
+        },
     )
     return engine.comparison.summary()
 
@@ -4731,8 +5014,11 @@ def retry_failed(config: Config) -> None:
     guard = Guard(Waker())
     guard.start()
     with closing(Postgres(config, guard)) as postgres:
-        count = postgres.retry_refused() if postgres.schema_version() else 0
-    log.info("queued %s again", describe(count, "change"))
+        found = postgres.query(RETRY_REFUSED_SQL) if postgres.schema_version() else []
+        for row in found:
+            postgres.query("SELECT count(etcd_retry(id)) FROM unnest(%(ids)s::bigint[]) id", **row)
+    count = sum(len(row["ids"]) for row in found)
+    log.info("queued %(changes)s again", {"changes": describe(count, "change")})
 
 
 def confirm_reset(config: Config, yes: bool) -> None:
@@ -4775,7 +5061,7 @@ def compare_once(engine: Engine, compacted: set[int]) -> Comparison | None:
     """
     with ExitStack() as stack:
         postgres = stack.enter_context(closing(Postgres(engine.config, engine.guard)))
-        version = postgres.schema_version()
+        version = postgres.usable_schema_version()
         if 0 < version < SCHEMA_VERSION:
             raise EtcdFdwError(
                 f"the database has schema version {version}, this script's is {SCHEMA_VERSION}:"
@@ -4788,7 +5074,7 @@ def compare_once(engine: Engine, compacted: set[int]) -> Comparison | None:
             return None
         # later than the checkpoint was read, or etcd would seem to be behind it
         etcd = stack.enter_context(closing(engine.connect_etcd()))
-        Session(engine, postgres, etcd).check_cluster(state)
+        check_cluster(etcd, state)
         try:
             return compare_sides(postgres, etcd, state.revision)
         except Compacted:
@@ -4877,7 +5163,7 @@ def check_postgres(config: Config) -> Iterator[Finding]:
         (encoding,) = cur.fetchone()
         if encoding != "UTF8":
             yield EtcdFdwError(f"the database's encoding is {encoding}: create one with UTF8")
-        found = postgres.schema_version()
+        found = postgres.usable_schema_version()
         if found > SCHEMA_VERSION:
             yield EtcdFdwError(f"its schema version {found} is newer: install that etcd_fdw.py")
         yield f"schema version {found}" if found else "no schema yet: the first start applies it"
@@ -4906,10 +5192,12 @@ def check_etcd(config: Config) -> Iterator[Finding]:
         if [0] < [int(n) for n in re.findall(r"\d+", etcd.version)[:2]] < [3, 4]:
             yield EtcdFdwError("etcd 3.4 or later is needed: upgrade it")
         try:
-            etcd.check_write()
+            etcd.check_write(etcd.key, etcd.range_end)
         except AccessDenied as exc:
             raise AccessDenied(f"{exc}; for writing: {remedy}") from exc
         yield f"etcd grants reading and writing {prefix or 'all keys'!r}"
+        if not is_granted(etcd):
+            raise AccessDenied(f"changes would wait until this is granted, too: {GRANT_HINT}")
 
 
 def demo() -> int:

@@ -38,8 +38,8 @@ DECLARE
 BEGIN
     IF to_regprocedure(format('%I.etcd_schema_version()', current_schema())) IS NOT NULL THEN
         EXECUTE format('SELECT %I.etcd_schema_version()', current_schema()) INTO v_installed;
-        IF v_installed > 2 THEN
-            RAISE EXCEPTION 'schema version % is installed, this file is version 2', v_installed
+        IF v_installed > 3 THEN
+            RAISE EXCEPTION 'schema version % is installed, this file is version 3', v_installed
                 USING ERRCODE = 'object_not_in_prerequisite_state',
                       HINT = 'Use the schema.sql that belongs to the newer etcd_fdw.';
         END IF;
@@ -154,7 +154,8 @@ COMMENT ON COLUMN etcd_wal.retry_of IS 'conflict or failed row that this one tri
 
 -- etcd_sync_state: one row per mirrored prefix, written by the daemon that holds the prefix.
 --
---     prefix            '' is the whole key space
+--     prefix            '' is the whole key space; no prefix of one row begins with that of another
+--     mirror_id         names the daemon's own keys in etcd, etcd_fdw/<mirror_id>/
 --     cluster_id        etcd cluster, in hex as etcdctl shows it
 --     first_revision    where the mirror began; earlier states are unknown
 --     revision          the checkpoint: table etcd is exact up to here
@@ -163,13 +164,13 @@ COMMENT ON COLUMN etcd_wal.retry_of IS 'conflict or failed row that this one tri
 --     last_key          a recently mirrored key, by which a restored etcd is recognised
 --     etcd_revision     newest revision of the whole etcd store that the daemon has heard of
 --     updated_at        when the checkpoint last moved
+--     receipt           revision of the newest etcd transaction of changes up to which all outcomes are here
 --     host, pid, version, started_at, heartbeat_at   the active daemon
---     sent_before, sent_after, sent_in_parts   what it may have sent to etcd: changes that the snapshot
---                       sent_before sees, after revision sent_after, those of the transactions
---                       sent_in_parts one by one; sent_before null: nothing without an outcome
+--     last_error, last_error_at   what keeps it from working, null: nothing
 --     events to unstorable   counters since the prefix was first mirrored
 CREATE TABLE IF NOT EXISTS etcd_sync_state (
     prefix           text COLLATE "C"  NOT NULL,
+    mirror_id        uuid              NOT NULL DEFAULT gen_random_uuid(),
     cluster_id       text,
     first_revision   bigint            NOT NULL,
     revision         bigint            NOT NULL,
@@ -177,15 +178,15 @@ CREATE TABLE IF NOT EXISTS etcd_sync_state (
     gaps             int8range[]       NOT NULL DEFAULT '{}',
     last_key         text COLLATE "C",
     etcd_revision    bigint,
+    receipt          bigint            NOT NULL DEFAULT 0,
     updated_at       timestamptz       NOT NULL DEFAULT now(),
     host             text,
     pid              integer,
     version          text,
     started_at       timestamptz,
     heartbeat_at     timestamptz,
-    sent_before      pg_snapshot,
-    sent_after       bigint,
-    sent_in_parts    xid8[]            NOT NULL DEFAULT '{}',
+    last_error       text,
+    last_error_at    timestamptz,
     events           bigint            NOT NULL DEFAULT 0,
     applied          bigint            NOT NULL DEFAULT 0,
     conflicts        bigint            NOT NULL DEFAULT 0,
@@ -196,14 +197,15 @@ CREATE TABLE IF NOT EXISTS etcd_sync_state (
     CONSTRAINT etcd_sync_state_pkey PRIMARY KEY (prefix)
 ) WITH (fillfactor = 50);  -- updated with every batch: leave room for it in the page
 
--- Since version 2. What a daemon of version 1 left behind may have been sent at any time.
+-- Since version 3, which settles lost answers by receipts in etcd; version 2 noted what may have been sent.
 ALTER TABLE etcd_sync_state
-    ADD COLUMN IF NOT EXISTS sent_before    pg_snapshot,
-    ADD COLUMN IF NOT EXISTS sent_after     bigint,
-    ADD COLUMN IF NOT EXISTS sent_in_parts  xid8[]  NOT NULL DEFAULT '{}';
-UPDATE etcd_sync_state
-   SET sent_before = CASE WHEN heartbeat_at IS NOT NULL THEN pg_current_snapshot() END, sent_after = 0
- WHERE sent_after IS NULL;
+    ADD COLUMN IF NOT EXISTS mirror_id      uuid    NOT NULL DEFAULT gen_random_uuid(),
+    ADD COLUMN IF NOT EXISTS receipt        bigint  NOT NULL DEFAULT 0,
+    ADD COLUMN IF NOT EXISTS last_error     text,
+    ADD COLUMN IF NOT EXISTS last_error_at  timestamptz,
+    DROP COLUMN IF EXISTS sent_before,
+    DROP COLUMN IF EXISTS sent_after,
+    DROP COLUMN IF EXISTS sent_in_parts;
 
 COMMENT ON TABLE  etcd_sync_state IS 'Per mirrored prefix: checkpoint, active daemon, counters.';
 COMMENT ON COLUMN etcd_sync_state.prefix IS 'mirrored prefix; empty: the whole key space';
@@ -215,9 +217,10 @@ COMMENT ON COLUMN etcd_sync_state.pruned_revision IS
 COMMENT ON COLUMN etcd_sync_state.gaps IS 'revisions that etcd compacted before they were mirrored';
 COMMENT ON COLUMN etcd_sync_state.last_key IS 'recently mirrored key, checked at start against etcd';
 COMMENT ON COLUMN etcd_sync_state.etcd_revision IS 'newest revision of the whole etcd store that was seen';
-COMMENT ON COLUMN etcd_sync_state.sent_before IS 'changes that it sees may have been sent to etcd without an outcome yet';
-COMMENT ON COLUMN etcd_sync_state.sent_after IS 'etcd revision after which they were sent';
-COMMENT ON COLUMN etcd_sync_state.sent_in_parts IS 'transactions among them whose changes are sent one by one';
+COMMENT ON COLUMN etcd_sync_state.mirror_id IS 'names the daemon''s own keys in etcd: etcd_fdw/<mirror_id>/';
+COMMENT ON COLUMN etcd_sync_state.receipt IS
+    'newest etcd transaction of changes up to which all outcomes are in etcd_wal';
+COMMENT ON COLUMN etcd_sync_state.last_error IS 'what keeps the active daemon from working; null: nothing';
 COMMENT ON COLUMN etcd_sync_state.events IS 'counter: revisions of keys mirrored';
 COMMENT ON COLUMN etcd_sync_state.applied IS 'counter: changes from etcd_wal that etcd took';
 COMMENT ON COLUMN etcd_sync_state.conflicts IS 'counter: changes that ended as conflict';
@@ -329,11 +332,7 @@ WITH open_change AS (
            count(*) FILTER (WHERE o.status = 'conflict') AS conflicts,
            count(*) FILTER (WHERE o.status = 'failed')   AS failures
       FROM open_change o
-      LEFT JOIN LATERAL (  -- where prefixes overlap, the longest one owns the change
-            SELECT l.prefix FROM etcd_sync_state l
-             WHERE starts_with(o.key, l.prefix)
-             ORDER BY length(l.prefix) DESC
-             LIMIT 1) s ON true
+      LEFT JOIN etcd_sync_state s ON starts_with(o.key, s.prefix)
      GROUP BY s.prefix
 )
 SELECT coalesce(s.prefix, t.prefix)        AS prefix,
@@ -408,7 +407,7 @@ DECLARE
     v_pruned  bigint;
 BEGIN
     IF p_min_revision > 0 THEN
-        SELECT max(s.pruned_revision) INTO v_pruned FROM etcd_sync_state s WHERE starts_with(p_key COLLATE "C", s.prefix);
+        SELECT s.pruned_revision INTO v_pruned FROM etcd_sync_state s WHERE starts_with(p_key COLLATE "C", s.prefix);
         IF p_min_revision < v_pruned THEN
             RAISE EXCEPTION 'history before revision % has been pruned', v_pruned
                 USING ERRCODE = 'invalid_parameter_value',
@@ -500,16 +499,14 @@ LANGUAGE plpgsql STABLE PARALLEL SAFE AS $$
 --   result      one row per key that was live then
 --   errors      22023 if the mirror cannot know: no mirrored prefix there, before the mirror began or was
 --               pruned, in a gap, beyond the checkpoint; 22004 if an argument is null
--- The mirrors that must know are those that cover p_prefix, else those that lie within it.
+-- The mirror that must know is the one that covers p_prefix, else each that lies within it.
 DECLARE
-    s          etcd_sync_state;
-    v_covered  boolean;
-    v_found    boolean := false;
+    s        etcd_sync_state;
+    v_found  boolean := false;
 BEGIN
     IF p_revision IS NULL OR p_prefix IS NULL THEN
         RAISE EXCEPTION 'revision and prefix must not be null' USING ERRCODE = 'null_value_not_allowed';
     END IF;
-    v_covered := EXISTS (SELECT FROM etcd_sync_state c WHERE starts_with(p_prefix COLLATE "C", c.prefix));
     FOR s IN
         SELECT c.*
           FROM etcd_sync_state c
@@ -517,14 +514,11 @@ BEGIN
          ORDER BY c.prefix
     LOOP
         v_found := true;
-        -- a mirror within a covering one can have pruned rows of both; nothing else of it matters
         IF p_revision < s.pruned_revision THEN
             RAISE EXCEPTION 'revision % of prefix "%" has been pruned', p_revision, s.prefix
                 USING ERRCODE = 'invalid_parameter_value',
                       HINT = format('The oldest revision kept is %s.', s.pruned_revision);
-        END IF;
-        CONTINUE WHEN v_covered AND NOT starts_with(p_prefix COLLATE "C", s.prefix);
-        IF p_revision < s.first_revision THEN
+        ELSIF p_revision < s.first_revision THEN
             RAISE EXCEPTION 'revision % is before the mirror of prefix "%" began', p_revision, s.prefix
                 USING ERRCODE = 'invalid_parameter_value',
                       HINT = format('The oldest revision known is %s.', s.first_revision);
@@ -732,7 +726,7 @@ CREATE OR REPLACE FUNCTION etcd_schema_version()
 RETURNS integer
 LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
 -- Version of this file as installed. The daemon applies a newer one and refuses an older one.
-SELECT 2
+SELECT 3
 $$;
 COMMENT ON FUNCTION etcd_schema_version() IS 'version of schema.sql as installed';
 

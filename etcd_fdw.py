@@ -2061,14 +2061,6 @@ class Mirror:
         # delete at the compacted revision, and the overlap makes it say "compacted" instead
         watch = Watch(self.etcd, checkpoint, self.engine.waker, fragment)
         self.intake = Intake(self.etcd, watch)
-        log.info(
-            "watching %(prefix)r at %(server)s from revision %(revision)d",
-            {
-                "prefix": self.postgres.prefix,
-                "server": self.etcd.endpoint,
-                "revision": checkpoint,
-            },
-        )
 
     # ─ an event's way ─
 
@@ -2253,6 +2245,9 @@ class OutboxRow(NamedTuple):
         return None if self.value_bytes is None else bytes(self.value_bytes)
 
 
+REFUSED = -1  # in place of a version: the change was not made
+
+
 class Change(NamedTuple):
     """What an outbox transaction does to one key."""
 
@@ -2320,6 +2315,106 @@ def group_rows(rows: Iterable[OutboxRow], max_changes: int) -> list[OutboxTransa
         else:
             found.append(whole)
     return found
+
+
+class Queue:
+    """Outbox transactions that were read and not sent, in an order that etcd's answers allow.
+
+    Those that change a key go one after another, and none goes before the version that it was
+    made on is known.  `versions` outlives the queue: of every row that was read and whose
+    outcome is not written, the version of its key after it, None while etcd has not answered.
+    """
+
+    def __init__(self) -> None:
+        self.versions: dict[int, int | None] = {}
+        self.waiting: dict[int, OutboxTransaction] = {}  # by first id, in order of arrival
+        self.size = 0  # of all of these, in bytes
+        self.last: dict[str, OutboxTransaction] = {}  # the last of them that changes a key
+        self.dependents: dict[int, list[OutboxTransaction]] = {}  # by row that they depend on
+        self.ready: collections.deque[OutboxTransaction] = collections.deque()
+
+    def add(self, transaction: OutboxTransaction) -> None:
+        """Have a transaction wait for those that must go before it."""
+        self.waiting[transaction.rows[0].id] = transaction
+        self.size += transaction.size
+        for key in transaction.keys:
+            before = self.last.get(key)
+            if before is not None:
+                before.followers.append(transaction)
+                transaction.waits += 1
+            self.last[key] = transaction
+        self.depend(transaction)
+        if not transaction.waits:
+            self.ready.append(transaction)
+
+    def depend(self, transaction: OutboxTransaction) -> None:
+        """Find what its rows depend on among the rows that were read before."""
+        own = {row.id for row in transaction.rows}
+        for row in transaction.rows:
+            on = row.depends_on
+            if on is None or on in own or row.dependency_status != "pending":
+                continue
+            version = self.versions.get(on)
+            if version is None:
+                self.dependents.setdefault(on, []).append(transaction)
+                transaction.waits += 1
+            elif version != REFUSED:
+                transaction.versions[on] = version
+
+    def take(self, max_ops: int, guarded: bool, force: bool = False) -> list[OutboxTransaction]:
+        """The transactions of the next Txn: each key once, within what etcd takes.
+
+        force: the first one goes even if it depends on a row that nobody will ever settle.
+        """
+        if force and self.waiting and not self.ready:
+            self.ready.append(next(iter(self.waiting.values())))
+        taken: list[OutboxTransaction] = []
+        later: list[OutboxTransaction] = []
+        keys: set[str] = set()
+        widest = named = size = 0
+        while self.ready:
+            transaction = self.ready.popleft()
+            if not keys.isdisjoint(transaction.keys):
+                later.append(transaction)
+                continue
+            changes = len(transaction.keys)
+            widest, named = max(widest, changes), named + changes
+            size += transaction.size
+            # the receipt, the nested transactions, what the widest holds with its refusal
+            operations = 1 + len(taken) + 1 + widest + 1 + guarded * named
+            if taken and (operations > max_ops or size > TXN_MAX_BYTES):
+                later.append(transaction)
+                break
+            transaction.resolve()
+            taken.append(transaction)
+            keys |= transaction.keys
+            self.release(transaction)
+        self.ready.extendleft(reversed(later))
+        return taken
+
+    def release(self, transaction: OutboxTransaction) -> None:
+        """Let those go on that wait for a transaction to be packed."""
+        del self.waiting[transaction.rows[0].id]
+        self.size -= transaction.size
+        for key in transaction.keys:
+            if self.last.get(key) is transaction:
+                del self.last[key]
+        for follower in transaction.followers:
+            self.admit(follower)
+
+    def admit(self, transaction: OutboxTransaction) -> None:
+        """One thing that a transaction waits for has come."""
+        transaction.waits -= 1
+        if transaction.waits == 0 and transaction.rows[0].id in self.waiting:
+            self.ready.append(transaction)
+
+    def answered(self, id_: int, version: int) -> None:
+        """Let those go on that depend on a row: its key's version is known now."""
+        self.versions[id_] = version
+        for transaction in self.dependents.pop(id_, ()):
+            if version != REFUSED:
+                transaction.versions[id_] = version
+            self.admit(transaction)
 
 
 class Outcome(NamedTuple):
@@ -2738,11 +2833,16 @@ WHERE w.size_so_far - w.size <= %(max_bytes)s
 """
 SENT_SQL = f"""
 SELECT {ROW_COLUMNS}
-FROM etcd_wal w {DEPENDENCY}
-WHERE w.id = ANY (%(ids)s::bigint[]) AND w.finished_at IS NULL AND starts_with(w.key, %(prefix)s)
+FROM unnest(%(ids)s::bigint[]) s (id)
+CROSS JOIN LATERAL (SELECT * FROM etcd_wal WHERE id = s.id AND {PENDING} LIMIT 1) w {DEPENDENCY}
+"""
+# What keeps them waiting shows at the first ones.
+WAIT_SQL = f"""
+UPDATE etcd_wal SET retry_count = retry_count + 1, error_message = %(message)s
+WHERE id = ANY (ARRAY(SELECT id FROM etcd_wal WHERE {PENDING} ORDER BY id LIMIT 100))
+RETURNING id
 """
 HAS_PENDING_SQL = f"SELECT EXISTS (SELECT FROM etcd_wal WHERE {PENDING}) AS found"
-REFUSED = -1  # in place of a version: the change was not made
 
 
 class Acknowledged(NamedTuple):
@@ -2772,13 +2872,7 @@ class Outbox:
         sent = self.receipts.sent(state.receipt)
         self.pipeline = Pipeline(etcd, engine.waker, state.receipt, sent)
         self.all_read = False  # whether there is no pending row that was not read
-        # rows that were read and not written: the key's version after them, None: no answer yet
-        self.versions: dict[int, int | None] = {}
-        self.queue: dict[int, OutboxTransaction] = {}  # what is not packed yet, by first id
-        self.queued_bytes = 0
-        self.last: dict[str, OutboxTransaction] = {}  # the last of these that changes a key
-        self.dependents: dict[int, list[OutboxTransaction]] = {}
-        self.ready: collections.deque[OutboxTransaction] = collections.deque()
+        self.queue = Queue()
         self.acknowledged: collections.deque[Acknowledged] = collections.deque()
         self.failed: list[Outcome] = []
         self.token_renewed = False
@@ -2802,8 +2896,10 @@ class Outbox:
             applied = OutboxTransaction([row for row in there if row.id not in refused])
             outcomes: list[Outcome] = []
             for transaction in (applied, *transactions):
-                self.versions.update(dict.fromkeys((row.id for row in transaction.rows), None))
-                self.link(transaction)
+                self.queue.versions.update(
+                    dict.fromkeys((row.id for row in transaction.rows), None)
+                )
+                self.queue.depend(transaction)
                 transaction.resolve()
             outcomes += self.applied(applied, item.revision)
             for transaction in transactions:
@@ -2831,14 +2927,15 @@ class Outbox:
 
     def fill(self) -> bool:
         """Read, pack and send as much as there is room for; whether anything was sent."""
+        limits = self.engine.config.max_txn_ops, self.receipts.etcd.guarded
         sent = False
         while not self.pipeline.full() and self.unwritten() < self.engine.config.batch_size:
-            transactions = self.pack()
+            transactions = self.queue.take(*limits)
             while not (transactions or self.all_read) and self.has_room():
                 self.read()
-                transactions = self.pack()
+                transactions = self.queue.take(*limits)
             if not (transactions or self.pipeline or self.unwritten()):
-                transactions = self.pack(force=True)
+                transactions = self.queue.take(*limits, force=True)
             if not transactions:
                 break
             self.pipeline.add(Txn(transactions, self.receipts, self.fence))
@@ -2852,20 +2949,20 @@ class Outbox:
     def has_room(self) -> bool:
         """Whether more changes may be read although those that were wait for one another."""
         return (
-            len(self.queue) < 2 * self.engine.config.batch_size
-            and self.queued_bytes < 2 * BATCH_BYTES
+            len(self.queue.waiting) < 2 * self.engine.config.batch_size
+            and self.queue.size < 2 * BATCH_BYTES
         )
 
     def read(self) -> None:
         """Queue pending rows that were not read yet."""
         max_changes = self.max_changes()
         rows, self.all_read = self.pending(self.engine.config.batch_size, max_changes)
-        self.versions.update(dict.fromkeys((row.id for row in rows), None))
+        self.queue.versions.update(dict.fromkeys((row.id for row in rows), None))
         for transaction in group_rows(rows, max_changes):
             if any(key.encode().startswith(RESERVED) for key in transaction.keys):
                 self.fail(transaction, Rejected(f"keys below {RESERVED.decode()} are reserved"))
             else:
-                self.enqueue(transaction)
+                self.queue.add(transaction)
 
     def pending(self, limit: int, max_changes: int) -> tuple[list[OutboxRow], bool]:
         """The first pending rows in id order without those that were read, and whether all came.
@@ -2876,7 +2973,7 @@ class Outbox:
         arguments: dict[str, Any] = {"prefix": self.postgres.prefix, "limit": limit}
         with self.postgres.cursor() as cur:
             arguments["max_bytes"] = BATCH_BYTES
-            cur.execute(PENDING_SQL, {**arguments, "busy": int_array(self.versions)})
+            cur.execute(PENDING_SQL, {**arguments, "busy": int_array(self.queue.versions)})
             found = cur.fetchall()
             rows = [OutboxRow(*row[:-1]) for row in found]
             if len(rows) < limit and (not found or found[-1][-1] < BATCH_BYTES):
@@ -2894,85 +2991,6 @@ class Outbox:
         """
         room = self.engine.config.max_txn_ops - 3  # receipt, nested transaction, refusal
         return max(1, room // 2 if self.receipts.etcd.guarded else room)
-
-    def enqueue(self, transaction: OutboxTransaction) -> None:
-        """Have a transaction wait for those that must go before it."""
-        self.queue[transaction.rows[0].id] = transaction
-        self.queued_bytes += transaction.size
-        for key in transaction.keys:
-            before = self.last.get(key)
-            if before is not None:
-                before.followers.append(transaction)
-                transaction.waits += 1
-            self.last[key] = transaction
-        self.link(transaction)
-        if not transaction.waits:
-            self.ready.append(transaction)
-
-    def link(self, transaction: OutboxTransaction) -> None:
-        """Find what its rows depend on among the rows that were read before."""
-        own = {row.id for row in transaction.rows}
-        for row in transaction.rows:
-            on = row.depends_on
-            if on is None or on in own or row.dependency_status != "pending":
-                continue
-            version = self.versions.get(on)
-            if version is None:
-                self.dependents.setdefault(on, []).append(transaction)
-                transaction.waits += 1
-            elif version != REFUSED:
-                transaction.versions[on] = version
-
-    # ─ pack ─
-
-    def pack(self, force: bool = False) -> list[OutboxTransaction]:
-        """Take the transactions of the next Txn: each key once, within what etcd takes.
-
-        force: the first one goes even if it depends on a row that nobody will ever settle.
-        """
-        if force and self.queue and not self.ready:
-            self.ready.append(next(iter(self.queue.values())))
-        taken: list[OutboxTransaction] = []
-        later: list[OutboxTransaction] = []
-        keys: set[str] = set()
-        widest = named = size = 0
-        while self.ready:
-            transaction = self.ready.popleft()
-            if not keys.isdisjoint(transaction.keys):
-                later.append(transaction)
-                continue
-            if not taken:
-                transaction.resolve()
-            changes = len(transaction.keys)
-            widest, named = max(widest, changes), named + changes
-            size += transaction.size
-            # receipt, the nested transactions, and what the widest of them has with its refusal
-            operations = 1 + len(taken) + 1 + widest + 1 + named * self.receipts.etcd.guarded
-            if taken and (operations > self.engine.config.max_txn_ops or size > TXN_MAX_BYTES):
-                later.append(transaction)
-                break
-            transaction.resolve()
-            taken.append(transaction)
-            keys |= transaction.keys
-            self.release(transaction)
-        self.ready.extendleft(reversed(later))
-        return taken
-
-    def release(self, transaction: OutboxTransaction) -> None:
-        """Let those go on that wait for a transaction to be packed."""
-        del self.queue[transaction.rows[0].id]
-        self.queued_bytes -= transaction.size
-        for key in transaction.keys:
-            if self.last.get(key) is transaction:
-                del self.last[key]
-        for follower in transaction.followers:
-            self.admit(follower)
-
-    def admit(self, transaction: OutboxTransaction) -> None:
-        """One thing that a transaction waits for has come."""
-        transaction.waits -= 1
-        if transaction.waits == 0 and transaction.rows[0].id in self.queue:
-            self.ready.append(transaction)
 
     # ─ etcd's answers ─
 
@@ -3029,7 +3047,7 @@ class Outbox:
             outcomes.append(
                 Outcome(row.id, row.key, "success", reached[row.key], None, transaction.read_at)
             )
-            self.answered(row.id, after[row.key])
+            self.queue.answered(row.id, after[row.key])
         return outcomes
 
     def refused(self, transaction: OutboxTransaction, current: Sequence[int]) -> list[Outcome]:
@@ -3046,16 +3064,8 @@ class Outbox:
             outcomes.append(
                 Outcome(row.id, row.key, "conflict", revision, message, transaction.read_at)
             )
-            self.answered(row.id, REFUSED)
+            self.queue.answered(row.id, REFUSED)
         return outcomes
-
-    def answered(self, id_: int, version: int) -> None:
-        """Let those go on that depend on a row: its key's version is known now."""
-        self.versions[id_] = version
-        for transaction in self.dependents.pop(id_, ()):
-            if version != REFUSED:
-                transaction.versions[id_] = version
-            self.admit(transaction)
 
     def fail(self, transaction: OutboxTransaction, error: EtcdFdwError) -> None:
         """Note that etcd will never take a transaction."""
@@ -3066,7 +3076,7 @@ class Outbox:
             self.failed.append(
                 Outcome(row.id, row.key, "failed", None, str(error), transaction.read_at)
             )
-            self.answered(row.id, REFUSED)
+            self.queue.answered(row.id, REFUSED)
 
     def unanswered(self, txn: Txn, error: EtcdFdwError) -> None:
         """Deal with a Txn that etcd refused as a whole; raises if it may have applied it."""
@@ -3113,7 +3123,7 @@ class Outbox:
     def written(self, outcomes: Outcomes) -> None:
         """PostgreSQL has these outcomes for good."""
         for outcome in outcomes.list:
-            self.versions.pop(outcome.id, None)
+            self.queue.versions.pop(outcome.id, None)
         if outcomes.receipt:
             self.pipeline.settle(outcomes.receipt)
 
@@ -3127,7 +3137,7 @@ class Outbox:
 
     def idle(self) -> bool:
         """Whether no pending row is left."""
-        return self.all_read and not self.versions
+        return self.all_read and not self.queue.versions
 
 
 # ── comparison of both sides ───────────────────────────────────────────────────
@@ -3589,7 +3599,11 @@ class Session:
             state = self.postgres.state()
             if state is None:
                 raise PostgresAway("PostgreSQL: the mirror's state is gone: starting over")
-            self.outbox = Outbox(self.engine, self.postgres, self.etcd, state)
+            try:
+                self.outbox = Outbox(self.engine, self.postgres, self.etcd, state)
+            except (EtcdAway, AccessDenied) as exc:
+                self.postgres.query(WAIT_SQL, message=one_line(exc))
+                raise
         if self.look:
             self.look = self.outbox.all_read = False
         sent = self.outbox.fill()
@@ -3901,7 +3915,7 @@ class Engine:
                 stack.callback(session.close)
                 session.run()
             except EtcdFdwError as exc:
-                if not isinstance(exc, (Stopped, PostgresAway)):
+                if isinstance(exc, (EtcdAway, AccessDenied)):
                     with suppress(EtcdFdwError):  # it may be gone as well
                         postgres.activate(one_line(exc))
                 raise
@@ -3953,9 +3967,21 @@ class Engine:
 
     def established(self, session: Session) -> None:
         """A session has come as far as its loop."""
-        now = time.monotonic()
+        now, postgres, etcd = time.monotonic(), session.postgres, session.etcd
         if self.lost_at is not None:
-            log.info("connected again after %(seconds).1fs", {"seconds": now - self.lost_at})
+            why = f"connected again after {now - self.lost_at:.1f}s"
+        else:
+            why = (
+                f"etcd_fdw {__version__}, pid {os.getpid()}, PostgreSQL {postgres.version_text()}"
+                f" at {postgres.database}, etcd {etcd.version}"
+            )
+        watching = {
+            "prefix": postgres.prefix,
+            "server": etcd.endpoint,
+            "revision": session.mirror.checkpoint,
+            "why": why,
+        }
+        log.info("watching %(prefix)r at %(server)s from revision %(revision)d: %(why)s", watching)
         self.current = session
         self.connected, self.established_at, self.lost_at = True, now, None
         self.enter(MIRRORING)
@@ -4462,18 +4488,6 @@ def start(config: Config, given: Mapping[str, Any]) -> int:
     """Run until stopped."""
     if config.dry_run:
         return dry_run(config)
-    server = psycopg2.extensions.parse_dsn(config.postgres_dsn)
-    log.info(
-        "etcd_fdw %(version)s, pid %(pid)d: PostgreSQL at %(postgresql)s, etcd at %(etcd)s,"
-        " prefix %(prefix)r",
-        {
-            "version": __version__,
-            "pid": os.getpid(),
-            "postgresql": server.get("host") or server.get("service") or "its default host",
-            "etcd": ",".join(config.etcd_dsn.hosts),
-            "prefix": config.etcd_dsn.prefix,
-        },
-    )
     Engine(config, lambda: make_config(settings(given, os.environ))).run()
     return 0
 

@@ -1532,22 +1532,31 @@ class Etcd:
         """Close the channel; calls under way end as cancelled."""
         self.client.close()
 
+    def call(self, method: Any, request: Any, timeout: float | None = None) -> Any:
+        """A call's response; with a new token if etcd knows the old one no more."""
+        timeout = timeout or self.target.request_timeout
+        for last_try in (False, True):
+            try:
+                return method(request, timeout=timeout, metadata=self.metadata)
+            except grpc.RpcError as exc:
+                error = etcd_error(exc, self.endpoint)
+                if last_try or not (isinstance(error, TokenExpired) and self.target.username):
+                    raise error from exc
+            self.authenticate()
+        raise AssertionError("not reached")
+
     def range(
         self, key: bytes, range_end: bytes = b"", timeout: float | None = None, **fields: Any
     ) -> Any:
         """One RangeResponse; fields are those of RangeRequest."""
-        try:
-            return self.range_future(key, range_end, timeout, **fields).result()
-        except grpc.RpcError as exc:
-            raise etcd_error(exc, self.endpoint) from exc
+        request = etcdrpc.RangeRequest(key=key, range_end=range_end, **fields)
+        return self.call(self.kv.Range, request, timeout)
 
-    def range_future(
-        self, key: bytes, range_end: bytes = b"", timeout: float | None = None, **fields: Any
-    ) -> Any:
+    def range_future(self, key: bytes, range_end: bytes, **fields: Any) -> Any:
         """The future of a RangeResponse."""
         request = etcdrpc.RangeRequest(key=key, range_end=range_end, **fields)
         return self.kv.Range.future(
-            request, timeout=timeout or self.target.request_timeout, metadata=self.metadata
+            request, timeout=self.target.request_timeout, metadata=self.metadata
         )
 
     def txn_future(self, request: Any) -> Any:
@@ -1558,15 +1567,7 @@ class Etcd:
 
     def put(self, key: bytes, value: bytes) -> int:
         """Put one key; the revision that it got."""
-        try:
-            response = self.kv.Put(
-                etcdrpc.PutRequest(key=key, value=value),
-                timeout=self.target.request_timeout,
-                metadata=self.metadata,
-            )
-        except grpc.RpcError as exc:
-            raise etcd_error(exc, self.endpoint) from exc
-        return int(response.header.revision)
+        return int(self.call(self.kv.Put, etcdrpc.PutRequest(key=key, value=value)).header.revision)
 
     def check_write(self, key: bytes, range_end: bytes) -> None:
         """Ask whether a range may be written, without writing. Raises AccessDenied."""
@@ -1577,10 +1578,7 @@ class Etcd:
         )
         delete = request.success.add().request_delete_range
         delete.key, delete.range_end = key, range_end
-        try:
-            self.txn_future(request).result()
-        except grpc.RpcError as exc:
-            raise etcd_error(exc, self.endpoint) from exc
+        self.call(self.kv.Txn, request)
 
     def live_at(self, revision: int) -> Iterator[KeyValueRecord]:
         """The keys that there were at a revision, in key order. Raises Compacted."""

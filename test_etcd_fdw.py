@@ -3880,10 +3880,9 @@ class History:
         claims: dict[tuple[int, bytes], set[int]] = {}
         for group in groups.values():
             if len(group) <= self.max_ops:
-                assert (
-                    len({(row.status, row.status == "success" and row.result) for row in group})
-                    == 1
-                ), group
+                assert len({row.status for row in group}) == 1, group
+                reached = {row.result for row in group if row.status == "success"}
+                assert len(reached - {None}) <= 1, group  # None: deleted what was not there
         for row in wal.values():
             assert row.status in ("success", "conflict"), row
             same = (row.key, row.status, row.result)  # of these the last one counts
@@ -4203,7 +4202,7 @@ def test_random_histories(tmp_path, db, own_etcd):
         suppress_health_check=list(hypothesis.HealthCheck),
         report_multiple_bugs=False,
     )
-    @given(_history, st.sampled_from([4, 100]), st.sampled_from([3, 5000]))
+    @given(_history, st.sampled_from([7, 100]), st.sampled_from([3, 5000]))
     def play(steps, max_ops, batch):
         prefix = f"/h{next(numbers)}/"
         log_path = tmp_path / f"daemon-{prefix[1:-1]}.log"
@@ -4217,7 +4216,8 @@ def test_random_histories(tmp_path, db, own_etcd):
             return daemon
 
         with EtcdClient(own_etcd.endpoint) as client:
-            history = History(db, client, proxy, prefix, start, max_ops)
+            # a whole transaction leaves room for the receipt, its nesting, and a refusal
+            history = History(db, client, proxy, prefix, start, max_ops - 3)
             try:
                 history.start()
                 for name, *args in steps:
@@ -5875,8 +5875,10 @@ def test_resync_that_another_instance_has_done_meanwhile(daemon, command, db, pr
         client.compact(compacted)
         waiting = daemon("--retry-initial=9s", "--retry-max=9s", etcd=dsn, ready=False)
         waiting.wait_log("copying again")
+        waiting.pause()
         client.put(prefix + "a", "4")
         assert command("sync", etcd=dsn).returncode == 0
+        waiting.resume()
         waiting.wait_log("watching", after=waiting.mark(), timeout=20)
         assert "copied" not in waiting.log()
 

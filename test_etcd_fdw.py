@@ -7139,7 +7139,26 @@ def test_change_that_a_frozen_follower_got_before_it_thaws(daemon, db, prefix, o
         assert client.get(key) is None
 
 
+@contextmanager
+def slowed(server: LocalEtcd) -> Iterator[None]:
+    """Let a server run for a tenth of the time only."""
+    ended = threading.Event()
+
+    def pulse() -> None:
+        while not ended.wait(0.01):
+            server.pause()
+            ended.wait(0.09)
+            server.resume()
+
+    thread = threading.Thread(target=pulse)
+    thread.start()
+    yield
+    ended.set()
+    thread.join()
+
+
 def test_lost_answer_behind_much_that_others_did(daemon, db, prefix):
+    """etcd reads all of it before it tells what became of the key, and is silent meanwhile."""
     key = prefix + "a"
     with (
         LocalEtcd(["--max-txn-ops=100000"]) as server,
@@ -7148,10 +7167,11 @@ def test_lost_answer_behind_much_that_others_did(daemon, db, prefix):
         dsn = etcd_dsn(server.endpoint, prefix)
         sent = kill_once_sent(daemon(etcd=dsn), db, client, SET, key)
         client.delete(key)
-        for _ in range(24):
-            client.txn([client.put_op(f"_other/{n}", "") for n in range(25_000)])
-        daemon(etcd=dsn)
-        assert became(db, key, 60) == ("success", sent)
+        for _ in range(16):
+            client.txn([client.put_op(f"_other/{n}", "") for n in range(20_000)])
+        with slowed(server):
+            daemon(etcd=dsn)
+            assert became(db, key, 60) == ("success", sent)
         assert client.get(key) is None
 
 
@@ -7271,6 +7291,335 @@ def test_ids_used_again_after_a_failover_are_other_changes(
         running.resume()
         wait_answered(standby.dsn())
         assert_each_is_one_event(recorder, standby.dsn())
+
+
+KILLS = int(os.environ.get("ETCD_FDW_TEST_KILLS", "20"))
+
+
+def assert_exact_after_kills(daemon, prefix, own_etcd, network, scene, times: int) -> None:
+    """SIGKILL the daemon again and again under load; some of what it sent arrives late."""
+    dice = random.Random(seed := random.randrange(10**6))
+    print(f"seed {seed}")
+    start = partial(daemon, *HASTE, etcd=etcd_dsn(network.endpoint, prefix) + HASTY_ETCD)
+    running, late = start(), 0
+    play = scene(own_etcd.endpoint, seed=seed)
+    for _ in range(times):
+        threading.Event().wait(dice.uniform(0.1, 1.5))  # while it starts, or well into the load
+        if dice.random() < 0.5:
+            late += bool(network.held)
+            network.release()
+        threading.Event().wait(dice.uniform(0.0, 0.5))
+        if dice.random() < 0.5:
+            network.hold()
+            threading.Event().wait(dice.uniform(0.0, 0.2))
+        running.kill()
+        running = start(ready=False)
+    play.wait_flow(timeout=60)
+    network.release()
+    play.wait_flow(timeout=60)
+    statuses = play.finish(timeout=60)
+    print(f"{times} kills, {late} with late bytes, SQL changes {dict(statuses)}; differences: 0")
+
+
+@pytest.mark.timeout(300)
+def test_killed_at_random_moments_with_late_bytes(daemon, prefix, own_etcd, network, scene):
+    assert_exact_after_kills(daemon, prefix, own_etcd, network, scene, KILLS)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+def test_killed_at_random_moments_with_late_bytes_200_times(
+    daemon, prefix, own_etcd, network, scene
+):
+    assert_exact_after_kills(daemon, prefix, own_etcd, network, scene, 200)
+
+
+def test_backlog_of_refused_changes_shrinks_although_it_is_killed(
+    daemon, db, prefix, own_etcd, own_client
+):
+    dsn, pending = etcd_dsn(own_etcd.endpoint, prefix), "SELECT count(*) FROM etcd_wal WHERE "
+    daemon(*HASTE, etcd=dsn).stop()
+    values = f"'{prefix}' || n %% 10, n, 1 + n %% 1000"
+    insert = f"INSERT INTO etcd_wal (key, value, revision) VALUES ({values});".replace("%%", "%")
+    in_transactions_of_their_own(db, f"FOR n IN 1..8000 LOOP {insert}")
+    left = [8000]
+    while left[-1]:
+        own_client.put("_elsewhere", "")
+        running = daemon(*HASTE, etcd=dsn)
+        threading.Event().wait(1)
+        running.kill()
+        left.append(scalar(db, pending + "status = 'pending'"))
+        assert left[-1] < left[-2] or not left[-1], left
+    assert len(left) > 2, f"that was no backlog: {left}"
+    assert own_client.range(prefix).count == 0
+
+
+# ─ who may write what ─
+
+
+OWN_KEYS = "etcd_fdw/"
+
+
+@pytest.mark.parametrize("limit", [100, 128])
+@pytest.mark.parametrize("login", [False, True], ids=["no login", "login"])
+def test_transactions_around_the_largest_size_arrive(daemon, db, secure_etcd, login, limit):
+    """A Txn holds as many changes as etcd's limit leaves beside the fence; a login halves it."""
+    with secure_etcd.enable_auth() if login else EtcdClient(secure_etcd.endpoint) as client:
+        if login:
+            secure_etcd.permit(client, READWRITE, OWN_KEYS)
+        daemon("--max-txn-ops", str(limit), etcd=secure_etcd.dsn()).stop()
+        whole = limit // 2 - 5 if login else limit - 5
+        for size in {*range(whole - 3, whole + 12), limit - 1, limit, limit + 1, 3 * limit}:
+            keys = [f"/t/{size}/{n}" for n in range(size)]
+            rows(db, "SELECT etcd_set(key, 'x') FROM unnest(%s) key", keys)
+        daemon("--max-txn-ops", str(limit), etcd=secure_etcd.dsn())
+        assert set(wait_settled(db)) == {"success"}
+        assert client.range("/t/").count == len(wal_rows(db))
+        sql = "SELECT count(*), count(DISTINCT result_revision) FROM etcd_wal GROUP BY txid"
+        at_one = max(count for count, revisions in rows(db, sql) if revisions == 1)
+        print(f"largest at one revision: {at_one}")
+        assert [count for count, parts in rows(db, sql) if count <= whole and parts > 1] == []
+
+
+@pytest.mark.parametrize(("login", "most"), [(False, 12), (True, 24)], ids=["no login", "login"])
+def test_many_small_transactions_share_a_txn(daemon, db, secure_etcd, login, most):
+    with secure_etcd.enable_auth() if login else EtcdClient(secure_etcd.endpoint) as client:
+        if login:
+            secure_etcd.permit(client, READWRITE, OWN_KEYS)
+        daemon(etcd=secure_etcd.dsn()).stop()
+        insert = "INSERT INTO etcd_wal (key, value) VALUES ('/t/' || n, n);"
+        in_transactions_of_their_own(db, f"FOR n IN 1..1000 LOOP {insert}")
+        daemon("--max-txn-ops", "128", etcd=secure_etcd.dsn())
+        assert wait_settled(db) == ["success"] * 1000
+        assert scalar(db, "SELECT count(DISTINCT result_revision) FROM etcd_wal") <= most
+
+
+def test_user_without_the_grant_for_the_daemons_own_keys(daemon, db, secure_etcd):
+    with secure_etcd.enable_auth() as root:
+        revoke = etcdrpc.AuthRoleRevokePermissionRequest(
+            role="fdw", key=OWN_KEYS.encode(), range_end=prefix_end(OWN_KEYS)
+        )
+        with suppress(grpc.RpcError):  # it may never have been granted
+            root.call(root.auth.RoleRevokePermission, revoke)
+        started = daemon(*FAST, etcd=secure_etcd.dsn())
+        change = scalar(db, "SELECT etcd_set('/t/sql', '1')")
+        line = started.wait_log("ERROR .*grant-permission.*")[0]
+        assert OWN_KEYS in line
+        root.put("/t/etcd", "1")
+        wait_until("it does not mirror", arrives(db, "/t/etcd"))
+        assert scalar(db, "SELECT status FROM etcd_wal WHERE id = %s", change) == "pending"
+        assert root.get("/t/sql") is None
+        secure_etcd.permit(root, READWRITE, OWN_KEYS)
+        wait_status(db, change, "success")
+        assert started.returncode is None
+
+
+def test_changes_with_a_client_certificate_for_a_user(daemon, db, tmp_path):
+    authority = Authority(tmp_path / "pki")
+    with tls_etcd(authority) as server:
+        with tls_client(server, authority) as client:
+            SecureEtcd.add_users(client)
+            SecureEtcd.permit(client, READWRITE, OWN_KEYS)
+            client.call(client.auth.AuthEnable, etcdrpc.AuthEnableRequest())
+        daemon(*FAST, etcd=tls_dsn(server, authority.ca, authority.issue("fdw")))
+        keys = [f"/t/{n}" for n in range(40)]
+        rows(db, "SELECT etcd_set(key, 'x') FROM unnest(%s) key", keys)
+        assert wait_settled(db) == ["success"] * 40
+        assert len({row.result_revision for row in wal_rows(db)}) == 1
+
+
+def test_mirror_of_everything_leaves_out_what_is_the_daemons_own(
+    daemon, command, db, own_etcd, own_client
+):
+    dsn, foreign = f"etcd://{own_etcd.endpoint}", OWN_KEYS + "of/another"
+    own_client.put(foreign, "1")
+    own_client.put("etcd_fdw", "theirs")
+    running = daemon(*HASTE, etcd=dsn)
+    apply_change(db, "a")
+    own_client.put(foreign, "2")
+    own_client.put("b", "1")
+    wait_until("the put did not arrive", arrives(db, "b"))
+    running.stop()
+    own_client.delete(foreign)
+    own_client.put("c", "1")
+    own_client.compact(own_client.revision())
+    daemon(*HASTE, etcd=dsn)
+    assert sorted({row.key for row in mirror_rows(db)}) == [b"a", b"b", b"c", b"etcd_fdw"]
+    found = json.loads(command("validate", "--format", "json", etcd=dsn).stdout)
+    assert (found["equal"], found["keys"]) == (True, 4)
+
+
+def test_change_to_a_key_that_is_the_daemons_own_fails(daemon, db, own_etcd, own_client):
+    daemon(*HASTE, etcd=f"etcd://{own_etcd.endpoint}")
+    sql = "INSERT INTO etcd_wal (key, value) VALUES (%s, '1') RETURNING id"
+    assert "reserved" in wait_status(db, scalar(db, sql, OWN_KEYS + "x"), "failed")
+    assert own_client.get(OWN_KEYS + "x") is None
+    apply_change(db, "a")
+
+
+# ─ space, resets, backups, copies ─
+
+
+def test_change_that_met_the_limit_of_etcds_space_is_applied_once(daemon, db, prefix, small_etcd):
+    daemon(*HASTE, etcd=etcd_dsn(small_etcd.endpoint, prefix))
+    with (
+        EtcdClient(small_etcd.endpoint) as client,
+        Recorder(client, prefix, client.revision() + 1) as recorder,
+    ):
+        insert = "INSERT INTO etcd_wal (key, value) VALUES (%s, %s || repeat('x', 100000))"
+        tried = "SELECT status FROM etcd_wal WHERE status <> 'pending' OR retry_count > 0"
+        for n in range(1, 100):
+            rows(db, insert, f"{prefix}{n}", str(n))
+            wait_until("nothing was sent", lambda: len(rows(db, tried)) == n)  # noqa: B023
+            if ("pending",) in rows(db, tried):
+                break
+        for n in range(100, 110):
+            rows(db, insert, f"{prefix}{n}", str(n))
+        request = etcdrpc.DeleteRangeRequest(key=prefix.encode(), range_end=prefix_end(prefix))
+        assert client.call(client.kv.DeleteRange, request).deleted > 20
+        make_room(client)
+        wait_answered(db, timeout=60)
+        assert_each_is_one_event(recorder, db)
+
+
+def test_reset_after_a_crash_applies_nothing_again(daemon, command, db, prefix, etcd):
+    key = prefix + "a"
+    sent = kill_once_sent(daemon(), db, etcd, SET, key)
+    etcd.delete(key)
+    done = command("sync", "--reset", "--yes")
+    assert done.returncode == 0, done.stderr
+    daemon()
+    assert became(db, key) == ("success", sent)
+    assert etcd.get(key) is None
+
+
+def test_create_that_arrives_late_after_a_reset(
+    daemon, command, db, prefix, own_etcd, own_client, network
+):
+    key, dsn = prefix + "a", etcd_dsn(own_etcd.endpoint, prefix)
+    first = daemon(*HASTE, etcd=etcd_dsn(network.endpoint, prefix))
+    apply_change(db, prefix + "first")
+    keep_back(network, db, SET, key)
+    first.kill()
+    done = command("sync", "--reset", "--yes", etcd=dsn)
+    assert done.returncode == 0, done.stderr
+    daemon(*HASTE, etcd=dsn)
+    assert became(db, key) == ("success", own_client.get(key).mod_revision)
+    own_client.delete(key)
+    deliver(network, own_etcd)
+    assert own_client.get(key) is None
+
+
+def test_backup_of_etcd_tells_which_pending_changes_it_has(
+    daemon, command, db, prefix, own_etcd, network, tmp_path
+):
+    """Outcomes wait for the mirror, which waits for a large value on a slow network."""
+    with_backup, without = prefix + "a", prefix + "b"
+    first = daemon(*HASTE, etcd=etcd_dsn(network.endpoint, prefix))
+    with EtcdClient(own_etcd.endpoint) as client:
+        apply_change(db, prefix + "first")
+        network.throttle(100_000)
+        client.put(prefix + "large", "x" * 1_400_000)
+        rows(db, SET, with_backup)
+        sent = wait_until("nothing was sent", lambda: client.get(with_backup)).mod_revision
+        client.snapshot(tmp_path / "backup")
+        rows(db, SET, without)
+        wait_until("nothing was sent", lambda: client.get(without))
+        first.kill()
+    assert [row.status for row in wal_rows(db)] == ["success", "pending", "pending"]
+    own_etcd.stop()
+    restore(own_etcd, tmp_path / "backup")
+    own_etcd.start()
+    with EtcdClient(own_etcd.endpoint) as client:
+        client.delete(with_backup)
+        dsn = etcd_dsn(own_etcd.endpoint, prefix)
+        done = command("sync", "--reset", "--yes", etcd=dsn)
+        assert done.returncode == 0, done.stderr
+        daemon(*HASTE, etcd=dsn)
+        assert became(db, with_backup) == ("success", sent)
+        assert became(db, without) == ("success", client.get(without).mod_revision)
+        assert client.get(with_backup) is None
+
+
+@pytest.fixture
+def copied(postgres_dsn: str, db: str) -> Iterator[Callable[[], str]]:
+    """Copy this test's database, which nobody may be connected to; return the copy's DSN."""
+    name = psycopg2.extensions.parse_dsn(db)["dbname"]
+
+    def copy() -> str:
+        sessions = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s"
+        wait_until("it is in use", lambda: not scalar(postgres_dsn, sessions, name))
+        rows(postgres_dsn, f"CREATE DATABASE {name}_copy TEMPLATE {name}")
+        return make_dsn(db, dbname=name + "_copy")
+
+    yield copy
+    rows(postgres_dsn, f"DROP DATABASE IF EXISTS {name}_copy WITH (FORCE)")
+
+
+def test_copy_of_the_database_does_no_harm(daemon, command, db, prefix, copied, recorder):
+    original = daemon(*HASTE)
+    apply_change(db, prefix + "first")
+    original.stop()
+    sides = {"original": db, "copy": copied()}
+    running = [daemon(*HASTE, postgres=dsn, ready=False) for dsn in sides.values()]
+
+    def change(turn: int) -> None:
+        for n in range(20):
+            for side, dsn in sides.items():
+                rows(
+                    dsn,
+                    "SELECT etcd_set(%s, %s)",
+                    f"{prefix}{side}/{turn}/{n}",
+                    f"{side} {turn} {n}",
+                )
+
+    def told() -> bool:
+        host, names = socket.gethostname(), [dsn_name(dsn) for dsn in sides.values()]
+        lines = [re.findall("^.* ERROR .*$", one.log(), re.MULTILINE) for one in running]
+        return any(
+            host in line and re.search(rf"\b{other}\b", line)
+            for other, of_one in zip(reversed(names), lines)
+            for line in of_one
+        )
+
+    change(1)
+    wait_until("neither says anything of the other", told, 30)
+    for one in running:
+        assert one.stop() == 0
+    done = command("sync", "--reset", "--yes", postgres=sides["copy"])
+    assert done.returncode == 0, done.stderr
+    running = [daemon(*HASTE, postgres=dsn) for dsn in sides.values()]
+    change(2)
+    for dsn in sides.values():
+        wait_answered(dsn)
+    assert "ERROR" not in "".join(one.log() for one in running)
+    sql = "DELETE FROM etcd_wal WHERE key = %s"  # there it is the original's
+    rows(sides["copy"], sql, prefix + "first")
+    assert_each_is_one_event(recorder, *sides.values())
+
+
+def dsn_name(dsn: str) -> str:
+    return psycopg2.extensions.parse_dsn(dsn)["dbname"]
+
+
+@pytest.mark.parametrize(
+    ("there", "other"), [("a/", "a/b/"), ("a/b/", "a/"), ("a/", "a"), ("a/", None)]
+)
+def test_prefix_that_overlaps_another_is_refused(daemon, db, prefix, etcd_address, there, other):
+    daemon(etcd=etcd_address.dsn(prefix + there)).stop()
+    everything = etcd_address.dsn(prefix)[: -len(urllib.parse.quote(prefix))]
+    dsn = everything if other is None else etcd_address.dsn(prefix + other)
+    refused = daemon(*HASTE, etcd=dsn, ready=False)
+    assert refused.wait_exit() == 4
+    lines = [line for line in refused.log().splitlines() if "ERROR" in line]
+    assert len(lines) == 1 and re.search(rf"{prefix}{there}(?!b/)", lines[0]), refused.log()
+    assert "Traceback" not in refused.log()
+    daemon(etcd=etcd_address.dsn(prefix + there))
+
+
+def test_prefixes_that_only_begin_alike_do_not_overlap(daemon, prefix, etcd_address):
+    daemon(etcd=etcd_address.dsn(prefix + "a/"))
+    daemon(etcd=etcd_address.dsn(prefix + "ab/"))
 
 
 # ── security ─────────────────────────────────────────────────────────────────
@@ -7426,15 +7775,19 @@ class SecureEtcd(LocalEtcd):
     def enable_auth(self) -> EtcdClient:
         """Return a client of root."""
         with EtcdClient(self.endpoint) as client:
-            for user, password in (("root", "root"), ("fdw", "secret")):
-                add = etcdrpc.AuthUserAddRequest(name=user, password=password)
-                client.call(client.auth.UserAdd, add)
-                client.call(client.auth.RoleAdd, etcdrpc.AuthRoleAddRequest(name=user))
-                grant = etcdrpc.AuthUserGrantRoleRequest(user=user, role=user)
-                client.call(client.auth.UserGrantRole, grant)
-            self.permit(client, READWRITE, "/t/")
+            self.add_users(client)
             client.call(client.auth.AuthEnable, etcdrpc.AuthEnableRequest())
         return EtcdClient(self.endpoint, "root", "root")
+
+    @classmethod
+    def add_users(cls, client: EtcdClient) -> None:
+        for user, password in (("root", "root"), ("fdw", "secret")):
+            add = etcdrpc.AuthUserAddRequest(name=user, password=password)
+            client.call(client.auth.UserAdd, add)
+            client.call(client.auth.RoleAdd, etcdrpc.AuthRoleAddRequest(name=user))
+            grant = etcdrpc.AuthUserGrantRoleRequest(user=user, role=user)
+            client.call(client.auth.UserGrantRole, grant)
+        cls.permit(client, READWRITE, "/t/")
 
     @staticmethod
     def permit(client: EtcdClient, kind: int, prefix: str) -> None:

@@ -666,6 +666,19 @@ class _Half:
         self.size = 0
         self.next_send = 0.0  # the throttle's
         self.ended = False
+        self.outlives = False  # the client: its end is never passed on
+        self.held = False  # back: the target gets nothing
+        self.last: bytes | None = None  # no more is read once this was, see Proxy.hold
+
+    def clear(self) -> None:
+        self.chunks.clear()
+        self.size = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether no more is to be read, ever."""
+        seen = self.last is not None and self.last in b"".join(data for _, data in self.chunks)
+        return self.ended or (self.held and seen)
 
 
 def etcd_port(endpoint: str) -> int:
@@ -673,7 +686,7 @@ def etcd_port(endpoint: str) -> int:
 
 
 class Proxy:
-    """A TCP proxy on 127.0.0.1 that can cut, stall, delay and throttle; all takes effect at once.
+    """A TCP proxy on 127.0.0.1 that can cut, stall, hold, delay and throttle; all at once.
 
     The kernel goes on acknowledging what a stalled proxy does not read, as a hung peer's would.
     """
@@ -685,6 +698,7 @@ class Proxy:
         self._stalled = self._black_hole = self._refusing = self._closing = False
         self._delay_s = self._bytes_per_s = 0.0
         self._halves: list[_Half] = []
+        self._servers: set[socket.socket] = set()
         self._orders: collections.deque[_Order] = collections.deque()
         self._wake_read, self._wake_write = socket.socketpair()
         self.port = etcd_fdw.free_port()
@@ -723,6 +737,44 @@ class Proxy:
     def black_hole(self) -> None:
         """Accept new connections and forward nothing on them, ever; old ones go on; see resume."""
         self._order(lambda: setattr(self, "_black_hole", True))
+
+    def hold(self, last: bytes | None = None) -> None:
+        """Keep back what is sent to the server on the connections that are open now.
+
+        It outlives the client, whose end the server is never told, as in a network that lost its
+        route; answers and new connections go on. last: nothing that comes after these bytes is
+        ever passed on, such as that the client gave up. See release.
+        """
+
+        def hold() -> None:
+            for half in self._halves:
+                if half.target in self._servers and not half.outlives:
+                    half.outlives = half.held = True
+                    half.last = last
+
+        self._order(hold)
+
+    @property
+    def held(self) -> bytes:
+        """What is kept back now."""
+        found: list[bytes] = []
+
+        def look() -> None:
+            found.extend(data for half in self._halves if half.held for _, data in half.chunks)
+
+        self._order(look)
+        return b"".join(found)
+
+    def release(self) -> None:
+        """Deliver what was kept back, late."""
+
+        def release() -> None:
+            for half in self._halves:
+                if half.held:
+                    half.ended = half.ended or half.full
+                    half.held = False
+
+        self._order(release)
 
     def resume(self) -> None:
         """End stall, black_hole (for newer connections), refuse, delay and throttle."""
@@ -782,15 +834,11 @@ class Proxy:
             if self._listener is not None and self._listener in readable:
                 self._accept(self._listener)
             for half in list(self._halves):
-                try:
-                    if half.source in readable:
-                        self._receive(half)
-                    if half.target in writable:
-                        self._send(half)
-                except OSError:
-                    half.ended = True
-                    half.chunks.clear()
-                if half.ended and not half.chunks:
+                if half.source in readable and not half.full:
+                    self._receive(half)
+                if half.target in writable and not half.held:
+                    self._send(half)
+                if half.ended and not half.chunks and not half.outlives:
                     self._drop(half)
         self._drop_all()
         for sock in (self._listener, self._wake_read, self._wake_write):
@@ -805,9 +853,9 @@ class Proxy:
         if self._listener is not None:
             interest[self._listener] = selectors.EVENT_READ
         for half in [] if self._stalled else self._halves:
-            if half.size < buffer_bytes and not half.ended:
+            if half.size < buffer_bytes and not half.full:
                 interest[half.source] = interest.get(half.source, 0) | selectors.EVENT_READ
-            if half.chunks and not half.black_hole:
+            if half.chunks and not half.black_hole and not half.held:
                 due = max(half.chunks[0][0], half.next_send)
                 if due <= now:
                     interest[half.target] = interest.get(half.target, 0) | selectors.EVENT_WRITE
@@ -832,13 +880,19 @@ class Proxy:
         for sock in (client, server):
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._servers.add(server)
         self._halves += [
             _Half(client, server, self._black_hole),
             _Half(server, client, self._black_hole),
         ]
 
     def _receive(self, half: _Half) -> None:
-        data = half.source.recv(1 << 16)
+        try:
+            data = half.source.recv(1 << 16)
+        except OSError:
+            data = b""
+            if not half.held:
+                half.clear()
         half.ended = not data
         if data:
             half.chunks.append((time.monotonic() + self._delay_s, data))
@@ -851,6 +905,10 @@ class Proxy:
             sent = half.target.send(data[:limit])
         except BlockingIOError:
             sent = 0
+        except OSError:  # to a client that was killed go answers to what it sent before
+            half.clear()
+            half.ended = half.ended or not self._outlives(half)
+            return
         if sent < len(data):
             half.chunks.appendleft((due, data[sent:]))
         half.size -= sent
@@ -858,9 +916,14 @@ class Proxy:
         if self._bytes_per_s:
             half.next_send = time.monotonic() + sent / self._bytes_per_s
 
+    def _outlives(self, half: _Half) -> bool:
+        """Whether the connection stays when its client is gone."""
+        return any(h.outlives for h in self._halves if h.target in (half.source, half.target))
+
     def _drop(self, half: _Half) -> None:
         pair = {half.source, half.target}
         self._halves = [other for other in self._halves if other.source not in pair]
+        self._servers -= pair
         for sock in pair:
             sock.close()
 
@@ -5711,6 +5774,17 @@ def fill(client: EtcdClient) -> str:
     raise AssertionError("not reached")
 
 
+def make_room(client: EtcdClient) -> None:
+    """Forget what was superseded or deleted, and let etcd take changes again."""
+    client.compact(client.revision())
+    client.call(client.maintenance.Defragment, etcdrpc.DefragmentRequest())
+    member = client.call(client.maintenance.Status, etcdrpc.StatusRequest()).header.member_id
+    alarm = etcdrpc.AlarmRequest(
+        action=etcdrpc.AlarmRequest.DEACTIVATE, memberID=member, alarm=etcdrpc.NOSPACE
+    )
+    client.call(client.maintenance.Alarm, alarm)
+
+
 def test_etcd_without_space_makes_changes_wait(daemon, db, prefix, small_etcd):
     running = daemon(*HASTE, etcd=etcd_dsn(small_etcd.endpoint, prefix))
     with (
@@ -5730,13 +5804,7 @@ def test_etcd_without_space_makes_changes_wait(daemon, db, prefix, small_etcd):
         client.call(client.kv.DeleteRange, request)  # which needs no space
         sql = "SELECT tombstone FROM etcd WHERE key = %s ORDER BY revision DESC LIMIT 1"
         wait_until("the mirror stands still", lambda: scalar(db, sql, prefix + "doomed"))
-        client.compact(client.revision())
-        client.call(client.maintenance.Defragment, etcdrpc.DefragmentRequest())
-        member = client.call(client.maintenance.Status, etcdrpc.StatusRequest()).header.member_id
-        alarm = etcdrpc.AlarmRequest(
-            action=etcdrpc.AlarmRequest.DEACTIVATE, memberID=member, alarm=etcdrpc.NOSPACE
-        )
-        client.call(client.maintenance.Alarm, alarm)
+        make_room(client)
         assert assert_outcomes_true(recorder, db) == {"success": 10}
         assert_same(recorder, db, prefix)
         assert running.returncode is None
@@ -6789,6 +6857,657 @@ def test_two_prefixes_side_by_side(daemon, db, prefix, etcd, etcd_address, recor
     assert_same(recorder, db, prefix)
 
 
+# ── exactly once ─────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def own_client(own_etcd: LocalEtcd) -> Iterator[EtcdClient]:
+    """A bare client of own_etcd."""
+    with EtcdClient(own_etcd.endpoint) as client:
+        yield client
+
+
+@pytest.fixture
+def network(own_etcd: LocalEtcd) -> Iterator[Proxy]:
+    """The network between a daemon and own_etcd."""
+    with Proxy(own_etcd.port) as proxy:
+        yield proxy
+
+
+def txns_answered(server: LocalEtcd) -> float:
+    """How many Txns etcd has answered, those of clients that are gone among them."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"{server.health_url}/metrics", timeout=5) as answer:
+        text = answer.read().decode()
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == "grpc_server_handled_total" and sample.labels["grpc_method"] == "Txn"
+    )
+
+
+def keep_back(proxy: Proxy, db: str, sql: str, *args: Any) -> None:
+    """Ask for a change to the value mine, which leaves the daemon and does not arrive."""
+    proxy.hold(b"mine")
+    rows(db, sql, *args)
+    wait_until("nothing was sent", lambda: b"mine" in proxy.held)
+
+
+def deliver(proxy: Proxy, server: LocalEtcd) -> None:
+    """Let what was kept back arrive; wait until etcd has answered the Txn in it."""
+    before = txns_answered(server)
+    proxy.release()
+    wait_until("nothing arrived", lambda: txns_answered(server) > before)
+
+
+def became(db: str, key: str, timeout: float = 20.0) -> tuple[str, int | None]:
+    """Wait until the one change to a key is done; return (status, result_revision)."""
+    sql = "SELECT status, result_revision FROM etcd_wal WHERE key = %s AND status <> 'pending'"
+    found = wait_until(f"the change to {key} is pending", lambda: rows(db, sql, key), timeout)
+    status, revision = found[0]
+    return status, revision
+
+
+def apply_change(db: str, key: str) -> None:
+    """Have the daemon apply a change; after that it has all that it needs to send the next."""
+    rows(db, "SELECT etcd_set(%s, 'first')", key)
+    assert became(db, key)[0] == "success"
+
+
+def in_transactions_of_their_own(db: str, insert: str) -> None:
+    """Run an INSERT of row n, such as … VALUES ('k' || n, n), many times, committed each."""
+    rows(db, f"DO $$ BEGIN {insert} COMMIT; END LOOP; END $$")
+
+
+SET = "SELECT etcd_set(%s, 'mine')"
+
+
+def test_create_that_arrives_late_after_another_applied_it(
+    daemon, db, prefix, own_etcd, own_client, network
+):
+    key = prefix + "a"
+    first = daemon(*HASTE, etcd=etcd_dsn(network.endpoint, prefix))
+    apply_change(db, prefix + "first")
+    keep_back(network, db, SET, key)
+    first.kill()
+    daemon(*HASTE, etcd=etcd_dsn(own_etcd.endpoint, prefix))
+    assert became(db, key) == ("success", own_client.get(key).mod_revision)
+    own_client.delete(key)
+    deliver(network, own_etcd)
+    assert own_client.get(key) is None
+
+
+def test_create_that_arrives_late_after_it_was_a_conflict(
+    daemon, db, prefix, own_etcd, own_client, network
+):
+    key = prefix + "a"
+    first = daemon(*HASTE, etcd=etcd_dsn(network.endpoint, prefix))
+    apply_change(db, prefix + "first")
+    keep_back(network, db, SET, key)
+    first.kill()
+    theirs = own_client.put(key, "theirs")
+    daemon(*HASTE, etcd=etcd_dsn(own_etcd.endpoint, prefix))
+    assert became(db, key) == ("conflict", theirs)
+    own_client.delete(key)
+    deliver(network, own_etcd)
+    assert own_client.get(key) is None
+
+
+def test_instance_that_thaws_sends_nothing_more(daemon, db, prefix, own_etcd, own_client, network):
+    """It was frozen with Txns in flight and packed ahead, and does not know that it has no lock."""
+    with Proxy(int(psycopg2.extensions.parse_dsn(db)["port"])) as to_postgres:
+        through = make_dsn(db, host="127.0.0.1", port=to_postgres.port)
+        first = daemon(*HASTE, postgres=through, etcd=etcd_dsn(network.endpoint, prefix))
+        second = daemon(*HASTE, etcd=etcd_dsn(own_etcd.endpoint, prefix), ready=False)
+        second.wait_log("standing by")
+        apply_change(db, prefix + "first")
+        network.delay(0.5)  # time to pack while the first is on its way
+        insert = f"INSERT INTO etcd_wal (key, value) VALUES ('{prefix}' || n, 'mine');"
+        in_transactions_of_their_own(db, f"FOR n IN 1..2000 LOOP {insert}")
+        wait_until("nothing was sent", lambda: own_client.get(prefix + "1"))
+        first.pause()
+        network.resume()
+        to_postgres.stall()
+        rows(db, "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE " + HOLDS_THE_LOCK)
+        wait_answered(db, timeout=60)
+        assert {row.status for row in wal_rows(db)} == {"success"}
+        own_client.delete(prefix, prefix=True)
+        before, mark = txns_answered(own_etcd), first.mark()
+        first.resume()
+        with suppress(TimeoutError):  # it may as well see that it must not
+            wait_until("it sends nothing", lambda: txns_answered(own_etcd) > before, 3)
+        to_postgres.resume()
+        first.wait_log("standing by", after=mark)
+        assert own_client.range(prefix).count == 0
+
+
+HOLDS_THE_LOCK = """
+    locktype = 'advisory' AND granted AND mode = 'ExclusiveLock' AND classid <> 2379
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+"""
+
+
+def test_bytes_that_stalled_beyond_the_timeout_arrive_late(
+    daemon, db, prefix, own_etcd, own_client, network
+):
+    key = prefix + "a"
+    daemon(*HASTE, etcd=etcd_dsn(network.endpoint, prefix) + "?request_timeout=1s")
+    apply_change(db, prefix + "first")
+    keep_back(network, db, SET, key)
+    assert became(db, key) == ("success", own_client.get(key).mod_revision)  # by new connections
+    own_client.delete(key)
+    deliver(network, own_etcd)
+    assert own_client.get(key) is None
+
+
+def test_change_that_a_frozen_follower_got_before_it_thaws(daemon, db, prefix, own_cluster):
+    leader, follower, _ = leader_first(own_cluster)
+    key = prefix + "a"
+    with EtcdClient(leader.endpoint) as client, Proxy(follower.port) as proxy:
+        hosts = f"{proxy.endpoint},{leader.endpoint}"
+        daemon(*HASTE, etcd=etcd_dsn(hosts, prefix) + "?dial_timeout=1s&request_timeout=1s")
+        apply_change(db, prefix + "first")
+        before = txns_answered(follower)
+        follower.pause()
+        keep_back(proxy, db, SET, key)
+        proxy.release()  # to the follower's kernel; that the client gives up does not get there
+        assert became(db, key) == ("success", client.get(key).mod_revision)
+        client.delete(key)
+        follower.resume()
+        wait_until("it answers nothing", lambda: txns_answered(follower) > before)
+        assert client.get(key) is None
+
+
+@contextmanager
+def slowed(server: LocalEtcd) -> Iterator[None]:
+    """Let a server run for a tenth of the time only."""
+    ended = threading.Event()
+
+    def pulse() -> None:
+        while not ended.wait(0.01):
+            server.pause()
+            ended.wait(0.09)
+            server.resume()
+
+    thread = threading.Thread(target=pulse)
+    thread.start()
+    yield
+    ended.set()
+    thread.join()
+
+
+def test_lost_answer_behind_much_that_others_did(daemon, db, prefix):
+    """etcd reads all of it before it tells what became of the key, and is silent meanwhile."""
+    key = prefix + "a"
+    with (
+        LocalEtcd(["--max-txn-ops=100000"]) as server,
+        EtcdClient(server.endpoint, timeout=60) as client,
+    ):
+        dsn = etcd_dsn(server.endpoint, prefix)
+        sent = kill_once_sent(daemon(etcd=dsn), db, client, SET, key)
+        client.delete(key)
+        for _ in range(16):
+            client.txn([client.put_op(f"_other/{n}", "") for n in range(20_000)])
+        with slowed(server):
+            daemon(etcd=dsn)
+            assert became(db, key, 60) == ("success", sent)
+        assert client.get(key) is None
+
+
+def test_lost_answer_to_an_update_that_etcd_has_compacted(daemon, db, prefix, own_etcd, own_client):
+    key, dsn = prefix + "a", etcd_dsn(own_etcd.endpoint, prefix)
+    own_client.put(key, "old")
+    first = daemon(etcd=dsn)
+    with frozen_mirror(db):
+        rows(db, SET, key)
+        wait_until("nothing was sent", lambda: own_client.get(key).value == b"mine")
+        sent = own_client.get(key).mod_revision
+        first.kill()
+    own_client.put(key, "theirs")
+    own_client.compact(own_client.revision())
+    daemon(etcd=dsn)
+    assert became(db, key) == ("success", sent)
+    assert own_client.get(key).value == b"theirs"
+
+
+def test_like_value_of_others_is_no_success(daemon, db, prefix, own_etcd, own_client, network):
+    key = prefix + "a"
+    own_client.put(key, "old")
+    first = daemon(*HASTE, etcd=etcd_dsn(network.endpoint, prefix))
+    apply_change(db, prefix + "first")
+    keep_back(network, db, SET, key)
+    first.kill()
+    own_client.put(key, "theirs")
+    like = own_client.put(key, "mine")
+    own_client.compact(like)
+    daemon(*HASTE, etcd=etcd_dsn(own_etcd.endpoint, prefix))
+    assert became(db, key) == ("conflict", like)
+    deliver(network, own_etcd)
+    assert own_client.get(key).mod_revision == like
+
+
+@contextmanager
+def streaming_standby(primary: LocalPostgres) -> Iterator[tuple[LocalPostgres, Proxy, str]]:
+    """An asynchronous standby, the network that its stream takes, and a DSN of the two."""
+    primary.stop()
+    with ExitStack() as stack:
+        standby = LocalPostgres()
+        stack.callback(standby.close)
+        stream = stack.enter_context(Proxy(primary.port))
+        subprocess.run(["cp", "-a", primary.data_dir, standby.data_dir], check=True)
+        primary.start()
+        (standby.data_dir / "standby.signal").touch()
+        with (standby.data_dir / "postgresql.auto.conf").open("a") as file:
+            file.write(f"primary_conninfo = 'host=127.0.0.1 port={stream.port} user=postgres'\n")
+        standby.start()
+        both = f"127.0.0.1:{primary.port},127.0.0.1:{standby.port}"
+        yield (
+            standby,
+            stream,
+            f"postgresql://postgres@{both}/postgres?target_session_attrs=read-write",
+        )
+
+
+def wait_replicated(primary: LocalPostgres, standby: LocalPostgres) -> None:
+    """Wait until the standby has all that the primary has written."""
+    written = scalar(primary.dsn(), "SELECT pg_current_wal_insert_lsn()")
+    replayed = "SELECT pg_last_wal_replay_lsn() >= %s"
+    wait_until("it is not replicated", lambda: scalar(standby.dsn(), replayed, written))
+
+
+def fail_over(primary: LocalPostgres, standby: LocalPostgres) -> None:
+    primary.kill()
+    rows(standby.dsn(), "SELECT pg_promote()")
+
+
+def test_failover_to_a_standby_that_lacks_the_outcome(daemon, prefix, own_postgres, etcd):
+    key, db = prefix + "a", own_postgres.dsn()
+    daemon(*FAST, postgres=db).stop()
+    with streaming_standby(own_postgres) as (standby, stream, both):
+        rows(db, SET, key)
+        wait_replicated(own_postgres, standby)
+        stream.stall()
+        daemon(*FAST, postgres=both)
+        applied = became(db, key)
+        assert applied == ("success", etcd.get(key).mod_revision)
+        etcd.delete(key)
+        for n in range(10):  # each in a Txn of its own
+            apply_change(db, f"{prefix}later/{n}")
+        fail_over(own_postgres, standby)
+        assert became(standby.dsn(), key) == applied
+        assert etcd.get(key) is None
+
+
+def assert_each_is_one_event(recorder: Recorder, *dbs: str) -> None:
+    """Every change in these databases is a success, and one event at its revision."""
+    recorder.sync()
+    told = collections.defaultdict(list)
+    for event in recorder.history():
+        told[event.value].append(event[:2])
+    for row in (row for db in dbs for row in wal_rows(db, recorder.prefix.decode())):
+        assert row.status == "success", row
+        assert told[row.value] == [(row.result_revision, row.key)], row
+
+
+def test_ids_used_again_after_a_failover_are_other_changes(
+    daemon, prefix, own_postgres, etcd, recorder
+):
+    """On the new timeline both ids and transaction ids go on where the standby was."""
+    db = own_postgres.dsn()
+    insert = "FOR n IN 1..100 LOOP INSERT INTO etcd_wal (key, value) VALUES ('{}' || n, '{}' || n);"
+    daemon(*FAST, postgres=db).stop()
+    with streaming_standby(own_postgres) as (standby, stream, both):
+        # the numbers that PostgreSQL takes from the sequence ahead are not replicated either
+        rows(db, "SELECT setval(pg_get_serial_sequence('etcd_wal', 'id'), 1000)")
+        wait_replicated(own_postgres, standby)
+        stream.stall()
+        in_transactions_of_their_own(db, insert.format(prefix, "lost"))
+        running = daemon(*FAST, postgres=both)
+        wait_answered(db)
+        lost = {(row.id, row.txid) for row in wal_rows(db)}
+        etcd.delete(prefix, prefix=True)
+        running.pause()
+        fail_over(own_postgres, standby)
+        in_transactions_of_their_own(standby.dsn(), insert.format(prefix, "new"))
+        assert {(row.id, row.txid) for row in wal_rows(standby.dsn())} == lost
+        running.resume()
+        wait_answered(standby.dsn())
+        assert_each_is_one_event(recorder, standby.dsn())
+
+
+KILLS = int(os.environ.get("ETCD_FDW_TEST_KILLS", "20"))
+
+
+def assert_exact_after_kills(daemon, prefix, own_etcd, network, scene, times: int) -> None:
+    """SIGKILL the daemon again and again under load; some of what it sent arrives late."""
+    dice = random.Random(seed := random.randrange(10**6))
+    print(f"seed {seed}")
+    start = partial(daemon, *HASTE, etcd=etcd_dsn(network.endpoint, prefix) + HASTY_ETCD)
+    running, late = start(), 0
+    play = scene(own_etcd.endpoint, seed=seed)
+    for _ in range(times):
+        threading.Event().wait(dice.uniform(0.1, 1.5))  # while it starts, or well into the load
+        if dice.random() < 0.5:
+            late += bool(network.held)
+            network.release()
+        threading.Event().wait(dice.uniform(0.0, 0.5))
+        if dice.random() < 0.5:
+            network.hold()
+            threading.Event().wait(dice.uniform(0.0, 0.2))
+        running.kill()
+        running = start(ready=False)
+    play.wait_flow(timeout=60)
+    network.release()
+    play.wait_flow(timeout=60)
+    statuses = play.finish(timeout=60)
+    print(f"{times} kills, {late} with late bytes, SQL changes {dict(statuses)}; differences: 0")
+
+
+@pytest.mark.timeout(300)
+def test_killed_at_random_moments_with_late_bytes(daemon, prefix, own_etcd, network, scene):
+    assert_exact_after_kills(daemon, prefix, own_etcd, network, scene, KILLS)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+def test_killed_at_random_moments_with_late_bytes_200_times(
+    daemon, prefix, own_etcd, network, scene
+):
+    assert_exact_after_kills(daemon, prefix, own_etcd, network, scene, 200)
+
+
+def test_backlog_of_refused_changes_shrinks_although_it_is_killed(
+    daemon, db, prefix, own_etcd, own_client
+):
+    dsn, pending = etcd_dsn(own_etcd.endpoint, prefix), "SELECT count(*) FROM etcd_wal WHERE "
+    daemon(*HASTE, etcd=dsn).stop()
+    values = f"'{prefix}' || n %% 10, n, 1 + n %% 1000"
+    insert = f"INSERT INTO etcd_wal (key, value, revision) VALUES ({values});".replace("%%", "%")
+    in_transactions_of_their_own(db, f"FOR n IN 1..8000 LOOP {insert}")
+    left = [8000]
+    while left[-1]:
+        own_client.put("_elsewhere", "")
+        running = daemon(*HASTE, etcd=dsn)
+        threading.Event().wait(1)
+        running.kill()
+        left.append(scalar(db, pending + "status = 'pending'"))
+        assert left[-1] < left[-2] or not left[-1], left
+    assert len(left) > 2, f"that was no backlog: {left}"
+    assert own_client.range(prefix).count == 0
+
+
+# ─ who may write what ─
+
+
+OWN_KEYS = "etcd_fdw/"
+
+
+@pytest.mark.parametrize("limit", [100, 128])
+@pytest.mark.parametrize("login", [False, True], ids=["no login", "login"])
+def test_transactions_around_the_largest_size_arrive(daemon, db, secure_etcd, login, limit):
+    """A Txn holds as many changes as etcd's limit leaves beside the fence; a login halves it."""
+    with secure_etcd.enable_auth() if login else EtcdClient(secure_etcd.endpoint) as client:
+        daemon("--max-txn-ops", str(limit), etcd=secure_etcd.dsn()).stop()
+        whole = limit // 2 - 5 if login else limit - 5
+        for size in {*range(whole - 3, whole + 12), limit - 1, limit, limit + 1, 3 * limit}:
+            keys = [f"/t/{size}/{n}" for n in range(size)]
+            rows(db, "SELECT etcd_set(key, 'x') FROM unnest(%s) key", keys)
+        daemon("--max-txn-ops", str(limit), etcd=secure_etcd.dsn())
+        assert set(wait_settled(db)) == {"success"}
+        assert client.range("/t/").count == len(wal_rows(db))
+        sql = "SELECT count(*), count(DISTINCT result_revision) FROM etcd_wal GROUP BY txid"
+        at_one = max(count for count, revisions in rows(db, sql) if revisions == 1)
+        print(f"largest at one revision: {at_one}")
+        assert [count for count, parts in rows(db, sql) if count <= whole and parts > 1] == []
+
+
+@pytest.mark.parametrize(("login", "most"), [(False, 12), (True, 24)], ids=["no login", "login"])
+def test_many_small_transactions_share_a_txn(daemon, db, secure_etcd, login, most):
+    with secure_etcd.enable_auth() if login else EtcdClient(secure_etcd.endpoint) as client:
+        daemon(etcd=secure_etcd.dsn()).stop()
+        insert = "INSERT INTO etcd_wal (key, value) VALUES ('/t/' || n, n);"
+        in_transactions_of_their_own(db, f"FOR n IN 1..1000 LOOP {insert}")
+        daemon("--max-txn-ops", "128", etcd=secure_etcd.dsn())
+        assert wait_settled(db) == ["success"] * 1000
+        assert scalar(db, "SELECT count(DISTINCT result_revision) FROM etcd_wal") <= most
+
+
+def forbid_own_keys(root: EtcdClient) -> None:
+    request = etcdrpc.AuthRoleRevokePermissionRequest(
+        role="fdw", key=OWN_KEYS.encode(), range_end=prefix_end(OWN_KEYS)
+    )
+    root.call(root.auth.RoleRevokePermission, request)
+
+
+def test_user_without_the_grant_for_the_daemons_own_keys(daemon, db, secure_etcd):
+    with secure_etcd.enable_auth() as root:
+        forbid_own_keys(root)
+        started = daemon(*FAST, etcd=secure_etcd.dsn())
+        change = scalar(db, "SELECT etcd_set('/t/sql', '1')")
+        line = started.wait_log("ERROR .*grant-permission.*")[0]
+        assert OWN_KEYS in line
+        root.put("/t/etcd", "1")
+        wait_until("it does not mirror", arrives(db, "/t/etcd"))
+        assert scalar(db, "SELECT status FROM etcd_wal WHERE id = %s", change) == "pending"
+        assert root.get("/t/sql") is None
+        secure_etcd.permit(root, READWRITE, OWN_KEYS)
+        wait_status(db, change, "success")
+        assert started.returncode is None
+
+
+def test_missing_grant_for_the_daemons_own_keys_is_named_before_the_start(db, secure_etcd):
+    with secure_etcd.enable_auth() as root:
+        forbid_own_keys(root)
+        servers = ["-p", db, "-e", secure_etcd.dsn()]
+        done = run_script(*servers, "config", "validate", "--connect")
+        assert done.returncode == 3, done.stdout
+        assert re.search(rf"grant-permission .*{OWN_KEYS}", done.stdout.splitlines()[-1])
+
+
+def test_changes_with_a_client_certificate_for_a_user(daemon, db, tmp_path):
+    authority = Authority(tmp_path / "pki")
+    with tls_etcd(authority) as server:
+        with tls_client(server, authority) as client:
+            SecureEtcd.add_users(client)
+            client.call(client.auth.AuthEnable, etcdrpc.AuthEnableRequest())
+        daemon(*FAST, etcd=tls_dsn(server, authority.ca, authority.issue("fdw")))
+        keys = [f"/t/{n}" for n in range(40)]
+        rows(db, "SELECT etcd_set(key, 'x') FROM unnest(%s) key", keys)
+        assert wait_settled(db) == ["success"] * 40
+        assert len({row.result_revision for row in wal_rows(db)}) == 1
+
+
+def test_mirror_of_everything_leaves_out_what_is_the_daemons_own(
+    daemon, command, db, own_etcd, own_client
+):
+    dsn, foreign = f"etcd://{own_etcd.endpoint}", OWN_KEYS + "of/another"
+    own_client.put(foreign, "1")
+    own_client.put("etcd_fdw", "theirs")
+    running = daemon(*HASTE, etcd=dsn)
+    apply_change(db, "a")
+    own_client.put(foreign, "2")
+    own_client.put("b", "1")
+    wait_until("the put did not arrive", arrives(db, "b"))
+    running.stop()
+    own_client.delete(foreign)
+    own_client.put("c", "1")
+    own_client.compact(own_client.revision())
+    daemon(*HASTE, etcd=dsn)
+    assert sorted({row.key for row in mirror_rows(db)}) == [b"a", b"b", b"c", b"etcd_fdw"]
+    found = json.loads(command("validate", "--format", "json", etcd=dsn).stdout)
+    assert (found["equal"], found["keys"]) == (True, 4)
+
+
+def test_change_to_a_key_that_is_the_daemons_own_fails(daemon, db, own_etcd, own_client):
+    daemon(*HASTE, etcd=f"etcd://{own_etcd.endpoint}")
+    sql = "INSERT INTO etcd_wal (key, value) VALUES (%s, '1') RETURNING id"
+    assert "reserved" in wait_status(db, scalar(db, sql, OWN_KEYS + "x"), "failed")
+    assert own_client.get(OWN_KEYS + "x") is None
+    apply_change(db, "a")
+
+
+# ─ space, resets, backups, copies ─
+
+
+def test_change_that_met_the_limit_of_etcds_space_is_applied_once(daemon, db, prefix, small_etcd):
+    daemon(*HASTE, etcd=etcd_dsn(small_etcd.endpoint, prefix))
+    with (
+        EtcdClient(small_etcd.endpoint) as client,
+        Recorder(client, prefix, client.revision() + 1) as recorder,
+    ):
+        insert = "INSERT INTO etcd_wal (key, value) VALUES (%s, %s || repeat('x', 100000))"
+        tried = "SELECT status FROM etcd_wal WHERE status <> 'pending' OR retry_count > 0"
+        for n in range(1, 100):
+            rows(db, insert, f"{prefix}{n}", str(n))
+            wait_until("nothing was sent", lambda: len(rows(db, tried)) == n)  # noqa: B023
+            if ("pending",) in rows(db, tried):
+                break
+        for n in range(100, 110):
+            rows(db, insert, f"{prefix}{n}", str(n))
+        request = etcdrpc.DeleteRangeRequest(key=prefix.encode(), range_end=prefix_end(prefix))
+        assert client.call(client.kv.DeleteRange, request).deleted > 20
+        make_room(client)
+        wait_answered(db, timeout=60)
+        assert_each_is_one_event(recorder, db)
+
+
+def test_reset_after_a_crash_applies_nothing_again(daemon, command, db, prefix, etcd):
+    key = prefix + "a"
+    sent = kill_once_sent(daemon(), db, etcd, SET, key)
+    etcd.delete(key)
+    done = command("sync", "--reset", "--yes")
+    assert done.returncode == 0, done.stderr
+    daemon()
+    assert became(db, key) == ("success", sent)
+    assert etcd.get(key) is None
+
+
+def test_create_that_arrives_late_after_a_reset(
+    daemon, command, db, prefix, own_etcd, own_client, network
+):
+    key, dsn = prefix + "a", etcd_dsn(own_etcd.endpoint, prefix)
+    first = daemon(*HASTE, etcd=etcd_dsn(network.endpoint, prefix))
+    apply_change(db, prefix + "first")
+    keep_back(network, db, SET, key)
+    first.kill()
+    done = command("sync", "--reset", "--yes", etcd=dsn)
+    assert done.returncode == 0, done.stderr
+    daemon(*HASTE, etcd=dsn)
+    assert became(db, key) == ("success", own_client.get(key).mod_revision)
+    own_client.delete(key)
+    deliver(network, own_etcd)
+    assert own_client.get(key) is None
+
+
+def test_backup_of_etcd_tells_which_pending_changes_it_has(
+    daemon, command, db, prefix, own_etcd, tmp_path
+):
+    """Outcomes wait for a mirror that is far behind, changes do not."""
+    dsn, saved, lost = etcd_dsn(own_etcd.endpoint, prefix), prefix + "saved", prefix + "lost"
+    daemon(etcd=dsn).stop()
+    with EtcdClient(own_etcd.endpoint) as client:
+        bulk(client, prefix + "other/", 10_000)
+        first = daemon("--batch-size=3", etcd=dsn)
+        rows(db, SET, saved)
+        sent = wait_until("nothing was sent", lambda: client.get(saved)).mod_revision
+        client.snapshot(tmp_path / "backup")
+        rows(db, SET, lost)
+        wait_until("nothing was sent", lambda: client.get(lost))
+        first.kill()
+    assert [row.status for row in wal_rows(db)] == ["pending", "pending"]
+    own_etcd.stop()
+    restore(own_etcd, tmp_path / "backup")
+    own_etcd.start()
+    with EtcdClient(own_etcd.endpoint) as client:
+        client.delete(saved)
+        done = command("sync", "--reset", "--yes", etcd=dsn)
+        assert done.returncode == 0, done.stderr
+        daemon(*HASTE, etcd=dsn)
+        assert became(db, saved) == ("success", sent)
+        assert became(db, lost) == ("success", client.get(lost).mod_revision)
+        assert client.get(saved) is None
+
+
+@pytest.fixture
+def copied(postgres_dsn: str, db: str) -> Iterator[Callable[[], str]]:
+    """Copy this test's database, which nobody may be connected to; return the copy's DSN."""
+    name = psycopg2.extensions.parse_dsn(db)["dbname"]
+
+    def copy() -> str:
+        sessions = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s"
+        wait_until("it is in use", lambda: not scalar(postgres_dsn, sessions, name))
+        rows(postgres_dsn, f"CREATE DATABASE {name}_copy TEMPLATE {name}")
+        return make_dsn(db, dbname=name + "_copy")
+
+    yield copy
+    rows(postgres_dsn, f"DROP DATABASE IF EXISTS {name}_copy WITH (FORCE)")
+
+
+def test_copy_of_the_database_does_no_harm(daemon, command, db, prefix, copied, recorder):
+    original = daemon(*HASTE)
+    apply_change(db, prefix + "first")
+    original.stop()
+    sides = {"original": db, "copy": copied()}
+    running = [daemon(*HASTE, postgres=dsn, ready=False) for dsn in sides.values()]
+
+    def change(turn: int) -> None:
+        for n in range(20):
+            for side, dsn in sides.items():
+                rows(
+                    dsn,
+                    "SELECT etcd_set(%s, %s)",
+                    f"{prefix}{side}/{turn}/{n}",
+                    f"{side} {turn} {n}",
+                )
+
+    def told() -> bool:
+        host, names = socket.gethostname(), [dsn_name(dsn) for dsn in sides.values()]
+        lines = [re.findall("^.* ERROR .*$", one.log(), re.MULTILINE) for one in running]
+        return any(
+            host in line and re.search(rf"\b{other}\b", line)
+            for other, of_one in zip(reversed(names), lines)
+            for line in of_one
+        )
+
+    change(1)
+    wait_until("neither says anything of the other", told, 30)
+    for one in running:
+        assert one.stop() == 0
+    done = command("sync", "--reset", "--yes", postgres=sides["copy"])
+    assert done.returncode == 0, done.stderr
+    running = [daemon(*HASTE, postgres=dsn) for dsn in sides.values()]
+    change(2)
+    for dsn in sides.values():
+        wait_answered(dsn)
+    assert "ERROR" not in "".join(one.log() for one in running)
+    assert_each_is_one_event(recorder, *sides.values())
+
+
+def dsn_name(dsn: str) -> str:
+    return psycopg2.extensions.parse_dsn(dsn)["dbname"]
+
+
+@pytest.mark.parametrize(
+    ("there", "other"), [("a/", "a/b/"), ("a/b/", "a/"), ("a/", "a"), ("a/", None)]
+)
+def test_prefix_that_overlaps_another_is_refused(daemon, db, prefix, etcd_address, there, other):
+    daemon(etcd=etcd_address.dsn(prefix + there)).stop()
+    everything = etcd_address.dsn(prefix)[: -len(urllib.parse.quote(prefix))]
+    dsn = everything if other is None else etcd_address.dsn(prefix + other)
+    refused = daemon(*HASTE, etcd=dsn, ready=False)
+    assert refused.wait_exit() == 4
+    lines = [line for line in refused.log().splitlines() if "ERROR" in line]
+    assert len(lines) == 1 and re.search(rf"{prefix}{there}(?!b/)", lines[0]), refused.log()
+    assert "Traceback" not in refused.log()
+    daemon(etcd=etcd_address.dsn(prefix + there))
+
+
+def test_prefixes_that_only_begin_alike_do_not_overlap(daemon, prefix, etcd_address):
+    daemon(etcd=etcd_address.dsn(prefix + "a/"))
+    daemon(etcd=etcd_address.dsn(prefix + "ab/"))
+
+
 # ── security ─────────────────────────────────────────────────────────────────
 
 
@@ -6942,16 +7661,20 @@ class SecureEtcd(LocalEtcd):
     def enable_auth(self) -> EtcdClient:
         """Return a client of root."""
         with EtcdClient(self.endpoint) as client:
-            for user, password in (("root", "root"), ("fdw", "secret")):
-                add = etcdrpc.AuthUserAddRequest(name=user, password=password)
-                client.call(client.auth.UserAdd, add)
-                client.call(client.auth.RoleAdd, etcdrpc.AuthRoleAddRequest(name=user))
-                grant = etcdrpc.AuthUserGrantRoleRequest(user=user, role=user)
-                client.call(client.auth.UserGrantRole, grant)
-            for key_range in ("/t/", "etcd_fdw/"):
-                self.permit(client, READWRITE, key_range)
+            self.add_users(client)
             client.call(client.auth.AuthEnable, etcdrpc.AuthEnableRequest())
         return EtcdClient(self.endpoint, "root", "root")
+
+    @classmethod
+    def add_users(cls, client: EtcdClient) -> None:
+        for user, password in (("root", "root"), ("fdw", "secret")):
+            add = etcdrpc.AuthUserAddRequest(name=user, password=password)
+            client.call(client.auth.UserAdd, add)
+            client.call(client.auth.RoleAdd, etcdrpc.AuthRoleAddRequest(name=user))
+            grant = etcdrpc.AuthUserGrantRoleRequest(user=user, role=user)
+            client.call(client.auth.UserGrantRole, grant)
+        for key_range in ("/t/", OWN_KEYS):
+            cls.permit(client, READWRITE, key_range)
 
     @staticmethod
     def permit(client: EtcdClient, kind: int, prefix: str) -> None:
@@ -7632,6 +8355,10 @@ def test_soak(daemon, db, prefix, own_etcd, scene):
             play.traffic.wait_more(dice.randrange(200))
             proxy.resume()
 
+        def bytes_arrive_late() -> None:  # those of the last time
+            to_etcd.release()
+            to_etcd.hold()
+
         def pause_etcd() -> None:
             own_etcd.pause()
             threading.Event().wait(dice.uniform(0.5, 6))
@@ -7656,6 +8383,7 @@ def test_soak(daemon, db, prefix, own_etcd, scene):
                 play.traffic.wait_more(dice.randrange(100))
 
         faults: list[Callable[[], None]] = [kill_daemon, fail_network, pause_etcd, compact]
+        faults += [bytes_arrive_late]
         faults += [own_etcd.restart, kill_etcd, terminate_backends, lock_mirror]
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -7666,6 +8394,7 @@ def test_soak(daemon, db, prefix, own_etcd, scene):
             counts[fault.__name__] += 1
             if sum(counts.values()) % 5 == 0:
                 play.wait_flow(timeout=90)
+        to_etcd.release()
         play.wait_flow(timeout=90)
         statuses = play.finish_with_gaps(timeout=120)
     print(f"seed {seed}, {seconds:.0f} s, faults: {dict(counts)}; etcd changes:")

@@ -1111,7 +1111,7 @@ SELECT prefix FROM etcd_sync_state
 WHERE prefix <> %(prefix)s AND (starts_with(prefix, %(prefix)s) OR starts_with(%(prefix)s, prefix))
 """
 STATE_SQL = """
-SELECT mirror_id::text, cluster_id, revision, last_key, receipt, pid, host
+SELECT mirror_id::text, cluster_id, revision, last_key, receipt, split::text[], pid, host
 FROM etcd_sync_state WHERE prefix = %(prefix)s
 """
 ACTIVATE_SQL = """
@@ -1157,6 +1157,7 @@ class SyncState(NamedTuple):
     revision: int  # the checkpoint
     last_key: str | None
     receipt: int  # revision of the newest receipt whose outcomes are all written
+    split: list[str]  # transactions that are applied change by change, and not all done
     pid: int | None
     host: str | None
 
@@ -1835,7 +1836,7 @@ COPY {} (key, value, value_bytes, revision, tombstone) FROM STDIN (FORMAT binary
 CHECKPOINT_SQL = """
 UPDATE etcd_sync_state
 SET revision = %(revision)s, last_key = coalesce(%(last_key)s, last_key),
-    receipt = greatest(receipt, %(receipt)s),
+    receipt = greatest(receipt, %(receipt)s), split = coalesce(%(split)s::xid8[], split),
     etcd_revision = greatest(etcd_revision, %(etcd_revision)s),
     updated_at = now(), heartbeat_at = now(),
     events = events + %(events)s, applied = applied + %(applied)s,
@@ -1976,7 +1977,7 @@ class Mirror:
             events = [unstorable_event(r) for r in unstorable]
             engine.counters.unstorable += self.postgres.record_events(cur, events, again=True)
             engine.counters.resyncs += state is not None
-            self.advance(cur, revision, Batch(revision), 0)
+            self.advance(cur, revision, Batch(revision), Outcomes())
             if engine.config.notify_channel:
                 self.postgres.notify(cur, engine.config.notify_channel, (old or 0) + 1, revision)
         warn_of_unstorable(unstorable)
@@ -2115,7 +2116,7 @@ class Mirror:
             # what only mirrors need not be durable: rows and checkpoint are lost together
             if not outcomes.list:
                 cur.execute("SET LOCAL synchronous_commit = off")
-            self.advance(cur, self.checkpoint, batch, outcomes.receipt)
+            self.advance(cur, self.checkpoint, batch, outcomes)
 
     def copy_in(self, cur: Any, table: str, rows: Iterable[bytes]) -> None:
         """COPY rows made by copy_row() into etcd or its staging table."""
@@ -2144,7 +2145,7 @@ class Mirror:
             self.store_carefully(cur, dict(items[:middle]))
             self.store_carefully(cur, dict(items[middle:]))
 
-    def advance(self, cur: Any, old: int, batch: Batch, receipt: int) -> None:
+    def advance(self, cur: Any, old: int, batch: Batch, outcomes: Outcomes) -> None:
         """Move the checkpoint and add to the counters. Raises PostgresAway if it has moved."""
         intake = self.intake
         arguments = {
@@ -2152,7 +2153,8 @@ class Mirror:
             "old": old,
             "revision": batch.checkpoint,
             "last_key": batch.last_key,
-            "receipt": receipt,
+            "receipt": outcomes.receipt,
+            "split": None if outcomes.split is None else int_array(map(int, outcomes.split)),
             "etcd_revision": intake.store_revision if intake else self.etcd.header.revision,
             **vars(self.engine.uncounted()),
         }
@@ -2272,7 +2274,9 @@ class OutboxTransaction:
         self.read_at = time.monotonic()
         self.rows = rows
         self.keys = {row.key for row in rows}
-        self.size = sum(4 * len(r.key) + len(r.value or r.value_bytes or "") + 150 for r in rows)
+        self.size = 150 * len(rows)  # of the request, about
+        for row in rows:
+            self.size += 4 * len(row.key) + len(row.value or row.value_bytes or "")
         self.changes: list[Change] = []
         self.waits = 0
         self.followers: list[OutboxTransaction] = []
@@ -2297,18 +2301,23 @@ class OutboxTransaction:
         self.changes = list(changes.values())
 
 
-def group_rows(rows: Iterable[OutboxRow], max_changes: int) -> list[OutboxTransaction]:
+def group_rows(
+    rows: Iterable[OutboxRow], max_changes: int, split: set[str]
+) -> list[OutboxTransaction]:
     """The rows by transaction, in the order of their first id.
 
-    A transaction that etcd would not take in one piece is split into its single changes.
+    A transaction that etcd would not take in one piece is split into its single changes, and so
+    is what is left of one (split has its txid).
     """
     by_txid: dict[str, list[OutboxRow]] = {}
     for row in rows:
         by_txid.setdefault(row.txid, []).append(row)
     found: list[OutboxTransaction] = []
-    for members in by_txid.values():
+    for txid, members in by_txid.items():
         whole = OutboxTransaction(members)
         if len(members) > 1 and (len(members) > max_changes or whole.size > TXN_MAX_BYTES):
+            split.add(txid)
+        if txid in split:
             found.extend(OutboxTransaction([row]) for row in members)
         else:
             found.append(whole)
@@ -2457,11 +2466,17 @@ FROM etcd_wal w WHERE w.id = ANY (%(ids)s::bigint[])
 
 
 class Outcomes:
-    """Outcomes that are written together, and the newest receipt that they complete (0: none)."""
+    """Outcomes that are written together, and what etcd_sync_state has to remember with them."""
 
-    def __init__(self, outcomes: Sequence[Outcome] = (), receipt: int = 0) -> None:
+    def __init__(
+        self,
+        outcomes: Sequence[Outcome] = (),
+        receipt: int = 0,
+        split: Iterable[str] | None = None,
+    ) -> None:
         self.list = outcomes
-        self.receipt = receipt
+        self.receipt = receipt  # the newest that is complete with these; 0: none
+        self.split = split  # transactions of which only a part may be done; None: as before
 
     def count(self, counters: Counters) -> None:
         """Add them up."""
@@ -2522,13 +2537,16 @@ def conflict_message(changes: Sequence[Change], current: Sequence[int]) -> str:
 
 def format_rows(rows: Iterable[OutboxRow]) -> str:
     """'17-116@1763980800123456,118@…': runs of ids that were queued at the same time."""
-    runs: list[list[int]] = []
-    for id_, queued_at in sorted((row.id, row.queued_at) for row in rows):
-        if runs and runs[-1][1] + 1 == id_ and runs[-1][2] == queued_at:
-            runs[-1][1] = id_
+    runs: list[str] = []
+    first = last = at = -1
+    for id_, queued_at in sorted([(row.id, row.queued_at) for row in rows]):
+        if id_ == last + 1 and queued_at == at:
+            runs[-1] = f"{first}-{id_}@{at}"
         else:
-            runs.append([id_, id_, queued_at])
-    return ",".join(f"{a}-{b}@{at}" if a < b else f"{a}@{at}" for a, b, at in runs)
+            first, at = id_, queued_at
+            runs.append(f"{id_}@{at}")
+        last = id_
+    return ",".join(runs)
 
 
 def parse_rows(text: str) -> dict[int, int]:
@@ -2870,6 +2888,8 @@ class Outbox:
         sent = self.receipts.sent(state.receipt)
         self.pipeline = Pipeline(etcd, engine.waker, state.receipt, sent)
         self.all_read = False  # whether there is no pending row that was not read
+        self.split = set(state.split)
+        self.retired = False  # nothing more is read or sent, but what was sent is settled
         self.queue = Queue()
         self.acknowledged: collections.deque[Acknowledged] = collections.deque()
         self.failed: list[Outcome] = []
@@ -2890,7 +2910,9 @@ class Outbox:
             there = [found[i] for i in sorted(rows) if i in found]
             there = [row for row in there if row.queued_at == rows[row.id]]
             refused = parse_rows(item.refused)
-            transactions = group_rows([row for row in there if row.id in refused], len(there))
+            transactions = group_rows(
+                [row for row in there if row.id in refused], len(there), self.split
+            )
             applied = OutboxTransaction([row for row in there if row.id not in refused])
             outcomes: list[Outcome] = []
             for transaction in (applied, *transactions):
@@ -2956,7 +2978,7 @@ class Outbox:
         max_changes = self.max_changes()
         rows, self.all_read = self.pending(self.engine.config.batch_size, max_changes)
         self.queue.versions.update(dict.fromkeys((row.id for row in rows), None))
-        for transaction in group_rows(rows, max_changes):
+        for transaction in group_rows(rows, max_changes, self.split):
             if any(key.encode().startswith(RESERVED) for key in transaction.keys):
                 self.fail(transaction, Rejected(f"keys below {RESERVED.decode()} are reserved"))
             else:
@@ -3116,7 +3138,9 @@ class Outbox:
             self.acknowledged.popleft()
             outcomes += first.outcomes
             receipt = first.revision
-        return Outcomes(outcomes, receipt)
+        if self.idle():
+            self.split.clear()
+        return Outcomes(outcomes, receipt, self.split)
 
     def written(self, outcomes: Outcomes) -> None:
         """PostgreSQL has these outcomes for good."""
@@ -3128,6 +3152,11 @@ class Outbox:
     def silent_since(self) -> float | None:
         """Since when the watch has a change of this outbox to tell (monotonic)."""
         return next((item.at for item in self.acknowledged if item.mirrored), None)
+
+    def retire(self) -> None:
+        """Send nothing any more."""
+        self.retired = True
+        self.pipeline.close()
 
     def settled(self) -> bool:
         """Whether nothing is on its way that is worth a wait."""
@@ -3518,7 +3547,7 @@ class Session:
     def close(self) -> None:
         """End the watch, and send nothing any more."""
         if self.outbox:
-            self.outbox.pipeline.close()
+            self.outbox.retire()
         self.mirror.close()
 
     # ─ the loop ─
@@ -3588,6 +3617,10 @@ class Session:
 
     def send(self) -> bool:
         """Send what is pending; whether there was any. Raises NoSpace, AccessDenied."""
+        if self.outbox and self.outbox.retired:
+            if not self.outbox.settled():
+                return False
+            self.outbox = None
         if self.outbox is None:
             if not self.look or time.monotonic() < self.outbox_after:
                 return False
@@ -3612,8 +3645,8 @@ class Session:
     def pause_outbox(self, error: EtcdFdwError) -> None:
         """Open a new outbox after a while: until then etcd takes no changes."""
         if self.outbox:
-            self.outbox.pipeline.close()
-        self.outbox, self.look = None, True
+            self.outbox.retire()
+        self.look = True
         config = self.engine.config
         self.outbox_attempt += 1
         delay = backoff(self.outbox_attempt, config.retry_initial, config.retry_max)
@@ -3626,12 +3659,12 @@ class Session:
         )
         self.outbox_after = time.monotonic() + delay
 
-    def write(self) -> bool:
+    def write(self, always: bool = False) -> bool:
         """Write what the watch brought, and outcomes that are due; whether there was any."""
         batch = self.mirror.next_batch()
         outcomes = self.outbox.due(batch.checkpoint) if self.outbox else Outcomes()
         news = batch.checkpoint > self.mirror.checkpoint or outcomes.list or outcomes.receipt
-        if news:
+        if news or always:
             self.mirror.write(batch, outcomes)
             if self.outbox:
                 self.outbox.written(outcomes)
@@ -3668,7 +3701,7 @@ class Session:
         """Say in etcd_sync_state that this instance is alive, unless a batch just did."""
         mirror = self.mirror
         if time.monotonic() >= mirror.written_at + HEARTBEAT_S:
-            mirror.write(Batch(mirror.checkpoint), Outcomes())
+            self.write(always=True)
         return mirror.written_at + HEARTBEAT_S - time.monotonic()
 
     def gauge(self) -> float:
@@ -4897,10 +4930,10 @@ class OnePass(Engine):
         state = postgres.state()
         with self.counting() as counters, closing(self.connect_etcd()) as etcd:
             outcomes = Outcomes()
-            if state:
+            if state and postgres.query(HAS_PENDING_SQL)[0]["found"]:
                 outbox = Outbox(self, postgres, etcd, state)
                 outcomes = outbox.due(sys.maxsize)
-                outbox.pipeline.close()
+                outbox.retire()
             with postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
                 outcomes.record(postgres, cur, self.config.audit == "all")
                 cur.execute(RESET_SQL, postgres.bounds)

@@ -165,6 +165,7 @@ COMMENT ON COLUMN etcd_wal.retry_of IS 'conflict or failed row that this one tri
 --     etcd_revision     newest revision of the whole etcd store that the daemon has heard of
 --     updated_at        when the checkpoint last moved
 --     receipt           revision of the newest etcd transaction of changes up to which all outcomes are here
+--     split             PostgreSQL transactions that are too large for etcd: applied change by change, not all done
 --     host, pid, version, started_at, heartbeat_at   the active daemon
 --     last_error, last_error_at   what keeps it from working, null: nothing
 --     events to unstorable   counters since the prefix was first mirrored
@@ -179,6 +180,7 @@ CREATE TABLE IF NOT EXISTS etcd_sync_state (
     last_key         text COLLATE "C",
     etcd_revision    bigint,
     receipt          bigint            NOT NULL DEFAULT 0,
+    split            xid8[]            NOT NULL DEFAULT '{}',
     updated_at       timestamptz       NOT NULL DEFAULT now(),
     host             text,
     pid              integer,
@@ -201,6 +203,7 @@ CREATE TABLE IF NOT EXISTS etcd_sync_state (
 ALTER TABLE etcd_sync_state
     ADD COLUMN IF NOT EXISTS mirror_id      uuid    NOT NULL DEFAULT gen_random_uuid(),
     ADD COLUMN IF NOT EXISTS receipt        bigint  NOT NULL DEFAULT 0,
+    ADD COLUMN IF NOT EXISTS split          xid8[]  NOT NULL DEFAULT '{}',
     ADD COLUMN IF NOT EXISTS last_error     text,
     ADD COLUMN IF NOT EXISTS last_error_at  timestamptz,
     DROP COLUMN IF EXISTS sent_before,
@@ -220,6 +223,8 @@ COMMENT ON COLUMN etcd_sync_state.etcd_revision IS 'newest revision of the whole
 COMMENT ON COLUMN etcd_sync_state.mirror_id IS 'names the daemon''s own keys in etcd: etcd_fdw/<mirror_id>/';
 COMMENT ON COLUMN etcd_sync_state.receipt IS
     'newest etcd transaction of changes up to which all outcomes are in etcd_wal';
+COMMENT ON COLUMN etcd_sync_state.split IS
+    'transactions too large for etcd, which are applied change by change and not all done';
 COMMENT ON COLUMN etcd_sync_state.last_error IS 'what keeps the active daemon from working; null: nothing';
 COMMENT ON COLUMN etcd_sync_state.events IS 'counter: revisions of keys mirrored';
 COMMENT ON COLUMN etcd_sync_state.applied IS 'counter: changes from etcd_wal that etcd took';

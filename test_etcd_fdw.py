@@ -1649,12 +1649,14 @@ def outbox_row(id_: int, key: str, txid: int, **fields: Any) -> etcd_fdw.OutboxR
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 4))), st.integers(1, 5))
 def test_group_rows_splits_only_what_is_too_large(changes, max_changes):
     rows = [outbox_row(id_, key, txid) for id_, (key, txid) in enumerate(changes)]
-    groups = etcd_fdw.group_rows(rows, max_changes)
+    split: set[str] = set()
+    groups = etcd_fdw.group_rows(rows, max_changes, split)
     assert sorted(row.id for group in groups for row in group.rows) == list(range(len(rows)))
     for group in groups:
         (txid,) = {row.txid for row in group.rows}
         together = [row for row in rows if row.txid == txid]
         assert group.rows == together or (len(together) > max_changes and len(group.rows) == 1)
+        assert (txid in split) == (len(together) > max_changes)
 
 
 @given(st.dictionaries(st.integers(1, 60) | st.integers(1, 2**63 - 1), st.integers(0, 3)))
@@ -4182,21 +4184,22 @@ def test_delete_of_what_was_not_there_leaves_a_later_put_alone(daemon, db, prefi
 def test_rest_of_a_transaction_too_large_for_etcd_is_not_taken_for_a_whole_one(
     daemon, db, prefix, etcd
 ):
-    keys = [f"{prefix}{number}" for number in range(7)]
-    running = daemon("--max-txn-ops=4")
-    with frozen_mirror(db):
-        rows(db, "SELECT etcd_set(key, 'x') FROM unnest(%s) key", keys)
-        sent = wait_until("nothing was sent", lambda: etcd.get(keys[2])).mod_revision
-        running.kill()
-    # as if it had been killed a moment later: three changes are written down
-    rows(
-        db,
-        "UPDATE etcd_wal SET status = 'success', finished_at = now(), result_revision = %s"
-        " WHERE id <= 3",
-        sent,
-    )
-    daemon("--max-txn-ops=4")
-    assert [status for status, _ in outcomes(db, 7)] == ["success"] * 7
+    """One of its changes is beaten: the others are applied, killed in between or not."""
+    keys = [f"{prefix}{number:02}" for number in range(40)]
+    daemon().stop()
+    rows(db, "INSERT INTO etcd_wal (key, value) SELECT key, 'x' FROM unnest(%s) key", keys)
+    etcd.put(keys[-1], "theirs")
+    with closing(connect(db)) as conn, conn.cursor() as cur:
+        cur.execute("BEGIN; SELECT FROM etcd_wal WHERE key = %s FOR UPDATE", (keys[-2],))
+        options = "--max-txn-ops=7", "--batch-size=4"
+        first = daemon(*options)
+        finished = "SELECT count(*) FROM etcd_wal WHERE finished_at IS NOT NULL"
+        wait_until("not the most of it is done", lambda: scalar(db, finished) >= 34)
+        first.kill()
+    daemon()
+    assert [status for status, _ in outcomes(db, 40)] == ["success"] * 39 + ["conflict"]
+    split = "SELECT cardinality(split) FROM etcd_sync_state"
+    wait_until("it is not known to be done", lambda: scalar(db, split) == 0, 15)
 
 
 def test_rest_of_a_transaction_of_too_many_bytes_is_not_taken_for_a_whole_one(

@@ -7035,9 +7035,11 @@ def slowed(server: LocalEtcd) -> Iterator[None]:
 
     thread = threading.Thread(target=pulse)
     thread.start()
-    yield
-    ended.set()
-    thread.join()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def test_lost_answer_behind_much_that_others_did(daemon, db, prefix):

@@ -2904,6 +2904,95 @@ def test_functions_cannot_be_hijacked_by_search_path(schema: str) -> None:
     assert wal(schema) == [("/a", "1", None, 7, None)]
 
 
+SHADOWED_TYPES = (
+    "text", "name", "integer", "bigint", "boolean", "timestamptz", "bytea", "text[]", "int8range",
+    "int8range[]", "anyelement", "anyarray", "oid", "regclass",
+)  # fmt: skip
+SHADOWED_OPERATORS = ("=", "<>", "<", "<=", ">", ">=", "+", "-", "*", "&", "||", "<@", "@>", "~~")
+CALLED_SQL = r"""
+    SELECT DISTINCT proname::text, pronargs + more
+    FROM pg_proc, generate_series(0, CASE WHEN provariadic > 0 THEN 1 ELSE 0 END) more
+    WHERE pronamespace = 'pg_catalog'::regnamespace AND pronargs > 0
+      AND %s ~ ('\m' || proname || '\s*\(')
+"""
+
+
+def shadow(db: str, role: str, calls: str) -> None:
+    """As a role that may create objects in the schema, define functions and operators with the
+    names of all that are called: an argument's type may fit better than that of pg_catalog's."""
+    body = "LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION $$shadow ran as %$$, current_user; END'"
+    statements = []
+    for name, arity in rows(db, CALLED_SQL, calls):
+        types = SHADOWED_TYPES if arity < 3 else SHADOWED_TYPES[:5]
+        for arguments in itertools.product(types, repeat=min(arity, 3)):
+            signature = f'public."{name}"({", ".join(arguments)})'
+            statements.append(f"CREATE FUNCTION {signature} RETURNS bigint {body}")
+    for left, right in itertools.product(SHADOWED_TYPES, repeat=2):
+        signature = f"public.shadow({left}, {right})"
+        statements.append(f"CREATE FUNCTION {signature} RETURNS boolean {body}")
+        statements += [
+            f"CREATE OPERATOR public.{name}"
+            f" (leftarg = {left}, rightarg = {right}, function = public.shadow)"
+            for name in SHADOWED_OPERATORS
+        ]
+    rows(db, f"GRANT USAGE, CREATE ON SCHEMA public TO {role}")
+    rows(make_dsn(db, user=role), ";".join(statements))
+
+
+@pytest.fixture
+def shadows(schema: str, altered: None, role: str) -> None:
+    """Somebody has shadowed all that schema.sql calls."""
+    shadow(schema, role, SCHEMA_SQL)
+
+
+@pytest.mark.usefixtures("shadows")
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("applied", ["before", "again"])
+def test_code_of_others_never_runs_with_the_rights_of_the_caller(schema: str, applied: str) -> None:
+    with pytest.raises(psycopg2.errors.RaiseException, match="shadow ran as"):
+        rows(schema, "SELECT hashtextextended('x'::text, 0)")  # the trap is set
+    if applied == "again":
+        rows(schema, SCHEMA_SQL)
+    mirror(schema, ("/a", 3, "x"), ("/a", 6, "y"), ("/b", 4, b"\xff"), ("/c", 5, None))
+    covers(schema, "/", 2, 9, pruned_revision=3, gaps='{"[7,8)"}', heartbeat_at="now")
+    for read in [
+        "etcd_get('/a')", "etcd_get_all('/a')", "etcd_get_all('/a', 3)", "etcd_list()",
+        "etcd_list('/')", "etcd_at(6)", "etcd_at(6, '/a')", "etcd_kv", "etcd_kv WHERE key = '/a'",
+        "etcd_status", "etcd_schema_version()",
+    ]:  # fmt: skip
+        assert rows(schema, f"SELECT * FROM {read}")
+    for sqlstate, call in [
+        ("22023", "etcd_get_all('/a', 1)"),
+        ("22023", "etcd_at(2)"),
+        ("22023", "etcd_at(7)"),
+        ("22023", "etcd_at(10)"),
+        ("22023", "etcd_at(6, 'elsewhere')"),
+        ("22004", "etcd_at(NULL)"),
+        ("22023", "etcd_set('', 'v')"),
+        ("22004", "etcd_set('/a', NULL)"),
+        ("22023", "etcd_set('/a', 'v', -1)"),
+        ("40001", "etcd_set('/a', 'v', 3)"),
+        ("40001", "etcd_set('/b', 'v', 0)"),
+        ("P0002", "etcd_retry(99)"),
+    ]:
+        refused(sqlstate, schema, f"SELECT {call}")
+    for statement in [
+        "SELECT etcd_set('/a', 'v', 6), etcd_set('/d', 'v'), etcd_set_bytes('/e', '\\xff', 0)",
+        "SELECT etcd_set('/a', 'w'), etcd_delete('/d')",
+        "INSERT INTO etcd_kv (key, value) VALUES ('/f', 'v')",
+        "UPDATE etcd_kv SET value = 'z' WHERE key = '/b' AND revision = 4",
+        "INSERT INTO etcd_wal (key, value, revision) VALUES ('/g', 'v', 0)",
+    ]:
+        rows(schema, statement)
+    refused("40001", schema, "UPDATE etcd_kv SET value = 'z' WHERE key = '/a'")
+    refused("40001", schema, "DELETE FROM etcd_kv WHERE key = '/a'")
+    finish(schema, 1, "conflict", 7)
+    assert rows(schema, "SELECT etcd_retry(1)")
+    refused("55000", schema, "SELECT etcd_retry(1)")
+    refused("55000", schema, "SELECT etcd_retry(2)")
+    assert rows(schema, "SELECT pending FROM etcd_status") == [(8,)]
+
+
 def test_every_object_has_a_comment(schema: str) -> None:
     assert (
         rows(
@@ -3379,6 +3468,17 @@ def test_retry_queues_the_change_on_the_current_version(schema: str) -> None:
     assert scalar(schema, "SELECT etcd_retry(2)") == 3
     finish(schema, 3, "success", 6)
     refused("55000", schema, "SELECT etcd_retry(3)")
+
+
+def test_only_a_later_change_of_the_same_key_is_a_retry(schema: str) -> None:
+    covers(schema, "", 1, 9)
+    rows(schema, "INSERT INTO etcd_wal (key, retry_of) VALUES ('/a', 2), ('/a', NULL), ('/b', 2)")
+    rows(schema, "INSERT INTO etcd_wal (key, retry_of) VALUES ('/c', 2), ('/a', 4)")
+    finish(schema, 2, "conflict", 7)
+    assert scalar(schema, "SELECT conflicts FROM etcd_status") == 1
+    assert scalar(schema, "SELECT etcd_retry(2)") == 6
+    assert scalar(schema, "SELECT conflicts FROM etcd_status") == 0
+    assert "row 6" in refused("55000", schema, "SELECT etcd_retry(2)").message_detail
 
 
 def test_a_change_is_tried_again_once_even_by_two_at_once(schema: str) -> None:

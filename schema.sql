@@ -844,9 +844,9 @@ $$;
 -- The functions find their tables in this schema whatever the caller's search_path says, and a temporary
 -- table of the same name does not get in between. That alone does not keep them from calling what somebody
 -- else has put into the schema: pg_catalog comes first, but a function or operator for just these types is
--- preferred to one of pg_catalog that has to cast them, or takes any type. So whatever has arguments is called
--- as pg_catalog.…, and operators that have no variant for just these types in pg_catalog get a cast or
--- OPERATOR(pg_catalog.…).
+-- preferred to one of pg_catalog that has to cast them, or takes any type. So functions with arguments are
+-- called by their qualified name; and an operator that pg_catalog does not have for just these types gets a
+-- cast, or is qualified, too.
 DO $$
 DECLARE
     v_function text;

@@ -4740,6 +4740,7 @@ def test_status_with_one_server_down(daemon, command, db, prefix):
     assert "PROBLEM: PostgreSQL: connection to server" in done.stdout
     assert re.search(r"^etcd +3\.", done.stdout, re.MULTILINE)
     assert max(map(len, done.stdout.splitlines())) <= 100
+    assert command("status", postgres=postgres_down, etcd=etcd_down).returncode == 2
 
 
 def test_status_lists_what_was_refused_and_what_nobody_takes(daemon, command, db, prefix):

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.9"
-# dependencies = ["psycopg2-binary>=2.9", "etcd3>=0.12", "grpcio>=1.50,!=1.80.*", "protobuf>=4.22"]
+# dependencies = [
+#     "psycopg2-binary>=2.9", "etcd3>=0.12", "grpcio>=1.50,!=1.80.*", "protobuf>=4.22", "PyYAML"]
 # ///
 """Keep an etcd v3 key prefix and PostgreSQL in step, both ways.
 
@@ -39,11 +40,19 @@ Exit codes: 0 clean stop or success · 1 configuration · 2 PostgreSQL or etcd u
 
 from __future__ import annotations
 
+import os
+import signal
+
+early_signals: list[int] = []  # that came while this was loaded, which takes half a second
+if __name__ == "__main__":
+    for _number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(_number) != signal.SIG_IGN:
+            signal.signal(_number, lambda number, _: early_signals.append(number))
+
 import argparse
 import ast
 import bisect
 import collections
-import ctypes
 import difflib
 import http.server
 import importlib
@@ -52,14 +61,12 @@ import io
 import itertools
 import json
 import logging
-import os
 import pwd
 import random
 import re
 import secrets
 import selectors
 import shutil
-import signal
 import socket
 import socketserver
 import ssl
@@ -77,17 +84,30 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, TypeVar, Union
+from typing import Any, Callable, ClassVar, NamedTuple, TypeVar, Union
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's C core would write to stderr by itself
 
-import grpc
-import psycopg2
-import psycopg2.extensions
-import psycopg2.extras
+
+@contextmanager
+def packages() -> Iterator[None]:
+    """Say in one line which command installs what cannot be imported."""
+    try:
+        yield
+    except ImportError as exc:
+        if __name__ != "__main__":
+            raise
+        sys.exit(f"etcd_fdw: cannot import: {exc}: python3 -m pip install psycopg2-binary etcd3")
+
+
+with packages():
+    import grpc
+    import psycopg2
+    import psycopg2.extensions
+    import psycopg2.extras
 
 __version__ = "2.0.0"
 
@@ -127,6 +147,8 @@ STUCK_S = 60.0  # a loop that has not turned for so long is stuck, unless Postgr
 READY_LAG_S = 10.0  # "in step" for /readyz
 HOUSEKEEPING_S = 60.0
 HOUSEKEEPING_ROWS = 1000  # looked at in one step
+METRICS_CLIENTS = 16  # at once
+METRICS_TIMEOUT_S = 10.0  # for a client that says nothing
 APPLY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 T = TypeVar("T")
@@ -185,9 +207,10 @@ def _load_etcd3() -> None:
     importlib.import_module("etcd3")
 
 
-_load_etcd3()
-import etcd3
-from etcd3 import etcdrpc as etcdrpc
+with packages():
+    _load_etcd3()
+    import etcd3
+    from etcd3 import etcdrpc as etcdrpc
 
 # ── errors ─────────────────────────────────────────────────────────────────────
 
@@ -305,9 +328,15 @@ ETCD_CODES: dict[Any, type[EtcdFdwError]] = {
 }
 
 
+def masked(text: str) -> str:
+    """A message without the passwords of the DSNs and connection strings that it repeats."""
+    text = re.sub(r"(://[^\s/?#@:]*:)\S*@", r"\1****@", text)
+    return re.sub(r"(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&]*)", r"\1****", text)
+
+
 def etcd_error(exc: grpc.RpcError, endpoint: str) -> EtcdFdwError:
     """The kind of error that a failed etcd call is; what nobody knows is EtcdAway."""
-    details = exc.details() or "no details"
+    details = masked(exc.details() or "no details")
     kind = next((kind for text, kind in ETCD_MESSAGES if text in details), None)
     kind = kind or ETCD_CODES.get(exc.code(), EtcdAway)
     return kind(f"etcd at {endpoint}: {details}")
@@ -345,7 +374,7 @@ POSTGRES_DSN_MESSAGES = re.compile(
 def postgres_error(exc: psycopg2.Error) -> EtcdFdwError:
     """The kind of error that a failed PostgreSQL call is; what nobody knows is PostgresAway."""
     code = exc.pgcode or ""
-    message = str(exc.diag.message_primary or exc).strip() or type(exc).__name__
+    message = masked(str(exc.diag.message_primary or exc).strip()) or type(exc).__name__
     kind: type[EtcdFdwError] = PostgresAway
     for length in (5, 2):
         if code[:length] in POSTGRES_CODES:
@@ -381,30 +410,6 @@ class EtcdTarget:
     server_name: str | None = None
     dial_timeout: float = 5.0  # seconds
     request_timeout: float = 10.0  # seconds
-
-
-@dataclass(frozen=True)
-class Config:
-    """Every option of the command line, parsed; see OPTIONS."""
-
-    postgres_dsn: str = field(repr=False)
-    etcd_dsn: EtcdTarget
-    config: str | None
-    log_level: int
-    log_format: str
-    dry_run: bool
-    batch_size: int
-    max_txn_ops: int
-    poll_interval: float
-    retry_initial: float
-    retry_max: float
-    startup_timeout: float
-    metrics_address: tuple[str, int] | None
-    history_retention: float | None  # seconds; None: keep for good
-    wal_retention: float | None
-    audit_retention: float | None
-    audit: str
-    notify_channel: str | None
 
 
 @dataclass(frozen=True)
@@ -455,101 +460,6 @@ class Counters:
 
 # ── pure helpers ───────────────────────────────────────────────────────────────
 
-DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
-DURATION_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-
-
-def parse_duration(text: str) -> float:
-    """Seconds in a text like 500ms, 30s, 5m, 12h or 7d. Raises ValueError."""
-    match = DURATION.fullmatch(text.strip())
-    if not match:
-        raise ValueError(f"{text!r} is not a duration such as 500ms, 30s, 5m, 12h or 7d")
-    return float(match[1]) * DURATION_S[match[2]]
-
-
-def parse_positive_duration(text: str) -> float:
-    """As parse_duration, but not zero. Raises ValueError."""
-    seconds = parse_duration(text)
-    if seconds <= 0:
-        raise ValueError("the duration must be above zero")
-    return seconds
-
-
-def parse_count(text: str) -> int:
-    """A whole number above zero. Raises ValueError."""
-    if not re.fullmatch(r"[0-9]{1,9}", text.strip()) or int(text) == 0:
-        raise ValueError(f"{text!r} is not a whole number above zero")
-    return int(text)
-
-
-def parse_retention(text: str) -> float | None:
-    """Seconds to keep, None for good. Raises ValueError."""
-    return None if text.strip() == "keep" else parse_duration(text)
-
-
-def parse_address(text: str) -> tuple[str, int]:
-    """Host and port of HOST:PORT, [v6]:PORT or :PORT (loopback). Raises ValueError."""
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:/]*)):([0-9]{1,5})", text.strip())
-    if not match or int(match[3]) > 65535:
-        raise ValueError(f"{text!r} is not of the form HOST:PORT")
-    return match[1] or match[2] or "127.0.0.1", int(match[3])
-
-
-def parse_channel(text: str) -> str:
-    """The name of a notification channel. Raises ValueError."""
-    if not 0 < len(text.encode()) < 64 or text in (CHANGES_CHANNEL, OUTCOME_CHANNEL):
-        raise ValueError(
-            f"{text!r} cannot be the channel: 1 to 63 bytes, and neither {CHANGES_CHANNEL} nor"
-            f" {OUTCOME_CHANNEL}"
-        )
-    return text
-
-
-def parse_flag(text: str) -> bool:
-    """True or false. Raises ValueError."""
-    words = {"true": True, "yes": True, "on": True, "1": True}
-    words.update({"false": False, "no": False, "off": False, "0": False})
-    if text.strip().lower() not in words:
-        raise ValueError(f"{text!r} is neither true nor false")
-    return words[text.strip().lower()]
-
-
-def choice(*words: str) -> Callable[[str], str]:
-    """A parser that takes one of these words."""
-
-    def parse(text: str) -> str:
-        if text not in words:
-            raise ValueError(f"{text!r} is not one of {', '.join(words)}")
-        return text
-
-    return parse
-
-
-def parse_log_level(text: str) -> int:
-    """The level of the logging module. Raises ValueError."""
-    word = choice("debug", "info", "warn", "warning", "error")(text.lower())
-    return {"debug": 10, "info": 20, "error": 40}.get(word, 30)
-
-
-UNESCAPED = "; special characters in the user name or password must be percent-encoded"
-
-
-def parse_postgres_dsn(text: str) -> str:
-    """A libpq URI or keyword string, unchanged. Raises ValueError, which never quotes it."""
-    try:
-        parts = psycopg2.extensions.parse_dsn(text)
-    except psycopg2.Error:
-        # libpq's message may quote a piece of a password that was not escaped
-        raise ValueError(
-            "not a libpq connection string: expected postgresql://user@host/dbname or"
-            ' "host=… dbname=…" (unknown parameter, missing "=" or bad escape)'
-        ) from None
-    # where libpq takes the rest of such a password for a host, a port or a name
-    misread = "@" in parts.get("host", "")[1:] or re.search(r"[^\d,]", parts.get("port", ""))
-    if "://" in text and (misread or "@" in parts.get("dbname", "")):
-        raise ValueError("not a libpq URI" + UNESCAPED)
-    return text
-
 
 def is_text(data: bytes) -> bool:
     """Whether PostgreSQL's text can hold it: UTF-8, without NUL."""
@@ -565,102 +475,6 @@ def is_text(data: bytes) -> bool:
 def is_storable(key: bytes) -> bool:
     """Whether the mirror can hold this key: it is text, and an index takes it."""
     return len(key) <= KEY_MAX_BYTES and is_text(key)
-
-
-ETCD_PARAMETERS = (
-    "tls",
-    "ca",
-    "cert",
-    "key",
-    "server_name",
-    "dial_timeout",
-    "request_timeout",
-    "username",
-    "password",
-)
-
-
-def parse_etcd_host(text: str) -> str:
-    """'host', 'host:port' or '[v6]:port' with the default port filled in. Raises ValueError."""
-    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:@/]+)(?::([0-9]{1,5}))?", text)
-    if not match or not 0 < int(match[2] or 2379) < 65536:
-        raise ValueError("a host is not of the form host or host:port" + UNESCAPED)
-    return f"{match[1]}:{match[2] or 2379}"
-
-
-def check_certificates(
-    ca: str | None = None, cert: str | None = None, key: str | None = None
-) -> None:
-    """Raises ValueError unless the files are PEM and the key is the certificate's."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    try:
-        if ca:
-            context.load_verify_locations(ca)
-    except (ssl.SSLError, OSError):
-        raise ValueError(f"ca: no certificate in PEM format in {ca!r}") from None
-    try:
-        if cert:
-            context.load_cert_chain(cert, key, password="")  # never ask on the terminal
-    except (ssl.SSLError, OSError):
-        raise ValueError(
-            f"cert, key: no certificate in PEM format in {cert!r}, or not its key in {key!r}"
-            " (unencrypted)"
-        ) from None
-
-
-def parse_etcd_dsn(text: str) -> EtcdTarget:
-    """etcd://[user:password@]host[:2379][,host…]/[prefix][?param=value…]; raises ValueError."""
-    if not text.startswith("etcd://"):
-        raise ValueError("not an etcd DSN: expected etcd://[user:password@]host[:2379]/[prefix]")
-    try:
-        url = urllib.parse.urlsplit(text)
-    except ValueError:
-        raise ValueError("not a URL" + UNESCAPED) from None
-    if "#" in text or "@" in url.path + url.query:
-        raise ValueError("not a URL" + UNESCAPED)
-    login, _, hosts = url.netloc.rpartition("@")
-    username, _, password = login.partition(":")
-    unquote = urllib.parse.unquote
-    given: dict[str, str] = {}
-    query = url.query.replace("+", "%2B")  # a plus is a plus, as everywhere else in a URL
-    for name, value in urllib.parse.parse_qsl(query, keep_blank_values=True):
-        if name not in ETCD_PARAMETERS:
-            quoted = "" if "password" in given else f" {name!r}"  # it may be the rest of that
-            raise ValueError(f"unknown parameter{quoted}; known: {', '.join(ETCD_PARAMETERS)}")
-        given[name] = value
-    target: dict[str, Any] = {
-        "hosts": tuple(parse_etcd_host(host) for host in hosts.split(",")),
-        "username": given.pop("username", None) or unquote(username) or None,
-        "password": given.pop("password", None) or unquote(password) or None,
-    }
-    prefix = urllib.parse.unquote_to_bytes(url.path)
-    if not is_storable(prefix):
-        raise ValueError(f"the prefix is not text of up to {KEY_MAX_BYTES} bytes (UTF-8, no NUL)")
-    target["prefix"] = prefix.decode()
-    for name in ("dial_timeout", "request_timeout"):
-        if name in given:
-            try:
-                target[name] = parse_positive_duration(given.pop(name))
-            except ValueError as exc:
-                raise ValueError(f"{name}: {exc}") from None
-    files = {name: given[name] for name in ("ca", "cert", "key") if name in given}
-    tls = given.pop("tls", "enabled" if given else "disabled")
-    if tls not in ("enabled", "disabled"):
-        raise ValueError(f"tls: {tls!r} is not one of enabled, disabled")
-    if tls == "disabled" and given:
-        raise ValueError(f"{', '.join(sorted(given))} given, but tls=disabled")
-    for name, path in files.items():
-        if not os.access(path, os.R_OK):
-            raise ValueError(f"{name}: cannot read the file {path!r}")
-    if ("cert" in given) != ("key" in given):
-        raise ValueError("cert and key go together")
-    check_certificates(**files)
-    if target["password"] and not target["username"]:
-        raise ValueError("a password is given without a user name")
-    if target["username"] and not target["password"]:
-        raise ValueError("a user name is given without a password")
-    target.update(files, server_name=given.get("server_name"), tls=tls == "enabled")
-    return EtcdTarget(**target)
 
 
 def prefix_range(prefix: str) -> tuple[bytes, bytes]:
@@ -742,6 +556,354 @@ def describe(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
+# ── options ────────────────────────────────────────────────────────────────────
+
+DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+DURATION_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+DURATION_MAX_D = 36500  # so that a date which is so long ago is one that Python can hold
+
+
+def parse_duration(text: str) -> float:
+    """Seconds in a text like 500ms, 30s, 5m, 12h or 7d. Raises ValueError."""
+    match = DURATION.fullmatch(text.strip())
+    if not match:
+        raise ValueError(f"{text!r} is not a duration such as 500ms, 30s, 5m, 12h or 7d")
+    seconds = float(match[1]) * DURATION_S[match[2]]
+    if seconds > DURATION_MAX_D * DURATION_S["d"]:
+        raise ValueError(f"{text!r} is longer than {DURATION_MAX_D}d")
+    return seconds
+
+
+def parse_positive_duration(text: str) -> float:
+    """As parse_duration, but not zero. Raises ValueError."""
+    seconds = parse_duration(text)
+    if seconds <= 0:
+        raise ValueError("the duration must be above zero")
+    return seconds
+
+
+def parse_count(text: str) -> int:
+    """A whole number above zero. Raises ValueError."""
+    if not re.fullmatch(r"[0-9]{1,9}", text.strip()) or int(text) == 0:
+        raise ValueError(f"{text!r} is not a whole number above zero")
+    return int(text)
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """Host and port of HOST:PORT, [v6]:PORT or :PORT (loopback). Raises ValueError."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:/]*)):([0-9]{1,5})", text.strip())
+    if not match or int(match[3]) > 65535:
+        raise ValueError(f"{text!r} is not of the form HOST:PORT")
+    return match[1] or match[2] or "127.0.0.1", int(match[3])
+
+
+def parse_channel(text: str) -> str:
+    """The name of a notification channel. Raises ValueError."""
+    if not 0 < len(text.encode()) < 64 or text in (CHANGES_CHANNEL, OUTCOME_CHANNEL):
+        raise ValueError(
+            f"{text!r} cannot be the channel: 1 to 63 bytes, and neither {CHANGES_CHANNEL} nor"
+            f" {OUTCOME_CHANNEL}"
+        )
+    return text
+
+
+def parse_flag(text: str) -> bool:
+    """True or false. Raises ValueError."""
+    words = {"true": True, "yes": True, "on": True, "1": True}
+    words.update({"false": False, "no": False, "off": False, "0": False})
+    if text.strip().lower() not in words:
+        raise ValueError(f"{text!r} is neither true nor false")
+    return words[text.strip().lower()]
+
+
+def choice(*words: str) -> Callable[[str], str]:
+    """A parser that takes one of these words."""
+
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"{text!r} is not one of {', '.join(words)}")
+        return text
+
+    return parse
+
+
+def unless(word: str, parse: Callable[[str], T]) -> Callable[[str], T | None]:
+    """A parser that takes this word for None, and leaves all else to the other one."""
+    return lambda text: None if text.strip() == word else parse(text)
+
+
+def parse_log_level(text: str) -> int:
+    """The level of the logging module. Raises ValueError."""
+    word = choice("debug", "info", "warn", "warning", "error")(text.lower())
+    return {"debug": 10, "info": 20, "error": 40}.get(word, 30)
+
+
+UNESCAPED = (
+    "; special characters in the user name, the password or the prefix must be percent-encoded"
+    " (@ is %40, # is %23, % is %25)"
+)
+
+
+def parse_postgres_dsn(text: str) -> str:
+    """A libpq URI or keyword string, unchanged. Raises ValueError, which never quotes it."""
+    try:
+        parts = psycopg2.extensions.parse_dsn(text)
+    except psycopg2.Error:
+        # libpq's message may quote a piece of a password that was not escaped
+        raise ValueError(
+            "not a libpq connection string: expected postgresql://user@host/dbname or"
+            ' "host=… dbname=…" (unknown parameter, missing "=" or bad escape)'
+        ) from None
+    # where libpq takes the rest of such a password for a host, a port or a name
+    misread = "@" in parts.get("host", "")[1:] or re.search(r"[^\d,]", parts.get("port", ""))
+    if "://" in text and (misread or "@" in parts.get("dbname", "")):
+        raise ValueError("not a libpq URI" + UNESCAPED)
+    return text
+
+
+ETCD_PARAMETERS = (
+    "tls",
+    "ca",
+    "cert",
+    "key",
+    "server_name",
+    "dial_timeout",
+    "request_timeout",
+    "username",
+    "password",
+)
+
+
+def parse_etcd_host(text: str) -> str:
+    """'host', 'host:port' or '[v6]:port' with the default port filled in. Raises ValueError."""
+    if not text:
+        raise ValueError("a host is missing: expected etcd://host[:2379][,host…]/[prefix]")
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:@/\s]+)(?::([0-9]+))?", text)
+    if not match:
+        raise ValueError(f"{text!r} is not of the form host or host:port" + UNESCAPED)
+    port = match[2] or "2379"
+    if len(port) > 5 or not 0 < int(port) < 65536:
+        raise ValueError(f"port {port} of host {match[1]!r} is not one of 1 to 65535")
+    return f"{match[1]}:{port}"
+
+
+def check_certificates(
+    ca: str | None = None, cert: str | None = None, key: str | None = None
+) -> None:
+    """Raises ValueError unless the files are PEM and the key is the certificate's."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        if ca:
+            context.load_verify_locations(ca)
+    except (ssl.SSLError, OSError):
+        raise ValueError(f"ca: no certificate in PEM format in {ca!r}") from None
+    try:
+        if cert:
+            context.load_cert_chain(cert, key, password="")  # never ask on the terminal
+    except (ssl.SSLError, OSError):
+        raise ValueError(
+            f"cert, key: no certificate in PEM format in {cert!r}, or not its key in {key!r}"
+            " (unencrypted)"
+        ) from None
+
+
+def unescape(text: str, what: str) -> str:
+    """Percent-decode a part of a DSN. Raises ValueError, which never quotes it."""
+    try:
+        return urllib.parse.unquote(text, errors="strict")
+    except UnicodeDecodeError:
+        raise ValueError(f"the {what} is not UTF-8") from None
+
+
+def parse_etcd_parameters(query: str) -> dict[str, str]:
+    """What stands behind the question mark of an etcd DSN. Raises ValueError."""
+    given: dict[str, str] = {}
+    for part in filter(None, query.split("&")):
+        name, _, value = (unescape(text, "parameter") for text in part.partition("="))
+        if name not in ETCD_PARAMETERS:
+            quoted = "" if "password" in given else f" {name!r}"  # it may be the rest of that
+            raise ValueError(f"unknown parameter{quoted}; known: {', '.join(ETCD_PARAMETERS)}")
+        if name in given:
+            raise ValueError(f"parameter {name!r} is given twice")
+        given[name] = value
+    return given
+
+
+def parse_etcd_dsn(text: str) -> EtcdTarget:
+    """etcd://[user:password@]host[:2379][,host…]/[prefix][?param=value…]; raises ValueError."""
+    if not text.startswith("etcd://"):
+        raise ValueError("not an etcd DSN: expected etcd://[user:password@]host[:2379]/[prefix]")
+    if re.search(r"%(?![0-9A-Fa-f]{2})", text):
+        raise ValueError("a % in it begins no escape such as %2F" + UNESCAPED)
+    try:
+        url = urllib.parse.urlsplit(text)
+    except ValueError:
+        raise ValueError("not a URL" + UNESCAPED) from None
+    if re.search(r"[#\t\r\n]", text) or "@" in url.path + url.query:
+        raise ValueError("not a URL: it has a #, an @ behind the hosts or a tab" + UNESCAPED)
+    login, _, hosts = url.netloc.rpartition("@")
+    username, _, password = login.partition(":")
+    given = parse_etcd_parameters(url.query)
+    target: dict[str, Any] = {
+        "hosts": tuple(parse_etcd_host(host) for host in hosts.split(",")),
+        "username": given.pop("username", None) or unescape(username, "user name") or None,
+        "password": given.pop("password", None) or unescape(password, "password") or None,
+    }
+    prefix = urllib.parse.unquote_to_bytes(url.path)
+    if not is_storable(prefix):
+        raise ValueError(f"the prefix is not text of up to {KEY_MAX_BYTES} bytes (UTF-8, no NUL)")
+    target["prefix"] = prefix.decode()
+    for name in ("dial_timeout", "request_timeout"):
+        if name in given:
+            try:
+                target[name] = parse_positive_duration(given.pop(name))
+            except ValueError as exc:
+                raise ValueError(f"{name}: {exc}") from None
+    files = {name: given[name] for name in ("ca", "cert", "key") if name in given}
+    tls = given.pop("tls", "enabled" if given else "disabled")
+    if tls not in ("enabled", "disabled"):
+        raise ValueError(f"tls: {tls!r} is not one of enabled, disabled")
+    if tls == "disabled" and given:
+        raise ValueError(f"{', '.join(sorted(given))} given, but tls=disabled")
+    for name, path in files.items():
+        if not os.access(path, os.R_OK):
+            raise ValueError(f"{name}: cannot read the file {path!r}")
+    if ("cert" in given) != ("key" in given):
+        raise ValueError("cert and key go together")
+    check_certificates(**files)
+    if target["password"] and not target["username"]:
+        raise ValueError("a password is given without a user name")
+    if target["username"] and not target["password"]:
+        raise ValueError("a user name is given without a password")
+    target.update(files, server_name=given.get("server_name"), tls=tls == "enabled")
+    return EtcdTarget(**target)
+
+
+class Option(NamedTuple):
+    """One option: flag, environment variable and key of the configuration file."""
+
+    name: str
+    parse: Callable[[str], Any]
+    default: str | None  # as one would write it; None: there is none
+    help: str
+    short: str | None = None
+    metavar: str | None = None
+    required: bool = False
+    reloadable: bool = False  # a SIGHUP changes it
+
+    @property
+    def key(self) -> str:
+        """Its name in the configuration file."""
+        return self.name.replace("_", "-")
+
+    @property
+    def flag(self) -> str:
+        """Its name on the command line."""
+        return f"--{self.key}"
+
+    @property
+    def variable(self) -> str:
+        """Its name in the environment."""
+        return f"ETCD_FDW_{self.name.upper()}"
+
+
+def option(parse: Callable[[str], Any], default: str | None, help: str, **more: Any) -> Any:
+    """A field of Config that is an option; see Option."""
+    return field(metadata={"parse": parse, "default": default, "help": help, **more})
+
+
+@dataclass(frozen=True, repr=False)
+class Config:
+    """Every option, parsed. A field here is all that a new one takes."""
+
+    postgres_dsn: str = option(
+        parse_postgres_dsn,
+        None,
+        "libpq URI or keyword string",
+        short="-p",
+        metavar="DSN",
+        required=True,
+    )
+    etcd_dsn: EtcdTarget = option(  # noqa: RUF009  it is a field
+        parse_etcd_dsn,
+        None,
+        "etcd://[user:password@]host[:2379][,host…]/[prefix][?param=value…]",
+        short="-e",
+        metavar="DSN",
+        required=True,
+    )
+    config: str | None = option(
+        str, None, "YAML file with one key per option", short="-c", metavar="FILE"
+    )
+    log_level: int = option(
+        parse_log_level, "info", "debug, info, warn or error", short="-l", reloadable=True
+    )
+    log_format: str = option(choice("text", "json"), "text", "text or json")
+    dry_run: bool = option(parse_flag, "false", "report what would be written, write nothing")
+    batch_size: int = option(
+        parse_count, "5000", "most changes in one PostgreSQL transaction", reloadable=True
+    )
+    max_txn_ops: int = option(
+        parse_count, "100", "operations per etcd transaction", reloadable=True
+    )
+    poll_interval: float = option(
+        parse_positive_duration,
+        "30s",
+        "look for pending changes even without a notification",
+        reloadable=True,
+    )
+    retry_initial: float = option(
+        parse_positive_duration, "500ms", "first backoff", reloadable=True
+    )
+    retry_max: float = option(parse_positive_duration, "30s", "longest backoff", reloadable=True)
+    startup_timeout: float = option(
+        parse_duration, "30s", "how long start-up may fail to connect before exit 2"
+    )
+    metrics_address: tuple[str, int] | None = option(
+        unless("off", parse_address),
+        "off",
+        "serve /metrics, /healthz and /readyz there",
+        metavar="HOST:PORT",
+    )
+    history_retention: float | None = option(  # seconds; None: keep for good
+        unless("keep", parse_duration),
+        "keep",
+        "delete versions that were superseded longer ago, or keep",
+        metavar="DURATION",
+        reloadable=True,
+    )
+    wal_retention: float | None = option(
+        unless("keep", parse_duration),
+        "7d",
+        "delete changes that succeeded longer ago, or keep",
+        metavar="DURATION",
+        reloadable=True,
+    )
+    audit_retention: float | None = option(
+        unless("keep", parse_duration),
+        "30d",
+        "delete older rows of etcd_sync_event, or keep",
+        metavar="DURATION",
+        reloadable=True,
+    )
+    audit: str = option(
+        choice("exceptions", "all"),
+        "exceptions",
+        "what is recorded in etcd_sync_event: exceptions, or all changes and events",
+        reloadable=True,
+    )
+    notify_channel: str | None = option(
+        unless("off", parse_channel),
+        "off",
+        "NOTIFY this channel of the revisions <from>-<to> of each mirrored batch",
+        metavar="NAME",
+        reloadable=True,
+    )
+
+
+OPTIONS = tuple(Option(item.name, **item.metadata) for item in fields(Config))
+
+
 # ── waker and signals ──────────────────────────────────────────────────────────
 
 
@@ -808,6 +970,18 @@ class Supervisor:
             self.tell(EXTEND_TIMEOUT_USEC=30_000_000)  # a first copy takes as long as it takes
 
 
+def take_signals(handler: Any, *numbers: int) -> None:
+    """From now on have a handler (or SIG_DFL) take these; those that came before, too.
+
+    A signal that whoever started this has switched off, as nohup does, stays so.
+    """
+    for number in numbers:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+    for number in early_signals:
+        os.kill(os.getpid(), number)
+
+
 class Guard(threading.Thread):
     """Takes signals and ends waits that last too long, also while the loop is inside libpq.
 
@@ -836,10 +1010,12 @@ class Guard(threading.Thread):
         return self.stop_by is not None
 
     def listen(self, *numbers: int) -> None:
-        """Take these signals from now on. Call from the main thread."""
+        """Take these signals from now on, and those that came before. Call from the main thread."""
+        signal.set_wakeup_fd(self._outbox.fileno(), warn_on_full_buffer=False)
         for number in numbers:
             signal.signal(number, lambda *_: None)
-        signal.set_wakeup_fd(self._outbox.fileno(), warn_on_full_buffer=False)
+        for number in early_signals:
+            self._take(number)
         self.start()
 
     @contextmanager
@@ -865,9 +1041,9 @@ class Guard(threading.Thread):
 
     def run(self) -> None:
         """Serve for the life of the process."""
-        period = min(1.0, (self.supervisor.watchdog_s or 3.0) / 3)
+        self._inbox.settimeout(min(1.0, (self.supervisor.watchdog_s or 3.0) / 3))
         while True:
-            if wait_for_any(period, self._inbox):
+            with suppress(socket.timeout):
                 for number in self._inbox.recv(64):
                     self._take(number)
             self._enforce(time.monotonic())
@@ -1004,12 +1180,20 @@ def exposition(m: Metrics) -> str:
 
 
 class MetricsServer(http.server.ThreadingHTTPServer):
-    """Serves GET for a few paths, each from a function that returns status and text."""
+    """Serves GET for a few paths, each from a function that returns status and text.
+
+    It has at most METRICS_CLIENTS connections, each with a thread: for another one the oldest
+    has to go, so that clients which say nothing, however many, keep nobody else out.
+    """
+
+    request_queue_size = 128
 
     def __init__(
         self, address: tuple[str, int], answers: Mapping[str, Callable[[], tuple[int, str]]]
     ) -> None:
         self.answers = answers
+        self.clients: dict[socket.socket, None] = {}  # the oldest first
+        self.free = threading.Semaphore(METRICS_CLIENTS)
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         try:
@@ -1019,7 +1203,10 @@ class MetricsServer(http.server.ThreadingHTTPServer):
             raise ConfigurationError(
                 f"--metrics-address: cannot listen on {host}:{port}: {exc.strerror}"
             ) from exc
-        log.info("serving /metrics, /healthz and /readyz on %s:%d", *self.server_address[:2])
+        log.info(
+            "serving /metrics, /healthz and /readyz on %(host)s:%(port)d",
+            dict(zip(("host", "port"), self.server_address)),
+        )
         serve = threading.Thread(target=self.serve_forever, args=(3600.0,), daemon=True)
         serve.start()
 
@@ -1027,12 +1214,33 @@ class MetricsServer(http.server.ThreadingHTTPServer):
         """Bind, without asking the DNS for a name that nobody needs."""
         socketserver.TCPServer.server_bind(self)
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a client in a thread of its own."""
+        if not self.free.acquire(blocking=False):
+            with suppress(OSError):  # it may have gone just now
+                for oldest in tuple(self.clients)[:1]:
+                    oldest.shutdown(socket.SHUT_RDWR)
+            self.free.acquire()
+        self.clients[request] = None
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close the connection of a client that was served."""
+        self.clients.pop(request)
+        super().shutdown_request(request)
+        self.free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log what went wrong with one client; the others do not mind."""
+        error = one_line(sys.exc_info()[1] or OSError())
+        log.debug("metrics: %(client)s: %(error)s", {"client": client_address[0], "error": error})
+
 
 class MetricsHandler(http.server.BaseHTTPRequestHandler):
     """One request."""
 
     server: MetricsServer
-    timeout = 10.0  # seconds for a client that says nothing
+    timeout = METRICS_TIMEOUT_S
     server_version = "etcd_fdw"
     sys_version = ""
 
@@ -3802,19 +4010,7 @@ class Session:
 
 
 MIRRORING = "mirroring"
-RELOADABLE = (  # options that a SIGHUP changes
-    "log_level",
-    "batch_size",
-    "max_txn_ops",
-    "poll_interval",
-    "retry_initial",
-    "retry_max",
-    "history_retention",
-    "wal_retention",
-    "audit_retention",
-    "audit",
-    "notify_channel",
-)
+RELOADABLE = tuple(option.name for option in OPTIONS if option.reloadable)
 
 
 class Progress:
@@ -4615,7 +4811,8 @@ WHERE s.prefix = %(prefix)s
 """
 UNRESOLVED = """
     status IN ('conflict', 'failed') AND starts_with(key, %(prefix)s)
-    AND NOT EXISTS (SELECT FROM etcd_wal r WHERE r.retry_of = w.id)
+    AND NOT EXISTS (
+        SELECT FROM etcd_wal r WHERE r.retry_of = w.id AND r.key = w.key AND r.retry_of < r.id)
 """
 REFUSALS_SQL = f"""
 SELECT id, key, status, error_message AS message, finished_at
@@ -5245,9 +5442,20 @@ def check_etcd(config: Config) -> Iterator[Finding]:
             raise AccessDenied(f"changes would wait until this is granted, too: {GRANT_HINT}")
 
 
+def interrupt_once(*_: object) -> None:
+    """Signal handler: ends the demo. Raises KeyboardInterrupt, and lets nothing disturb what
+    follows: a closed terminal sends SIGHUP twice."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)
+    raise KeyboardInterrupt
+
+
 def demo() -> int:
     """Show both directions, a conflict and a look into the past on throw-away servers."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for name in list(os.environ):  # what is set for other servers does not belong here
+        if name.startswith(("PG", "ETCDCTL_", "ETCD_FDW_")) and "_TEST_" not in name:
+            del os.environ[name]
+    take_signals(interrupt_once, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     with ExitStack() as stack:
         print("starting a throw-away etcd and PostgreSQL …", flush=True)
         etcd = stack.enter_context(LocalEtcd())
@@ -5362,123 +5570,44 @@ class DemoStage:
 # ── command line ───────────────────────────────────────────────────────────────
 
 
-class Option(NamedTuple):
-    """One option: flag, environment variable and key of the configuration file."""
-
-    name: str
-    short: str | None
-    parse: Callable[[str], Any]
-    default: str | None  # None: required, or absent
-    help: str
-    metavar: str | None = None
-
-
-OPTIONS = (
-    Option("postgres_dsn", "-p", parse_postgres_dsn, None, "libpq URI or keyword string", "DSN"),
-    Option(
-        "etcd_dsn",
-        "-e",
-        parse_etcd_dsn,
-        None,
-        "etcd://[user:password@]host[:2379][,host…]/[prefix][?param=value…]",
-        "DSN",
-    ),
-    Option("config", "-c", str, None, "YAML file with one key per option", "FILE"),
-    Option("log_level", "-l", parse_log_level, "info", "debug, info, warn or error", "LEVEL"),
-    Option("log_format", None, choice("text", "json"), "text", "text or json", "FORMAT"),
-    Option("dry_run", None, parse_flag, "false", "report what would be written, write nothing"),
-    Option("batch_size", None, parse_count, "5000", "most changes in one PostgreSQL transaction"),
-    Option("max_txn_ops", None, parse_count, "100", "operations per etcd transaction"),
-    Option(
-        "poll_interval",
-        None,
-        parse_positive_duration,
-        "30s",
-        "look for pending changes even without a notification",
-    ),
-    Option("retry_initial", None, parse_positive_duration, "500ms", "first backoff"),
-    Option("retry_max", None, parse_positive_duration, "30s", "longest backoff"),
-    Option(
-        "startup_timeout",
-        None,
-        parse_duration,
-        "30s",
-        "how long start-up may fail to connect before exit 2",
-    ),
-    Option(
-        "metrics_address",
-        None,
-        parse_address,
-        None,
-        "serve /metrics, /healthz and /readyz there (default: off)",
-        "HOST:PORT",
-    ),
-    Option(
-        "history_retention",
-        None,
-        parse_retention,
-        "keep",
-        "delete versions that were superseded longer ago, or keep",
-        "DURATION",
-    ),
-    Option(
-        "wal_retention",
-        None,
-        parse_retention,
-        "7d",
-        "delete changes that succeeded longer ago, or keep",
-        "DURATION",
-    ),
-    Option(
-        "audit_retention",
-        None,
-        parse_retention,
-        "30d",
-        "delete older rows of etcd_sync_event, or keep",
-        "DURATION",
-    ),
-    Option(
-        "audit",
-        None,
-        choice("exceptions", "all"),
-        "exceptions",
-        "what is recorded in etcd_sync_event: exceptions, or all changes and events",
-        "WHAT",
-    ),
-    Option(
-        "notify_channel",
-        None,
-        parse_channel,
-        None,
-        "NOTIFY this channel of the revisions <from>-<to> of each mirrored batch (default: off)",
-        "NAME",
-    ),
-)
-REQUIRED = ("postgres_dsn", "etcd_dsn")
-MAY_BE_OFF = ("metrics_address", "notify_channel")
-OFF = ("off", "false")  # YAML takes the one for the other
-
-
 class Parser(argparse.ArgumentParser):
     """argparse, but with this program's exit code for a wrong command line."""
+
+    flags: ClassVar[set[str]] = set()  # of all commands
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> argparse.Action:
+        """As argparse has it; remembers the flags."""
+        self.flags.update(args)
+        return super().add_argument(*args, **kwargs)
+
+    def check_spelling(self, words: Sequence[str]) -> None:
+        """Raises ConfigurationError for a flag that no command has.
+
+        argparse would leave it alone, and take the value behind it for a command.
+        """
+        for word in itertools.takewhile("--".__ne__, words):
+            flag = word.partition("=")[0] if word.startswith("--") else word[:2]
+            if re.match("--?[A-Za-z]", flag) and flag not in self.flags:
+                near = difflib.get_close_matches(flag, self.flags, 1)
+                self.error(
+                    f"unknown option {flag}" + (f"; did you mean {near[0]}?" if near else "")
+                )
 
     def error(self, message: str) -> Any:
         """Raises ConfigurationError."""
         raise ConfigurationError(f"{hide_dsn(message)}; see {self.prog} --help")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The command line. Options are taken before and after the command."""
     common = Parser(add_help=False, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for option in OPTIONS:
-        flags = ["--" + option.name.replace("_", "-")]
-        if option.short:
-            flags.insert(0, option.short)
+        flags = [option.short, option.flag] if option.short else [option.flag]
         text = option.help + (f" (default: {option.default})" if option.default else "")
         if option.parse is parse_flag:
             common.add_argument(*flags, action="store_const", const="true", help=option.help)
         else:
-            metavar = option.metavar or flags[-1].rpartition("-")[2].upper()
+            metavar = option.metavar or option.key.rpartition("-")[2].upper()
             common.add_argument(*flags, help=text.replace("%", "%%"), metavar=metavar)
     parser = Parser(
         prog="etcd_fdw.py",
@@ -5629,14 +5758,12 @@ def settings(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, 
     from_file = read_config_file(path) if path else {}
     result = {}
     for option in OPTIONS:
-        variable = f"ETCD_FDW_{option.name.upper()}"
-        flag = "--" + option.name.replace("_", "-")
         if option.name in given:
-            result[option.name] = Setting(given[option.name], flag)
-        elif environ.get(variable):
-            result[option.name] = Setting(environ[variable], variable)
+            result[option.name] = Setting(given[option.name], option.flag)
+        elif environ.get(option.variable):
+            result[option.name] = Setting(environ[option.variable], option.variable)
         elif option.name in from_file:
-            result[option.name] = Setting(from_file[option.name], f"{path}: {flag[2:]}")
+            result[option.name] = Setting(from_file[option.name], f"{path}: {option.key}")
         else:
             result[option.name] = Setting(option.default, "default")
     return result
@@ -5649,7 +5776,7 @@ def read_config_file(path: str) -> dict[str, str]:
     except ImportError:
         raise ConfigurationError("--config needs PyYAML: pip install PyYAML") from None
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        root = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)
     except OSError as exc:
         raise ConfigurationError(f"--config: cannot read {hide_dsn(path)}: {exc.strerror}") from exc
     except (yaml.YAMLError, UnicodeDecodeError) as exc:
@@ -5658,38 +5785,42 @@ def read_config_file(path: str) -> dict[str, str]:
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(exc, "problem", None) or "not UTF-8"
         raise ConfigurationError(f"{path}{line}: not YAML: {problem}") from None
-    if data is not None and not isinstance(data, dict):
+    if root is not None and not isinstance(root, yaml.MappingNode):
         raise ConfigurationError(f'{path}: expected one "option: value" a line')
-    return dict(file_setting(path, str(key), value) for key, value in (data or {}).items())
+    found: dict[str, str] = {}
+    for key, value in root.value if root else ():
+        where = f"{path}, line {key.start_mark.line + 1}"
+        option = file_option(where, str(key.value))
+        if not isinstance(value, yaml.ScalarNode) or value.tag == "tag:yaml.org,2002:null":
+            raise ConfigurationError(f"{where}: {option.key}: expected a single value")
+        if option.name in found:
+            raise ConfigurationError(f"{where}: {option.key} is given twice")
+        found[option.name] = value.value
+    return found
 
 
-def file_setting(path: str, key: str, value: Any) -> tuple[str, str]:
-    """Name and text of one entry of a configuration file. Raises ConfigurationError."""
-    names = [option.name for option in OPTIONS if option.name != "config"]
-    name = key.replace("-", "_")
-    if name not in names:
-        near = difflib.get_close_matches(name, names, 1)
-        hint = f"; did you mean {near[0].replace('_', '-')}?" if near else ""
-        raise ConfigurationError(f"{path}: unknown option {hide_dsn(key)!r}{hint}")
-    if isinstance(value, bool):
-        value = str(value).lower()
-    if not isinstance(value, (str, int, float)):
-        raise ConfigurationError(f"{path}: {key}: expected a single value")
-    return name, str(value)
+def file_option(where: str, key: str) -> Option:
+    """The option that a key of a configuration file names. Raises ConfigurationError."""
+    known = {option.key: option for option in OPTIONS if option.name != "config"}
+    key = key.replace("_", "-")
+    if key not in known:
+        near = difflib.get_close_matches(key, known, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigurationError(f"{where}: unknown option {hide_dsn(key)!r}{hint}")
+    return known[key]
 
 
 def parse_setting(option: Option, setting: Setting) -> Any:
     """An option's value; None if it is absent. Raises ConfigurationError that names it."""
-    if setting.text is None and option.name in REQUIRED:
-        flag, variable = option.name.replace("_", "-"), f"ETCD_FDW_{option.name.upper()}"
-        raise ConfigurationError(f"--{flag} is missing: give it, or set {variable}")
+    if setting.text is None:
+        if option.required:
+            raise ConfigurationError(f"{option.flag} is missing: give it, or set {option.variable}")
+        return None
     try:
-        if setting.text is None or (option.name in MAY_BE_OFF and setting.text in OFF):
-            return None
         return option.parse(setting.text)
     except ValueError as exc:
         # only what parses DSNs never quotes them
-        message = str(exc) if option.name in REQUIRED else hide_dsn(str(exc))
+        message = str(exc) if option.required else hide_dsn(str(exc))
         raise ConfigurationError(f"{setting.source}: {message}") from None
 
 
@@ -5718,50 +5849,13 @@ def warn_of_exposure(config: Config, chosen: Mapping[str, Setting]) -> None:
     """Warn if anybody on this machine can read a password or a private key."""
     path = config.config
     exposed = {"the private key": config.etcd_dsn.key}
-    in_file = [chosen[n].text or "" for n in REQUIRED if chosen[n].source.startswith(f"{path}: ")]
+    dsns = [chosen["postgres_dsn"], chosen["etcd_dsn"]]
+    in_file = [dsn.text or "" for dsn in dsns if dsn.source.startswith(f"{path}: ")]
     if any(mask_dsn(text) != text for text in in_file):
         exposed["a password"] = path
     for what, name in exposed.items():
         if name and os.stat(name).st_mode & stat.S_IROTH:
             log.warning("everybody can read %s, which holds %s: chmod o-r %s", name, what, name)
-
-
-def mask_arguments(chosen: Mapping[str, Setting]) -> None:
-    """Overwrite the passwords in what ps shows of this process, where /proc tells where it is.
-
-    They were to be seen for a moment all the same: the environment or a file is better.
-    """
-    given = [chosen[n].text or "" for n in REQUIRED if chosen[n].source.startswith("--")]
-    with suppress(OSError, ValueError, IndexError):
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        start, end = int(fields[45]), int(fields[46])  # arg_start, arg_end of proc(5)
-        shown = ctypes.string_at(start, end - start) if start else b""
-        for text in map(os.fsencode, given):
-            if text and text in shown:
-                masked = os.fsencode(mask_dsn(os.fsdecode(text)))
-                ctypes.memmove(start + shown.index(text), masked.ljust(len(text)), len(text))
-
-
-class Redactor(logging.Filter):
-    """Keeps passwords out of the log, wherever a message may have got them from."""
-
-    def __init__(self, secrets: Iterable[str]) -> None:
-        super().__init__()
-        forms = {
-            form for s in secrets for form in (s, urllib.parse.quote(s, safe=""), repr(s)[1:-1])
-        }
-        self.forms = sorted((form for form in forms if form), key=len, reverse=True)
-
-    def redact(self, text: str) -> str:
-        """The text with every secret replaced."""
-        for form in self.forms:
-            text = text.replace(form, "****")
-        return text
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Redact a record in place."""
-        record.msg, record.args = self.redact(record.getMessage()), None
-        return True
 
 
 class TextFormatter(logging.Formatter):
@@ -5774,7 +5868,10 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per line: ts, level, message, prefix, pid."""
+    """One JSON object per line: ts, level, message, prefix, pid, and what the message names.
+
+    log.info("copied %(keys)d keys", {"keys": 7}) has a member keys.
+    """
 
     def __init__(self, prefix: str) -> None:
         super().__init__()
@@ -5783,16 +5880,15 @@ class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """One line."""
         level = {"WARNING": "warn", "CRITICAL": "error"}.get(record.levelname, record.levelname)
-        return json.dumps(
-            {
-                "ts": utc(record.created),
-                "level": level.lower(),
-                "message": record.getMessage(),
-                "prefix": self.prefix,
-                "pid": record.process,
-            },
-            ensure_ascii=False,
-        )
+        line = {
+            "ts": utc(record.created),
+            "level": level.lower(),
+            "message": record.getMessage(),
+            "prefix": self.prefix,
+            "pid": record.process,
+        }
+        named = record.args if isinstance(record.args, Mapping) else {}
+        return json.dumps({**line, **named, **line}, ensure_ascii=False, default=str)
 
 
 def utc(timestamp: float) -> str:
@@ -5800,25 +5896,25 @@ def utc(timestamp: float) -> str:
     return datetime.fromtimestamp(timestamp, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def secrets_of(config: Config) -> list[str]:
-    """Every password in the configuration."""
-    postgres = psycopg2.extensions.parse_dsn(config.postgres_dsn)
-    found = [postgres.get("password"), postgres.get("sslpassword"), config.etcd_dsn.password]
-    return [secret for secret in found if secret]
-
-
-def set_up_logging(config: Config) -> Redactor:
-    """Log to stderr as configured."""
+def set_up_logging(config: Config) -> None:
+    """Log to stderr as configured. Whatever a library or a thread has to say is a line, too."""
     handler = logging.StreamHandler()
     handler.setFormatter(
         JsonFormatter(config.etcd_dsn.prefix) if config.log_format == "json" else TextFormatter()
     )
-    redactor = Redactor(secrets_of(config))
-    handler.addFilter(redactor)
-    log.addHandler(handler)
+    logging.basicConfig(handlers=[handler])
+    logging.captureWarnings(True)
+    threading.excepthook = log_unexpected
+    sys.unraisablehook = log_unexpected
     log.setLevel(config.log_level)
-    log.propagate = False
-    return redactor
+
+
+def log_unexpected(failed: Any) -> None:
+    """Log what nobody has caught; failed is what threading and sys tell their hooks."""
+    error = masked(one_line(failed.exc_value)) if failed.exc_value else ""
+    log.error(
+        "internal error: %(type)s: %(error)s", {"type": failed.exc_type.__name__, "error": error}
+    )
 
 
 def config_command(given: Mapping[str, Any], chosen: Mapping[str, Setting]) -> int:
@@ -5834,13 +5930,13 @@ def config_show(chosen: Mapping[str, Setting]) -> int:
     print(f"{'OPTION':20}{'SOURCE':{width}}VALUE")
     for option in OPTIONS:
         text, source = chosen[option.name]
-        if text is not None and option.name in REQUIRED:
+        if text is not None and option.required:
             try:
                 parse_setting(option, chosen[option.name])
                 text = mask_dsn(text)
             except ConfigurationError:
                 text = "(not valid)"
-        print(f"{option.name.replace('_', '-'):20}{source:{width}}{text or '-'}")
+        print(f"{option.key:20}{source:{width}}{text or '-'}")
     return 0
 
 
@@ -5857,7 +5953,7 @@ def check_options(chosen: Mapping[str, Setting]) -> Iterator[Finding]:
         yield "every option is valid"
 
 
-def report(findings: Iterator[Finding], redact: Callable[[str], str] = str) -> list[EtcdFdwError]:
+def report(findings: Iterator[Finding]) -> list[EtcdFdwError]:
     """Print findings, a line for each; the error that ends them is one too. Returns the errors."""
     errors: list[EtcdFdwError] = []
     while True:
@@ -5869,7 +5965,7 @@ def report(findings: Iterator[Finding], redact: Callable[[str], str] = str) -> l
             return errors
         if isinstance(finding, EtcdFdwError):
             errors.append(finding)
-        print(f"{'FAIL' if finding in errors else 'ok':6}{redact(str(finding))}", flush=True)
+        print(f"{'FAIL' if finding in errors else 'ok':6}{finding}", flush=True)
 
 
 def config_validate(given: Mapping[str, Any], chosen: Mapping[str, Setting]) -> int:
@@ -5877,10 +5973,9 @@ def config_validate(given: Mapping[str, Any], chosen: Mapping[str, Setting]) -> 
     errors = report(check_options(chosen))
     if given["connect"] and not errors:
         config = make_config(chosen)
-        redact = set_up_logging(config).redact
-        mask_arguments(chosen)
+        set_up_logging(config)
         warn_of_exposure(config, chosen)
-        errors = report(check_postgres(config), redact) + report(check_etcd(config), redact)
+        errors = report(check_postgres(config)) + report(check_etcd(config))
     return errors[0].exit_code if errors else 0
 
 
@@ -5893,15 +5988,26 @@ COMMANDS: dict[str, Callable[..., int]] = {
 }
 
 
+def last_words(config: Config | None, message: str, exit_code: int) -> int:
+    """Say why the program ends; returns the exit code."""
+    if config and config.log_format == "json":  # whoever reads objects reads nothing else
+        log.critical("%(error)s", {"error": message, "exit_code": exit_code})
+    else:
+        print(f"etcd_fdw: {message}", file=sys.stderr)
+    return exit_code
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    redact: Callable[[str], str] = str
     config = None
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started this
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115  for as long as it runs
     try:
-        given = vars(build_parser().parse_args(argv))
+        words = sys.argv[1:] if argv is None else argv
+        parser = build_parser()
+        parser.check_spelling(words)
+        given = vars(parser.parse_args(words))
         if isinstance(sys.stdout, io.TextIOWrapper):  # which may not know every character
             sys.stdout.reconfigure(errors="backslashreplace")
         if given["command"] == "demo":
@@ -5910,35 +6016,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command is not start:
             # end at once and in silence, as a program does that is used in a pipe
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            take_signals(signal.SIG_DFL, signal.SIGINT, signal.SIGTERM)
         chosen = settings(given, os.environ)
         if command is config_command:
             return config_command(given, chosen)
         config = make_config(chosen)
-        redact = set_up_logging(config).redact
-        mask_arguments(chosen)
+        set_up_logging(config)
         warn_of_exposure(config, chosen)
         return command(config, given)
     except Stopped:
         return 0
     except EtcdFdwError as exc:
-        message = redact(one_line(exc))
-        if config and config.log_format == "json":  # whoever reads objects reads nothing else
-            log.critical("%s", message)
-        else:
-            print(f"etcd_fdw: {message}", file=sys.stderr)
-        return exc.exit_code
+        return last_words(config, one_line(exc), exc.exit_code)
     except KeyboardInterrupt:
         return 130
     except OSError as exc:
-        print(f"etcd_fdw: {redact(one_line(exc))}", file=sys.stderr)
-        return 4
+        return last_words(config, one_line(exc), 4)
     except Exception as exc:  # noqa: BLE001  a bug, or something that nobody has thought of
-        message = redact(f"{type(exc).__name__}: {one_line(exc)}")
         where = traceback.extract_tb(exc.__traceback__)[-1]
-        print(f"etcd_fdw: internal error: {message} (line {where.lineno})", file=sys.stderr)
-        log.debug("%s", traceback.format_exc())
-        return 4
+        message = masked(f"{type(exc).__name__}: {one_line(exc)}")
+        log.debug("%s", masked(traceback.format_exc()))
+        return last_words(config, f"internal error: {message} (line {where.lineno})", 4)
 
 
 if __name__ == "__main__":

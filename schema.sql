@@ -36,8 +36,9 @@ DO $$
 DECLARE
     v_installed int;
 BEGIN
-    IF to_regprocedure(format('%I.etcd_schema_version()', current_schema())) IS NOT NULL THEN
-        EXECUTE format('SELECT %I.etcd_schema_version()', current_schema()) INTO v_installed;
+    IF pg_catalog.to_regprocedure(
+           pg_catalog.format('%I.etcd_schema_version()', current_schema())) IS NOT NULL THEN
+        EXECUTE pg_catalog.format('SELECT %I.etcd_schema_version()', current_schema()) INTO v_installed;
         IF v_installed > 3 THEN
             RAISE EXCEPTION 'schema version % is installed, this file is version 3', v_installed
                 USING ERRCODE = 'object_not_in_prerequisite_state',
@@ -102,7 +103,8 @@ COMMENT ON COLUMN etcd.value_bytes IS 'value that text cannot hold: not UTF-8, o
 --     txid              the PostgreSQL transaction; its rows form one etcd transaction
 --     depends_on        id of an earlier pending change to this key that this one was made on top of;
 --                       if that one succeeds, its result_revision stands in for revision
---     retry_of          id of the conflict or failed row that this one tries again
+--     retry_of          id of the conflict or failed row that this one tries again; counts only if that is
+--                       an earlier row of the same key
 --     role_name, application_name   who asked
 --
 -- A plain INSERT of key, value and revision is a strict compare-and-swap. etcd_set and its kin fill in
@@ -123,9 +125,9 @@ CREATE TABLE IF NOT EXISTS etcd_wal (
     depends_on        bigint,
     retry_of          bigint,
     role_name         text              NOT NULL DEFAULT current_user,
-    application_name  text              DEFAULT current_setting('application_name', true),
+    application_name  text              DEFAULT pg_catalog.current_setting('application_name', true),
     CONSTRAINT etcd_wal_pkey PRIMARY KEY (id),
-    CONSTRAINT etcd_wal_key_check CHECK (key <> '' AND octet_length(key) <= 2600),
+    CONSTRAINT etcd_wal_key_check CHECK (key <> '' AND pg_catalog.octet_length(key) <= 2600),
     CONSTRAINT etcd_wal_value_check CHECK (value IS NULL OR value_bytes IS NULL),
     CONSTRAINT etcd_wal_revision_check CHECK (revision >= 0),
     CONSTRAINT etcd_wal_status_check CHECK (status IN ('pending', 'success', 'conflict', 'failed')),
@@ -171,7 +173,7 @@ COMMENT ON COLUMN etcd_wal.retry_of IS 'conflict or failed row that this one tri
 --     events to unstorable   counters since the prefix was first mirrored
 CREATE TABLE IF NOT EXISTS etcd_sync_state (
     prefix           text COLLATE "C"  NOT NULL,
-    mirror_id        uuid              NOT NULL DEFAULT gen_random_uuid(),
+    mirror_id        uuid              NOT NULL DEFAULT pg_catalog.gen_random_uuid(),
     cluster_id       text,
     first_revision   bigint            NOT NULL,
     revision         bigint            NOT NULL,
@@ -201,7 +203,7 @@ CREATE TABLE IF NOT EXISTS etcd_sync_state (
 
 -- Since version 3, which settles lost answers by receipts in etcd; version 2 noted what may have been sent.
 ALTER TABLE etcd_sync_state
-    ADD COLUMN IF NOT EXISTS mirror_id      uuid    NOT NULL DEFAULT gen_random_uuid(),
+    ADD COLUMN IF NOT EXISTS mirror_id      uuid    NOT NULL DEFAULT pg_catalog.gen_random_uuid(),
     ADD COLUMN IF NOT EXISTS receipt        bigint  NOT NULL DEFAULT 0,
     ADD COLUMN IF NOT EXISTS split          xid8[]  NOT NULL DEFAULT '{}',
     ADD COLUMN IF NOT EXISTS last_error     text,
@@ -276,9 +278,10 @@ CREATE INDEX IF NOT EXISTS etcd_wal_pending_idx ON etcd_wal (id) WHERE status = 
 CREATE INDEX IF NOT EXISTS etcd_wal_pending_key_idx ON etcd_wal (key, id) WHERE status = 'pending';
 CREATE INDEX IF NOT EXISTS etcd_wal_pending_txid_idx ON etcd_wal (txid, id) WHERE status = 'pending';
 
--- What needs a look; and a row is tried again once only.
+-- What needs a look; and a row is tried again once only, by a later row of the same key.
 CREATE INDEX IF NOT EXISTS etcd_wal_unresolved_idx ON etcd_wal (id) WHERE status IN ('conflict', 'failed');
-CREATE UNIQUE INDEX IF NOT EXISTS etcd_wal_retry_of_key ON etcd_wal (retry_of) WHERE retry_of IS NOT NULL;
+CREATE UNIQUE INDEX IF NOT EXISTS etcd_wal_retry_key ON etcd_wal (retry_of, key) WHERE retry_of < id;
+DROP INDEX IF EXISTS etcd_wal_retry_of_key;  -- until version 2
 
 -- What housekeeping deletes: old successes, old audit rows.
 CREATE INDEX IF NOT EXISTS etcd_wal_success_idx ON etcd_wal (finished_at) WHERE status = 'success';
@@ -329,15 +332,16 @@ WITH open_change AS (
     SELECT w.key, w.status, w.ts
       FROM etcd_wal w
      WHERE w.status IN ('conflict', 'failed')
-       AND NOT EXISTS (SELECT FROM etcd_wal r WHERE r.retry_of = w.id)
+       AND NOT EXISTS (
+               SELECT FROM etcd_wal r WHERE r.retry_of = w.id AND r.key = w.key AND r.retry_of < r.id)
 ), tally AS (
     SELECT s.prefix,
            count(*) FILTER (WHERE o.status = 'pending')  AS pending,
-           min(o.ts) FILTER (WHERE o.status = 'pending') AS oldest,
+           pg_catalog.min(o.ts) FILTER (WHERE o.status = 'pending') AS oldest,
            count(*) FILTER (WHERE o.status = 'conflict') AS conflicts,
            count(*) FILTER (WHERE o.status = 'failed')   AS failures
       FROM open_change o
-      LEFT JOIN etcd_sync_state s ON starts_with(o.key, s.prefix)
+      LEFT JOIN etcd_sync_state s ON pg_catalog.starts_with(o.key, s.prefix)
      GROUP BY s.prefix
 )
 SELECT coalesce(s.prefix, t.prefix)        AS prefix,
@@ -370,7 +374,7 @@ COMMENT ON COLUMN etcd_status.failures IS 'changes that ended as failed and were
 -- a view reads with its owner's rights.
 DO $$
 BEGIN
-    IF current_setting('server_version_num')::int >= 150000 THEN
+    IF pg_catalog.current_setting('server_version_num')::int >= 150000 THEN
         ALTER VIEW etcd_kv SET (security_invoker = true);
         ALTER VIEW etcd_status SET (security_invoker = true);
     END IF;
@@ -412,11 +416,14 @@ DECLARE
     v_pruned  bigint;
 BEGIN
     IF p_min_revision > 0 THEN
-        SELECT s.pruned_revision INTO v_pruned FROM etcd_sync_state s WHERE starts_with(p_key COLLATE "C", s.prefix);
+        SELECT s.pruned_revision INTO v_pruned
+          FROM etcd_sync_state s
+         WHERE pg_catalog.starts_with(p_key COLLATE "C", s.prefix);
         IF p_min_revision < v_pruned THEN
             RAISE EXCEPTION 'history before revision % has been pruned', v_pruned
                 USING ERRCODE = 'invalid_parameter_value',
-                      HINT = format('Ask from revision %s on, or without a revision for what is left.', v_pruned);
+                      HINT = pg_catalog.format(
+                          'Ask from revision %s on, or without a revision for what is left.', v_pruned);
         END IF;
     END IF;
     RETURN QUERY
@@ -443,31 +450,34 @@ DECLARE
     v_end  text;  -- no key with the prefix is above: ends the search where row-level security hides the rest
 BEGIN
     IF getdatabaseencoding() = 'UTF8' THEN
-        v_end := p_prefix || repeat(chr(1114111), 700);  -- 2800 bytes, more than a key in the index can have
+        -- 2800 bytes more, which is more than a key in the index can have
+        v_end := p_prefix || pg_catalog.repeat(pg_catalog.chr(1114111), 700);
     ELSE
         v_end := (SELECT e.key FROM etcd e ORDER BY e.key DESC LIMIT 1);
     END IF;
     RETURN QUERY
     WITH RECURSIVE step (keys) AS (
-        SELECT array_agg(DISTINCT b.key)
+        SELECT pg_catalog.array_agg(DISTINCT b.key)
           FROM (SELECT e.key
                   FROM etcd e
                  WHERE e.key >= p_prefix COLLATE "C" AND e.key <= v_end COLLATE "C"
                  ORDER BY e.key
                  LIMIT 64) b
         UNION ALL
-        SELECT (SELECT array_agg(DISTINCT b.key)
+        SELECT (SELECT pg_catalog.array_agg(DISTINCT b.key)
                   FROM (SELECT e.key
                           FROM etcd e
-                         WHERE e.key > step.keys[cardinality(step.keys)] AND e.key <= v_end COLLATE "C"
+                         WHERE e.key > step.keys[pg_catalog.cardinality(step.keys)]
+                           AND e.key <= v_end COLLATE "C"
                          ORDER BY e.key
                          LIMIT 64) b)
           FROM step
-         WHERE starts_with(step.keys[cardinality(step.keys)], p_prefix COLLATE "C")  -- neither null nor beyond
+         WHERE pg_catalog.starts_with(  -- neither null nor beyond
+                   step.keys[pg_catalog.cardinality(step.keys)], p_prefix COLLATE "C")
     )
     SELECT k.key, l.value, l.value_bytes, l.revision, l.ts
       FROM step
-     CROSS JOIN LATERAL unnest(step.keys) k (key)
+     CROSS JOIN LATERAL pg_catalog.unnest(step.keys) k (key)
      CROSS JOIN LATERAL (
             SELECT e.value, e.value_bytes, e.revision, e.ts, e.tombstone
               FROM etcd e
@@ -475,7 +485,7 @@ BEGIN
                AND e.revision <= p_revision
              ORDER BY e.revision DESC
              LIMIT 1) l
-     WHERE starts_with(k.key, p_prefix COLLATE "C")
+     WHERE pg_catalog.starts_with(k.key, p_prefix COLLATE "C")
        AND NOT l.tombstone;
 END
 $$;
@@ -515,23 +525,25 @@ BEGIN
     FOR s IN
         SELECT c.*
           FROM etcd_sync_state c
-         WHERE starts_with(p_prefix COLLATE "C", c.prefix) OR starts_with(c.prefix, p_prefix COLLATE "C")
+         WHERE pg_catalog.starts_with(p_prefix COLLATE "C", c.prefix)
+            OR pg_catalog.starts_with(c.prefix, p_prefix COLLATE "C")
          ORDER BY c.prefix
     LOOP
         v_found := true;
         IF p_revision < s.pruned_revision THEN
             RAISE EXCEPTION 'revision % of prefix "%" has been pruned', p_revision, s.prefix
                 USING ERRCODE = 'invalid_parameter_value',
-                      HINT = format('The oldest revision kept is %s.', s.pruned_revision);
+                      HINT = pg_catalog.format('The oldest revision kept is %s.', s.pruned_revision);
         ELSIF p_revision < s.first_revision THEN
             RAISE EXCEPTION 'revision % is before the mirror of prefix "%" began', p_revision, s.prefix
                 USING ERRCODE = 'invalid_parameter_value',
-                      HINT = format('The oldest revision known is %s.', s.first_revision);
+                      HINT = pg_catalog.format('The oldest revision known is %s.', s.first_revision);
         ELSIF p_revision > s.revision THEN
             RAISE EXCEPTION 'revision % is beyond the checkpoint of prefix "%"', p_revision, s.prefix
                 USING ERRCODE = 'invalid_parameter_value',
-                      HINT = format('The newest revision mirrored is %s; see etcd_status.', s.revision);
-        ELSIF p_revision <@ ANY (s.gaps) THEN
+                      HINT = pg_catalog.format(
+                          'The newest revision mirrored is %s; see etcd_status.', s.revision);
+        ELSIF p_revision OPERATOR(pg_catalog.<@) ANY (s.gaps) THEN
             RAISE EXCEPTION 'revision % of prefix "%" was compacted before it was mirrored', p_revision, s.prefix
                 USING ERRCODE = 'invalid_parameter_value',
                       HINT = 'Column gaps of etcd_sync_state lists the revisions that are unknown.';
@@ -559,7 +571,8 @@ LANGUAGE plpgsql AS $$
 -- (max_locks_per_transaction), at the cost of everybody; sharing costs a rare wait for a stranger. Transactions
 -- that change many keys in different orders can deadlock, as with rows: 40P01, try again.
 BEGIN
-    PERFORM pg_advisory_xact_lock(2379, (hashtextextended(p_key COLLATE "C", 0) & 1023)::int);
+    PERFORM pg_catalog.pg_advisory_xact_lock(
+        2379, (pg_catalog.hashtextextended(p_key COLLATE "C", 0) & 1023::bigint)::int);
 END
 $$;
 COMMENT ON FUNCTION _etcd_lock_key(text) IS 'internal: transaction-level lock on one key';
@@ -591,8 +604,8 @@ DECLARE
 BEGIN
     IF p_key IS NULL THEN
         RAISE EXCEPTION 'key must not be null' USING ERRCODE = 'null_value_not_allowed';
-    ELSIF p_key = '' OR octet_length(p_key) > 2600 THEN
-        RAISE EXCEPTION 'key must have 1 to 2600 bytes, not %', octet_length(p_key)
+    ELSIF p_key = '' OR pg_catalog.octet_length(p_key) > 2600 THEN
+        RAISE EXCEPTION 'key must have 1 to 2600 bytes, not %', pg_catalog.octet_length(p_key)
             USING ERRCODE = 'invalid_parameter_value';
     ELSIF p_value IS NOT NULL AND p_value_bytes IS NOT NULL THEN
         RAISE EXCEPTION 'only one of value and value_bytes can be set' USING ERRCODE = 'invalid_parameter_value';
@@ -622,16 +635,17 @@ BEGIN
     IF v_pending IS NOT NULL AND (p_new OR p_revision IS NOT NULL) THEN
         RAISE EXCEPTION 'key "%" has a pending change', p_key
             USING ERRCODE = 'serialization_failure',
-                  DETAIL = format('It is row %s of etcd_wal.', v_pending),
+                  DETAIL = pg_catalog.format('It is row %s of etcd_wal.', v_pending),
                   HINT = 'Try again when it is applied, or use etcd_set or etcd_delete without a revision.';
     ELSIF p_new AND v_current > 0 THEN
         RAISE EXCEPTION 'key "%" already exists', p_key
-            USING ERRCODE = 'unique_violation', DETAIL = format('It is at revision %s.', v_current);
+            USING ERRCODE = 'unique_violation',
+                  DETAIL = pg_catalog.format('It is at revision %s.', v_current);
     ELSIF p_revision <> v_current THEN
         RAISE EXCEPTION 'key "%" is not at revision %', p_key, p_revision
             USING ERRCODE = 'serialization_failure',
                   DETAIL = CASE v_current WHEN 0 THEN 'It does not exist.'
-                                          ELSE format('It is at revision %s.', v_current) END,
+                                          ELSE pg_catalog.format('It is at revision %s.', v_current) END,
                   HINT = 'Read it again and repeat the change.';
     END IF;
 
@@ -715,11 +729,13 @@ BEGIN
             USING ERRCODE = 'object_not_in_prerequisite_state';
     END IF;
     PERFORM _etcd_lock_key(w.key);
-    SELECT o.id INTO v_again FROM etcd_wal o WHERE o.retry_of = p_id;
+    SELECT o.id INTO v_again
+      FROM etcd_wal o
+     WHERE o.retry_of = p_id AND o.key = w.key AND o.retry_of < o.id;
     IF FOUND THEN
         RAISE EXCEPTION 'change % was tried again already', p_id
             USING ERRCODE = 'object_not_in_prerequisite_state',
-                  DETAIL = format('That is row %s of etcd_wal.', v_again);
+                  DETAIL = pg_catalog.format('That is row %s of etcd_wal.', v_again);
     END IF;
     RETURN _etcd_change(w.key, w.value, w.value_bytes, p_retry_of => p_id);
 END
@@ -798,7 +814,7 @@ LANGUAGE plpgsql AS $$
 -- Wake the daemon. A hint without content: the daemon reads the table, and looks there from time to time
 -- even if no hint arrives. PostgreSQL sends one per transaction, at commit.
 BEGIN
-    PERFORM pg_notify('etcd_changes', '');
+    PERFORM pg_catalog.pg_notify('etcd_changes', '');
     RETURN NULL;
 END
 $$;
@@ -809,11 +825,11 @@ COMMENT ON FUNCTION _etcd_notify() IS 'internal: wakes the daemon after an INSER
 -- and run the daemon with a short --poll-interval. A later run of this file leaves that as it is.
 DO $$
 BEGIN
-    IF NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = 'etcd_kv'::regclass AND tgname = 'etcd_kv_write') THEN
+    IF NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = 'etcd_kv'::regclass::oid AND tgname = 'etcd_kv_write') THEN
         CREATE TRIGGER etcd_kv_write INSTEAD OF INSERT OR UPDATE OR DELETE ON etcd_kv
             FOR EACH ROW EXECUTE FUNCTION _etcd_kv_write();
     END IF;
-    IF NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = 'etcd_wal'::regclass AND tgname = 'etcd_wal_notify') THEN
+    IF NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = 'etcd_wal'::regclass::oid AND tgname = 'etcd_wal_notify') THEN
         CREATE TRIGGER etcd_wal_notify AFTER INSERT ON etcd_wal
             FOR EACH STATEMENT EXECUTE FUNCTION _etcd_notify();
     END IF;
@@ -824,7 +840,11 @@ $$;
 -- == search_path =======================================================================================
 
 -- The functions find their tables in this schema whatever the caller's search_path says, and a temporary
--- table of the same name does not get in between.
+-- table of the same name does not get in between. That alone does not keep them from calling what somebody
+-- else has put into the schema: pg_catalog comes first, but a function or operator for just these types is
+-- preferred to one of pg_catalog that has to cast them, or takes any type. So functions with arguments are
+-- called by their qualified name; and an operator that pg_catalog does not have for just these types gets a
+-- cast, or is qualified, too.
 DO $$
 DECLARE
     v_function text;
@@ -835,7 +855,8 @@ BEGIN
         'etcd_retry(bigint)', 'etcd_schema_version()', '_etcd_state(text, bigint)', '_etcd_lock_key(text)',
         '_etcd_change(text, text, bytea, bigint, boolean, bigint)', '_etcd_kv_write()', '_etcd_notify()']
     LOOP
-        EXECUTE format('ALTER FUNCTION %1$I.%2$s SET search_path = %1$I, pg_temp', current_schema(), v_function);
+        EXECUTE pg_catalog.format(
+            'ALTER FUNCTION %1$I.%2$s SET search_path = %1$I, pg_temp', current_schema(), v_function);
     END LOOP;
 END
 $$;

@@ -1352,7 +1352,9 @@ def test_missing_postgres_permission_is_exit_code_3(db, postgres_dsn, etcd_addre
 
 
 def test_wrong_postgres_password_is_exit_code_3(own_postgres, etcd_address, prefix):
-    rows(own_postgres.dsn(), "ALTER ROLE postgres PASSWORD 'right'")
+    # PostgreSQL 13 would keep it as MD5
+    sql = "SET password_encryption = 'scram-sha-256'; ALTER ROLE postgres PASSWORD 'right'"
+    rows(own_postgres.dsn(), sql)
     hba = own_postgres.data_dir / "pg_hba.conf"
     hba.write_text("host postgres all 127.0.0.1/32 scram-sha-256\n")
     rows(own_postgres.dsn(), "SELECT pg_reload_conf()")
@@ -5997,7 +5999,10 @@ def test_resync_that_another_instance_has_done_meanwhile(daemon, command, db, pr
 def restore(server: LocalEtcd, snapshot: Path) -> None:
     """Bring a stopped etcd back to a snapshot; it keeps its cluster id."""
     shutil.rmtree(server.data_dir)
-    command: list[str | Path] = [etcd_fdw.find_program("etcdctl"), "snapshot", "restore", snapshot]
+    program = server.program.with_name("etcdutl")
+    if not program.exists():  # before etcd 3.5 it was etcdctl that restored
+        program = server.program.with_name("etcdctl")
+    command: list[str | Path] = [program, "snapshot", "restore", snapshot]
     options = {
         "name": server.name,
         "initial-cluster": f"{server.name}={server.peer_url}",
@@ -6459,16 +6464,33 @@ def test_immediate_shutdown_during_copy(daemon, own_postgres, etcd, recorder, pr
     assert_same(recorder, db, prefix)
 
 
+@contextmanager
+def standby_of(primary: LocalPostgres) -> Iterator[LocalPostgres]:
+    """A streaming standby of a PostgreSQL, made from a copy while that one is stopped."""
+    standby = LocalPostgres()
+    try:
+        primary.stop()
+        shutil.copytree(primary.data_dir, standby.data_dir)
+        primary.start()
+        (standby.data_dir / "standby.signal").touch()
+        with (standby.data_dir / "postgresql.auto.conf").open("a") as settings:
+            settings.write(
+                f"primary_conninfo = 'host=127.0.0.1 port={primary.port} user=postgres'\n"
+            )
+        if account := standby.account:
+            for path in (standby.data_dir, *standby.data_dir.rglob("*")):
+                os.chown(path, account["user"], account["group"])
+        standby.start()
+        yield standby
+    finally:
+        standby.close()
+
+
 def test_standby_is_promoted(daemon, own_postgres, etcd_address, recorder, prefix):
     """With a two-host DSN the daemon follows the role of primary, without a restart."""
     db = own_postgres.dsn()
     with ExitStack() as stack:
-        standby = LocalPostgres()
-        stack.callback(standby.close)
-        program, target = standby.bin_dir / "pg_basebackup", standby.data_dir
-        copy = standby.run([program, "-R", "-c", "fast", "-D", target, "-d", db])
-        assert copy.wait(60) == 0, standby.log()
-        standby.start()
+        standby = stack.enter_context(standby_of(own_postgres))
         both = (
             f"postgresql://postgres@127.0.0.1:{standby.port},127.0.0.1:{own_postgres.port}"
             "/postgres?target_session_attrs=read-write"
@@ -6564,7 +6586,8 @@ def test_second_signal_ends_at_once_while_a_lock_is_waited_for(daemon, db, etcd,
 
 def test_takeover_from_a_killed_daemon_whose_statement_goes_on(daemon, db, etcd, prefix):
     first = daemon(*FAST)
-    rows(db, SLOW_INSERT.replace("0.05", "60"))
+    # PostgreSQL 13 notices that its client is gone when the statement is done, not before
+    rows(db, SLOW_INSERT.replace("0.05", "60" if version(db) >= 14 else "5"))
     etcd.put(prefix + "a", "1")
     wait_until("the daemon does not copy", lambda: daemon_waits_on(db, "PgSleep"))
     first.kill()
@@ -7157,7 +7180,8 @@ def test_wrong_etcd_login(daemon, db, secure_etcd, login):
 
 def test_expired_token_is_renewed_in_place(daemon, db):
     """etcd forgets a token that was not used for a while; that is no reason to start over."""
-    with SecureEtcd(["--auth-token-ttl", "5", "--logger", "zap"]) as server, server.enable_auth():
+    options = ["--auth-token-ttl=5", "--logger=zap", "--log-level=debug"]
+    with SecureEtcd(options) as server, server.enable_auth():
         started = daemon(*FAST, etcd=server.dsn())
         with EtcdClient(server.endpoint, "fdw", "secret") as client:
             client.txn([client.put_op(f"/t/{n}", "1") for n in range(100)])
@@ -7455,7 +7479,10 @@ def test_documented_roles_are_enough_and_no_more(daemon, db, roles, own_etcd):
         with pytest.raises(psycopg2.errors.InsufficientPrivilege):
             rows(app, "SELECT etcd_set('/other/b', '2')")
         wait_until("/other/b did not arrive", arrives(db, "/other/b"))
-        for source in ("etcd_list()", "etcd_kv", "etcd_at((SELECT revision FROM etcd_status))"):
+        sources = ["etcd_list()", "etcd_at((SELECT revision FROM etcd_status))"]
+        if version(db) >= 15:  # before, views read with the rights of their owner
+            sources += ["etcd_kv"]
+        for source in sources:
             found = rows(app, f"SELECT key FROM {source} ORDER BY key")
             assert found == [("/app/b",), ("/app/c",)]
         recorder.events = [event for event in recorder.events if event.key != b"/\xff"]
@@ -7700,6 +7727,19 @@ def test_schema_version_is_the_one_that_the_script_applies():
     )
     assert found
     assert int(found[1]) == etcd_fdw.SCHEMA_VERSION
+
+
+def test_port_is_not_given_to_two_processes(monkeypatch):
+    """The server that is meant to have it may not listen yet, or be down for a while."""
+    code = "import etcd_fdw; print(etcd_fdw.free_port(), flush=True); input()"
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=SCRIPT.parent, **pipes) as other:
+        assert other.stdout
+        taken = int(other.stdout.readline())
+        numbers = itertools.count(taken)
+        monkeypatch.setattr(random, "randrange", lambda *_: next(numbers))
+        assert etcd_fdw.free_port() > taken
+        other.communicate("\n")
 
 
 def test_demo_shows_everything_and_cleans_up(tmp_path):

@@ -2355,9 +2355,7 @@ class Etcd:
         )
         stub = etcdrpc.AuthStub(self.client.channel)
         try:
-            token = stub.Authenticate(
-                request, timeout=timeout or self.target.request_timeout
-            ).token
+            token = stub.Authenticate(request, timeout=timeout or self.target.request_timeout).token
         except grpc.RpcError as exc:
             if "authentication is not enabled" in str(exc.details()):
                 return

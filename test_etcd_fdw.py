@@ -6062,6 +6062,7 @@ def test_etcd_restored_from_a_backup(daemon, db, prefix, own_etcd, tmp_path, how
         own_etcd.stop()
         restore(own_etcd, tmp_path / "backup")
         own_etcd.start()
+    with EtcdClient(own_etcd.endpoint) as client:  # the connection of the other may look alive
         while passed and client.revision() <= checkpoint:
             client.put(prefix + "b", "other")
     assert_refused(daemon, db, dsn, prefix)
@@ -7056,7 +7057,8 @@ def test_tls_with_client_certificates_that_are_replaced(daemon, db, tmp_path):
         ("wrong host name", "is for another host: see server_name="),
         ("no client certificate", "does it want .*a client certificate"),
         ("no tls", "does it want TLS"),
-        ("tls for nothing", "does not speak TLS: see tls=disabled"),
+        # gRPC 1.78 may hear of the closed connection before it has read what was wrong
+        ("tls for nothing", "does not speak TLS: see tls=disabled|does it want TLS"),
     ],
 )
 def test_tls_is_verified(daemon, db, tmp_path, case, hint):

@@ -4399,15 +4399,28 @@ def wait_until(message: str, predicate: Callable[[], T], timeout: float = 10.0) 
         time.sleep(0.02)
 
 
+# UDP sockets on the numbers that free_port gave away last: while one is open, no other process gets
+# that port from free_port, be its server not started yet or down for a while. Few enough to leave
+# descriptors, and more than the servers of one test or demo take.
+_reserved_ports: collections.deque[socket.socket] = collections.deque(maxlen=100)
+
+
 def free_port() -> int:
-    """Return a port of 127.0.0.1 that nothing listens on now."""
+    """Return a port of 127.0.0.1 that nothing listens on now, and no process was given lately."""
     # below the ephemeral range: there a client that keeps dialling a dead server's port can take
     # that port itself (or connect to itself), and the server cannot come back on it
     while True:
         port = random.randrange(20_000, 32_000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", port))
+        reserved = socket.socket(type=socket.SOCK_DGRAM)
+        try:
+            reserved.bind(("127.0.0.1", port))
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("127.0.0.1", port))
+        except OSError:
+            reserved.close()
+        else:
+            _reserved_ports.append(reserved)
             return port
 
 
@@ -4591,6 +4604,11 @@ class LocalEtcd(LocalServer):
                 return True
         except OSError:
             return False
+
+    def close(self) -> None:
+        """Kill the server and delete its directory: a clean stop waits for watches to end."""
+        self.kill()
+        super().close()
 
 
 class LocalPostgres(LocalServer):

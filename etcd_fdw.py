@@ -1272,14 +1272,15 @@ class MetricsHandler(http.server.BaseHTTPRequestHandler):
 # query asks for the order of the one index that fits, and the session does not sort.
 # A queue of notifications that was full stays so until somebody asks how full it is.
 SESSION_SQL = """
-SELECT set_config(name, '0', false) FROM pg_settings
+SELECT pg_catalog.set_config(name, '0', false) FROM pg_settings
 WHERE name IN ('statement_timeout', 'transaction_timeout', 'idle_session_timeout',
                'idle_in_transaction_session_timeout');
-SELECT set_config('lock_timeout', '30s', false) WHERE current_setting('lock_timeout') = '0';
-SELECT set_config(name, '2s', false) FROM pg_settings
+SELECT pg_catalog.set_config('lock_timeout', '30s', false)
+WHERE pg_catalog.current_setting('lock_timeout') = '0';
+SELECT pg_catalog.set_config(name, '2s', false) FROM pg_settings
 WHERE name = 'client_connection_check_interval' AND version() LIKE '%linux%';
-SELECT set_config('synchronous_commit', 'local', false)
-WHERE current_setting('synchronous_commit') = 'off';
+SELECT pg_catalog.set_config('synchronous_commit', 'local', false)
+WHERE pg_catalog.current_setting('synchronous_commit') = 'off';
 SET default_transaction_isolation = 'read committed';
 SET array_nulls = on;
 SET enable_sort = off;
@@ -1301,8 +1302,15 @@ LIBPQ_DEFAULTS = {
     "tcp_user_timeout": "30000",
     "fallback_application_name": "etcd_fdw",
 }
-LOCK_ID = "hashtextextended('etcd_fdw ' || current_schema() || ' ' || %(prefix)s, 0::bigint)"
-LOCK_SQL = f"SELECT pg_try_advisory_lock({LOCK_ID})"
+# Functions are qualified and their arguments typed: PostgreSQL would prefer a function in the
+# schema whose arguments fit better, and whoever may create that one is not always to be trusted.
+LOCK_ID = """pg_catalog.hashtextextended(
+    'etcd_fdw '::text || current_schema()::text || ' '::text || %(prefix)s::text, 0::bigint)"""
+SCHEMA_LOCK_SQL = """
+SELECT pg_catalog.pg_advisory_xact_lock(
+    pg_catalog.hashtextextended('etcd_fdw schema'::text, 0::bigint))
+"""
+LOCK_SQL = f"SELECT pg_catalog.pg_try_advisory_lock({LOCK_ID})"
 LOCK_HOLDER_SQL = f"""
 SELECT l.pid, a.usename AS role, a.application_name
 FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
@@ -1311,12 +1319,13 @@ WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
   AND (l.classid::bigint << 32 | l.objid::bigint) = {LOCK_ID}
 """
 END_BACKEND_SQL = """
-SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_stat_activity
 WHERE pid = %(pid)s AND backend_start = %(since)s::timestamptz
 """
 OVERLAP_SQL = """
 SELECT prefix FROM etcd_sync_state
-WHERE prefix <> %(prefix)s AND (starts_with(prefix, %(prefix)s) OR starts_with(%(prefix)s, prefix))
+WHERE prefix <> %(prefix)s
+  AND (pg_catalog.starts_with(prefix, %(prefix)s) OR pg_catalog.starts_with(%(prefix)s, prefix))
 """
 STATE_SQL = """
 SELECT mirror_id::text, cluster_id, revision, last_key, receipt, split::text[], pid, host
@@ -1325,7 +1334,7 @@ FROM etcd_sync_state WHERE prefix = %(prefix)s
 ACTIVATE_SQL = """
 UPDATE etcd_sync_state
 SET host = %(host)s, pid = %(pid)s, version = %(version)s, heartbeat_at = now(),
-    started_at = to_timestamp(%(started_at)s), last_error = %(error)s,
+    started_at = pg_catalog.to_timestamp(%(started_at)s), last_error = %(error)s,
     last_error_at = CASE WHEN %(error)s IS NOT NULL THEN now() END
 WHERE prefix = %(prefix)s
 """
@@ -1345,15 +1354,16 @@ WHERE NOT EXISTS (
         = (n.prefix, n.status, n.key, n.source_revision))
 """
 EVENT_TEMPLATE = "(%s, %s, %s, %s, %s, %s::bigint, %s, %s::bigint, %s::interval, %s::jsonb)"
-PENDING = "status = 'pending' AND starts_with(key, %(prefix)s)"
+PENDING = "status = 'pending' AND pg_catalog.starts_with(key, %(prefix)s)"
 PENDING_GAUGES_SQL = f"""
-SELECT count(*), coalesce(extract(epoch FROM clock_timestamp() - min(ts)), 0)::float8
+SELECT pg_catalog.count(*),
+       coalesce(extract(epoch FROM clock_timestamp() - pg_catalog.min(ts))::float8, 0::float8)
 FROM etcd_wal WHERE {PENDING}
 """
 STRAY_SQL = """
-SELECT count(*) FROM etcd_wal w
+SELECT pg_catalog.count(*) FROM etcd_wal w
 WHERE status = 'pending'
-  AND NOT EXISTS (SELECT FROM etcd_sync_state s WHERE starts_with(w.key, s.prefix))
+  AND NOT EXISTS (SELECT FROM etcd_sync_state s WHERE pg_catalog.starts_with(w.key, s.prefix))
 """
 
 
@@ -1447,7 +1457,9 @@ class Postgres:
 
     def no_schema(self) -> AccessDenied:
         """The error that says why search_path names no schema that this role may use."""
-        row = self.query("SELECT current_setting('search_path') AS path, current_user AS role")[0]
+        row = self.query(
+            "SELECT pg_catalog.current_setting('search_path') AS path, current_user AS role"
+        )[0]
         return AccessDenied(
             f"PostgreSQL: search_path is {row['path']}, which names no schema that exists and that"
             f" role {row['role']} may use: CREATE SCHEMA, or GRANT USAGE, CREATE ON SCHEMA … TO"
@@ -1472,14 +1484,14 @@ class Postgres:
         """Show in pg_stat_activity whether this session is active or standby."""
         with self.cursor() as cur:
             cur.execute(
-                "SELECT set_config('application_name', %s, false)",
+                "SELECT pg_catalog.set_config('application_name', %s, false)",
                 (f"etcd_fdw {role} {self.prefix}"[:63],),
             )
 
     def schema_version(self) -> int:
         """The version of the schema in the database, 0 for none."""
         with self.cursor() as cur:
-            cur.execute("SELECT to_regproc('etcd_schema_version') IS NOT NULL")
+            cur.execute("SELECT pg_catalog.to_regprocedure('etcd_schema_version()') IS NOT NULL")
             if not cur.fetchone()[0]:
                 return 0
             cur.execute("SELECT etcd_schema_version()")
@@ -1510,7 +1522,7 @@ class Postgres:
         """Apply schema.sql if it is needed; whether it was."""
         if self.schema_version() == SCHEMA_VERSION:
             return False
-        cur.execute("SELECT pg_advisory_xact_lock(hashtextextended('etcd_fdw schema', 0::bigint))")
+        cur.execute(SCHEMA_LOCK_SQL)
         found = self.schema_version()
         if found > SCHEMA_VERSION:
             raise EtcdFdwError(
@@ -1571,7 +1583,7 @@ class Postgres:
 
     def notify(self, cur: Any, channel: str, first: int, last: int) -> None:
         """Tell whoever listens of a range, once the transaction is committed."""
-        cur.execute("SELECT pg_notify(%s, %s)", (channel, f"{first}-{last}"))
+        cur.execute("SELECT pg_catalog.pg_notify(%s, %s)", (channel, f"{first}-{last}"))
 
     def record_events(
         self, cur: Any, events: Sequence[SynchronizationEvent], again: bool = False
@@ -2057,7 +2069,7 @@ AUDIT_EVENTS_SQL = """
 INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, source_revision,
                              target_system, target_revision)
 SELECT %(prefix)s, 'mirror', 'success', key, 'etcd', revision, 'postgresql', revision
-FROM unnest(%(keys)s::text[], %(revisions)s::bigint[]) AS r (key, revision)
+FROM pg_catalog.unnest(%(keys)s::text[], %(revisions)s::bigint[]) AS r (key, revision)
 """
 STAGING_SQL = """
 CREATE TEMPORARY TABLE IF NOT EXISTS etcd_staging (
@@ -2091,13 +2103,14 @@ VALUES (%(prefix)s, %(cluster_id)s, %(revision)s, %(revision)s, %(last_key)s)
 """
 RESYNC_STATE_SQL = """
 UPDATE etcd_sync_state
-SET gaps = gaps || CASE WHEN revision + 1 < %(revision)s
-                        THEN ARRAY[int8range(revision + 1, %(revision)s)] ELSE '{}' END,
+SET gaps = gaps OPERATOR(pg_catalog.||) CASE WHEN revision + 1 < %(revision)s
+        THEN ARRAY[pg_catalog.int8range(revision + 1, %(revision)s::bigint)]
+        ELSE '{}'::int8range[] END,
     revision = %(revision)s, last_key = %(last_key)s, updated_at = now()
 WHERE prefix = %(prefix)s AND revision = %(old)s
 """
 AS_OF_SQL = """
-SELECT revision, coalesce(value_bytes, convert_to(value, 'UTF8')) FROM etcd
+SELECT revision, coalesce(value_bytes, pg_catalog.convert_to(value, 'UTF8')) FROM etcd
 WHERE key = %(key)s AND revision <= %(revision)s ORDER BY revision DESC LIMIT 1
 """
 
@@ -2649,7 +2662,7 @@ SUCCESS_SQL = """
 SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off;
 UPDATE etcd_wal w
 SET status = 'success', result_revision = o.revision, error_message = NULL, finished_at = now()
-FROM unnest(%(ids)s::bigint[], %(revisions)s::bigint[]) AS o (id, revision)
+FROM pg_catalog.unnest(%(ids)s::bigint[], %(revisions)s::bigint[]) AS o (id, revision)
 WHERE w.id = o.id AND w.finished_at IS NULL
 """
 REFUSAL_SQL = """
@@ -2668,7 +2681,8 @@ INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, targ
                              target_revision, duration, details)
 SELECT %(prefix)s, 'change', w.status, w.key, 'postgresql', 'etcd', w.result_revision,
        w.finished_at - w.ts,
-       jsonb_build_object('wal_id', w.id, 'role', w.role_name, 'application', w.application_name)
+       pg_catalog.jsonb_build_object(
+           'wal_id', w.id, 'role', w.role_name, 'application', w.application_name)
 FROM etcd_wal w WHERE w.id = ANY (%(ids)s::bigint[])
 """
 
@@ -3018,7 +3032,7 @@ class Pipeline:
 
 # ─ the way of a row ─
 
-SIZE = "coalesce(octet_length(value), octet_length(value_bytes), 0)"
+SIZE = "coalesce(pg_catalog.octet_length(value), pg_catalog.octet_length(value_bytes), 0)"
 ROW_COLUMNS = """
     w.id, (extract(epoch FROM w.ts) * 1000000)::bigint, w.key, w.value, w.value_bytes, w.revision,
     w.txid::text, d.id, d.status,
@@ -3034,9 +3048,9 @@ PENDING_SQL = f"""
 SELECT {ROW_COLUMNS}, w.size_so_far
 FROM (
     SELECT *, {SIZE} AS size,
-           sum({SIZE}) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) AS size_so_far
+           pg_catalog.sum({SIZE}) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) AS size_so_far
     FROM etcd_wal
-    WHERE {PENDING} AND id NOT IN (SELECT unnest(%(busy)s::bigint[]))
+    WHERE {PENDING} AND id NOT IN (SELECT pg_catalog.unnest(%(busy)s::bigint[]))
     ORDER BY id
     LIMIT %(limit)s
 ) w {DEPENDENCY}
@@ -3044,10 +3058,10 @@ WHERE w.size_so_far - w.size < %(max_bytes)s
 """
 PENDING_REST_SQL = f"""
 SELECT {ROW_COLUMNS}
-FROM unnest(%(txids)s::xid8[]) t (txid)
+FROM pg_catalog.unnest(%(txids)s::xid8[]) t (txid)
 CROSS JOIN LATERAL (
     SELECT *, {SIZE} AS size,
-           sum({SIZE}) OVER (ORDER BY w.txid, id ROWS UNBOUNDED PRECEDING) AS size_so_far
+           pg_catalog.sum({SIZE}) OVER (ORDER BY w.txid, id ROWS UNBOUNDED PRECEDING) AS size_so_far
     FROM etcd_wal w
     WHERE {PENDING} AND w.txid = t.txid AND id > %(last)s
     ORDER BY w.txid, id
@@ -3057,7 +3071,7 @@ WHERE w.size_so_far - w.size <= %(max_bytes)s
 """
 SENT_SQL = f"""
 SELECT {ROW_COLUMNS}
-FROM unnest(%(ids)s::bigint[]) s (id)
+FROM pg_catalog.unnest(%(ids)s::bigint[]) s (id)
 CROSS JOIN LATERAL (SELECT * FROM etcd_wal WHERE id = s.id AND {PENDING} LIMIT 1) w {DEPENDENCY}
 """
 # What keeps them waiting shows at the first ones.
@@ -3391,7 +3405,7 @@ class Difference(NamedTuple):
 LIVE_SQL = """
 DECLARE etcd_live NO SCROLL CURSOR FOR
 SELECT e.key, e.value, e.value_bytes, e.revision
-FROM (SELECT key, max(revision) AS revision FROM etcd
+FROM (SELECT key, pg_catalog.max(revision) AS revision FROM etcd
       WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %(after)s)
         AND revision <= %(revision)s
       GROUP BY key) m
@@ -3561,33 +3575,35 @@ class Timer:
 # where to go on, and whether there may be more.
 PRUNE_HISTORY_SQL = """
 WITH looked_at AS MATERIALIZED (
-    SELECT key, revision, lead(revision) OVER (PARTITION BY key ORDER BY revision) AS following
+    SELECT key, revision,
+           pg_catalog.lead(revision) OVER (PARTITION BY key ORDER BY revision) AS following
     FROM (SELECT key, revision FROM etcd
           WHERE (key, revision) >= (%(key)s, %(revision)s)
             AND (%(after)s::text IS NULL OR key < %(after)s)
           ORDER BY key, revision LIMIT %(limit)s) r
 ), due AS MATERIALIZED (
     SELECT l.* FROM looked_at l JOIN etcd n ON n.key = l.key AND n.revision = l.following
-    WHERE n.ts < now() - %(age_s)s * interval '1 second'
+    WHERE n.ts < now() - %(age_s)s::float8 * interval '1 second'
 ), deleted AS (
     DELETE FROM etcd e USING due d WHERE e.key = d.key AND e.revision = d.revision
 ), noted AS (
     UPDATE etcd_sync_state
-    SET pruned_revision = greatest(pruned_revision, (SELECT max(following) FROM due))
+    SET pruned_revision = greatest(pruned_revision, (SELECT pg_catalog.max(following) FROM due))
     WHERE prefix = %(prefix)s AND EXISTS (SELECT FROM due)
 )
-SELECT (SELECT count(*) FROM due),
-       (SELECT max(key) FROM looked_at),
-       (SELECT max(revision) FROM looked_at WHERE key = (SELECT max(key) FROM looked_at)),
-       (SELECT count(*) = %(limit)s FROM looked_at)
+SELECT (SELECT pg_catalog.count(*) FROM due),
+       (SELECT pg_catalog.max(key) FROM looked_at),
+       (SELECT pg_catalog.max(revision) FROM looked_at
+        WHERE key = (SELECT pg_catalog.max(key) FROM looked_at)),
+       (SELECT pg_catalog.count(*) = %(limit)s FROM looked_at)
 """
 # What a pending change was made on top of stays: its result is the version to compare with.
 PRUNE_WAL_SQL = """
 WITH looked_at AS MATERIALIZED (
-    SELECT id, finished_at, retry_of IS NULL AND starts_with(key, %(prefix)s) AS mine
+    SELECT id, finished_at, retry_of IS NULL AND pg_catalog.starts_with(key, %(prefix)s) AS mine
     FROM etcd_wal
     WHERE status = 'success' AND finished_at >= %(finished_at)s
-      AND finished_at < now() - %(age_s)s * interval '1 second'
+      AND finished_at < now() - %(age_s)s::float8 * interval '1 second'
     ORDER BY finished_at LIMIT %(limit)s
 ), due AS MATERIALIZED (
     SELECT id FROM etcd_wal w
@@ -3598,25 +3614,29 @@ WITH looked_at AS MATERIALIZED (
 ), deleted AS (
     DELETE FROM etcd_wal WHERE id = ANY (ARRAY(SELECT id FROM due))
 )
-SELECT (SELECT count(*) FROM due),
-       CASE WHEN count(*) < %(limit)s THEN now() - %(age_s)s * interval '1 second'
-            WHEN EXISTS (SELECT FROM due) THEN max(finished_at)
-            ELSE max(finished_at) + interval '1 microsecond' END,
-       count(*) = %(limit)s
+SELECT (SELECT pg_catalog.count(*) FROM due),
+       CASE WHEN pg_catalog.count(*) < %(limit)s
+            THEN now() - %(age_s)s::float8 * interval '1 second'
+            WHEN EXISTS (SELECT FROM due) THEN pg_catalog.max(finished_at)
+            ELSE pg_catalog.max(finished_at) + interval '1 microsecond' END,
+       pg_catalog.count(*) = %(limit)s
 FROM looked_at
 """
 PRUNE_AUDIT_SQL = """
 WITH looked_at AS MATERIALIZED (
-    SELECT id, ts < now() - %(age_s)s * interval '1 second' AS old,
+    SELECT id, ts < now() - %(age_s)s::float8 * interval '1 second' AS old,
            prefix = %(prefix)s AND status <> 'unstorable' AS mine
     FROM etcd_sync_event WHERE id > %(id)s ORDER BY id LIMIT %(limit)s
 ), passed AS MATERIALIZED (
     SELECT id, mine FROM looked_at
-    WHERE id < ALL (SELECT min(id) FROM looked_at WHERE NOT old HAVING min(id) IS NOT NULL)
+    WHERE id < ALL (SELECT pg_catalog.min(id) FROM looked_at
+                    WHERE NOT old HAVING pg_catalog.min(id) IS NOT NULL)
 ), deleted AS (
     DELETE FROM etcd_sync_event WHERE id = ANY (ARRAY(SELECT id FROM passed WHERE mine))
 )
-SELECT count(*) FILTER (WHERE mine), coalesce(max(id), %(id)s), count(*) = %(limit)s FROM passed
+SELECT pg_catalog.count(*) FILTER (WHERE mine), coalesce(pg_catalog.max(id), %(id)s),
+       pg_catalog.count(*) = %(limit)s
+FROM passed
 """
 
 
@@ -4741,9 +4761,9 @@ FIRST_PENDING_SQL = f"""
 SELECT w.id, w.key, coalesce(
            CASE WHEN d.status = 'success' AND d.value IS NULL AND d.value_bytes IS NULL THEN 0
                 WHEN d.status = 'success' THEN d.result_revision END, w.revision, 0) AS expected,
-       d.status IS NOT DISTINCT FROM 'pending' AS waits, count(*) OVER () AS total
+       d.status IS NOT DISTINCT FROM 'pending' AS waits, pg_catalog.count(*) OVER () AS total
 FROM etcd_wal w {DEPENDENCY}
-WHERE w.status = 'pending' AND starts_with(w.key, %(prefix)s)
+WHERE w.status = 'pending' AND pg_catalog.starts_with(w.key, %(prefix)s)
 ORDER BY w.id LIMIT 20
 """
 
@@ -4807,11 +4827,13 @@ def report_pending(postgres: Postgres, etcd: Etcd) -> None:
 
 # The server may have changed and cut the name, as it did with this session's.
 STANDBYS_SQL = """
-SELECT coalesce(host(client_addr), 'local socket') AS client, pid AS backend_pid,
+SELECT coalesce(pg_catalog.host(client_addr), 'local socket') AS client, pid AS backend_pid,
        backend_start AS since
 FROM pg_stat_activity
-WHERE datname = current_database() AND application_name = left('etcd_fdw standby '
-      || substr(current_setting('application_name'), length('etcd_fdw status ') + 1), 63)
+WHERE datname = current_database() AND application_name = pg_catalog.left(
+          'etcd_fdw standby '::text || pg_catalog.substr(
+              pg_catalog.current_setting('application_name'),
+              pg_catalog.length('etcd_fdw status '::text) + 1), 63)
 ORDER BY backend_start
 """
 CHECKPOINT_NOW_SQL = "SELECT revision FROM etcd_sync_state WHERE prefix = %(prefix)s"
@@ -4828,7 +4850,7 @@ FROM etcd_sync_state s JOIN etcd_status v ON v.prefix = s.prefix
 WHERE s.prefix = %(prefix)s
 """
 UNRESOLVED = """
-    status IN ('conflict', 'failed') AND starts_with(key, %(prefix)s)
+    status IN ('conflict', 'failed') AND pg_catalog.starts_with(key, %(prefix)s)
     AND NOT EXISTS (
         SELECT FROM etcd_wal r WHERE r.retry_of = w.id AND r.key = w.key AND r.retry_of < r.id)
 """
@@ -4839,8 +4861,9 @@ ORDER BY id DESC LIMIT 5
 """
 SIZE_SQL = """
 SET LOCAL statement_timeout = '2s';
-SELECT count(*) FILTER (WHERE NOT e.tombstone) AS keys, coalesce(sum(m.n), 0)::bigint AS revisions
-FROM (SELECT key, max(revision) AS revision, count(*) AS n FROM etcd
+SELECT pg_catalog.count(*) FILTER (WHERE NOT e.tombstone) AS keys,
+       coalesce(pg_catalog.sum(m.n), 0::numeric)::bigint AS revisions
+FROM (SELECT key, pg_catalog.max(revision) AS revision, pg_catalog.count(*) AS n FROM etcd
       WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %(after)s)
       GROUP BY key) m
 JOIN etcd e ON e.key = m.key AND e.revision = m.revision
@@ -5188,19 +5211,22 @@ class ProgressBar(Progress):
 
 REQUEST_SQL = f"""
 INSERT INTO etcd_sync_event (prefix, operation, status, details)
-VALUES (%(prefix)s, 'sync', 'requested', jsonb_build_object('revision', %(revision)s))
-RETURNING id, (SELECT max(w.id) FROM etcd_wal w WHERE {PENDING}) AS last
+VALUES (%(prefix)s, 'sync', 'requested', pg_catalog.jsonb_build_object('revision', %(revision)s))
+RETURNING id, (SELECT pg_catalog.max(w.id) FROM etcd_wal w WHERE {PENDING}) AS last
 """
 PROGRESS_SQL = f"""
 SELECT status, details,
-       (SELECT count(*) FROM etcd_wal w WHERE w.id <= %(last)s AND {PENDING}) AS pending,
+       (SELECT pg_catalog.count(*) FROM etcd_wal w WHERE w.id <= %(last)s AND {PENDING}) AS pending,
        (SELECT revision FROM etcd_sync_state WHERE prefix = %(prefix)s) AS checkpoint
 FROM etcd_sync_event WHERE id = %(id)s
 """
 # Changes of one transaction are tried again together.
-RETRY_REFUSED_SQL = f"""
-SELECT array_agg(id ORDER BY id) AS ids FROM etcd_wal w WHERE {UNRESOLVED}
-GROUP BY txid ORDER BY min(id)
+RETRY_TOGETHER_SQL = """
+SELECT pg_catalog.count(etcd_retry(id)) FROM pg_catalog.unnest(%(ids)s::bigint[]) id
+"""
+REFUSED_SQL = f"""
+SELECT pg_catalog.array_agg(id ORDER BY id) AS ids FROM etcd_wal w WHERE {UNRESOLVED}
+GROUP BY txid ORDER BY pg_catalog.min(id)
 """
 
 
@@ -5239,7 +5265,9 @@ def ask_active(config: Config) -> dict[str, Any]:
                 raise EtcdFdwError("the active instance does not get on: see status, try again")
             # it may not have been there yet, or have started anew
             postgres.query(
-                "SELECT pg_notify(%(channel)s, %(id)s::text)", channel=CONTROL_CHANNEL, **request
+                "SELECT pg_catalog.pg_notify(%(channel)s, %(id)s::text)",
+                channel=CONTROL_CHANNEL,
+                **request,
             )
             pause_s = min(1.5 * pause_s, 5.0)  # comparing all keeps it busy
             engine.pause(pause_s)
@@ -5274,9 +5302,9 @@ def retry_failed(config: Config) -> None:
     guard = Guard(Waker())
     guard.start()
     with closing(Postgres(config, guard)) as postgres:
-        found = postgres.query(RETRY_REFUSED_SQL) if postgres.schema_version() else []
+        found = postgres.query(REFUSED_SQL) if postgres.schema_version() else []
         for row in found:
-            postgres.query("SELECT count(etcd_retry(id)) FROM unnest(%(ids)s::bigint[]) id", **row)
+            postgres.query(RETRY_TOGETHER_SQL, **row)
     count = sum(len(row["ids"]) for row in found)
     log.info("queued %(changes)s again", {"changes": describe(count, "change")})
 
@@ -5394,19 +5422,22 @@ def show_comparison(summary: Mapping[str, Any], repaired: int | None) -> None:
 Finding = Union[str, EtcdFdwError]  # what a check found: good news, or what is wrong
 
 SCHEMA_OWNER_SQL = """
-SELECT pg_has_role(relowner, 'USAGE') FROM pg_class WHERE oid = 'etcd_sync_state'::regclass
+SELECT pg_catalog.pg_has_role(relowner, 'USAGE')
+FROM pg_class WHERE oid = 'etcd_sync_state'::regclass
 """
 PRIVILEGES_SQL = """
-SELECT format('GRANT %s ON %I TO %I', p.name, t.name, current_user)
-FROM unnest(ARRAY['etcd', 'etcd_wal', 'etcd_sync_state', 'etcd_sync_event']) t (name)
-CROSS JOIN unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) p (name)
-WHERE to_regclass(t.name) IS NOT NULL AND NOT has_table_privilege(to_regclass(t.name), p.name)
+SELECT pg_catalog.format('GRANT %s ON %I TO %I', p.name, t.name, current_user)
+FROM pg_catalog.unnest(ARRAY['etcd', 'etcd_wal', 'etcd_sync_state', 'etcd_sync_event']) t (name)
+CROSS JOIN pg_catalog.unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) p (name)
+WHERE pg_catalog.to_regclass(t.name) IS NOT NULL
+  AND NOT pg_catalog.has_table_privilege(pg_catalog.to_regclass(t.name), p.name)
 UNION ALL
-SELECT format('GRANT TEMPORARY ON DATABASE %I TO %I', current_database(), current_user)
-WHERE NOT has_database_privilege(current_database(), 'TEMPORARY')
+SELECT pg_catalog.format('GRANT TEMPORARY ON DATABASE %I TO %I', current_database(), current_user)
+WHERE NOT pg_catalog.has_database_privilege(current_database(), 'TEMPORARY')
 UNION ALL
-SELECT format('GRANT CREATE ON SCHEMA %I TO %I', current_schema(), current_user)
-WHERE to_regclass('etcd') IS NULL AND NOT has_schema_privilege(current_schema(), 'CREATE')
+SELECT pg_catalog.format('GRANT CREATE ON SCHEMA %I TO %I', current_schema(), current_user)
+WHERE pg_catalog.to_regclass('etcd') IS NULL
+  AND NOT pg_catalog.has_schema_privilege(current_schema(), 'CREATE')
 """
 
 
@@ -5581,7 +5612,7 @@ class DemoStage:
     def count(self, what: str, *arguments: str) -> int:
         """How many rows there are, without showing it."""
         with self.connection.cursor() as cur:
-            cur.execute(f"SELECT count(*) FROM {what}", arguments)
+            cur.execute(f"SELECT pg_catalog.count(*) FROM {what}", arguments)
             return int(cur.fetchone()[0])
 
 

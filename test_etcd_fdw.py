@@ -850,7 +850,7 @@ class Proxy:
             for half in list(self._halves):
                 if half.source in readable and not half.full:
                     self._receive(half)
-                if half.target in writable and not half.held:
+                if half.target in writable and half.chunks and not half.held:
                     self._send(half)
                 if half.ended and not half.chunks and not half.outlives:
                     self._drop(half)

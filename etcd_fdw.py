@@ -264,6 +264,10 @@ class AccessDenied(EtcdFdwError):
     exit_code = 3
 
 
+class PermissionDenied(AccessDenied):
+    """etcd does not let this user do that"""
+
+
 class TokenExpired(AccessDenied):
     """etcd no longer takes this token: authenticate again"""
 
@@ -319,10 +323,10 @@ ETCD_MESSAGES: list[tuple[str, type[EtcdFdwError]]] = [
     ("revision in header is old", TokenExpired),
     ("user name is empty", TokenExpired),
     ("authentication failed", AccessDenied),
-    ("permission denied", AccessDenied),
+    ("permission denied", PermissionDenied),
 ]
 ETCD_CODES: dict[Any, type[EtcdFdwError]] = {
-    grpc.StatusCode.PERMISSION_DENIED: AccessDenied,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
     grpc.StatusCode.UNAUTHENTICATED: TokenExpired,
     grpc.StatusCode.DATA_LOSS: EtcdFdwError,
 }
@@ -2069,7 +2073,8 @@ AUDIT_EVENTS_SQL = """
 INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, source_revision,
                              target_system, target_revision)
 SELECT %(prefix)s, 'mirror', 'success', key, 'etcd', revision, 'postgresql', revision
-FROM pg_catalog.unnest(%(keys)s::text[], %(revisions)s::bigint[]) AS r (key, revision)
+FROM ROWS FROM (pg_catalog.unnest(%(keys)s::text[]), pg_catalog.unnest(%(revisions)s::bigint[]))
+     AS r (key, revision)
 """
 STAGING_SQL = """
 CREATE TEMPORARY TABLE IF NOT EXISTS etcd_staging (
@@ -2662,7 +2667,8 @@ SUCCESS_SQL = """
 SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off;
 UPDATE etcd_wal w
 SET status = 'success', result_revision = o.revision, error_message = NULL, finished_at = now()
-FROM pg_catalog.unnest(%(ids)s::bigint[], %(revisions)s::bigint[]) AS o (id, revision)
+FROM ROWS FROM (pg_catalog.unnest(%(ids)s::bigint[]), pg_catalog.unnest(%(revisions)s::bigint[]))
+     AS o (id, revision)
 WHERE w.id = o.id AND w.finished_at IS NULL
 """
 REFUSAL_SQL = """
@@ -2787,6 +2793,9 @@ class Sent(NamedTuple):
     refused: str  # those of them that etcd refused
 
 
+GRANT_HINT = f"etcdctl role grant-permission ROLE --prefix=true readwrite {RESERVED.decode()}"
+
+
 class Receipts:
     """The daemon's own keys in etcd, below etcd_fdw/<mirror id>/.
 
@@ -2806,7 +2815,7 @@ class Receipts:
     def fence(self, database: str) -> int:
         """Become the owner: whatever was sent before and arrives later fails. The new fence.
 
-        Raises AccessDenied, which names the grant that is missing.
+        Raises PermissionDenied, which names the grant that is missing.
         """
         identity = {
             "host": socket.gethostname(),
@@ -2819,13 +2828,11 @@ class Receipts:
 
     @contextmanager
     def grant_named(self) -> Iterator[None]:
-        """Add to an AccessDenied what to do."""
+        """Add to a PermissionDenied what to do."""
         try:
             yield
-        except TokenExpired:
-            raise
-        except AccessDenied as exc:
-            raise AccessDenied(f"{exc}: changes wait until this is granted: {GRANT_HINT}") from exc
+        except PermissionDenied as exc:
+            raise PermissionDenied(f"{exc}: this grant is missing: {GRANT_HINT}") from exc
 
     def sent(self, written: int) -> list[Sent]:
         """What was sent and has no outcome in PostgreSQL, in order; call after fence().
@@ -2864,9 +2871,6 @@ class Receipts:
             if revision <= written:
                 break
         return [found[revision] for revision in sorted(found) if revision > written]
-
-
-GRANT_HINT = f"etcdctl role grant-permission ROLE --prefix=true readwrite {RESERVED.decode()}"
 
 
 class Txn:
@@ -3327,8 +3331,10 @@ class Outbox:
             self.token_renewed = True
             self.receipts.etcd.authenticate()
             self.pipeline.add(txn, first=True)
-        elif isinstance(error, (Rejected, AccessDenied)) and not isinstance(error, TokenExpired):
-            if isinstance(error, AccessDenied):  # is it the keys of the changes, or the receipt?
+        elif isinstance(error, (Rejected, PermissionDenied)):
+            if isinstance(
+                error, PermissionDenied
+            ):  # is it the keys of the changes, or the receipt?
                 with self.receipts.grant_named():
                     self.receipts.etcd.check_write(self.receipts.key, self.receipts.range_end)
             if len(transactions) == 1:
@@ -3837,14 +3843,12 @@ class Session:
                 worked = self.outbox.receive()
             if not self.engine.guard.stopping:
                 worked |= self.send()
-        except (NoSpace, AccessDenied) as exc:
-            if isinstance(exc, TokenExpired):
-                raise
+        except (NoSpace, PermissionDenied) as exc:
             self.pause_outbox(exc)
         return worked
 
     def send(self) -> bool:
-        """Send what is pending; whether there was any. Raises NoSpace, AccessDenied."""
+        """Send what is pending; whether there was any. Raises NoSpace, PermissionDenied."""
         if self.outbox and self.outbox.retired:
             if not self.outbox.settled():
                 return False
@@ -3878,10 +3882,11 @@ class Session:
         config = self.engine.config
         self.outbox_attempt += 1
         delay = backoff(self.outbox_attempt, config.retry_initial, config.retry_max)
-        if isinstance(error, AccessDenied):
+        denied = isinstance(error, PermissionDenied)
+        if denied:
             delay = config.retry_max
         log.log(
-            logging.ERROR if isinstance(error, AccessDenied) else logging.WARNING,
+            logging.ERROR if denied else logging.WARNING,
             "%(error)s; changes wait, sending again in %(delay).1fs",
             {"error": error, "delay": delay},
         )

@@ -8876,19 +8876,23 @@ def bare_watch(endpoint: str, prefix: str, start_revision: int, count: int) -> A
     return began, time.monotonic()
 
 
-def bare_txns(endpoint: str, prefix: str, txns: int, groups: int, members: int, size: int) -> Any:
+def bare_txns(
+    endpoint: str, prefix: str, txns: int, groups: int, members: int, size: int, ready: bool = False
+) -> Any:
     """Send the Txns that the program makes of transactions with `members` changes, one by one.
 
     `groups` of them in each Txn; 0: all change one and the same key, one after another.
+    ready: they are made beforehand, as bytes, so that etcd has all of the machine.
     """
     client, value = EtcdClient(endpoint), random_text(size)
     numbers, revision = itertools.count(), 0
-    yield
-    began = time.monotonic()
-    for _ in range(txns):
-        request = etcdrpc.TxnRequest()
+    path, types = "/etcdserverpb.KV/Txn", etcdrpc.TxnResponse.FromString
+    send = client.channel.unary_unary(path, response_deserializer=types)
+
+    def request() -> bytes:
+        txn = etcdrpc.TxnRequest()
         for _ in range(groups or 1):
-            nested = request.success.add().request_txn
+            nested = txn.success.add().request_txn
             for _ in range(members):
                 key = f"{prefix}{next(numbers) if groups else 0}".encode()
                 expected = 0 if groups else revision
@@ -8896,8 +8900,15 @@ def bare_txns(endpoint: str, prefix: str, txns: int, groups: int, members: int, 
                 put = nested.success.add().request_put
                 put.key, put.value, put.ignore_lease = key, value, expected > 0
                 nested.failure.add().request_range.key = key
-        answer = client.call(client.kv.Txn, request)
-        assert all(one.response_txn.succeeded for one in answer.responses)
+        made: bytes = txn.SerializeToString()
+        return made
+
+    made = [request() for _ in range(txns)] if ready else None
+    yield
+    began = time.monotonic()
+    for number in range(txns):
+        answer = send(made[number] if made else request(), timeout=60)
+        assert made or all(one.response_txn.succeeded for one in answer.responses)
         revision = answer.header.revision
     return began, time.monotonic()
 
@@ -9115,6 +9126,11 @@ def bench_postgres_to_etcd(bench: Bench) -> None:
         bare = Helper(bare_txns, bench.etcd.endpoint, f"/bare{prefix}", txns, groups, width, 64)
         began, ended = bare.go().result()
         bare_rate = txns * (groups or 1) * width / (ended - began)
+        beforehand = ""
+        if groups:  # a hot key's next Txn needs the answer to the one before
+            where = bench.etcd.endpoint, f"/bytes{prefix}"
+            began, ended = Helper(bare_txns, *where, txns, groups, width, 64, True).go().result()
+            beforehand = f"of bytes made beforehand {txns * groups * width / (ended - began):,.0f}"
         writers = Helper(sql_load, db, sessions, transactions, statement)
         before = bench.spent(daemon, conn)
         began, committed = writers.go().result()
@@ -9122,7 +9138,8 @@ def bench_postgres_to_etcd(bench: Bench) -> None:
         after = bench.spent(daemon, conn)
         if sessions == transactions == 1:
             began = committed  # nobody can see a row before
-        note = f"SQL alone {count / (committed - began):,.0f}" if committed > began else ""
+        alone = f"SQL alone {count / (committed - began):,.0f}" if committed > began else ""
+        note = ", ".join(filter(None, (alone, beforehand)))
         bench.add(
             Figure(f"SQL to etcd, {what}", count / (finished - began), "changes/s", bare_rate, note)
         )
@@ -9207,11 +9224,30 @@ def hundred_a_second(target: str, prefix: str, seen: Iterator[float], count: int
     return samples
 
 
+def timed(count: int, action: Callable[[int], Any]) -> list[float]:
+    """How long each of so many actions took."""
+    samples = []
+    for n in range(count):
+        began = time.monotonic()
+        action(n)
+        samples.append(time.monotonic() - began)
+    return samples
+
+
 def bench_latency(bench: Bench) -> None:
-    """How long one change takes each way: alone, 100 a second, and under half of the full load."""
+    """How long one change takes each way: alone, 100 a second, and under half of the full load.
+
+    The floor of each way is what its durable writes cost by themselves.
+    """
     prefix, db, conn = bench.setting()
-    bench.daemon(prefix, db)
     count = scaled(500)
+    puts = timed(count, lambda n: bench.client.put(f"/floor{prefix}{n}", str(n)))
+    query(conn, "CREATE TABLE floor (n int); SELECT 1")
+    commits = timed(count, lambda n: query(conn, "INSERT INTO floor VALUES (%s) RETURNING n", n))
+    bench.add(*percentiles("floor of etcd to SQL: a put", puts))
+    both = [put + commit for put, commit in zip(puts, commits)]
+    bench.add(*percentiles("floor of SQL to etcd: a commit and a put", both))
+    bench.daemon(prefix, db)
     for what, target, seen in both_ways(bench, prefix, db):
         samples = one_at_a_time(target, prefix, seen, count)
         bench.add(*percentiles(f"latency {what}, one at a time", samples))

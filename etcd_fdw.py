@@ -13,13 +13,14 @@ One loop does it all.  It waits in select() for PostgreSQL (LISTEN etcd_changes)
 wake-up pipe (watch thread, finished etcd calls, signals) and for the next deadline:
 
     watch thread ──responses──▶ queue ─┐
-    etcd calls ──done callbacks────────┼─▶ pipe ─▶ select() ─▶ receive, push, mirror
+    etcd calls ──done callbacks────────┼─▶ pipe ─▶ select() ─▶ receive, send, write
     signals ──▶ guard thread ──────────┘               ▲
     PostgreSQL ──notifications─────────────────────────┘
 
 Promises
-  1. Nothing is lost: every revision that etcd still has reaches `etcd` exactly once, every
-     committed `etcd_wal` row ends as success, conflict or failed, whatever dies when.
+  1. Nothing is lost, nothing is done twice: every revision that etcd still has reaches `etcd`
+     exactly once, every committed `etcd_wal` row is applied at most once and ends as success,
+     conflict or failed, and that is what happened, whatever dies when.
   2. etcd wins: a change is applied only if etcd still holds the version it was made on.
   3. A PostgreSQL transaction arrives as one etcd transaction, if etcd takes its size.
   4. At checkpoint R the rows of `etcd` with revision <= R are what etcd held at R.
@@ -28,11 +29,24 @@ Promises
 How they are kept
   - Rows of `etcd`, the checkpoint and the outcomes of changes are written in one PostgreSQL
     transaction, so a crash undoes all or none; the watch then starts again at the checkpoint.
-  - A change is sent as compare-and-swap on the key's mod_revision.  What may have been sent is
-    noted before; if an answer was lost, the mirrored history tells whether it was applied.
+  - A change is sent as compare-and-swap on the key's mod_revision, behind a fence: a key that
+    says who sends.  A session makes itself the owner before it sends, so what was sent before
+    and arrives later fails.  A receipt that every Txn puts tells what became of it (Receipts).
   - One session-level advisory lock per prefix: one instance is active, the others stand by.
   - Any lost connection ends the session.  Start, crash, failover and partition are one path:
     connect, lock, schema, check the cluster, snapshot if needed, watch, loop.
+
+Sections
+  etcd3 on today's protobuf, errors, values, pure helpers
+  options         one field of Config for each; the parsers of their values
+  waker and signals, metrics and health
+  PostgreSQL side a session: connect, lock, schema, transactions
+  etcd side       a client; pages of a snapshot; the watch thread
+  mirror          an event's way into table etcd: Intake, Batch, Mirror
+  outbox          a row's way from etcd_wal to etcd and back: Queue, Txn, Pipeline, Outbox
+  comparison      both sides at one revision, for validate, sync and repairs
+  session, engine the loop and its clock; one session after another; what outlives them
+  throw-away servers, commands, command line
 
 Exit codes: 0 clean stop or success · 1 configuration · 2 PostgreSQL or etcd unreachable ·
 3 permission or authentication · 4 a person is needed · 5 differences found, or unhealthy.
@@ -5150,8 +5164,6 @@ class OnePass(Engine):
     def __init__(self, config: Config, reset: bool = False) -> None:
         super().__init__(replace(config, metrics_address=None))
         self.reset = reset
-        if sys.stderr.isatty():
-            self.progress = ProgressBar()
 
     def session(self) -> None:
         """Work until both sides are in step."""
@@ -5193,27 +5205,6 @@ class OnePass(Engine):
         """Not a reason to try for ever."""
 
 
-class ProgressBar(Progress):
-    """How far a long job is, on a terminal."""
-
-    def __init__(self, noun: str = "keys") -> None:
-        super().__init__()
-        self.noun = noun
-
-    def show(self, done: int, total: int) -> None:
-        """Draw the bar, at most ten times a second."""
-        now = time.monotonic()
-        if now < self.shown + 0.1 and done < total:
-            return
-        self.shown = now
-        rate = done / max(now - self.started, 0.001)
-        filled = 30 * done // max(total, 1)
-        left = f"{(total - done) / rate:.0f}s left" if rate and done < total else ""
-        bar = "#" * filled + "." * (30 - filled)
-        text = f"\r[{bar}] {done}/{total} {self.noun}, {rate:.0f}/s {left}\x1b[K"
-        print(text, end="\n" if done >= total else "", file=sys.stderr, flush=True)
-
-
 REQUEST_SQL = f"""
 INSERT INTO etcd_sync_event (prefix, operation, status, details)
 VALUES (%(prefix)s, 'sync', 'requested', pg_catalog.jsonb_build_object('revision', %(revision)s))
@@ -5248,17 +5239,13 @@ def ask_active(config: Config) -> dict[str, Any]:
     with closing(Postgres(config, engine.guard)) as postgres:
         request = postgres.query(REQUEST_SQL, revision=goal)[0]
         log.info("asked the active instance to sync: request %(id)d", request)
-        bar = ProgressBar("changes") if sys.stderr.isatty() else None
         seen: Any = None
-        moved_at, total, pause_s = time.monotonic(), 0, 0.1
+        moved_at, pause_s = time.monotonic(), 0.1
         while True:
             rows, holder = postgres.query(PROGRESS_SQL, **request), postgres.holder()
             if not rows:
                 raise EtcdFdwError("somebody has deleted the request: run it again")
             found = rows[0]
-            total = max(total, found["pending"])
-            if bar and total:
-                bar.show(total - found["pending"], total)
             if found["status"] == "failed":
                 raise EtcdFdwError(f"the active instance could not: {found['details']['message']}")
             if found["status"] == "done" and not found["pending"]:
@@ -5314,19 +5301,6 @@ def retry_failed(config: Config) -> None:
     log.info("queued %(changes)s again", {"changes": describe(count, "change")})
 
 
-def confirm_reset(config: Config, yes: bool) -> None:
-    """Have a person agree to lose the mirror's history. Raises ConfigurationError."""
-    prefix = config.etcd_dsn.prefix or "all keys"
-    if yes:
-        return
-    if not sys.stdin.isatty():
-        raise ConfigurationError("--reset drops the mirror and its history: add --yes")
-    print(f"Drop the mirror of {prefix}, with its history, and copy again? [y/N] ", end="")
-    sys.stdout.flush()
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise ConfigurationError("nothing was changed")
-
-
 def count_differences(summary: Mapping[str, Any]) -> int:
     """The number of differences in the summary of a Comparison."""
     return sum(summary[kind]["count"] for kind in ("missing", "extra", "different"))
@@ -5336,8 +5310,8 @@ def sync(config: Config, given: Mapping[str, Any]) -> int:
     """Bring both sides in step, once."""
     if config.dry_run:
         return dry_run(config)
-    if given["reset"]:
-        confirm_reset(config, given["yes"])
+    if given["reset"] and not given["yes"]:
+        raise ConfigurationError("--reset drops the mirror and its history: add --yes")
     if given["retry_failed"]:
         retry_failed(config)
     summary = bring_in_step(config, given["reset"])

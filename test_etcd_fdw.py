@@ -2925,6 +2925,31 @@ def test_schema_refuses_to_replace_a_newer_one(schema: str) -> None:
     assert scalar(schema, "SELECT etcd_schema_version()") == 999
 
 
+VERSION_2_SQL = """
+    DROP VIEW etcd_status;
+    ALTER TABLE etcd_sync_state
+        DROP COLUMN mirror_id, DROP COLUMN receipt, DROP COLUMN split,
+        DROP COLUMN last_error, DROP COLUMN last_error_at,
+        ADD COLUMN sent_before pg_snapshot, ADD COLUMN sent_after bigint,
+        ADD COLUMN sent_in_parts xid8[] NOT NULL DEFAULT '{}';
+    CREATE OR REPLACE FUNCTION etcd_schema_version() RETURNS int LANGUAGE sql AS 'SELECT 2'
+"""
+COLUMNS_SQL = """
+    SELECT column_name, data_type, is_nullable, column_default FROM information_schema.columns
+    WHERE table_name = 'etcd_sync_state' ORDER BY column_name
+"""
+
+
+def test_schema_is_upgraded_from_version_2(db, daemon, prefix, etcd):
+    rows(db, SCHEMA_SQL)
+    columns = rows(db, COLUMNS_SQL)
+    rows(db, VERSION_2_SQL)
+    rows(db, "SELECT etcd_set(%s, '1')", prefix + "a")
+    daemon()
+    assert wait_settled(db) == ["success"]
+    assert rows(db, COLUMNS_SQL) == columns
+
+
 def test_schema_version_is_the_marker(schema: str) -> None:
     assert scalar(schema, "SELECT etcd_schema_version()") == etcd_fdw.SCHEMA_VERSION
 

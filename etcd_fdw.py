@@ -4011,12 +4011,20 @@ class Session:
 
         The store's revision says little about a prefix: other prefixes move it too.  So while
         the checkpoint is below the goal, what both hold is compared.  Raises Compacted if etcd
-        no longer knows what it held at the checkpoint.
+        no longer knows what it held at the checkpoint, and holds something else now.
         """
         intake, checkpoint = self.mirror.intake, self.mirror.checkpoint
-        if intake and intake.behind():
+        assert intake is not None
+        if intake.behind():
             return None
-        comparison = self.repair()
+        try:
+            comparison = self.repair()
+        except Compacted as exc:
+            if time.monotonic() < intake.heard_at + LAG_LIMIT_S:
+                return (
+                    None  # the watch may yet bring the difference, and with it a newer checkpoint
+                )
+            raise Compacted(revision=0) from exc
         if checkpoint < goal:
             try:
                 lacking = compare_sides(self.postgres, self.etcd, checkpoint, at=goal)

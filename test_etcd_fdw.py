@@ -4890,17 +4890,6 @@ def test_status_is_painted_on_a_terminal_only(db, prefix, etcd_address):
     assert "\x1b" not in on_terminal(*servers, "status", env={"NO_COLOR": "1"})
 
 
-def test_sync_on_a_terminal_shows_a_bar_and_asks_before_a_reset(db, prefix, etcd, etcd_address):
-    etcd.put(prefix + "a", "1")
-    servers = ["-p", db, "-e", etcd_address.dsn(prefix)]
-    assert re.search(r"\[#{30}\] 1/1 keys, \d+/s", on_terminal(*servers, "sync"))
-    refused = on_terminal(*servers, "sync", "--reset", typed=b"n\n")
-    assert f"Drop the mirror of {prefix}" in refused
-    assert "nothing was changed" in refused
-    assert "dropped the mirror: 1 row" in on_terminal(*servers, "sync", "--reset", typed=b"y\n")
-    assert len(mirror_rows(db, prefix)) == 1
-
-
 def comparison_of(command: Callable[..., Any], *args: str, **servers: str) -> dict[str, Any]:
     """What `validate --format json` says; its exit code must agree."""
     done = command("validate", "--format", "json", *args, **servers)

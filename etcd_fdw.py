@@ -3074,8 +3074,8 @@ class Pipeline:
 
 SIZE = "coalesce(pg_catalog.octet_length(value), pg_catalog.octet_length(value_bytes), 0)"
 ROW_COLUMNS = """
-    w.id, (extract(epoch FROM w.ts) * 1000000)::bigint, w.key, w.value, w.value_bytes, w.revision,
-    w.txid::text, d.id, d.status,
+    w.id, (extract(epoch FROM w.ts)::float8 * 1000000::float8)::bigint, w.key, w.value,
+    w.value_bytes, w.revision, w.txid::text, d.id, d.status,
     CASE WHEN d.value IS NULL AND d.value_bytes IS NULL THEN 0 ELSE d.result_revision END
 """
 DEPENDENCY = """

@@ -3161,6 +3161,35 @@ def test_code_of_others_never_runs_with_the_rights_of_the_caller(schema: str, ap
     assert rows(schema, status) == [(8, 0), (1, 0)]
 
 
+@pytest.mark.timeout(300)
+def test_code_of_others_never_runs_with_the_rights_of_the_daemon(
+    daemon, own_postgres, etcd, etcd_address, prefix
+):
+    db = own_postgres.dsn()
+    rows(db, SCHEMA_SQL)
+    rows(db, "CREATE ROLE other LOGIN")
+    shadow(db, "other", SCHEMA_SQL + SCRIPT.read_text(encoding="utf-8"), DAEMON_TYPES)
+    etcd.put(prefix + "old", "1")
+    one = daemon(*FAST, "--audit=all", postgres=db)
+    etcd.txn([etcd.put_op(prefix + "old", "2"), etcd.put_op(prefix + "new", b"\xff")])
+    rows(db, "INSERT INTO public.etcd_wal (key, value) VALUES (%s, 'v')", prefix + "sql")
+    rows(db, "INSERT INTO public.etcd_wal (key, value) VALUES (%s, 'v')", prefix + "old")
+    one.wait_log("conflict: change 2")
+    assert one.stop() == 0
+    nothing_kept = [f"--{table}-retention=0s" for table in ("history", "wal", "audit")]
+    two = daemon(*FAST, *nothing_kept, "-l", "debug", postgres=db)
+    for table in ("etcd", "etcd_wal", "etcd_sync_event"):
+        two.wait_log(f"housekeeping deleted .* of {table}$")
+    servers = ["-p", db, "-e", etcd_address.dsn(prefix)]
+    for words in (["status", "--check"], ["sync"], ["validate"], ["--dry-run"]):
+        done = run_script(*servers, *words)
+        assert done.returncode == 0, (words, done.stdout + done.stderr)
+    assert two.stop() == 0
+    assert "shadow ran as" not in own_postgres.log()
+    with pytest.raises(psycopg2.errors.RaiseException, match="shadow ran as"):
+        rows(db, "SELECT hashtextextended('x'::text, 0)")  # the trap was set
+
+
 def test_every_object_has_a_comment(schema: str) -> None:
     assert (
         rows(

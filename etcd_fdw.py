@@ -140,6 +140,7 @@ PAGE_BYTES = 2 << 20  # what a snapshot page aims at
 # First and largest number of keys in a page: etcd counts all that follow for every one of them.
 PAGE_KEYS = (16, 20000)
 STATEMENT_LIMIT_S = 60.0  # an answer from PostgreSQL that takes longer will not come
+CONNECT_LEAST_S = 2.0  # what a server has to answer at first, however short the start-up may be
 LONG_STATEMENT_LIMIT_S = 3600.0  # applying the schema, merging a snapshot
 STEADY_S = 2.0  # a session that lasted so long was no failed attempt
 EVENT_LIMIT_S = 30.0  # a change that etcd took comes back through the watch by then
@@ -1353,7 +1354,7 @@ ACTIVATE_SQL = """
 UPDATE etcd_sync_state
 SET host = %(host)s, pid = %(pid)s, version = %(version)s, heartbeat_at = now(),
     started_at = pg_catalog.to_timestamp(%(started_at)s), last_error = %(error)s,
-    last_error_at = CASE WHEN %(error)s IS NOT NULL THEN now() END
+    last_error_at = CASE WHEN %(error)s IS NOT NULL THEN coalesce(last_error_at, now()) END
 WHERE prefix = %(prefix)s
 """
 DEACTIVATE_SQL = """
@@ -1379,9 +1380,37 @@ SELECT pg_catalog.count(*),
 FROM etcd_wal WHERE {PENDING}
 """
 STRAY_SQL = """
-SELECT pg_catalog.count(*) FROM etcd_wal w
+SELECT pg_catalog.count(*) AS pending_outside,
+       extract(epoch FROM clock_timestamp() - pg_catalog.min(ts))::float8
+           AS oldest_outside_age_s
+FROM etcd_wal w
 WHERE status = 'pending'
   AND NOT EXISTS (SELECT FROM etcd_sync_state s WHERE pg_catalog.starts_with(w.key, s.prefix))
+"""
+# Tables that lack the same privileges share a GRANT.
+PRIVILEGES_SQL = """
+SELECT pg_catalog.format('GRANT %%s ON %%s TO %%I', privileges,
+                         pg_catalog.string_agg(name, ', ' ORDER BY position), current_user)
+FROM (
+    SELECT t.position, pg_catalog.quote_ident(t.name) AS name,
+           pg_catalog.string_agg(p.name, ', ' ORDER BY p.position) AS privileges
+    FROM pg_catalog.unnest(
+             ARRAY['etcd', 'etcd_wal', 'etcd_sync_state', 'etcd_sync_event', 'etcd_status']
+         ) WITH ORDINALITY t (name, position)
+    CROSS JOIN pg_catalog.unnest(
+             ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) WITH ORDINALITY p (name, position)
+    WHERE (t.name <> 'etcd_status' OR p.name = 'SELECT')
+      AND pg_catalog.to_regclass(t.name) IS NOT NULL
+      AND NOT pg_catalog.has_table_privilege(pg_catalog.to_regclass(t.name), p.name)
+    GROUP BY t.position, t.name
+) missing
+GROUP BY privileges
+UNION ALL
+SELECT pg_catalog.format('GRANT TEMPORARY ON DATABASE %%I TO %%I', current_database(), current_user)
+WHERE NOT pg_catalog.has_database_privilege(current_database(), 'TEMPORARY')
+UNION ALL
+SELECT pg_catalog.format('GRANT CREATE ON SCHEMA %%I TO %%I', current_schema(), current_user)
+WHERE %(applies)s AND NOT pg_catalog.has_schema_privilege(current_schema(), 'CREATE')
 """
 
 
@@ -1411,6 +1440,9 @@ class Postgres:
         dsn = config.postgres_dsn
         given = psycopg2.extensions.parse_dsn(dsn)
         extra: dict[str, Any] = {k: v for k, v in LIBPQ_DEFAULTS.items() if k not in given}
+        if "connect_timeout" in extra:
+            limit_s = max(CONNECT_LEAST_S, config.startup_timeout)
+            extra["connect_timeout"] = int(min(float(extra["connect_timeout"]), limit_s))
         try:
             self.conn = psycopg2.connect(dsn, client_encoding="UTF8", **extra)
         except psycopg2.Error as exc:
@@ -1437,6 +1469,8 @@ class Postgres:
                 yield cur
         except psycopg2.Error as exc:
             raise postgres_error(exc) from exc
+        except SystemError as exc:  # psycopg2, if the session ends while COPY reads its data
+            raise PostgresAway(f"PostgreSQL: {exc}") from exc
 
     @contextmanager
     def transaction(self, limit_s: float = STATEMENT_LIMIT_S) -> Iterator[Any]:
@@ -1523,6 +1557,12 @@ class Postgres:
         if self.query("SELECT current_schema() IS NULL AS none")[0]["none"]:
             raise self.no_schema()
         return self.schema_version()
+
+    def missing_grants(self, applies: bool) -> list[str]:
+        """The fewest statements that give this role what it lacks; applies: to apply the schema."""
+        with self.cursor() as cur:
+            cur.execute(PRIVILEGES_SQL, {"applies": applies})
+            return [grant for (grant,) in cur]
 
     def ensure_schema(self) -> None:
         """Apply schema.sql if the database has none, or an older one."""
@@ -1634,9 +1674,7 @@ class Postgres:
 
     def strays(self) -> int:
         """How many pending changes lie outside every mirrored prefix."""
-        with self.cursor() as cur:
-            cur.execute(STRAY_SQL)
-            return int(cur.fetchone()[0])
+        return int(self.query(STRAY_SQL)[0]["pending_outside"])
 
     def version_text(self) -> str:
         """The server's version, such as 15.4."""
@@ -3052,8 +3090,8 @@ class Pipeline:
 
 SIZE = "coalesce(pg_catalog.octet_length(value), pg_catalog.octet_length(value_bytes), 0)"
 ROW_COLUMNS = """
-    w.id, (extract(epoch FROM w.ts) * 1000000)::bigint, w.key, w.value, w.value_bytes, w.revision,
-    w.txid::text, d.id, d.status,
+    w.id, (extract(epoch FROM w.ts)::float8 * 1000000::float8)::bigint, w.key, w.value,
+    w.value_bytes, w.revision, w.txid::text, d.id, d.status,
     CASE WHEN d.value IS NULL AND d.value_bytes IS NULL THEN 0 ELSE d.result_revision END
 """
 DEPENDENCY = """
@@ -3620,11 +3658,13 @@ SELECT (SELECT pg_catalog.count(*) FROM due),
 # What a pending change was made on top of stays: its result is the version to compare with.
 PRUNE_WAL_SQL = """
 WITH looked_at AS MATERIALIZED (
-    SELECT id, finished_at, retry_of IS NULL AND pg_catalog.starts_with(key, %(prefix)s) AS mine
+    SELECT id, coalesce(dismissed_at, finished_at) AS settled_at,
+           retry_of IS NULL AND pg_catalog.starts_with(key, %(prefix)s) AS mine
     FROM etcd_wal
-    WHERE status = 'success' AND finished_at >= %(finished_at)s
-      AND finished_at < now() - %(age_s)s::float8 * interval '1 second'
-    ORDER BY finished_at LIMIT %(limit)s
+    WHERE (status = 'success' OR dismissed_at IS NOT NULL)
+      AND coalesce(dismissed_at, finished_at) >= %(settled_at)s
+      AND coalesce(dismissed_at, finished_at) < now() - %(age_s)s::float8 * interval '1 second'
+    ORDER BY settled_at LIMIT %(limit)s
 ), due AS MATERIALIZED (
     SELECT id FROM etcd_wal w
     WHERE id = ANY (ARRAY(SELECT id FROM looked_at WHERE mine)) AND NOT EXISTS (
@@ -3637,8 +3677,8 @@ WITH looked_at AS MATERIALIZED (
 SELECT (SELECT pg_catalog.count(*) FROM due),
        CASE WHEN pg_catalog.count(*) < %(limit)s
             THEN now() - %(age_s)s::float8 * interval '1 second'
-            WHEN EXISTS (SELECT FROM due) THEN pg_catalog.max(finished_at)
-            ELSE pg_catalog.max(finished_at) + interval '1 microsecond' END,
+            WHEN EXISTS (SELECT FROM due) THEN pg_catalog.max(settled_at)
+            ELSE pg_catalog.max(settled_at) + interval '1 microsecond' END,
        pg_catalog.count(*) = %(limit)s
 FROM looked_at
 """
@@ -3743,7 +3783,7 @@ class Session:
                     ("etcd", "history_retention", PRUNE_HISTORY_SQL),
                     {"key": postgres.prefix, "revision": 0},
                 ),
-                (("etcd_wal", "wal_retention", PRUNE_WAL_SQL), {"finished_at": "-infinity"}),
+                (("etcd_wal", "wal_retention", PRUNE_WAL_SQL), {"settled_at": "-infinity"}),
                 (("etcd_sync_event", "audit_retention", PRUNE_AUDIT_SQL), {"id": 0}),
             )
         ]
@@ -4167,6 +4207,7 @@ class Engine:
                 if not (self.connected or renewable):
                     raise
                 self.retry(exc)
+        self.conflicts.summarise()
         log.info("stopped")
 
     def session(self) -> None:
@@ -4225,12 +4266,15 @@ class Engine:
 
     def connect_etcd(self) -> Etcd:
         """A client of the first endpoint that answers, beginning with the last good one."""
-        hosts = self.config.etcd_dsn.hosts
+        target = self.config.etcd_dsn
+        hosts = target.hosts
+        limit_s = max(CONNECT_LEAST_S, self.config.startup_timeout)
+        target = replace(target, dial_timeout=min(target.dial_timeout, limit_s))
         errors = []
         for turn in range(len(hosts)):
             index = (self.host + turn) % len(hosts)
             try:
-                etcd = Etcd(self.config.etcd_dsn, hosts[index])
+                etcd = Etcd(target, hosts[index])
             except EtcdAway as exc:
                 errors.append(str(exc))
                 self.check_stop()
@@ -4808,6 +4852,9 @@ def dry_run(config: Config) -> int:
             f"PostgreSQL at {postgres.where}, etcd at {etcd.endpoint}, prefix {postgres.prefix!r}"
         )
         found = postgres.usable_schema_version()
+        missing = postgres.missing_grants(found < SCHEMA_VERSION)
+        if missing:
+            raise AccessDenied(f"PostgreSQL: a privilege is missing: {'; '.join(missing)}")
         if found < SCHEMA_VERSION:
             print(f"schema version {SCHEMA_VERSION} would be applied")
         if found in (0, SCHEMA_VERSION):
@@ -4867,7 +4914,7 @@ CHECKPOINT_NOW_SQL = "SELECT revision FROM etcd_sync_state WHERE prefix = %(pref
 STATUS_SQL = """
 SELECT s.host, s.pid, s.version, s.started_at, s.cluster_id, s.first_revision,
        s.revision AS checkpoint, s.events, s.applied, s.resyncs, s.reconnects, s.unstorable,
-       s.mirror_id::text, s.last_error,
+       s.mirror_id::text, s.last_error, s.last_error_at,
        extract(epoch FROM clock_timestamp() - s.last_error_at)::float8 AS last_error_age_s,
        extract(epoch FROM clock_timestamp() - s.heartbeat_at)::float8 AS heartbeat_age_s,
        extract(epoch FROM clock_timestamp() - s.updated_at)::float8 AS checkpoint_age_s,
@@ -4877,7 +4924,8 @@ FROM etcd_sync_state s JOIN etcd_status v ON v.prefix = s.prefix
 WHERE s.prefix = %(prefix)s
 """
 UNRESOLVED = """
-    status IN ('conflict', 'failed') AND pg_catalog.starts_with(key, %(prefix)s)
+    status IN ('conflict', 'failed') AND dismissed_at IS NULL
+    AND pg_catalog.starts_with(key, %(prefix)s)
     AND NOT EXISTS (
         SELECT FROM etcd_wal r WHERE r.retry_of = w.id AND r.key = w.key AND r.retry_of < r.id)
 """
@@ -4931,7 +4979,7 @@ def postgres_status(postgres: Postgres) -> dict[str, Any]:
     facts["standbys"] = postgres.query(STANDBYS_SQL)
     if facts["schema_version"]:
         facts.update(next(iter(postgres.query(STATUS_SQL)), {}))
-        facts["pending_outside"] = postgres.strays()
+        facts.update(postgres.query(STRAY_SQL)[0])
         facts["refusals"] = postgres.query(REFUSALS_SQL)
         facts.update(keys=None, revisions=None)
         with suppress(PostgresAway):  # it takes too long
@@ -5004,8 +5052,11 @@ def problems_of(found: Mapping[str, Any]) -> Iterator[str]:
             yield found[side]["error"]
     if not found["postgresql"]["reachable"]:
         return
-    if not found["locked"] and is_retrying(found):
-        yield f"pid {found['pid']} on {found['host']} cannot work: {found['last_error']}"
+    if is_retrying(found):
+        yield (
+            f"pid {found['pid']} on {found['host']} is alive, but has been retrying for"
+            f" {show_age(found['last_error_age_s'])}: {found['last_error']}"
+        )
     elif not found["locked"]:
         yield "no instance is active"
     elif "checkpoint" not in found:
@@ -5018,17 +5069,23 @@ def problems_of(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"changes wait until this is granted: {GRANT_HINT}"
     if (found.get("oldest_pending_age_s") or 0) > PENDING_LIMIT_S:
         yield f"a change has been pending for {show_age(found['oldest_pending_age_s'])}"
+    if (found.get("oldest_outside_age_s") or 0) > PENDING_LIMIT_S:
+        yield (
+            f"{describe(found['pending_outside'], 'pending change')} outside every mirrored"
+            " prefix: start an instance for it, or delete the row"
+        )
 
 
 def is_retrying(found: Mapping[str, Any]) -> bool:
     """Whether an instance is alive that has PostgreSQL now and then, but not etcd."""
-    age_s = found.get("last_error_age_s")
-    return age_s is not None and age_s < HEARTBEAT_LIMIT_S
+    age_s = found.get("heartbeat_age_s")
+    return bool(found.get("last_error")) and age_s is not None and age_s < HEARTBEAT_LIMIT_S
 
 
-def show_status(found: Mapping[str, Any], colour: bool) -> str:
+def show_status(found: Mapping[str, Any], colour: bool, timed: bool) -> str:
     """The status for people."""
-    lines = [("prefix", found["prefix"] or "(all keys)")]
+    width = min(100, shutil.get_terminal_size().columns) - 12
+    lines = [("time", found["time"])] * timed + [("prefix", found["prefix"] or "(all keys)")]
     lines += [("", f"PROBLEM: {problem}") for problem in found["problems"]] or [("", "healthy")]
     for name, side in (("PostgreSQL", found["postgresql"]), ("etcd", found["etcd"])):
         text = f"{side['version']} at {side['endpoint']}" if side["reachable"] else "unreachable"
@@ -5041,7 +5098,7 @@ def show_status(found: Mapping[str, Any], colour: bool) -> str:
         lines += show_mirror(found)
     shown = []
     for label, text in lines:
-        parts = textwrap.wrap(printable(text), 88) or [""]
+        parts = textwrap.wrap(printable(text), max(width, 20)) or [""]
         painted = 31 if text.startswith("PROBLEM") else 32 if text == "healthy" else 0
         for n, part in enumerate(parts):
             line = f"{'' if n else label:12}{part}"
@@ -5118,12 +5175,11 @@ def status(config: Config, given: Mapping[str, Any]) -> int:
         elif given["check"]:
             print("; ".join(found["problems"]) or "healthy", flush=True)
         elif given["watch"] and sys.stdout.isatty():
-            text = show_status(found, wants_colour()).replace("\n", "\x1b[K\n")
+            text = show_status(found, wants_colour(), True).replace("\n", "\x1b[K\n")
             print(f"\x1b[H{text}\x1b[J", flush=True)
         else:
-            print(
-                show_status(found, wants_colour()), end="\n\n" * given["watch"] or "\n", flush=True
-            )
+            text = show_status(found, wants_colour(), given["watch"])
+            print(text, end="\n\n" * given["watch"] or "\n", flush=True)
         if not given["watch"]:
             nobody = not (found["postgresql"]["reachable"] or found["etcd"]["reachable"])
             return 5 if given["check"] and not found["healthy"] else 2 * nobody
@@ -5412,20 +5468,6 @@ SCHEMA_OWNER_SQL = """
 SELECT pg_catalog.pg_has_role(relowner, 'USAGE')
 FROM pg_class WHERE oid = 'etcd_sync_state'::regclass
 """
-PRIVILEGES_SQL = """
-SELECT pg_catalog.format('GRANT %s ON %I TO %I', p.name, t.name, current_user)
-FROM pg_catalog.unnest(ARRAY['etcd', 'etcd_wal', 'etcd_sync_state', 'etcd_sync_event']) t (name)
-CROSS JOIN pg_catalog.unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) p (name)
-WHERE pg_catalog.to_regclass(t.name) IS NOT NULL
-  AND NOT pg_catalog.has_table_privilege(pg_catalog.to_regclass(t.name), p.name)
-UNION ALL
-SELECT pg_catalog.format('GRANT TEMPORARY ON DATABASE %I TO %I', current_database(), current_user)
-WHERE NOT pg_catalog.has_database_privilege(current_database(), 'TEMPORARY')
-UNION ALL
-SELECT pg_catalog.format('GRANT CREATE ON SCHEMA %I TO %I', current_schema(), current_user)
-WHERE pg_catalog.to_regclass('etcd') IS NULL
-  AND NOT pg_catalog.has_schema_privilege(current_schema(), 'CREATE')
-"""
 
 
 def check_postgres(config: Config) -> Iterator[Finding]:
@@ -5450,8 +5492,7 @@ def check_postgres(config: Config) -> Iterator[Finding]:
             cur.execute(SCHEMA_OWNER_SQL)
             if not cur.fetchone()[0]:
                 yield AccessDenied(f"only the schema's owner can: psql -1 -f {SCHEMA_FILE.name}")
-        cur.execute(PRIVILEGES_SQL)
-        missing = [row[0] for row in cur]
+        missing = postgres.missing_grants(found < SCHEMA_VERSION)
         yield from (AccessDenied(f"a privilege is missing: {grant}") for grant in missing)
         if not missing:
             yield "PostgreSQL grants all that is needed"

@@ -23,6 +23,7 @@
 --                 etcd_set_bytes(key, value, revision)  put bytes
 --                 etcd_delete(key, revision)            delete
 --                 etcd_retry(id)                        queue a conflict or failure again
+--                 etcd_dismiss(id)                      acknowledge a conflict or failure
 --     version     etcd_schema_version()
 -- What starts with an underscore is internal and may change with any version.
 --
@@ -106,6 +107,7 @@ COMMENT ON COLUMN etcd.value_bytes IS 'value that text cannot hold: not UTF-8, o
 --     retry_of          id of the conflict or failed row that this one tries again; counts only if that is
 --                       an earlier row of the same key
 --     role_name, application_name   who asked
+--     dismissed_at      when somebody acknowledged the conflict or failure; null: it still counts
 --
 -- A plain INSERT of key, value and revision is a strict compare-and-swap. etcd_set and its kin fill in
 -- revision and depends_on. Statuses other than pending are final: trying again is a new row.
@@ -126,12 +128,14 @@ CREATE TABLE IF NOT EXISTS etcd_wal (
     retry_of          bigint,
     role_name         text              NOT NULL DEFAULT current_user,
     application_name  text              DEFAULT pg_catalog.current_setting('application_name', true),
+    dismissed_at      timestamptz,
     CONSTRAINT etcd_wal_pkey PRIMARY KEY (id),
     CONSTRAINT etcd_wal_key_check CHECK (key <> '' AND pg_catalog.octet_length(key) <= 2600),
     CONSTRAINT etcd_wal_value_check CHECK (value IS NULL OR value_bytes IS NULL),
     CONSTRAINT etcd_wal_revision_check CHECK (revision >= 0),
     CONSTRAINT etcd_wal_status_check CHECK (status IN ('pending', 'success', 'conflict', 'failed')),
-    CONSTRAINT etcd_wal_finished_check CHECK ((status = 'pending') = (finished_at IS NULL))
+    CONSTRAINT etcd_wal_finished_check CHECK ((status = 'pending') = (finished_at IS NULL)),
+    CONSTRAINT etcd_wal_dismissed_check CHECK (dismissed_at IS NULL OR status IN ('conflict', 'failed'))
 ) WITH (
     -- every row is updated once and most are deleted later: vacuum after 1000 rows, not after 20 %
     autovacuum_vacuum_threshold = 1000,
@@ -140,6 +144,11 @@ CREATE TABLE IF NOT EXISTS etcd_wal (
     autovacuum_analyze_scale_factor = 0.02,
     autovacuum_vacuum_cost_limit = 2000
 );
+
+-- Since version 3.
+ALTER TABLE etcd_wal
+    ADD COLUMN IF NOT EXISTS dismissed_at timestamptz
+    CONSTRAINT etcd_wal_dismissed_check CHECK (dismissed_at IS NULL OR status IN ('conflict', 'failed'));
 
 COMMENT ON TABLE  etcd_wal IS 'Outbox: changes that SQL wants made in etcd, with the outcome of each.';
 COMMENT ON COLUMN etcd_wal.value IS 'text to put; null together with value_bytes: delete';
@@ -152,6 +161,7 @@ COMMENT ON COLUMN etcd_wal.finished_at IS 'when the status became final; null ex
 COMMENT ON COLUMN etcd_wal.txid IS 'PostgreSQL transaction; its rows become one etcd transaction';
 COMMENT ON COLUMN etcd_wal.depends_on IS 'earlier pending change to the same key that this one was made on top of';
 COMMENT ON COLUMN etcd_wal.retry_of IS 'conflict or failed row that this one tries again';
+COMMENT ON COLUMN etcd_wal.dismissed_at IS 'when the conflict or failure was acknowledged; null: it still counts';
 
 
 -- etcd_sync_state: one row per mirrored prefix, written by the daemon that holds the prefix.
@@ -283,8 +293,10 @@ CREATE INDEX IF NOT EXISTS etcd_wal_unresolved_idx ON etcd_wal (id) WHERE status
 CREATE UNIQUE INDEX IF NOT EXISTS etcd_wal_retry_key ON etcd_wal (retry_of, key) WHERE retry_of < id;
 DROP INDEX IF EXISTS etcd_wal_retry_of_key;  -- until version 2
 
--- What housekeeping deletes: old successes, old audit rows.
-CREATE INDEX IF NOT EXISTS etcd_wal_success_idx ON etcd_wal (finished_at) WHERE status = 'success';
+-- What housekeeping deletes: old successes, what was dismissed long ago, old audit rows.
+CREATE INDEX IF NOT EXISTS etcd_wal_settled_idx ON etcd_wal (coalesce(dismissed_at, finished_at))
+    WHERE status = 'success' OR dismissed_at IS NOT NULL;
+DROP INDEX IF EXISTS etcd_wal_success_idx;  -- until version 2
 CREATE INDEX IF NOT EXISTS etcd_sync_event_ts_idx ON etcd_sync_event USING brin (ts);
 
 
@@ -321,7 +333,7 @@ COMMENT ON COLUMN etcd_kv.ts IS 'when that revision was mirrored; read only';
 --     revision, etcd_revision     the checkpoint; the newest revision of the store that was seen
 --     heartbeat_age               grows beyond seconds when no daemon is active
 --     pending, oldest_pending_age changes that wait, and for how long
---     conflicts, failures         changes that ended so and were not tried again
+--     conflicts, failures         changes that ended so, and were neither tried again nor dismissed
 --     unstorable                  events that PostgreSQL cannot hold
 CREATE OR REPLACE VIEW etcd_status AS
 WITH open_change AS (
@@ -332,6 +344,7 @@ WITH open_change AS (
     SELECT w.key, w.status, w.ts
       FROM etcd_wal w
      WHERE w.status IN ('conflict', 'failed')
+       AND w.dismissed_at IS NULL
        AND NOT EXISTS (
                SELECT FROM etcd_wal r WHERE r.retry_of = w.id AND r.key = w.key AND r.retry_of < r.id)
 ), tally AS (
@@ -367,8 +380,8 @@ COMMENT ON VIEW etcd_status IS
 COMMENT ON COLUMN etcd_status.revision IS 'checkpoint';
 COMMENT ON COLUMN etcd_status.etcd_revision IS 'newest revision of the whole etcd store that was seen';
 COMMENT ON COLUMN etcd_status.heartbeat_age IS 'time since the active daemon last reported';
-COMMENT ON COLUMN etcd_status.conflicts IS 'changes that ended as conflict and were not tried again';
-COMMENT ON COLUMN etcd_status.failures IS 'changes that ended as failed and were not tried again';
+COMMENT ON COLUMN etcd_status.conflicts IS 'changes that ended as conflict, neither tried again nor dismissed';
+COMMENT ON COLUMN etcd_status.failures IS 'changes that ended as failed, neither tried again nor dismissed';
 
 -- Let the views check the caller's privileges and row-level security. PostgreSQL 13 and 14 cannot: there
 -- a view reads with its owner's rights.
@@ -594,7 +607,8 @@ LANGUAGE plpgsql SET enable_sort = off AS $$
 --   p_new                   the key must not exist, and that it does is a unique violation
 --   p_retry_of              the etcd_wal row that this one tries again
 --   result                  etcd_wal.id
---   errors                  22004, 22023 for arguments; 40001 moved on or pending; 23505 exists
+--   errors                  22004, 22023 for arguments; 40001 moved on or pending; 23505 exists;
+--                           a warning for a key that is outside every mirrored prefix
 -- enable_sort is off so that a plan made while the tables were small cannot turn into a scan when they grow.
 -- In a REPEATABLE READ transaction the version is that of its snapshot; if it is old, etcd says so later.
 DECLARE
@@ -652,6 +666,16 @@ BEGIN
     INSERT INTO etcd_wal (key, value, value_bytes, revision, depends_on, retry_of)
     VALUES (p_key, p_value, p_value_bytes, nullif(v_current, 0), v_pending, p_retry_of)
     RETURNING id INTO v_id;
+
+    -- Who may not see the mirrors is not told; nor is anybody before there is one.
+    IF pg_catalog.has_table_privilege('etcd_sync_state', 'SELECT') THEN
+        IF (SELECT NOT pg_catalog.bool_or(pg_catalog.starts_with(p_key COLLATE "C", s.prefix))
+              FROM etcd_sync_state s) THEN
+            RAISE WARNING 'key "%" is outside every mirrored prefix', p_key
+                USING HINT = pg_catalog.format(
+                    'Row %s of etcd_wal stays pending until an etcd_fdw that mirrors this key runs.', v_id);
+        END IF;
+    END IF;
     RETURN v_id;
 END
 $$;
@@ -741,6 +765,29 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION etcd_retry(bigint) IS 'queue a conflict or failed change again, on the current version';
+
+
+CREATE OR REPLACE FUNCTION etcd_dismiss(p_id bigint)
+RETURNS void
+LANGUAGE plpgsql AS $$
+-- Acknowledge a conflict or failure: it counts no longer, and is deleted as old successes are.
+-- The caller needs UPDATE on column dismissed_at of etcd_wal.
+--   p_id     etcd_wal.id of that change; to dismiss it again changes nothing
+--   errors   P0002 no such row; 55000 it is pending or succeeded
+DECLARE
+    v_status  text;
+BEGIN
+    SELECT o.status INTO v_status FROM etcd_wal o WHERE o.id = p_id;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'etcd_wal has no row %', p_id USING ERRCODE = 'no_data_found';
+    ELSIF v_status NOT IN ('conflict', 'failed') THEN
+        RAISE EXCEPTION 'change % is %, only conflict and failed can be dismissed', p_id, v_status
+            USING ERRCODE = 'object_not_in_prerequisite_state';
+    END IF;
+    UPDATE etcd_wal SET dismissed_at = now() WHERE id = p_id AND dismissed_at IS NULL;
+END
+$$;
+COMMENT ON FUNCTION etcd_dismiss(bigint) IS 'acknowledge a conflict or failure, so that it counts no longer';
 
 
 CREATE OR REPLACE FUNCTION etcd_schema_version()
@@ -852,7 +899,8 @@ BEGIN
     FOREACH v_function IN ARRAY ARRAY[
         'etcd_get(text)', 'etcd_get_all(text, bigint)', 'etcd_list(text)', 'etcd_at(bigint, text)',
         'etcd_set(text, text, bigint)', 'etcd_set_bytes(text, bytea, bigint)', 'etcd_delete(text, bigint)',
-        'etcd_retry(bigint)', 'etcd_schema_version()', '_etcd_state(text, bigint)', '_etcd_lock_key(text)',
+        'etcd_retry(bigint)', 'etcd_dismiss(bigint)', 'etcd_schema_version()',
+        '_etcd_state(text, bigint)', '_etcd_lock_key(text)',
         '_etcd_change(text, text, bytea, bigint, boolean, bigint)', '_etcd_kv_write()', '_etcd_notify()']
     LOOP
         EXECUTE pg_catalog.format(
@@ -886,7 +934,8 @@ $$;
 --     GRANT INSERT (key, value, value_bytes, revision, depends_on, retry_of) ON etcd_wal TO app;
 --     GRANT SELECT, INSERT, UPDATE, DELETE ON etcd_kv TO app;
 --
--- One that only reads: the first two lines of these, and SELECT on etcd_kv.
+-- One that only reads: the first two lines of these, and SELECT on etcd_kv. Who may call etcd_dismiss needs
+-- one more, which lets it hide conflicts and failures from everybody: GRANT UPDATE (dismissed_at) ON etcd_wal.
 --
 -- Only keys under a prefix: row-level security. The functions obey it, the views from PostgreSQL 15 on (before,
 -- they read with their owner's rights: do not grant them). The daemon needs the first two policies unless it

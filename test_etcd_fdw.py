@@ -1429,6 +1429,67 @@ def test_start_up_retries_until_its_timeout(db):
     )
 
 
+@pytest.mark.parametrize("side", ["postgresql", "etcd"])
+def test_start_up_ends_in_time_although_something_silent_listens(db, side):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        postgres = make_dsn(db, port=port) if side == "postgresql" else db
+        etcd_ = f"etcd://127.0.0.1:{port if side == 'etcd' else 1}/x/"
+        started = time.monotonic()
+        done = run_script("-p", postgres, "-e", etcd_, "--startup-timeout=2s", "-l", "error")
+        took = time.monotonic() - started
+    assert done.returncode == 2
+    assert 2 < took < 4.9, done.stderr  # with the defaults for one answer: 10 s, 5 s
+
+
+@pytest.mark.parametrize("words", [["start"], ["--dry-run"], ["config", "validate", "--connect"]])
+@pytest.mark.parametrize("path", ["nosuch", "hidden"])
+def test_search_path_without_a_usable_schema_is_exit_code_3(
+    db, etcd_address, prefix, schema_user, words, path
+):
+    rows(db, "CREATE SCHEMA hidden")
+    dsn = make_dsn(db, user=schema_user, options=f"-csearch_path={path}")
+    done = run_script("-p", dsn, "-e", etcd_address.dsn(prefix), *words)
+    assert done.returncode == 3, done.stdout + done.stderr
+    said = done.stdout + done.stderr
+    assert f"search_path is {path}, which names no schema" in said
+    assert f"GRANT USAGE, CREATE ON SCHEMA … TO {schema_user}" in said
+    assert "ok    PostgreSQL grants" not in said
+
+
+@pytest.fixture
+def schema_user(db: str) -> Iterator[str]:
+    """A role that may log in and nothing more, to this test's database."""
+    name = f"user_{RUN_ID}_{next(_numbers)}"
+    rows(db, f"CREATE ROLE {name} LOGIN; REVOKE CREATE ON SCHEMA public FROM PUBLIC")
+    yield name
+    rows(db, f"DROP OWNED BY {name}; DROP ROLE {name}")
+
+
+def test_missing_privileges_are_as_few_grants_as_do(db, etcd_address, prefix, schema_user):
+    rows(db, SCHEMA_SQL)
+    rows(db, f"GRANT SELECT ON etcd_wal TO {schema_user}")
+    args = ["-p", make_dsn(db, user=schema_user), "-e", etcd_address.dsn(prefix)]
+    grants = [
+        "GRANT INSERT, UPDATE, DELETE ON etcd_wal",
+        "GRANT SELECT ON etcd_status",
+        "GRANT SELECT, INSERT, UPDATE, DELETE ON etcd, etcd_sync_state, etcd_sync_event",
+    ]
+    check = run_script(*args, "config", "validate", "--connect")
+    told = re.findall("^FAIL  a privilege is missing: (.*)$", check.stdout, re.MULTILINE)
+    assert sorted(told) == [f"{grant} TO {schema_user}" for grant in grants]
+    dry = run_script(*args, "--dry-run")
+    assert dry.returncode == check.returncode == 3
+    for grant in told:
+        assert grant in dry.stderr
+        rows(db, grant)
+    rows(db, OLD_VERSION_SQL)
+    for words in (["config", "validate", "--connect"], ["--dry-run"]):
+        done = run_script(*args, *words)  # to replace functions takes more than to run
+        assert done.returncode == 3
+        assert f"GRANT CREATE ON SCHEMA public TO {schema_user}" in done.stdout + done.stderr
+
+
 def test_missing_postgres_permission_is_exit_code_3(db, postgres_dsn, etcd_address, prefix):
     role = f"r_{RUN_ID}_{next(_numbers)}"
     args = ["-e", etcd_address.dsn(prefix), "--startup-timeout", "0s"]
@@ -1514,6 +1575,12 @@ def test_what_needs_a_person_is_exit_code_4(db, postgres_dsn, etcd_address, pref
         "CREATE OR REPLACE FUNCTION etcd_schema_version() RETURNS int LANGUAGE sql AS 'SELECT 99'",
     )
     assert_one_error_line(run_script("-p", db, *args), 4, "schema version 99, newer than")
+    rows(
+        db,
+        "CREATE OR REPLACE FUNCTION etcd_schema_version() RETURNS int LANGUAGE sql"
+        " AS 'SELECT NULL::int'",
+    )
+    assert_one_error_line(run_script("-p", db, *args), 4, "etcd_schema_version() returns null")
     name = f"latin_{RUN_ID}_{next(_numbers)}"
     rows(
         postgres_dsn,
@@ -2643,6 +2710,17 @@ def test_standby_takes_over(daemon, db, prefix, etcd, recorder):
     assert scalar(db, "SELECT count(*) FROM etcd_sync_event WHERE operation = 'takeover'") == 1
 
 
+def test_session_of_somebody_else_that_holds_the_lock_is_named(daemon, db, command, prefix):
+    with closing(connect(db, application_name="psql")) as conn, conn.cursor() as cur:
+        cur.execute(etcd_fdw.LOCK_SQL, {"prefix": prefix})
+        who = f"backend {conn.info.backend_pid} of role {conn.info.user}, psql"
+        one = daemon(ready=False)
+        one.wait_log(rf"standing by: another instance is active on '{prefix}': {who}$")
+        shown = " ".join(command("status").stdout.split())
+        assert f"not an instance at all: the lock is held by {who}" in shown
+    one.wait_log("watching")
+
+
 def test_stop_under_load_loses_nothing(daemon, db, prefix, etcd, recorder):
     one = daemon()
     with Load(db, etcd.endpoint, prefix) as load:
@@ -2677,6 +2755,17 @@ def test_kill_under_load_gives_each_change_one_outcome(daemon, db, prefix, etcd,
     counted = rows(db, "SELECT applied, conflicts, events FROM etcd_sync_state")
     tally = collections.Counter(statuses)
     assert counted == [(tally["success"], tally["conflict"], len(recorder.history()))]
+
+
+def test_flood_of_conflicts_is_a_few_lines(daemon, db, prefix):
+    one = daemon()
+    insert = f"INSERT INTO etcd_wal (key, value, revision) VALUES ('{prefix}' || n, '1', 1)"
+    rows(db, f"DO $$ BEGIN FOR n IN 1..60 LOOP {insert}; COMMIT; END LOOP; END $$")
+    wait_answered(db)
+    assert one.stop() == 0
+    shown = etcd_fdw.CONFLICTS_SHOWN
+    assert len(re.findall("WARN conflict: change", one.log())) == shown
+    assert f"WARN {60 - shown} more conflicts within a minute: see etcd_wal" in one.log()
 
 
 def test_changes_outside_the_prefix_are_left_alone(daemon, db, prefix, etcd):
@@ -3007,6 +3096,7 @@ SHADOWED_TYPES = (
     "text", "name", "integer", "bigint", "boolean", "timestamptz", "bytea", "text[]", "int8range",
     "int8range[]", "anyelement", "anyarray", "oid", "regclass",
 )  # fmt: skip
+DAEMON_TYPES = (*SHADOWED_TYPES, "double precision", "interval", "xid8", "jsonb", "uuid", "numeric")
 SHADOWED_OPERATORS = ("=", "<>", "<", "<=", ">", ">=", "+", "-", "*", "&", "||", "<@", "@>", "~~")
 CALLED_SQL = r"""
     SELECT DISTINCT proname::text, pronargs + more
@@ -3016,17 +3106,17 @@ CALLED_SQL = r"""
 """
 
 
-def shadow(db: str, role: str, calls: str) -> None:
+def shadow(db: str, role: str, calls: str, types: Sequence[str] = SHADOWED_TYPES) -> None:
     """As a role that may create objects in the schema, define functions and operators with the
     names of all that are called: an argument's type may fit better than that of pg_catalog's."""
     body = "LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION $$shadow ran as %$$, current_user; END'"
     statements = []
     for name, arity in rows(db, CALLED_SQL, calls):
-        types = SHADOWED_TYPES if arity < 3 else SHADOWED_TYPES[:5]
-        for arguments in itertools.product(types, repeat=min(arity, 3)):
+        some = types if arity < 3 else types[:5]
+        for arguments in itertools.product(some, repeat=min(arity, 3)):
             signature = f'public."{name}"({", ".join(arguments)})'
             statements.append(f"CREATE FUNCTION {signature} RETURNS bigint {body}")
-    for left, right in itertools.product(SHADOWED_TYPES, repeat=2):
+    for left, right in itertools.product(types, repeat=2):
         signature = f"public.shadow({left}, {right})"
         statements.append(f"CREATE FUNCTION {signature} RETURNS boolean {body}")
         statements += [
@@ -3089,7 +3179,40 @@ def test_code_of_others_never_runs_with_the_rights_of_the_caller(schema: str, ap
     assert rows(schema, "SELECT etcd_retry(1)")
     refused("55000", schema, "SELECT etcd_retry(1)")
     refused("55000", schema, "SELECT etcd_retry(2)")
-    assert rows(schema, "SELECT pending FROM etcd_status") == [(8,)]
+    assert rows(schema, "SELECT etcd_dismiss(1)")
+    refused("55000", schema, "SELECT etcd_dismiss(2)")
+    rows(schema, "SELECT etcd_set('elsewhere', 'v')")
+    status = "SELECT pending, conflicts FROM etcd_status ORDER BY prefix"
+    assert rows(schema, status) == [(8, 0), (1, 0)]
+
+
+@pytest.mark.timeout(300)
+def test_code_of_others_never_runs_with_the_rights_of_the_daemon(
+    daemon, own_postgres, etcd, etcd_address, prefix
+):
+    db = own_postgres.dsn()
+    rows(db, SCHEMA_SQL)
+    rows(db, "CREATE ROLE other LOGIN")
+    shadow(db, "other", SCHEMA_SQL + SCRIPT.read_text(encoding="utf-8"), DAEMON_TYPES)
+    etcd.put(prefix + "old", "1")
+    one = daemon(*FAST, "--audit=all", postgres=db)
+    etcd.txn([etcd.put_op(prefix + "old", "2"), etcd.put_op(prefix + "new", b"\xff")])
+    rows(db, "INSERT INTO public.etcd_wal (key, value) VALUES (%s, 'v')", prefix + "sql")
+    rows(db, "INSERT INTO public.etcd_wal (key, value) VALUES (%s, 'v')", prefix + "old")
+    one.wait_log("conflict: change 2")
+    assert one.stop() == 0
+    nothing_kept = [f"--{table}-retention=0s" for table in ("history", "wal", "audit")]
+    two = daemon(*FAST, *nothing_kept, "-l", "debug", postgres=db)
+    for table in ("etcd", "etcd_wal", "etcd_sync_event"):
+        two.wait_log(f"housekeeping deleted .* of {table}$")
+    servers = ["-p", db, "-e", etcd_address.dsn(prefix)]
+    for words in (["status", "--check"], ["sync"], ["validate"], ["--dry-run"]):
+        done = run_script(*servers, *words)
+        assert done.returncode == 0, (words, done.stdout + done.stderr)
+    assert two.stop() == 0
+    assert "shadow ran as" not in own_postgres.log()
+    with pytest.raises(psycopg2.errors.RaiseException, match="shadow ran as"):
+        rows(db, "SELECT hashtextextended('x'::text, 0)")  # the trap was set
 
 
 def test_every_object_has_a_comment(schema: str) -> None:
@@ -3114,7 +3237,7 @@ def test_every_function_explains_itself_and_has_its_search_path_pinned(schema: s
         SELECT proname, prosrc, proconfig FROM pg_proc WHERE pronamespace = 'public'::regnamespace
     """
     functions = rows(schema, sql)
-    assert len(functions) == 14
+    assert len(functions) == 15
     for name, source, settings in functions:
         assert source.startswith("\n-- "), name
         assert "search_path=public, pg_temp" in settings, name
@@ -3566,6 +3689,45 @@ def test_retry_queues_the_change_on_the_current_version(schema: str) -> None:
     refused("55000", schema, "SELECT etcd_retry(3)")
 
 
+def test_change_outside_every_prefix_earns_a_warning(schema: str, role: str) -> None:
+    def notices(sql: str, **options: str) -> list[str]:
+        with closing(connect(schema, **options)) as conn, conn.cursor() as cur:
+            cur.execute(sql)
+            return list(conn.notices)
+
+    assert notices("SELECT etcd_set('/lost', 'v')") == []  # nothing is mirrored yet
+    covers(schema, "/a/", 1, 5)
+    covers(schema, "/b/", 1, 5)
+    assert notices("SELECT etcd_set('/a/1', 'v'), etcd_delete('/b/1')") == []
+    (notice,) = notices("SELECT etcd_set('/c', 'v')")
+    assert 'WARNING:  key "/c" is outside every mirrored prefix' in notice
+    assert "HINT:  Row 4 of etcd_wal stays pending" in notice
+    rows(schema, f"GRANT SELECT ON etcd, etcd_wal TO {role}; GRANT INSERT ON etcd_wal TO {role}")
+    assert notices("SELECT etcd_set('/d', 'v')", user=role) == []  # may not see the mirrors
+
+
+def test_dismissed_changes_count_no_longer(schema: str, role: str) -> None:
+    covers(schema, "", 1, 9)
+    rows(schema, "SELECT etcd_set('/' || n, 'v') FROM generate_series(1, 4) n")
+    for change, status in [(1, "conflict"), (2, "failed"), (3, "success")]:
+        finish(schema, change, status)
+    rows(schema, "SELECT etcd_dismiss(1), etcd_dismiss(2)")
+    counts = "SELECT pending, conflicts, failures FROM etcd_status"
+    assert rows(schema, counts) == [(1, 0, 0)]
+    at = scalar(schema, "SELECT dismissed_at FROM etcd_wal WHERE id = 1")
+    rows(schema, "SELECT etcd_dismiss(1)")
+    assert scalar(schema, "SELECT dismissed_at FROM etcd_wal WHERE id = 1") == at
+    refused("P0002", schema, "SELECT etcd_dismiss(99)")
+    for change in (3, 4):
+        refused("55000", schema, f"SELECT etcd_dismiss({change})")
+    grant(schema, example_grants(app=role), f" TO {role};")
+    refused("42501", make_dsn(schema, user=role), "SELECT etcd_dismiss(1)")
+    assert "GRANT UPDATE (dismissed_at) ON etcd_wal" in SCHEMA_SQL
+    rows(schema, f"GRANT UPDATE (dismissed_at) ON etcd_wal TO {role}")
+    rows(make_dsn(schema, user=role), "SELECT etcd_dismiss(1)")
+    assert rows(schema, "SELECT etcd_retry(1)") == [(5,)]  # one may think again
+
+
 def test_only_a_later_change_of_the_same_key_is_a_retry(schema: str) -> None:
     covers(schema, "", 1, 9)
     rows(schema, "INSERT INTO etcd_wal (key, retry_of) VALUES ('/a', 2), ('/a', NULL), ('/b', 2)")
@@ -3804,6 +3966,7 @@ def test_functions_give_no_rights_that_the_caller_lacks(schema: str, role: str) 
         "etcd_set_bytes('/a', '1')",
         "etcd_delete('/a')",
         "etcd_retry(1)",
+        "etcd_dismiss(1)",
     ]:
         refused("42501", make_dsn(schema, user=role), f"SELECT {call}")
 
@@ -4823,6 +4986,59 @@ def test_status_with_one_server_down(daemon, command, db, prefix):
     assert command("status", postgres=postgres_down, etcd=etcd_down).returncode == 2
 
 
+def test_status_tells_an_instance_that_is_retrying(daemon, command, db, prefix, own_etcd):
+    dsn = etcd_dsn(own_etcd.endpoint, prefix)
+    one = daemon(*HASTE, etcd=dsn)
+    own_etcd.stop()
+    sql = "SELECT last_error_at FROM etcd_sync_state WHERE last_error IS NOT NULL"
+    (since,) = wait_until("no error was noted", lambda: rows(db, sql))[0]
+    mark = one.mark()
+    for _ in range(3):
+        mark += one.wait_log("WARN etcd at .*; retrying in .*s$", after=mark).end()
+    found = status_of(command, etcd=dsn)
+    assert (found["pid"], found["host"]) == (one.pid, socket.gethostname())
+    assert own_etcd.endpoint in found["last_error"]
+    assert found["last_error_at"] == etcd_fdw.utc(since.timestamp())
+    alive = rf"pid {one.pid} on .* is alive, but has been retrying for .*s: etcd at "
+    assert [re.match(alive, problem) is not None for problem in found["problems"]].count(True) == 1
+    own_etcd.start()
+    one.wait_log(r"watching .*: connected again after \d+\.\ds$", after=mark, timeout=30)
+    one.signal(signal.SIGUSR1)
+    one.wait_log("reconnects 1, ")  # sessions that were lost, not attempts
+    found = status_of(command, etcd=dsn)
+    assert (found["healthy"], found["last_error"]) == (True, None)
+    one.kill()
+    assert status_of(command, etcd=dsn)["problems"] == ["no instance is active"]
+
+
+def test_status_says_when_a_change_outside_every_prefix_has_waited(daemon, command, db):
+    daemon()
+    rows(db, "INSERT INTO etcd_wal (key, value) VALUES ('elsewhere', '1')")
+    assert command("status", "--check").stdout == "healthy\n"
+    rows(db, "UPDATE etcd_wal SET ts = ts - interval '2 minutes'")
+    done = command("status", "--check")
+    assert done.returncode == 5
+    assert done.stdout.startswith("1 pending change outside every mirrored prefix: ")
+
+
+def test_status_watch_has_a_clock_and_fits_the_terminal(db, prefix, etcd_address):
+    servers = ["-p", make_dsn(db, port=1), "-e", etcd_address.dsn(prefix)]
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *servers, "status", "--watch", "--interval", "50ms"],
+        env=clean_environ({"COLUMNS": "40"}),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for _ in range(2):
+        screen = list(iter(process.stdout.readline, "\n"))
+        assert re.fullmatch(r"time +20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ\n", screen[0])
+        assert "PROBLEM" in "".join(screen)
+        assert max(map(len, screen)) <= 41
+    process.stdout.close()
+    process.wait(20)
+
+
 def test_status_lists_what_was_refused_and_what_nobody_takes(daemon, command, db, prefix):
     daemon()
     for n in range(6):
@@ -5611,6 +5827,31 @@ def test_finished_changes_are_deleted_after_their_retention(daemon, db, prefix, 
     )
     kept = rows(db, "SELECT id, status FROM etcd_wal WHERE key <> 'elsewhere' ORDER BY id")
     assert kept == [(conflict, "conflict"), (retry, "success"), (young, "success")]
+
+
+def test_dismissed_changes_are_deleted_after_their_retention(daemon, command, db, prefix):
+    one = daemon(*FAST)
+    insert = "INSERT INTO etcd_wal (key, value, revision) VALUES (%s, 'x', 1) RETURNING id"
+    first, second, third = [queue(db, insert, f"{prefix}{n}") for n in range(3)]
+    wait_answered(db)
+    rows(db, "UPDATE etcd_wal SET finished_at = finished_at - interval '9 days'")
+    rows(db, "SELECT etcd_dismiss(%s), etcd_dismiss(%s)", first, second)
+    found = status_of(command)
+    assert [item["id"] for item in found["refusals"]] == [third]
+    assert found["conflicts"] == 1
+    rows(
+        db,
+        "UPDATE etcd_wal SET dismissed_at = dismissed_at - interval '8 days' WHERE id = %s",
+        first,
+    )
+    one.stop()
+    assert command("sync", "--retry-failed").returncode == 0
+    retries = rows(db, "SELECT retry_of FROM etcd_wal WHERE retry_of IS NOT NULL")
+    assert retries == [(third,)]
+    daemon()
+    kept = "SELECT id FROM etcd_wal WHERE retry_of IS NULL ORDER BY id"
+    left = [(second,), (third,)]  # the second was dismissed just now
+    wait_until("the first is still there", lambda: rows(db, kept) == left)
 
 
 def test_superseded_versions_are_deleted_and_etcd_at_says_so(daemon, db, prefix, etcd):
@@ -6871,6 +7112,16 @@ def test_timeouts_set_for_the_role_do_not_apply(daemon, db, etcd, recorder, pref
     assert "WARN" not in started.log()
 
 
+def test_array_nulls_set_for_the_database_does_not_apply(daemon, db, prefix):
+    rows(db, f"ALTER DATABASE {scalar(db, 'SELECT current_database()')} SET array_nulls = off")
+    started = daemon(*FAST)
+    deleted = queue(db, "SELECT etcd_delete(%s)", prefix + "a")  # success without a revision
+    put = queue(db, "SELECT etcd_set(%s, '1')", prefix + "b")
+    assert outcome(db, deleted) == ("success", None, None)
+    assert outcome(db, put)[0] == "success"
+    assert "WARN" not in started.log()
+
+
 def test_crash_of_a_postgres_that_commits_asynchronously(daemon, prefix, etcd):
     with LocalPostgres(["-c", "synchronous_commit=off", "-c", "wal_writer_delay=10s"]) as server:
         db = server.dsn()
@@ -6897,7 +7148,7 @@ def test_housekeeping_spares_what_a_pending_change_was_made_on(db, etcd_address,
     rows(db, finish + " WHERE id = %s", first)
     engine = engine_of(db, etcd_address, prefix, wal_retention="0s")
     with closing(etcd_fdw.Postgres(engine.config, engine.guard)) as postgres:
-        statement, start = etcd_fdw.PRUNE_WAL_SQL, {"finished_at": "-infinity"}
+        statement, start = etcd_fdw.PRUNE_WAL_SQL, {"settled_at": "-infinity"}
         chore = partial(etcd_fdw.Chore, engine, postgres, "etcd_wal", "wal_retention", statement)
         chore(**start).run()
         assert rows(db, "SELECT id FROM etcd_wal ORDER BY id") == [(first,), (second,)]

@@ -2915,11 +2915,17 @@ class Receipts:
                 if kv.key.startswith(self.key + b"refused/")
                 and kv.mod_revision == receipt.mod_revision
             ]
-            content = json.loads(receipt.value)
-            newest = Sent(receipt.mod_revision, content["rows"], ",".join(refused))
-            for sent in (newest, *(Sent(*item) for item in content["unsettled"])):
-                found[sent.revision] = sent
-            revision = content["settled"]
+            try:
+                content = json.loads(receipt.value)
+                newest = Sent(receipt.mod_revision, content["rows"], ",".join(refused))
+                for sent in (newest, *(Sent(*item) for item in content["unsettled"])):
+                    found[sent.revision] = sent
+                revision = content["settled"]
+            except (ValueError, TypeError, KeyError) as exc:
+                raise EtcdFdwError(
+                    f"etcd's key {self.receipt.decode()} has a value that is not this program's:"
+                    f" {one_line(exc)}; delete it if it may be that pending changes are sent again"
+                ) from exc
             if revision <= written:
                 break
         return [found[revision] for revision in sorted(found) if revision > written]
@@ -2939,13 +2945,14 @@ class Txn:
     counts no nested puts when its quota is used up.
     """
 
-    __slots__ = ("_receipt", "future", "guarded", "request", "rows", "transactions")
+    __slots__ = ("_receipt", "alone", "future", "guarded", "request", "rows", "transactions")
 
     def __init__(
         self, transactions: list[OutboxTransaction], receipts: Receipts, fence: int
     ) -> None:
         self.transactions = transactions
         self.rows = format_rows(row for t in transactions for row in t.rows)
+        self.alone = False  # its receipt must be short: wait until all before is settled
         self.guarded = receipts.etcd.guarded
         self.future: Any = None
         equal, mod = etcdrpc.Compare.EQUAL, etcdrpc.Compare.MOD
@@ -3002,7 +3009,7 @@ class Pipeline:
     The next one leaves from gRPC's thread, so etcd has work while the loop waits for
     PostgreSQL.  That is safe because of the fence.  Its receipt is completed at that moment,
     as only then the answer to the one before is known.  After anything but an answer within
-    the fence nothing more is sent until resume().  All methods are for the loop's thread.
+    the fence nothing more is sent until resume().  Public methods are for the loop's thread.
     """
 
     def __init__(self, etcd: Etcd, waker: Waker, settled: int, unsettled: Iterable[Sent]) -> None:
@@ -3039,6 +3046,8 @@ class Pipeline:
         with self._lock:
             if self._sending or self._halted or not self._unsent:
                 return
+            if self._unsent[0].alone and self._unsettled:
+                return
             txn = self._unsent.popleft()
             self._sending = True
             txn.send(self._etcd, self._settled, self._unsettled)
@@ -3047,13 +3056,13 @@ class Pipeline:
     def _done(self, txn: Txn) -> None:
         with self._lock:
             self._sending = False
+            self._answered.append(txn)
             answer = txn.answer() if txn.future.code() is grpc.StatusCode.OK else None
             if answer is not None and answer.succeeded:
                 sent = Sent(answer.header.revision, txn.rows, txn.refused(answer))
                 self._unsettled.append(sent)
             else:
                 self._halted = True
-            self._answered.append(txn)
         self._send()
         self._waker.wake()
 
@@ -3064,7 +3073,8 @@ class Pipeline:
 
     def resume(self) -> None:
         """Go on after an error."""
-        self._halted = False
+        with self._lock:
+            self._halted = False
         self._send()
 
     def settle(self, revision: int) -> None:
@@ -3073,6 +3083,7 @@ class Pipeline:
             self._settled = max(self._settled, revision)
             while self._unsettled and self._unsettled[0].revision <= revision:
                 self._unsettled.popleft()
+        self._send()
 
     def drop(self) -> None:
         """Forget what was not sent yet."""
@@ -3206,6 +3217,8 @@ class Outbox:
             moves = any(change.moves for change in applied.changes)
             self.acknowledged.append(Acknowledged(item.revision, moves, outcomes, time.monotonic()))
             settled += len(outcomes)
+        # whatever is left of these transactions was not sent with the rest
+        self.split.update(row.txid for row in found.values())
         if settled:
             log.info(
                 "etcd's receipts tell what became of %(changes)s sent before",
@@ -3242,12 +3255,12 @@ class Outbox:
 
     def unwritten(self) -> int:
         """How many changes wait for the mirror."""
-        return sum(len(item.outcomes) for item in self.acknowledged)
+        return len(self.failed) + sum(len(item.outcomes) for item in self.acknowledged)
 
     def has_room(self) -> bool:
         """Whether more changes may be read although those that were wait for one another."""
         return (
-            len(self.queue.waiting) < 2 * self.engine.config.batch_size
+            len(self.queue.waiting) + self.unwritten() < 2 * self.engine.config.batch_size
             and self.queue.size < 2 * BATCH_BYTES
         )
 
@@ -3325,7 +3338,10 @@ class Outbox:
 
     def fenced(self, owner: Sequence[Any]) -> Fenced:
         """The error that says who sends in place of this session."""
-        other = json.loads(owner[0].value) if owner else {}
+        try:
+            other = dict(json.loads(owner[0].value))
+        except (IndexError, ValueError, TypeError):  # somebody else has deleted or written it
+            other = {}
         who = "process {pid} on {host}, for database {database}".format_map(
             collections.defaultdict(lambda: "?", other)
         )
@@ -3389,7 +3405,10 @@ class Outbox:
             ):  # is it the keys of the changes, or the receipt?
                 with self.receipts.grant_named():
                     self.receipts.etcd.check_write(self.receipts.key, self.receipts.range_end)
-            if len(transactions) == 1:
+            if len(transactions) == 1 and not txn.alone:
+                txn.alone = True
+                self.pipeline.add(txn, first=True)
+            elif len(transactions) == 1:
                 self.fail(transactions[0], error)
             middle = len(transactions) // 2
             halves = [h for h in (transactions[:middle], transactions[middle:]) if middle]
@@ -3864,7 +3883,7 @@ class Session:
         times = [timer.due_at for timer in (*self.timers, *self.chores)]
         if self.mirror.intake and self.mirror.intake.replaying:
             times.append(self.mirror.intake.heard_at + QUIET_S)
-        if self.outbox_after > time.monotonic():
+        if self.look and (self.outbox is None or (self.outbox.retired and self.outbox.settled())):
             times.append(self.outbox_after)
         if self.engine.guard.stop_by is not None:
             times.append(self.engine.guard.stop_by)

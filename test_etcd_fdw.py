@@ -4577,6 +4577,20 @@ def test_rest_of_a_transaction_too_large_for_etcd_is_not_taken_for_a_whole_one(
     wait_until("it is not known to be done", lambda: scalar(db, split) == 0, 15)
 
 
+def test_rest_of_a_large_transaction_none_of_whose_outcomes_was_written(daemon, db, prefix, etcd):
+    keys = [f"{prefix}{number:02}" for number in range(60)]
+    daemon().stop()
+    rows(db, "INSERT INTO etcd_wal (key, value) SELECT key, 'x' FROM unnest(%s) key", keys)
+    etcd.put(keys[-1], "theirs")
+    with frozen_mirror(db):
+        first = daemon("--max-txn-ops=7", "--batch-size=4")
+        wait_until("nothing was sent", lambda: etcd.get(keys[0]))
+        first.kill()
+    assert etcd.get(keys[-2]) is None
+    daemon()
+    assert [status for status, _ in outcomes(db, 60)] == ["success"] * 59 + ["conflict"]
+
+
 def test_rest_of_a_transaction_of_too_many_bytes_is_not_taken_for_a_whole_one(
     daemon, db, prefix, etcd
 ):
@@ -7849,6 +7863,46 @@ def test_many_small_transactions_share_a_txn(daemon, db, secure_etcd, login, mos
         daemon("--max-txn-ops", "128", etcd=secure_etcd.dsn())
         assert wait_settled(db) == ["success"] * 1000
         assert scalar(db, "SELECT count(DISTINCT result_revision) FROM etcd_wal") <= most
+
+
+def test_large_change_waits_until_the_receipt_beside_it_is_short(own_etcd):
+    """Etcd takes the change, but not together with all that the receipt has to say by then."""
+    target = etcd_fdw.parse_etcd_dsn(etcd_dsn(own_etcd.endpoint, "/x/"))
+    with closing(etcd_fdw.Etcd(target, own_etcd.endpoint)) as etcd:
+        receipts = etcd_fdw.Receipts(etcd, "mirror")
+        unsettled = [etcd_fdw.Sent(1, "1@1," * 15_000, "")]
+        pipeline = etcd_fdw.Pipeline(etcd, etcd_fdw.Waker(), 0, unsettled)
+        row = outbox_row(1, "/x/large", 1, value="x" * 1_560_000)
+        change = etcd_fdw.OutboxTransaction([row])
+        change.resolve()
+        txn = etcd_fdw.Txn([change], receipts, receipts.fence("database"))
+        pipeline.add(txn)
+        with pytest.raises(grpc.RpcError, match="too large"):
+            wait_until("no answer", pipeline.take).answer()
+        txn.alone = True
+        pipeline.add(txn, first=True)
+        pipeline.resume()
+        assert len(pipeline) == 1
+        assert pipeline.take() is None
+        pipeline.settle(1)
+        assert wait_until("no answer", pipeline.take).answer().succeeded
+
+
+@pytest.mark.parametrize("key", ["owner", "receipt"])
+def test_what_others_write_to_the_daemons_own_keys_is_named(daemon, db, prefix, etcd, key):
+    running = daemon(*HASTE)
+    apply_change(db, prefix + "first")
+    own = f"{OWN_KEYS}{scalar(db, 'SELECT mirror_id FROM etcd_sync_state')}/{key}"
+    etcd.put(own, "garbage")
+    if key == "receipt":
+        running.kill()
+        running = daemon(*HASTE)
+    change = scalar(db, SET, prefix + "second")
+    if key == "receipt":
+        assert running.wait_exit() == 4
+        assert re.search(rf"etcd_fdw: .*{own}", running.log().splitlines()[-1])
+    else:
+        wait_status(db, change, "success")
 
 
 def forbid_own_keys(root: EtcdClient) -> None:

@@ -131,6 +131,7 @@ CHANGES_CHANNEL = "etcd_changes"
 OUTCOME_CHANNEL = "etcd_outcome"  # payload: <lowest id>-<highest id> of a batch of outcomes
 CONTROL_CHANNEL = "etcd_fdw_control"  # payload: id of a row of etcd_sync_event
 
+RESERVED = b"etcd_fdw/"  # where the daemon keeps its own keys in etcd; no mirror sees them
 KEY_MAX_BYTES = 2600  # a btree tuple holds 2704 bytes: key, revision, headers
 TXN_MAX_BYTES = 1 << 20  # etcd refuses requests above 1.5 MiB by default
 MESSAGE_MAX_BYTES = 32 << 20  # of an answer; with gRPC's 4 MiB a larger one fails for ever
@@ -1683,7 +1684,6 @@ class Postgres:
 
 # ── etcd side ──────────────────────────────────────────────────────────────────
 
-RESERVED = b"etcd_fdw/"  # where the daemon keeps its own keys; no mirror sees them
 PUT, DELETE = 0, 1  # mvccpb.Event.EventType
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_MAX_BYTES),
@@ -1716,7 +1716,10 @@ CONNECT_HINTS = (
     ("Handshake read failed", "it does not speak TLS: see tls=disabled"),
     ("Unwrap failed", "does it want a client certificate? see cert=FILE and key=FILE"),
     ("ALERT", "does it want a client certificate? see cert=FILE and key=FILE"),
-    ("Socket closed", "does it want TLS, or a client certificate? see ca=, cert= and key=FILE"),
+    (
+        "Socket closed",
+        "does it want TLS or not, or a client certificate? see tls=, ca=, cert= and key=FILE",
+    ),
 )
 
 

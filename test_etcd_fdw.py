@@ -7877,15 +7877,17 @@ def test_large_change_waits_until_the_receipt_beside_it_is_short(own_etcd):
         change.resolve()
         txn = etcd_fdw.Txn([change], receipts, receipts.fence("database"))
         pipeline.add(txn)
+        assert wait_until("no answer", pipeline.take) is txn
         with pytest.raises(grpc.RpcError, match="too large"):
-            wait_until("no answer", pipeline.take).answer()
+            txn.answer()
         txn.alone = True
         pipeline.add(txn, first=True)
         pipeline.resume()
         assert len(pipeline) == 1
         assert pipeline.take() is None
         pipeline.settle(1)
-        assert wait_until("no answer", pipeline.take).answer().succeeded
+        assert wait_until("no answer", pipeline.take) is txn
+        assert txn.answer().succeeded
 
 
 @pytest.mark.parametrize("key", ["owner", "receipt"])

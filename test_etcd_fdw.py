@@ -7702,8 +7702,8 @@ def streaming_standby(primary: LocalPostgres) -> Iterator[tuple[LocalPostgres, P
 
 
 def wait_replicated(primary: LocalPostgres, standby: LocalPostgres) -> None:
-    """Wait until the standby has all that the primary has written."""
-    written = scalar(primary.dsn(), "SELECT pg_current_wal_insert_lsn()")
+    """Wait until the standby has all that was committed on the primary."""
+    written = scalar(primary.dsn(), "SELECT pg_current_wal_flush_lsn()")
     replayed = "SELECT pg_last_wal_replay_lsn() >= %s"
     wait_until("it is not replicated", lambda: scalar(standby.dsn(), replayed, written))
 
@@ -9318,7 +9318,7 @@ class Bench:
 
     def spent(self, daemon: Daemon, conn: Any) -> tuple[float, ...]:
         """Return CPU seconds of the program, PostgreSQL and etcd, and bytes of WAL, so far."""
-        wal = query(conn, "SELECT pg_current_wal_insert_lsn() - '0/0'::pg_lsn")
+        wal = query(conn, "SELECT pg_current_wal_flush_lsn() - '0/0'::pg_lsn")
         servers = [self.postgres.process, self.etcd.process]
         return cpu_s(daemon.pid), *(tree_cpu_s(server.pid) for server in servers if server), wal
 

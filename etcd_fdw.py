@@ -3796,7 +3796,6 @@ class Session:
         self.outbox_attempt = 0
         self.outbox_after = 0.0  # monotonic: when to open an outbox again
         self.look = True  # there may be pending changes that were not read
-        self.reported = replace(engine.counters)
         self.timers = [Timer(a) for a in (self.poll, self.heartbeat, self.summarise, self.gauge)]
         self.chores = [
             Chore(engine, postgres, *chore, **start)
@@ -4029,8 +4028,8 @@ class Session:
         """Log what happened since the last time, if anything did."""
         self.engine.conflicts.summarise()
         counters = self.engine.counters
-        new = counters - self.reported
-        self.reported = replace(counters)
+        new = counters - self.engine.reported
+        self.engine.reported = replace(counters)
         if new.events or new.applied or new.conflicts or new.failures:
             log.info(
                 "mirrored %(events)s up to revision %(revision)d; applied %(applied)s,"
@@ -4141,14 +4140,10 @@ class ConflictLog:
     """A line for each conflict, but in a flood of them only for the first few of a minute."""
 
     def __init__(self) -> None:
-        self.minute = 0.0
-        self.seen = 0
+        self.seen = 0  # since the last summary
 
     def note(self, id_: int, message: str) -> None:
         """Log a conflict, or count it."""
-        if time.monotonic() > self.minute + 60:
-            self.summarise()
-            self.minute = time.monotonic()
         self.seen += 1
         if self.seen <= CONFLICTS_SHOWN:
             log.warning("conflict: change %(id)d: %(message)s", {"id": id_, "message": message})
@@ -4175,6 +4170,7 @@ class Engine:
         self.guard = Guard(self.waker)
         self.counters = Counters()
         self.written = Counters()  # those in etcd_sync_state
+        self.reported = Counters()  # those that a summary has told
         self.metrics = Metrics(config.etcd_dsn.prefix, self.counters)
         self.conflicts = ConflictLog()
         self.progress = Progress()

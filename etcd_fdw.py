@@ -5626,7 +5626,7 @@ class DemoStage:
         """Run etcdctl, and show it."""
         print("$ etcdctl " + " ".join(words), flush=True)
         program = [str(find_program("etcdctl")), "--endpoints", self.etcd.endpoint]
-        subprocess.run([*program, *words], check=True, env={**os.environ, "ETCDCTL_API": "3"})
+        subprocess.run([*program, *words], check=True)
 
     def sql(self, statement: str) -> list[tuple[Any, ...]]:
         """Run a statement, and show it with its rows."""

@@ -123,9 +123,9 @@ with packages():
     import psycopg2.extensions
     import psycopg2.extras
 
-__version__ = "2.0.0"
+__version__ = "2.1.0"
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 SCHEMA_FILE = Path(__file__).resolve().with_name("schema.sql")
 CHANGES_CHANNEL = "etcd_changes"
 OUTCOME_CHANNEL = "etcd_outcome"  # payload: <lowest id>-<highest id> of a batch of outcomes
@@ -246,31 +246,31 @@ class ConfigurationError(EtcdFdwError):
     exit_code = 1
 
 
-class Away(EtcdFdwError):
+class Unavailable(EtcdFdwError):
     """a server cannot be reached, or not now: try again"""
 
     exit_code = 2
 
 
-class EtcdAway(Away):
+class EtcdUnavailable(Unavailable):
     """etcd cannot be reached"""
 
 
-class Fenced(EtcdAway):
+class Fenced(EtcdUnavailable):
     """another session sends changes for this mirror"""
 
     copy = False  # whether it works for another database
 
 
-class NoSpace(EtcdAway):
+class NoSpace(EtcdUnavailable):
     """etcd's quota is used up: reads go on, writes wait"""
 
 
-class PostgresAway(Away):
+class PostgresUnavailable(Unavailable):
     """PostgreSQL cannot be reached"""
 
 
-class NoCopy(PostgresAway):
+class CopyRefused(PostgresUnavailable):
     """PostgreSQL cannot COPY into this table, because of row-level security"""
 
 
@@ -312,7 +312,7 @@ class AnotherTimeline(EtcdFdwError):
     """the mirror's history belongs to another etcd timeline"""
 
 
-class Busy(EtcdFdwError):
+class LockHeld(EtcdFdwError):
     """another instance is active"""
 
 
@@ -355,19 +355,19 @@ def masked(text: str) -> str:
 
 
 def etcd_error(exc: grpc.RpcError, endpoint: str) -> EtcdFdwError:
-    """The kind of error that a failed etcd call is; what nobody knows is EtcdAway."""
+    """The kind of error that a failed etcd call is; what nobody knows is EtcdUnavailable."""
     details = masked(exc.details() or "no details")
     kind = next((kind for text, kind in ETCD_MESSAGES if text in details), None)
-    kind = kind or ETCD_CODES.get(exc.code(), EtcdAway)
+    kind = kind or ETCD_CODES.get(exc.code(), EtcdUnavailable)
     return kind(f"etcd at {endpoint}: {details}")
 
 
 # By SQLSTATE, longest prefix first; source: PostgreSQL's errcodes appendix.
 POSTGRES_CODES: dict[str, type[EtcdFdwError]] = {
     "23505": Duplicate,
-    "0A000": NoCopy,
+    "0A000": CopyRefused,
     "42501": AccessDenied,
-    "25006": PostgresAway,
+    "25006": PostgresUnavailable,
     "22": Rejected,
     "54": Rejected,
     "28": AccessDenied,
@@ -392,16 +392,16 @@ POSTGRES_DSN_MESSAGES = re.compile(
 
 
 def postgres_error(exc: psycopg2.Error) -> EtcdFdwError:
-    """The kind of error that a failed PostgreSQL call is; what nobody knows is PostgresAway."""
+    """The kind of error that a failed PostgreSQL call is; the default is PostgresUnavailable."""
     code = exc.pgcode or ""
     message = masked(str(exc.diag.message_primary or exc).strip()) or type(exc).__name__
-    kind: type[EtcdFdwError] = PostgresAway
+    kind: type[EtcdFdwError] = PostgresUnavailable
     for length in (5, 2):
         if code[:length] in POSTGRES_CODES:
             kind = POSTGRES_CODES[code[:length]]
             break
     if exc.diag.source_file == "async.c":
-        kind = PostgresAway  # the queue of notifications is full: not this change's fault
+        kind = PostgresUnavailable  # the queue of notifications is full: not this change's fault
     elif not code and (
         any(text in message for text in POSTGRES_LOGIN_MESSAGES)
         or LOGIN_ROLE_MISSING.search(message)
@@ -958,7 +958,7 @@ class Waker:
             os.read(self._reader, 65536)
 
 
-class Supervisor:
+class SystemdNotifier:
     """Tells systemd how it goes, or whoever set NOTIFY_SOCKET; without that it does nothing.
 
     Source: sd_notify(3).
@@ -1013,7 +1013,7 @@ class Guard(threading.Thread):
     def __init__(self, waker: Waker) -> None:
         super().__init__(name="guard", daemon=True)
         self.waker = waker
-        self.supervisor = Supervisor(os.environ)
+        self.notifier = SystemdNotifier(os.environ)
         self.stop_by: float | None = None  # monotonic; set once asked to stop
         self.requests: set[int] = set()  # other signals, for the loop to take
         self.started_at = time.time()
@@ -1061,20 +1061,20 @@ class Guard(threading.Thread):
 
     def run(self) -> None:
         """Serve for the life of the process."""
-        self._inbox.settimeout(min(1.0, (self.supervisor.watchdog_s or 3.0) / 3))
+        self._inbox.settimeout(min(1.0, (self.notifier.watchdog_s or 3.0) / 3))
         while True:
             with suppress(socket.timeout):
                 for number in self._inbox.recv(64):
                     self._take(number)
             self._enforce(time.monotonic())
             if not self.stuck_s():
-                self.supervisor.keep_alive()
+                self.notifier.keep_alive()
 
     def _take(self, number: int) -> None:
         if number not in (signal.SIGTERM, signal.SIGINT):
             self.requests.add(number)
         elif self.stop_by is None:
-            self.supervisor.tell(STOPPING=1, STATUS="stopping")
+            self.notifier.tell(STOPPING=1, STATUS="stopping")
             self.stop_by = time.monotonic() + STOP_LIMIT_S
         else:
             os._exit(0)  # asked twice; a crash at any point loses nothing
@@ -1471,7 +1471,7 @@ class Postgres:
         except psycopg2.Error as exc:
             raise postgres_error(exc) from exc
         except SystemError as exc:  # psycopg2, if the session ends while COPY reads its data
-            raise PostgresAway(f"PostgreSQL: {exc}") from exc
+            raise PostgresUnavailable(f"PostgreSQL: {exc}") from exc
 
     @contextmanager
     def transaction(self, limit_s: float = STATEMENT_LIMIT_S) -> Iterator[Any]:
@@ -1753,7 +1753,7 @@ class Etcd:
                 grpc_options=options,
             )
         except (OSError, ValueError) as exc:
-            raise EtcdAway(f"etcd at {host}: {exc}") from exc
+            raise EtcdUnavailable(f"etcd at {host}: {exc}") from exc
         self.metadata: tuple[tuple[str, str], ...] = (("hasleader", "true"),)
         self.kv = etcdrpc.KVStub(self.client.channel)
         try:
@@ -1940,7 +1940,7 @@ class Watch(threading.Thread):
             for response in self._call:
                 if not self._put(response, response.ByteSize()):
                     return
-            error: Exception = EtcdAway(f"etcd at {self._endpoint}: the watch stream ended")
+            error: Exception = EtcdUnavailable(f"etcd at {self._endpoint}: the watch stream ended")
         except grpc.RpcError as exc:
             error = etcd_error(exc, self._endpoint)
         except Exception as exc:  # noqa: BLE001  whatever it is, the loop must hear of it
@@ -2046,7 +2046,7 @@ class Intake:
         if response.compact_revision:
             return Compacted(revision=response.compact_revision)
         reason = response.cancel_reason or "no reason given"
-        kind = TokenExpired if "permission denied" in reason else EtcdAway
+        kind = TokenExpired if "permission denied" in reason else EtcdUnavailable
         return kind(f"etcd at {self.endpoint}: watch cancelled: {reason}")
 
     def add(self, response: Any, batch_size: int) -> None:
@@ -2316,7 +2316,7 @@ class Mirror:
         return put, cur.rowcount
 
     def reach(self, cur: Any, revision: int, old: int | None) -> None:
-        """Set the checkpoint after merge_staging(). Raises PostgresAway if it has moved."""
+        """Set the checkpoint after merge_staging(). Raises PostgresUnavailable if it has moved."""
         cur.execute("SELECT key FROM etcd_staging ORDER BY revision DESC LIMIT 1")
         row = cur.fetchone()
         arguments = {
@@ -2332,7 +2332,9 @@ class Mirror:
             self.postgres.refuse_overlap(cur)
         cur.execute(NEW_STATE_SQL if old is None else RESYNC_STATE_SQL, arguments)
         if cur.rowcount != 1:
-            raise PostgresAway("PostgreSQL: another writer has moved the checkpoint: starting over")
+            raise PostgresUnavailable(
+                "PostgreSQL: another writer has moved the checkpoint: starting over"
+            )
 
     def watch(self, checkpoint: int, fragment: bool) -> None:
         """Begin to watch at the checkpoint."""
@@ -2363,7 +2365,7 @@ class Mirror:
             outcomes.count(counters)
             try:
                 self.write_once(batch, outcomes)
-            except (Duplicate, Rejected, NoCopy):
+            except (Duplicate, Rejected, CopyRefused):
                 if self.careful:
                     raise
                 self.careful = True
@@ -2427,7 +2429,7 @@ class Mirror:
             self.store_carefully(cur, dict(items[middle:]))
 
     def advance(self, cur: Any, old: int, batch: Batch, outcomes: Outcomes) -> None:
-        """Move the checkpoint and add to the counters. Raises PostgresAway if it has moved."""
+        """Move the checkpoint and add to the counters. Raises PostgresUnavailable if that has."""
         intake = self.intake
         arguments = {
             "prefix": self.postgres.prefix,
@@ -2441,7 +2443,9 @@ class Mirror:
         }
         cur.execute(CHECKPOINT_SQL, arguments)
         if cur.rowcount != 1:
-            raise PostgresAway("PostgreSQL: another writer has moved the checkpoint: starting over")
+            raise PostgresUnavailable(
+                "PostgreSQL: another writer has moved the checkpoint: starting over"
+            )
 
     def close(self) -> None:
         """End the watch."""
@@ -3795,7 +3799,7 @@ class Session:
         self.outbox: Outbox | None = None
         self.outbox_attempt = 0
         self.outbox_after = 0.0  # monotonic: when to open an outbox again
-        self.look = True  # there may be pending changes that were not read
+        self.dirty = True  # there may be pending changes that were not read
         self.timers = [Timer(a) for a in (self.poll, self.heartbeat, self.summarise, self.gauge)]
         self.chores = [
             Chore(engine, postgres, *chore, **start)
@@ -3885,7 +3889,7 @@ class Session:
         times = [timer.due_at for timer in (*self.timers, *self.chores)]
         if self.mirror.intake and self.mirror.intake.replaying:
             times.append(self.mirror.intake.heard_at + QUIET_S)
-        if self.look and (self.outbox is None or (self.outbox.retired and self.outbox.settled())):
+        if self.dirty and (self.outbox is None or (self.outbox.retired and self.outbox.settled())):
             times.append(self.outbox_after)
         if self.engine.guard.stop_by is not None:
             times.append(self.engine.guard.stop_by)
@@ -3900,7 +3904,7 @@ class Session:
             self.engine.waker.drain()
             if not self.postgres.notified():
                 return
-        self.look = True
+        self.dirty = True
 
     def note_lag(self) -> None:
         """Note how things are before and after each wait."""
@@ -3929,21 +3933,21 @@ class Session:
                 return False
             self.outbox = None
         if self.outbox is None:
-            if not self.look or time.monotonic() < self.outbox_after:
+            if not self.dirty or time.monotonic() < self.outbox_after:
                 return False
-            self.look = self.postgres.query(HAS_PENDING_SQL)[0]["found"]
-            if not self.look:
+            self.dirty = self.postgres.query(HAS_PENDING_SQL)[0]["found"]
+            if not self.dirty:
                 return False
             state = self.postgres.state()
             if state is None:
-                raise PostgresAway("PostgreSQL: the mirror's state is gone: starting over")
+                raise PostgresUnavailable("PostgreSQL: the mirror's state is gone: starting over")
             try:
                 self.outbox = Outbox(self.engine, self.postgres, self.etcd, state)
-            except (EtcdAway, AccessDenied) as exc:
+            except (EtcdUnavailable, AccessDenied) as exc:
                 self.postgres.query(WAIT_SQL, message=one_line(exc))
                 raise
-        if self.look:
-            self.look = self.outbox.all_read = False
+        if self.dirty:
+            self.dirty = self.outbox.all_read = False
         sent = self.outbox.fill()
         if sent:
             self.outbox_attempt = 0
@@ -3953,7 +3957,7 @@ class Session:
         """Open a new outbox after a while: until then etcd takes no changes."""
         if self.outbox:
             self.outbox.retire()
-        self.look = True
+        self.dirty = True
         config = self.engine.config
         self.outbox_attempt += 1
         delay = backoff(self.outbox_attempt, config.retry_initial, config.retry_max)
@@ -3979,14 +3983,14 @@ class Session:
         return bool(news or batch.share)  # what the mirror has already: there may be more behind
 
     def watch_is_alive(self) -> None:
-        """Raises EtcdAway if the watch says nothing although it has something to tell."""
+        """Raises EtcdUnavailable if the watch says nothing although it has something to tell."""
         intake = self.mirror.intake
         assert intake is not None
         since = self.outbox.silent_since() if self.outbox else None
         if since is None and not intake.created:
             since = intake.heard_at
         if since and time.monotonic() > max(since, intake.heard_at) + EVENT_LIMIT_S:
-            raise EtcdAway(
+            raise EtcdUnavailable(
                 f"etcd at {self.etcd.endpoint}: the watch has been silent for"
                 f" {EVENT_LIMIT_S:.0f}s although it has something to tell"
             )
@@ -3995,7 +3999,7 @@ class Session:
 
     def poll(self) -> float:
         """Look for pending changes even if no notification came."""
-        self.look = True
+        self.dirty = True
         strays = self.postgres.strays()
         if strays > self.engine.strays:
             log.warning(
@@ -4207,7 +4211,7 @@ class Engine:
                 break
             except TooLarge:
                 self.fragment = True
-                self.retry(EtcdAway("much to catch up with"), quiet=True)
+                self.retry(EtcdUnavailable("much to catch up with"), quiet=True)
             except Compacted as exc:
                 self.resync = exc.revision
                 log.warning(
@@ -4215,8 +4219,8 @@ class Engine:
                     " %(revision)d: copying again",
                     {"compacted": exc.revision or "?", "revision": self.metrics.checkpoint},
                 )
-                self.retry(EtcdAway("resync needed"), quiet=True)
-            except Away as exc:
+                self.retry(EtcdUnavailable("resync needed"), quiet=True)
+            except Unavailable as exc:
                 if not self.connected and time.monotonic() > give_up_at:
                     raise
                 self.retry(exc)
@@ -4248,7 +4252,7 @@ class Engine:
                 stack.callback(session.close)
                 session.run()
             except EtcdFdwError as exc:
-                if isinstance(exc, (EtcdAway, AccessDenied)):
+                if isinstance(exc, (EtcdUnavailable, AccessDenied)):
                     with suppress(EtcdFdwError):  # it may be gone as well
                         postgres.activate(one_line(exc))
                 raise
@@ -4274,7 +4278,7 @@ class Engine:
                 self.connected = waiting = True
                 postgres.name_session("standby")
                 self.enter("standing by")
-                self.guard.supervisor.tell(READY=1)
+                self.guard.notifier.tell(READY=1)
                 self.resync = None  # the other one sees to it
             self.pause(STANDBY_POLL_S)
             self.check_stop()
@@ -4293,13 +4297,13 @@ class Engine:
             index = (self.host + turn) % len(hosts)
             try:
                 etcd = Etcd(target, hosts[index])
-            except EtcdAway as exc:
+            except EtcdUnavailable as exc:
                 errors.append(str(exc))
                 self.check_stop()
                 continue
             self.host = index
             return etcd
-        raise EtcdAway("; ".join(errors))
+        raise EtcdUnavailable("; ".join(errors))
 
     def established(self, session: Session) -> None:
         """A session has come as far as its loop."""
@@ -4321,7 +4325,7 @@ class Engine:
         self.current = session
         self.connected, self.established_at, self.lost_at = True, now, None
         self.enter(MIRRORING)
-        self.guard.supervisor.tell(READY=1)
+        self.guard.notifier.tell(READY=1)
 
     def disconnected(self) -> None:
         """A session has ended."""
@@ -4413,10 +4417,10 @@ class Engine:
 
     def reload(self) -> None:
         """Read the configuration again and use what a running process can change."""
-        supervisor = self.guard.supervisor
-        ready = supervisor.ready
+        notifier = self.guard.notifier
+        ready = notifier.ready
         if ready:
-            supervisor.tell(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
+            notifier.tell(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
         try:
             new = self.read_config()
         except EtcdFdwError as exc:
@@ -4437,7 +4441,7 @@ class Engine:
                 },
             )
         if ready:
-            supervisor.tell(READY=1)
+            notifier.tell(READY=1)
 
     def log_status(self) -> None:
         """Log in one line how it goes."""
@@ -4470,7 +4474,7 @@ class Engine:
     def enter(self, state: str) -> None:
         """Say what the process does from now on."""
         self.metrics.state = state
-        self.guard.supervisor.tell(STATUS=state)
+        self.guard.notifier.tell(STATUS=state)
 
     def healthz(self) -> tuple[int, str]:
         """Whether the loop turns. Called by other threads."""
@@ -4981,7 +4985,7 @@ def revisions_after(etcd: Etcd, checkpoint: int, waker: Waker) -> list[int]:
                 if response.compact_revision:  # usual where the prefix is quiet
                     return revisions_after(etcd, response.compact_revision - 1, waker)
                 if response.canceled:
-                    raise EtcdAway(f"etcd at {etcd.endpoint}: {response.cancel_reason}")
+                    raise EtcdUnavailable(f"etcd at {etcd.endpoint}: {response.cancel_reason}")
                 found.update(event.kv.mod_revision for event in response.events)
     finally:
         watch.stop()
@@ -5000,7 +5004,7 @@ def postgres_status(postgres: Postgres) -> dict[str, Any]:
         facts.update(postgres.query(STRAY_SQL)[0])
         facts["refusals"] = postgres.query(REFUSALS_SQL)
         facts.update(keys=None, revisions=None)
-        with suppress(PostgresAway):  # it takes too long
+        with suppress(PostgresUnavailable):  # it takes too long
             facts.update(postgres.query(SIZE_SQL, **postgres.bounds)[0])
     return facts
 
@@ -5045,7 +5049,7 @@ def gather_status(engine: Engine) -> dict[str, Any]:
             etcd_side["writable"] = is_granted(etcd)
             if postgres and "checkpoint" in found:
                 found.update(lag(etcd, postgres, found, engine.waker))
-        except PostgresAway as exc:
+        except PostgresUnavailable as exc:
             postgres_side.update(reachable=False, error=str(exc))
         except EtcdFdwError as exc:
             etcd_side.update(reachable=False, error=str(exc))
@@ -5215,7 +5219,7 @@ class PassSession(Session):
         """Whether nothing is left to do, and the mirror was compared and repaired."""
         if super().finished():
             return True
-        if self.look or (self.outbox and not self.outbox.idle()):
+        if self.dirty or (self.outbox and not self.outbox.idle()):
             return False
         started = time.monotonic()
         if started >= self.compare_at:
@@ -5239,7 +5243,7 @@ DELETE FROM etcd WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %
 
 
 class OnePass(Engine):
-    """An engine for one session that ends by itself. Raises Busy if there is an active one."""
+    """An engine for one session that ends by itself. Raises LockHeld if there is an active one."""
 
     session_type = PassSession
 
@@ -5255,7 +5259,7 @@ class OnePass(Engine):
     def lock(self, postgres: Postgres) -> None:
         """Become the active instance, or say that another is."""
         if not postgres.try_lock():
-            raise Busy
+            raise LockHeld
         postgres.name_session("active")
         if self.reset:
             postgres.ensure_schema()
@@ -5352,7 +5356,7 @@ def bring_in_step(config: Config, reset: bool = False) -> dict[str, Any]:
     engine = OnePass(config, reset)
     try:
         engine.run()
-    except Busy:
+    except LockHeld:
         if reset:
             raise EtcdFdwError("an instance is active: stop it, then reset the mirror") from None
         return ask_active(config)

@@ -40,8 +40,8 @@ BEGIN
     IF pg_catalog.to_regprocedure(
            pg_catalog.format('%I.etcd_schema_version()', current_schema())) IS NOT NULL THEN
         EXECUTE pg_catalog.format('SELECT %I.etcd_schema_version()', current_schema()) INTO v_installed;
-        IF v_installed > 3 THEN
-            RAISE EXCEPTION 'schema version % is installed, this file is version 3', v_installed
+        IF v_installed > 4 THEN
+            RAISE EXCEPTION 'schema version % is installed, this file is version 4', v_installed
                 USING ERRCODE = 'object_not_in_prerequisite_state',
                       HINT = 'Use the schema.sql that belongs to the newer etcd_fdw.';
         END IF;
@@ -60,6 +60,7 @@ $$;
 --     revision     etcd's mod_revision; unique per key, shared by the keys of one etcd transaction
 --     tombstone    the key was deleted at this revision; both values are null
 --     value_bytes  the value, if it is not valid text (not UTF-8, or with a NUL byte); value is null then
+--     lease        etcd's id of the lease that the key was put with; null: none
 --
 -- The latest row of a key is its current state. The primary key answers that with one index descent.
 CREATE TABLE IF NOT EXISTS etcd (
@@ -69,12 +70,16 @@ CREATE TABLE IF NOT EXISTS etcd (
     revision     bigint            NOT NULL,
     tombstone    boolean           NOT NULL DEFAULT false,
     value_bytes  bytea,
+    lease        bigint,
     CONSTRAINT etcd_pkey PRIMARY KEY (key, revision),
     CONSTRAINT etcd_revision_check CHECK (revision > 0),
     CONSTRAINT etcd_value_check CHECK (
         CASE WHEN tombstone THEN value IS NULL AND value_bytes IS NULL
              ELSE (value IS NULL) <> (value_bytes IS NULL) END)
 );
+
+-- Since version 4.
+ALTER TABLE etcd ADD COLUMN IF NOT EXISTS lease bigint;
 
 COMMENT ON TABLE  etcd IS 'Mirror of etcd: every revision of every key. Written by etcd_fdw only.';
 COMMENT ON COLUMN etcd.ts IS 'when the row was mirrored, not when etcd wrote it';
@@ -108,6 +113,9 @@ COMMENT ON COLUMN etcd.value_bytes IS 'value that text cannot hold: not UTF-8, o
 --                       an earlier row of the same key
 --     role_name, application_name   who asked
 --     dismissed_at      when somebody acknowledged the conflict or failure; null: it still counts
+--     ttl               put the key with a lease of so long; '0': without one; null: it keeps the one that it has
+--     force             apply it whatever etcd holds: revision does not count, and it cannot conflict
+--     replaced_revision   of a forced change: the version that it replaced; null: none, or not known
 --
 -- A plain INSERT of key, value and revision is a strict compare-and-swap. etcd_set and its kin fill in
 -- revision and depends_on. Statuses other than pending are final: trying again is a new row.
@@ -129,6 +137,9 @@ CREATE TABLE IF NOT EXISTS etcd_wal (
     role_name         text              NOT NULL DEFAULT current_user,
     application_name  text              DEFAULT pg_catalog.current_setting('application_name', true),
     dismissed_at      timestamptz,
+    ttl               interval,
+    force             boolean           NOT NULL DEFAULT false,
+    replaced_revision bigint,
     CONSTRAINT etcd_wal_pkey PRIMARY KEY (id),
     CONSTRAINT etcd_wal_key_check CHECK (key <> '' AND pg_catalog.octet_length(key) <= 2600),
     CONSTRAINT etcd_wal_value_check CHECK (value IS NULL OR value_bytes IS NULL),
@@ -149,6 +160,12 @@ CREATE TABLE IF NOT EXISTS etcd_wal (
 ALTER TABLE etcd_wal
     ADD COLUMN IF NOT EXISTS dismissed_at timestamptz
     CONSTRAINT etcd_wal_dismissed_check CHECK (dismissed_at IS NULL OR status IN ('conflict', 'failed'));
+
+-- Since version 4.
+ALTER TABLE etcd_wal
+    ADD COLUMN IF NOT EXISTS ttl                interval,
+    ADD COLUMN IF NOT EXISTS force              boolean  NOT NULL DEFAULT false,
+    ADD COLUMN IF NOT EXISTS replaced_revision  bigint;
 
 COMMENT ON TABLE  etcd_wal IS 'Outbox: changes that SQL wants made in etcd, with the outcome of each.';
 COMMENT ON COLUMN etcd_wal.value IS 'text to put; null together with value_bytes: delete';
@@ -178,6 +195,8 @@ COMMENT ON COLUMN etcd_wal.dismissed_at IS 'when the conflict or failure was ack
 --     updated_at        when the checkpoint last moved
 --     receipt           revision of the newest etcd transaction of changes up to which all outcomes are here
 --     split             PostgreSQL transactions that are too large for etcd: applied change by change, not all done
+--     generation        raised with every commit of the daemon; what etcd_wait sleeps on
+--     unrepaired        the mirror was made by a version that did not know leases: the daemon compares it once
 --     host, pid, version, started_at, heartbeat_at   the active daemon
 --     last_error, last_error_at   what keeps it from working, null: nothing
 --     events to unstorable   counters since the prefix was first mirrored
@@ -193,6 +212,8 @@ CREATE TABLE IF NOT EXISTS etcd_sync_state (
     etcd_revision    bigint,
     receipt          bigint            NOT NULL DEFAULT 0,
     split            xid8[]            NOT NULL DEFAULT '{}',
+    generation       bigint            NOT NULL DEFAULT 0,
+    unrepaired       boolean           NOT NULL DEFAULT false,
     updated_at       timestamptz       NOT NULL DEFAULT now(),
     host             text,
     pid              integer,
@@ -221,6 +242,19 @@ ALTER TABLE etcd_sync_state
     DROP COLUMN IF EXISTS sent_before,
     DROP COLUMN IF EXISTS sent_after,
     DROP COLUMN IF EXISTS sent_in_parts;
+
+-- Since version 4, which mirrors leases: what was mirrored before gets them when the daemon starts.
+DO $$
+BEGIN
+    IF NOT EXISTS (SELECT FROM pg_attribute
+                   WHERE attrelid = 'etcd_sync_state'::regclass::oid AND attname = 'generation') THEN
+        ALTER TABLE etcd_sync_state
+            ADD COLUMN generation  bigint   NOT NULL DEFAULT 0,
+            ADD COLUMN unrepaired  boolean  NOT NULL DEFAULT false;
+        UPDATE etcd_sync_state SET unrepaired = true;
+    END IF;
+END
+$$;
 
 COMMENT ON TABLE  etcd_sync_state IS 'Per mirrored prefix: checkpoint, active daemon, counters.';
 COMMENT ON COLUMN etcd_sync_state.prefix IS 'mirrored prefix; empty: the whole key space';
@@ -794,7 +828,7 @@ CREATE OR REPLACE FUNCTION etcd_schema_version()
 RETURNS integer
 LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
 -- Version of this file as installed. The daemon applies a newer one and refuses an older one.
-SELECT 3
+SELECT 4
 $$;
 COMMENT ON FUNCTION etcd_schema_version() IS 'version of schema.sql as installed';
 

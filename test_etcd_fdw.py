@@ -5654,7 +5654,7 @@ def test_stuck_loop_is_unhealthy_and_not_kept_alive(monkeypatch, tmp_path):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
         guard = etcd_fdw.Guard(etcd_fdw.Waker())
-        guard.supervisor.ready = True
+        guard.notifier.ready = True
         guard.start()
         manager.settimeout(10)
         assert manager.recv(1000) == b"WATCHDOG=1"
@@ -5727,9 +5727,9 @@ def test_systemd_hears_of_a_lost_server(daemon, tmp_path, own_etcd, prefix):
 
 def test_watchdog_of_another_process_is_not_ours(monkeypatch):
     environ = {"NOTIFY_SOCKET": "/nowhere", "WATCHDOG_USEC": "5000000", "WATCHDOG_PID": "1"}
-    assert etcd_fdw.Supervisor(environ).watchdog_s == 0
-    assert etcd_fdw.Supervisor({**environ, "WATCHDOG_PID": str(os.getpid())}).watchdog_s == 5
-    etcd_fdw.Supervisor(environ).tell(READY=1)  # nobody there: no error
+    assert etcd_fdw.SystemdNotifier(environ).watchdog_s == 0
+    assert etcd_fdw.SystemdNotifier({**environ, "WATCHDOG_PID": str(os.getpid())}).watchdog_s == 5
+    etcd_fdw.SystemdNotifier(environ).tell(READY=1)  # nobody there: no error
 
 
 def test_sigusr1_logs_the_status(daemon, db, prefix, etcd):
@@ -7184,7 +7184,7 @@ def test_session_that_was_given_up_does_not_keep_the_lock(db, etcd_address, pref
         assert (new.holder() or {})["pid"] == pid
         engine.lock(new)
         assert (new.holder() or {})["pid"] == new.backend[0]
-        with pytest.raises(etcd_fdw.PostgresAway):
+        with pytest.raises(etcd_fdw.PostgresUnavailable):
             silent.state()
 
 

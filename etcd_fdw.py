@@ -297,7 +297,7 @@ class Compacted(EtcdFdwError):
 
 
 class Rejected(EtcdFdwError):
-    """etcd or PostgreSQL refuses this one change, and would refuse it again"""
+    """etcd refuses this one change, and would refuse it again"""
 
 
 class TooLarge(EtcdFdwError):
@@ -368,8 +368,6 @@ POSTGRES_CODES: dict[str, type[EtcdFdwError]] = {
     "0A000": CopyRefused,
     "42501": AccessDenied,
     "25006": PostgresUnavailable,
-    "22": Rejected,
-    "54": Rejected,
     "28": AccessDenied,
     "42": EtcdFdwError,
     "XX": EtcdFdwError,
@@ -520,10 +518,13 @@ COPY_NULL = struct.pack(">i", -1)
 _pack_key = struct.Struct(">hi").pack
 _pack_length = struct.Struct(">i").pack
 _pack_tail = struct.Struct(">iqib").pack
+_pack_lease = struct.Struct(">iq").pack
 
 
-def copy_row(key: bytes, value: bytes | None, revision: int) -> bytes:
-    """A row (key, value, value_bytes, revision, tombstone) in COPY's binary format.
+def copy_row(key: bytes, value: bytes | None, revision: int, lease: int) -> bytes:
+    """A row (key, value, value_bytes, revision, tombstone, lease) in COPY's binary format.
+
+    lease is etcd's: 0 for none, which is null in the row.
 
     Binary needs no escaping, so no byte can be misread. Source: PostgreSQL's COPY reference.
     """
@@ -533,7 +534,9 @@ def copy_row(key: bytes, value: bytes | None, revision: int) -> bytes:
         columns = _pack_length(len(value)) + value + COPY_NULL
     else:
         columns = COPY_NULL + _pack_length(len(value)) + value
-    return _pack_key(5, len(key)) + key + columns + _pack_tail(8, revision, 1, value is None)
+    columns += _pack_tail(8, revision, 1, value is None)
+    columns += _pack_lease(8, lease) if lease else COPY_NULL
+    return _pack_key(6, len(key)) + key + columns
 
 
 def int_array(numbers: Iterable[int]) -> str:
@@ -1348,7 +1351,8 @@ WHERE prefix <> %(prefix)s
   AND (pg_catalog.starts_with(prefix, %(prefix)s) OR pg_catalog.starts_with(%(prefix)s, prefix))
 """
 STATE_SQL = """
-SELECT mirror_id::text, cluster_id, revision, last_key, receipt, split::text[], pid, host
+SELECT mirror_id::text, cluster_id, revision, last_key, receipt, split::text[], unrepaired,
+       pid, host
 FROM etcd_sync_state WHERE prefix = %(prefix)s
 """
 ACTIVATE_SQL = """
@@ -1424,6 +1428,7 @@ class SyncState(NamedTuple):
     last_key: str | None
     receipt: int  # revision of the newest receipt whose outcomes are all written
     split: list[str]  # transactions that are applied change by change, and not all done
+    unrepaired: bool  # mirrored by a version that did not know leases
     pid: int | None
     host: str | None
 
@@ -1860,13 +1865,6 @@ class Etcd:
         delete.key, delete.range_end = key, range_end
         self.call(self.kv.Txn, request)
 
-    def live_at(self, revision: int) -> Iterator[KeyValueRecord]:
-        """The keys that there were at a revision, in key order. Raises Compacted."""
-        for page in self.pages(revision):
-            for kv in page.kvs:
-                if not kv.key.startswith(RESERVED):
-                    yield KeyValueRecord(kv.key, kv.value, kv.mod_revision)
-
     def pages(self, revision: int) -> Iterator[Any]:
         """RangeResponses over the prefix at one revision, in key order; 0: the current one.
 
@@ -1986,60 +1984,78 @@ class Watch(threading.Thread):
 # ── mirror: the watch's way into table etcd ────────────────────────────────────
 
 
-class Part(NamedTuple):
-    """Watch events of whole revisions, which come into the mirror together."""
-
-    events: Sequence[Any]
-    revision: int  # the checkpoint after them
-    share: float = 0.0  # of a full batch
-
-
-def slices(events: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """Runs of about size events that never split a revision."""
-    start = 0
-    while start < len(events):
-        end = start + size
-        while end < len(events) and (
-            events[end].kv.mod_revision == events[end - 1].kv.mod_revision
-        ):
-            end += 1
-        yield events[start:end] if start or end < len(events) else events
-        start = end
-
-
 class Intake:
-    """Puts the responses of the watch together to whole revisions, in parts of batch size.
+    """Puts the responses of the watch together to whole revisions.
 
     Created once etcd has confirmed the watch; ended once etcd has cancelled it, which is final.
+    The first `whole` of its events are of revisions that are complete; with all of them the
+    mirror is at revision `reached`.
     """
 
     def __init__(self, etcd: Etcd, watch: Watch) -> None:
         self.endpoint = etcd.endpoint
         self.watch = watch
-        self.parts: collections.deque[Part] = collections.deque()
-        self.fragments: list[Any] = []  # of a revision that is not complete yet
+        self.events: list[Any] = []
+        self.whole = 0
+        self.bytes = 0  # of these events, about
+        self.reached = 0
         self.store_revision = etcd.header.revision  # newest one of the whole store heard of
         self.heard_at = time.monotonic()
         self.replaying = True  # etcd sends the past in portions, and there may be more of it
         self.created = False
         self.ended: EtcdFdwError | None = None
 
-    def take(self, batch_size: int) -> None:
-        """Take responses until there is enough for a batch. Raises what ended the watch."""
-        while sum(part.share for part in self.parts) < 1:
-            if self.ended and not self.parts:
-                raise self.ended  # after the mirror has what etcd may have compacted since
+    def take(self, batch_size: int) -> tuple[list[Any], int]:
+        """About batch_size events of whole revisions, and the revision that they bring it to.
+
+        Raises what ended the watch, after the mirror has all that came before.
+        """
+        while self.whole < batch_size and self.bytes < BATCH_BYTES:
             response = None if self.ended else self.watch.take()
             if response is None:
-                return
-            self.heard_at = time.monotonic()
-            self.store_revision = max(self.store_revision, response.header.revision)
-            if response.canceled:
-                self.ended = self.cancellation(response)
-            elif response.created:
-                self.created = True
-            else:
-                self.add(response, batch_size)
+                break
+            self.receive(response)
+        if self.ended and not self.whole:
+            raise self.ended
+        end = batch_size
+        if self.bytes > BATCH_BYTES:
+            end = min(end, max(1, self.whole * BATCH_BYTES // self.bytes))
+        while end < self.whole and same_revision(self.events[end - 1], self.events[end]):
+            end += 1
+        if end >= self.whole:
+            end, revision = self.whole, self.reached
+        else:
+            revision = self.events[end - 1].kv.mod_revision
+        taken = self.events[:end]
+        self.bytes -= self.bytes * end // max(1, len(self.events))
+        del self.events[:end]
+        self.whole -= end
+        return taken, revision
+
+    def receive(self, response: Any) -> None:
+        """Keep what a response has."""
+        self.heard_at = time.monotonic()
+        revision = response.header.revision
+        self.store_revision = max(self.store_revision, revision)
+        if response.canceled:
+            self.ended = self.cancellation(response)
+        elif response.created:
+            self.created = True
+        elif not response.events:  # a progress notification: nothing happened up to here
+            self.replaying = False
+            self.reached = revision
+        else:
+            self.events.extend(response.events)
+            self.bytes += response.ByteSize()
+            last = self.events[-1]
+            # while it replays the past, etcd names the store's revision, far ahead of the events
+            self.replaying = last.kv.mod_revision < revision
+            self.whole = len(self.events)
+            if getattr(response, "fragment", False):  # its last revision may go on in the next
+                while self.whole and same_revision(self.events[self.whole - 1], last):
+                    self.whole -= 1
+            if self.whole:
+                self.reached = self.events[self.whole - 1].kv.mod_revision
 
     def cancellation(self, response: Any) -> EtcdFdwError:
         """The error that a cancelled watch is. It is always final, but the stream lives on."""
@@ -2049,34 +2065,15 @@ class Intake:
         kind = TokenExpired if "permission denied" in reason else EtcdUnavailable
         return kind(f"etcd at {self.endpoint}: watch cancelled: {reason}")
 
-    def add(self, response: Any, batch_size: int) -> None:
-        """Keep the whole revisions of a response, with what its predecessors left over."""
-        last = response.events[-1].kv.mod_revision if response.events else 0
-        # while it replays the past, etcd names the store's revision, far ahead of the events
-        self.replaying = 0 < last < response.header.revision
-        events: Sequence[Any] = response.events
-        if self.fragments:
-            events = [*self.fragments, *events]
-        self.fragments = []
-        if getattr(response, "fragment", False):  # its last revision may go on in the next
-            whole = len(events)
-            while whole and events[whole - 1].kv.mod_revision == events[-1].kv.mod_revision:
-                whole -= 1
-            events, self.fragments = events[:whole], list(events[whole:])
-        elif not events:  # a progress notification: nothing happened up to here
-            self.parts.append(Part((), response.header.revision))
-        share = max(
-            len(events) / batch_size,
-            sum(len(event.kv.value) for event in events) / BATCH_BYTES,
-        )
-        for part in slices(events, max(1, int(len(events) / max(share, 1)))):
-            revision = part[-1].kv.mod_revision
-            self.parts.append(Part(part, revision, share * len(part) / len(events)))
-
     def behind(self) -> bool:
         """Whether there is something to mirror, or may be soon."""
         self.replaying = self.replaying and time.monotonic() < self.heard_at + QUIET_S
-        return self.replaying or bool(self.parts or self.fragments or self.watch.waiting())
+        return self.replaying or bool(self.events) or self.watch.waiting()
+
+
+def same_revision(event: Any, other: Any) -> bool:
+    """Whether two events are of one etcd transaction."""
+    return bool(event.kv.mod_revision == other.kv.mod_revision)
 
 
 class Batch:
@@ -2087,12 +2084,12 @@ class Batch:
         self.unstorable: list[KeyValueRecord] = []
         self.checkpoint = checkpoint
         self.last_key: str | None = None
-        self.share = 0.0  # of a full batch
+        self.events = 0  # that were looked at
 
-    def add(self, part: Part) -> None:
-        """Add the events above the checkpoint, and move it."""
+    def add(self, events: Sequence[Any], reached: int) -> None:
+        """Add the events above the checkpoint, and move that to the revision reached."""
         rows, after, key = self.rows, self.checkpoint, None
-        for event in part.events:
+        for event in events:
             kv = event.kv
             revision = kv.mod_revision
             if revision <= after or kv.key.startswith(RESERVED):
@@ -2102,27 +2099,32 @@ class Batch:
                 self.unstorable.append(KeyValueRecord(kv.key, value, revision))
                 continue
             key = kv.key
-            rows[key, revision] = copy_row(key, value, revision)
+            rows[key, revision] = copy_row(key, value, revision, kv.lease)
         if key is not None:
             self.last_key = key.decode()
-        self.checkpoint = max(self.checkpoint, part.revision)
-        self.share += part.share
+        self.checkpoint = max(after, reached)
+        self.events += len(events)
 
 
 COPY_SQL = """
-COPY {} (key, value, value_bytes, revision, tombstone) FROM STDIN (FORMAT binary)
+COPY {} (key, value, value_bytes, revision, tombstone, lease) FROM STDIN (FORMAT binary)
 """
+# The lock of the new generation is taken before anybody can know of it.
 CHECKPOINT_SQL = """
 UPDATE etcd_sync_state
 SET revision = %(revision)s, last_key = coalesce(%(last_key)s, last_key),
     receipt = greatest(receipt, %(receipt)s), split = coalesce(%(split)s::xid8[], split),
-    etcd_revision = greatest(etcd_revision, %(etcd_revision)s),
+    etcd_revision = greatest(etcd_revision, %(etcd_revision)s), generation = generation + 1,
     updated_at = now(), heartbeat_at = now(),
     events = events + %(events)s, applied = applied + %(applied)s,
     conflicts = conflicts + %(conflicts)s, failures = failures + %(failures)s,
     resyncs = resyncs + %(resyncs)s, reconnects = reconnects + %(reconnects)s,
     unstorable = unstorable + %(unstorable)s
 WHERE prefix = %(prefix)s AND revision = %(old)s
+RETURNING generation, pg_catalog.pg_advisory_lock(_etcd_generation_lock(prefix, generation))
+"""
+WAKE_SQL = """
+SELECT pg_catalog.pg_advisory_unlock(_etcd_generation_lock(%(prefix)s, %(generation)s))
 """
 AUDIT_EVENTS_SQL = """
 INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, source_revision,
@@ -2133,13 +2135,16 @@ FROM ROWS FROM (pg_catalog.unnest(%(keys)s::text[]), pg_catalog.unnest(%(revisio
 """
 STAGING_SQL = """
 CREATE TEMPORARY TABLE IF NOT EXISTS etcd_staging (
-    key text COLLATE "C", value text, value_bytes bytea, revision bigint, tombstone boolean);
+    key text COLLATE "C", value text, value_bytes bytea, revision bigint, tombstone boolean,
+    lease bigint);
 TRUNCATE etcd_staging
 """
+# A row that is there already may lack its lease: versions before 2.1 did not mirror that.
 FROM_STAGING_SQL = """
-INSERT INTO etcd (key, value, value_bytes, revision, tombstone)
-SELECT key, value, value_bytes, revision, tombstone FROM etcd_staging
-ON CONFLICT DO NOTHING
+INSERT INTO etcd AS e (key, value, value_bytes, revision, tombstone, lease)
+SELECT key, value, value_bytes, revision, tombstone, lease FROM etcd_staging
+ON CONFLICT (key, revision) DO UPDATE SET lease = excluded.lease
+WHERE e.lease IS DISTINCT FROM excluded.lease
 """
 CONTRADICTION_SQL = """
 SELECT s.key FROM etcd_staging s JOIN etcd e USING (key)
@@ -2166,7 +2171,7 @@ UPDATE etcd_sync_state
 SET gaps = gaps OPERATOR(pg_catalog.||) CASE WHEN revision + 1 < %(revision)s
         THEN ARRAY[pg_catalog.int8range(revision + 1, %(revision)s::bigint)]
         ELSE '{}'::int8range[] END,
-    revision = %(revision)s, last_key = %(last_key)s, updated_at = now()
+    revision = %(revision)s, last_key = %(last_key)s, updated_at = now(), unrepaired = false
 WHERE prefix = %(prefix)s AND revision = %(old)s
 """
 AS_OF_SQL = """
@@ -2175,11 +2180,57 @@ WHERE key = %(key)s AND revision <= %(revision)s ORDER BY revision DESC LIMIT 1
 """
 
 
+class Staged(NamedTuple):
+    """What load_staging() has brought."""
+
+    revision: int
+    keys: int
+    unstorable: list[KeyValueRecord]
+
+
+def copy_in(cur: Any, table: str, rows: Iterable[bytes]) -> None:
+    """COPY rows made by copy_row() into etcd or its staging table."""
+    data = b"".join((COPY_HEADER, *rows, COPY_TRAILER))
+    cur.copy_expert(COPY_SQL.format(table), io.BytesIO(data), size=1 << 18)
+
+
+def load_staging(
+    postgres: Postgres, etcd: Etcd, revision: int, progress: Callable[[int, int], None]
+) -> Staged:
+    """Copy the prefix as it was at a revision (0: now) into the staging table.
+
+    progress is called with the number of keys that are there, and of all. Raises Compacted.
+    """
+    keys = 0
+    unstorable: list[KeyValueRecord] = []
+    with postgres.cursor() as cur:
+        cur.execute(STAGING_SQL)
+    for page in etcd.pages(revision):
+        revision = revision or page.header.revision
+        rows = []
+        for kv in page.kvs:
+            if kv.key.startswith(RESERVED):
+                continue
+            if is_storable(kv.key):
+                rows.append(copy_row(kv.key, kv.value, kv.mod_revision, kv.lease))
+            else:
+                unstorable.append(KeyValueRecord(kv.key, kv.value, kv.mod_revision))
+        with postgres.cursor() as cur:
+            copy_in(cur, "etcd_staging", rows)
+        keys += len(rows)
+        progress(keys, keys + page.count - len(page.kvs))
+    with postgres.cursor() as cur:
+        cur.execute("ANALYZE etcd_staging")
+    return Staged(revision, keys, unstorable)
+
+
 class Mirror:
     """Brings what happens in etcd into table etcd, together with the outcomes of changes.
 
     At the checkpoint the mirror is exactly what etcd held.  Rows, checkpoint, counters and
-    outcomes are one PostgreSQL transaction, so a crash undoes all or none of them.
+    outcomes are one PostgreSQL transaction, so a crash undoes all or none of them.  Each such
+    transaction begins a generation, whose lock this session holds until the next one is
+    committed: that wakes whoever waits for it in etcd_wait().
     """
 
     def __init__(self, engine: Engine, postgres: Postgres, etcd: Etcd) -> None:
@@ -2187,8 +2238,9 @@ class Mirror:
         self.postgres = postgres
         self.etcd = etcd
         self.checkpoint = 0
+        self.generation: int | None = None  # None: no lock is held
         self.intake: Intake | None = None  # None: not watching yet
-        self.careful = False  # PostgreSQL refused a COPY: rows go in one by one if need be
+        self.careful = False  # PostgreSQL refused a plain COPY: go through the staging table
         self.written_at = time.monotonic()
 
     # ─ start ─
@@ -2237,72 +2289,53 @@ class Mirror:
         engine.enter("copying")
         started = engine.progress.shown = time.monotonic()
         try:
-            revision, keys, unstorable = self.load_staging(at)
+            staged = load_staging(self.postgres, self.etcd, at, self.on_page)
         except Compacted as exc:  # once more, meanwhile; the current state will be there longer
             raise Compacted(revision=0) from exc
         old = state.revision if state else None
         with engine.counting(), self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
-            put, deleted = self.merge_staging(cur, revision)
-            self.reach(cur, revision, old)
+            put, deleted = self.merge_staging(cur, staged.revision)
+            self.reach(cur, staged.revision, old)
             event = SynchronizationEvent(
                 operation="snapshot" if state is None else "resync",
                 status="done",
                 source_system="etcd",
-                source_revision=revision,
+                source_revision=staged.revision,
                 target_system="postgresql",
                 target_revision=old,
                 duration_s=time.monotonic() - started,
-                details={"keys": keys, "put": put, "deleted": deleted},
+                details={"keys": staged.keys, "put": put, "deleted": deleted},
             )
             self.postgres.record_events(cur, [event])
-            events = [unstorable_event(r) for r in unstorable]
+            events = [unstorable_event(r) for r in staged.unstorable]
             engine.counters.unstorable += self.postgres.record_events(cur, events, again=True)
             engine.counters.resyncs += state is not None
-            self.advance(cur, revision, Batch(revision), Outcomes())
-            if engine.config.notify_channel:
-                self.postgres.notify(cur, engine.config.notify_channel, (old or 0) + 1, revision)
-        warn_of_unstorable(unstorable)
+            self.advance(cur, staged.revision, Batch(staged.revision), Outcomes())
+            if channel := engine.config.notify_channel:
+                self.postgres.notify(cur, channel, (old or 0) + 1, staged.revision)
+        warn_of_unstorable(staged.unstorable)
         log.info(
             "copied %(keys)d keys from etcd to PostgreSQL at revision %(revision)d"
             " (%(new)d new, %(deleted)d deleted) in %(seconds).2fs",
             {
-                "keys": keys,
-                "revision": revision,
+                "keys": staged.keys,
+                "revision": staged.revision,
                 "new": put,
                 "deleted": deleted,
                 "seconds": time.monotonic() - started,
             },
         )
 
-    def load_staging(self, revision: int) -> tuple[int, int, list[KeyValueRecord]]:
-        """Copy the prefix into the staging table: revision, number of keys, what has no room."""
-        keys = 0
-        unstorable: list[KeyValueRecord] = []
-        with self.postgres.cursor() as cur:
-            cur.execute(STAGING_SQL)
-        for page in self.etcd.pages(revision):
-            revision = revision or page.header.revision
-            rows = []
-            for kv in page.kvs:
-                if kv.key.startswith(RESERVED):
-                    continue
-                if is_storable(kv.key):
-                    rows.append(copy_row(kv.key, kv.value, kv.mod_revision))
-                else:
-                    unstorable.append(KeyValueRecord(kv.key, kv.value, kv.mod_revision))
-            with self.postgres.cursor() as cur:
-                self.copy_in(cur, "etcd_staging", rows)
-            keys += len(rows)
-            self.engine.progress.show(keys, keys + page.count - len(page.kvs))
-            self.engine.check_stop()
-        return revision, keys, unstorable
+    def on_page(self, keys: int, total: int) -> None:
+        """Say how far a copy is. Raises Stopped."""
+        self.engine.progress.show(keys, total)
+        self.engine.check_stop()
 
     def merge_staging(self, cur: Any, revision: int) -> tuple[int, int]:
         """Bring the mirror from the staging table to a revision; rows put, tombstones written.
 
         Raises AnotherTimeline if the mirror has something else at the same revision, or newer.
         """
-        cur.execute("ANALYZE etcd_staging")
         cur.execute(CONTRADICTION_SQL, {"revision": revision})
         found = cur.fetchone()
         if found:
@@ -2332,9 +2365,7 @@ class Mirror:
             self.postgres.refuse_overlap(cur)
         cur.execute(NEW_STATE_SQL if old is None else RESYNC_STATE_SQL, arguments)
         if cur.rowcount != 1:
-            raise PostgresUnavailable(
-                "PostgreSQL: another writer has moved the checkpoint: starting over"
-            )
+            raise checkpoint_moved()
 
     def watch(self, checkpoint: int, fragment: bool) -> None:
         """Begin to watch at the checkpoint."""
@@ -2349,31 +2380,31 @@ class Mirror:
     def next_batch(self) -> Batch:
         """What the watch has brought, up to the size of a batch. Raises what ended the watch."""
         assert self.intake is not None
-        parts = self.intake.parts
-        self.intake.take(self.engine.config.batch_size)
         batch = Batch(self.checkpoint)
-        while parts and (not batch.share or batch.share + parts[0].share <= 1):
-            batch.add(parts.popleft())
+        batch.add(*self.intake.take(self.engine.config.batch_size))
         return batch
 
     def write(self, batch: Batch, outcomes: Outcomes) -> None:
         """Rows, checkpoint, counters and outcomes in one transaction."""
         started = time.monotonic()
+        generation = self.generation
         with self.engine.counting() as counters:
             counters.events += len(batch.rows)
             counters.unstorable += len(batch.unstorable)
             outcomes.count(counters)
             try:
                 self.write_once(batch, outcomes)
-            except (Duplicate, Rejected, CopyRefused):
+            except (Duplicate, CopyRefused):
                 if self.careful:
                     raise
                 self.careful = True
                 self.write_once(batch, outcomes)
+        if generation is not None:
+            self.postgres.query(WAKE_SQL, generation=generation)
         warn_of_unstorable(batch.unstorable)
         self.checkpoint = batch.checkpoint
         self.written_at = time.monotonic()
-        if self.intake and batch.share:
+        if self.intake and batch.events:
             self.intake.heard_at = self.written_at  # that took time; there may be more by now
         if batch.rows or outcomes.list:
             self.engine.metrics.batch_done(outcomes.list, started)
@@ -2383,9 +2414,11 @@ class Mirror:
         config = self.engine.config
         with self.postgres.transaction() as cur:
             if self.careful:
-                self.store_carefully(cur, batch.rows)
+                cur.execute(STAGING_SQL)
+                copy_in(cur, "etcd_staging", batch.rows.values())
+                cur.execute(FROM_STAGING_SQL)
             elif batch.rows:
-                self.copy_in(cur, "etcd", batch.rows.values())
+                copy_in(cur, "etcd", batch.rows.values())
             if batch.unstorable:
                 self.postgres.record_events(cur, [unstorable_event(r) for r in batch.unstorable])
             outcomes.record(self.postgres, cur, config.audit == "all")
@@ -2401,35 +2434,11 @@ class Mirror:
                 cur.execute("SET LOCAL synchronous_commit = off")
             self.advance(cur, self.checkpoint, batch, outcomes)
 
-    def copy_in(self, cur: Any, table: str, rows: Iterable[bytes]) -> None:
-        """COPY rows made by copy_row() into etcd or its staging table."""
-        data = b"".join((COPY_HEADER, *rows, COPY_TRAILER))
-        cur.copy_expert(COPY_SQL.format(table), io.BytesIO(data), size=1 << 18)
-
-    def store_carefully(self, cur: Any, rows: Mapping[tuple[bytes, int], bytes]) -> None:
-        """As copy_in, but for rows that may be there already, or that PostgreSQL refuses."""
-        cur.execute("SAVEPOINT careful")
-        try:
-            cur.execute(STAGING_SQL)
-            self.copy_in(cur, "etcd_staging", rows.values())
-            cur.execute(FROM_STAGING_SQL)
-            cur.execute("RELEASE careful")
-        except psycopg2.Error as exc:
-            if not isinstance(postgres_error(exc), Rejected):
-                raise
-            cur.execute("ROLLBACK TO careful")
-            items = list(rows.items())
-            if len(items) == 1:
-                (key, revision), _ = items[0]
-                event = unstorable_event(KeyValueRecord(key, None, revision))
-                self.postgres.record_events(cur, [event])
-                return
-            middle = len(items) // 2
-            self.store_carefully(cur, dict(items[:middle]))
-            self.store_carefully(cur, dict(items[middle:]))
-
     def advance(self, cur: Any, old: int, batch: Batch, outcomes: Outcomes) -> None:
-        """Move the checkpoint and add to the counters. Raises PostgresUnavailable if that has."""
+        """Move the checkpoint, add to the counters, begin a generation.
+
+        Raises PostgresUnavailable if the checkpoint has been moved by somebody else.
+        """
         intake = self.intake
         arguments = {
             "prefix": self.postgres.prefix,
@@ -2443,14 +2452,18 @@ class Mirror:
         }
         cur.execute(CHECKPOINT_SQL, arguments)
         if cur.rowcount != 1:
-            raise PostgresUnavailable(
-                "PostgreSQL: another writer has moved the checkpoint: starting over"
-            )
+            raise checkpoint_moved()
+        self.generation = cur.fetchone()[0]
 
     def close(self) -> None:
         """End the watch."""
         if self.intake:
             self.intake.watch.stop()
+
+
+def checkpoint_moved() -> PostgresUnavailable:
+    """The error for a checkpoint that is not where this session has left it."""
+    return PostgresUnavailable("PostgreSQL: another writer has moved the checkpoint: starting over")
 
 
 def check_cluster(etcd: Etcd, state: SyncState) -> None:
@@ -3475,168 +3488,97 @@ class Outbox:
 
 # ── comparison of both sides ───────────────────────────────────────────────────
 
+DIFFERENCES = ("missing", "extra", "different")  # in the mirror
 
-class Difference(NamedTuple):
-    """A key about which etcd and the mirror do not agree at one revision."""
-
-    kind: str  # missing, extra or different in the mirror
-    key: bytes
-    etcd: KeyValueRecord | None
-    mirror_revision: int | None
-
-
-# In the index's order, without a sort, so the first rows come at once.
-LIVE_SQL = """
-DECLARE etcd_live NO SCROLL CURSOR FOR
-SELECT e.key, e.value, e.value_bytes, e.revision
-FROM (SELECT key, pg_catalog.max(revision) AS revision FROM etcd
-      WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %(after)s)
-        AND revision <= %(revision)s
-      GROUP BY key) m
-JOIN etcd e ON e.key = m.key AND e.revision = m.revision
-WHERE NOT e.tombstone
-ORDER BY m.key
+# What etcd held is in the staging table; the mirror has the latest row of each key up to then.
+DIFFERENCE = """
+difference AS MATERIALIZED (
+    SELECT CASE WHEN m.key IS NULL THEN 'missing' WHEN s.key IS NULL THEN 'extra'
+                ELSE 'different' END AS kind,
+           coalesce(s.key, m.key) AS key, s.value, s.value_bytes, s.revision, s.lease,
+           m.revision AS mirror_revision
+    FROM etcd_staging s
+    FULL JOIN (SELECT e.*
+               FROM (SELECT key, pg_catalog.max(revision) AS revision FROM etcd
+                     WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %(after)s)
+                       AND revision <= %(checkpoint)s
+                     GROUP BY key) l
+               JOIN etcd e ON e.key = l.key AND e.revision = l.revision
+               WHERE NOT e.tombstone) m ON m.key = s.key
+    WHERE (s.value, s.value_bytes, s.revision, s.lease)
+          IS DISTINCT FROM (m.value, m.value_bytes, m.revision, m.lease)
+)
 """
-CORRECT_SQL = """
-DELETE FROM etcd
-WHERE key = %(key)s AND revision > %(revision)s AND revision <= %(checkpoint)s;
-INSERT INTO etcd (key, value, value_bytes, revision, tombstone)
-VALUES (%(key)s, %(value)s, %(value_bytes)s, %(revision)s, %(tombstone)s)
-ON CONFLICT (key, revision) DO UPDATE
-SET value = excluded.value, value_bytes = excluded.value_bytes, tombstone = excluded.tombstone
+COUNT_DIFFERENCES = """
+SELECT kind, pg_catalog.count(*), (pg_catalog.array_agg(key ORDER BY key))[1:10]
+FROM difference GROUP BY kind
+"""
+COMPARE_SQL = f"WITH {DIFFERENCE} {COUNT_DIFFERENCES}"
+REPAIR_SQL = f"""
+WITH {DIFFERENCE}, deleted AS (
+    DELETE FROM etcd e USING difference d
+    WHERE e.key = d.key AND e.revision > d.revision AND e.revision <= %(checkpoint)s
+), put AS (
+    INSERT INTO etcd (key, value, value_bytes, revision, tombstone, lease)
+    SELECT key, value, value_bytes, coalesce(revision, %(checkpoint)s), revision IS NULL, lease
+    FROM difference
+    ON CONFLICT (key, revision) DO UPDATE
+    SET value = excluded.value, value_bytes = excluded.value_bytes,
+        tombstone = excluded.tombstone, lease = excluded.lease
+), noted AS (
+    INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, source_revision,
+                                 target_system, target_revision)
+    SELECT %(prefix)s, 'repair', kind, key, 'etcd', coalesce(revision, %(checkpoint)s),
+           'postgresql', mirror_revision
+    FROM difference
+)
+{COUNT_DIFFERENCES}
 """
 
 
-class Comparison:
-    """What etcd and the mirror hold at one revision, compared key by key."""
-
-    def __init__(self, revision: int) -> None:
-        self.revision = revision
-        self.keys = 0  # of etcd, without those that the mirror cannot hold
-        self.unstorable = 0
-        self.counts = {"missing": 0, "extra": 0, "different": 0}
-        self.first: dict[str, list[str]] = {kind: [] for kind in self.counts}
-
-    def storable(self, etcd: Iterable[KeyValueRecord]) -> Iterator[KeyValueRecord]:
-        """Those keys that a mirror can have, counted."""
-        for record in etcd:
-            if is_storable(record.key):
-                self.keys += 1
-                yield record
-            else:
-                self.unstorable += 1
-
-    def differences(
-        self, etcd: Iterable[KeyValueRecord], mirror: Iterable[KeyValueRecord]
-    ) -> Iterator[Difference]:
-        """Merge the two, both in key order; remembers the first ten differences of each kind."""
-        theirs, ours = self.storable(etcd), iter(mirror)
-        there, here = next(theirs, None), next(ours, None)
-        while there or here:
-            if there and here and there.key == here.key:
-                if there != here:
-                    yield self.note(Difference("different", here.key, there, here.revision))
-                there, here = next(theirs, None), next(ours, None)
-            elif there and (here is None or there.key < here.key):
-                yield self.note(Difference("missing", there.key, there, None))
-                there = next(theirs, None)
-            elif here:
-                yield self.note(Difference("extra", here.key, None, here.revision))
-                here = next(ours, None)
-
-    def note(self, found: Difference) -> Difference:
-        """Count a difference, and return it."""
-        self.counts[found.kind] += 1
-        if len(self.first[found.kind]) < 10:
-            self.first[found.kind].append(found.key.decode())
-        return found
-
-    def total(self) -> int:
-        """The number of differences."""
-        return sum(self.counts.values())
-
-    def summary(self) -> dict[str, Any]:
-        """For people's programs; the names are those of validate --format json."""
-        kinds = {k: {"count": n, "first": self.first[k]} for k, n in self.counts.items()}
-        keys = {"keys": self.keys, "unstorable": self.unstorable}
-        return {"revision": self.revision, **keys, **kinds}
-
-
-def mirrored_at(postgres: Postgres, cur: Any, revision: int) -> Iterator[KeyValueRecord]:
-    """The mirror's live keys as of a revision, in key order, within cur's transaction."""
-    cur.execute(LIVE_SQL, {**postgres.bounds, "revision": revision})
-    limit = PAGE_KEYS[0]
-    while True:
-        cur.execute("FETCH %s FROM etcd_live", (limit,))
-        rows = cur.fetchall()
-        size = 1
-        for key, text, data, mod_revision in rows:
-            value = bytes(data) if text is None else text.encode()
-            size += len(value) + 100
-            yield KeyValueRecord(key.encode(), value, mod_revision)
-        if len(rows) < limit:
-            return
-        limit = max(1, min(PAGE_BYTES * limit // size, limit * 4, PAGE_KEYS[1]))
-
-
-def correct(postgres: Postgres, cur: Any, found: Difference, checkpoint: int) -> None:
-    """Make the mirror's state of a key at the checkpoint what it was in etcd."""
-    value = found.etcd.value if found.etcd else None
-    text = value is not None and is_text(value)
-    revision = found.etcd.revision if found.etcd else checkpoint
-    arguments = {
-        "key": found.key.decode(),
-        "value": value.decode() if value is not None and text else None,
-        "value_bytes": None if text else value,
-        "revision": revision,
-        "checkpoint": checkpoint,
-        "tombstone": value is None,
-    }
-    cur.execute(CORRECT_SQL, arguments)
-    event = SynchronizationEvent(
-        "repair",
-        found.kind,
-        key=found.key.decode(),
-        source_system="etcd",
-        source_revision=revision,
-        target_system="postgresql",
-        target_revision=found.mirror_revision,
-    )
-    postgres.record_events(cur, [event])
-
-
-def compare_sides(
+def compare(
     postgres: Postgres,
     etcd: Etcd,
     checkpoint: int,
     at: int | None = None,
     repair: bool = False,
-) -> Comparison:
+    progress: Callable[[int, int], None] = lambda keys, total: None,
+) -> dict[str, Any]:
     """Compare the mirror at the checkpoint with etcd then, or at another revision (0: now).
 
-    Constant memory. repair: make the mirror the same. Raises Compacted.
+    The summary is what validate --format json prints. repair: make the mirror the same.
+    Raises Compacted.
     """
-    comparison = Comparison(checkpoint)
     with postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
-        theirs = etcd.live_at(checkpoint if at is None else at)
-        ours = mirrored_at(postgres, cur, checkpoint)
-        for found in comparison.differences(theirs, ours):
-            if repair:
-                correct(postgres, cur, found, checkpoint)
-        cur.execute("CLOSE etcd_live")
-    return comparison
+        # housekeeping may delete what has been superseded since the checkpoint
+        cur.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        staged = load_staging(postgres, etcd, checkpoint if at is None else at, progress)
+        arguments = {**postgres.bounds, "checkpoint": checkpoint}
+        cur.execute(REPAIR_SQL if repair else COMPARE_SQL, arguments)
+        found = {kind: {"count": count, "first": first} for kind, count, first in cur}
+    return {
+        "revision": checkpoint,
+        "keys": staged.keys,
+        "unstorable": len(staged.unstorable),
+        **{kind: found.get(kind, {"count": 0, "first": []}) for kind in DIFFERENCES},
+    }
 
 
-def compare_with_now(postgres: Postgres, etcd: Etcd, checkpoint: int) -> Comparison:
+def count_differences(summary: Mapping[str, Any]) -> int:
+    """The number of differences in the summary of a comparison."""
+    return sum(summary[kind]["count"] for kind in DIFFERENCES)
+
+
+def compare_with_now(postgres: Postgres, etcd: Etcd, checkpoint: int) -> dict[str, Any]:
     """Compare with what etcd holds now, if it has compacted the checkpoint.
 
     With auto-compaction that is usual where the prefix is quiet. If both are the same, nothing
     has changed since the checkpoint, for that would show. Raises Compacted if they are not.
     """
-    comparison = compare_sides(postgres, etcd, checkpoint, at=0)
-    if comparison.total():
+    summary = compare(postgres, etcd, checkpoint, at=0)
+    if count_differences(summary):
         raise Compacted
-    return comparison
+    return summary
 
 
 # ── session and engine ─────────────────────────────────────────────────────────
@@ -3779,7 +3721,7 @@ WHERE id = ANY (%(ids)s::bigint[]) AND prefix = %(prefix)s AND operation = 'sync
 """
 ANSWER_SQL = """
 UPDATE etcd_sync_event
-SET status = %(status)s, details = %(details)s, duration = clock_timestamp() - ts
+SET status = 'done', details = %(details)s, duration = clock_timestamp() - ts
 WHERE id = %(id)s
 """
 
@@ -3826,7 +3768,10 @@ class Session:
             resync = None  # meanwhile another instance was active
         if state is None or resync is not None:
             mirror.snapshot(state, resync or 0)
-            state = self.postgres.state()
+        elif state.unrepaired:
+            with suppress(Compacted):  # the watch will say so as well, and from where to copy
+                mirror.snapshot(state, state.revision)
+        state = self.postgres.state()
         assert state is not None
         self.take_over(state)
         mirror.watch(state.revision, engine.fragment)
@@ -3980,7 +3925,7 @@ class Session:
             self.mirror.write(batch, outcomes)
             if self.outbox:
                 self.outbox.written(outcomes)
-        return bool(news or batch.share)  # what the mirror has already: there may be more behind
+        return bool(news or batch.events)  # what the mirror has already: there may be more behind
 
     def watch_is_alive(self) -> None:
         """Raises EtcdUnavailable if the watch says nothing although it has something to tell."""
@@ -4012,7 +3957,7 @@ class Session:
     def heartbeat(self) -> float:
         """Say in etcd_sync_state that this instance is alive, unless a batch just did."""
         mirror = self.mirror
-        if time.monotonic() >= mirror.written_at + HEARTBEAT_S:
+        if mirror.generation is None or time.monotonic() >= mirror.written_at + HEARTBEAT_S:
             self.write(always=True)
         return mirror.written_at + HEARTBEAT_S - time.monotonic()
 
@@ -4059,19 +4004,14 @@ class Session:
         if not notified:
             return
         for request in self.postgres.query(OPEN_REQUESTS_SQL, ids=int_array(notified)):
-            status, details = "done", {}
-            try:
-                comparison = self.bring_in_step(request["revision"] or 0)
-                if comparison is None:  # whoever asked, asks again until there is an answer
-                    continue
-                details = comparison.summary()
-            except Rejected as exc:
-                status, details = "failed", {"message": str(exc)}
-            answer = {"id": request["id"], "status": status}
+            summary = self.bring_in_step(request["revision"] or 0)
+            if summary is None:  # whoever asked, asks again until there is an answer
+                continue
             with self.postgres.cursor() as cur:
-                cur.execute(ANSWER_SQL, {**answer, "details": psycopg2.extras.Json(details)})
+                details = psycopg2.extras.Json(summary)
+                cur.execute(ANSWER_SQL, {"id": request["id"], "details": details})
 
-    def bring_in_step(self, goal: int) -> Comparison | None:
+    def bring_in_step(self, goal: int) -> dict[str, Any] | None:
         """Repair the mirror, if it has all that etcd held at a revision; else None: not yet.
 
         The store's revision says little about a prefix: other prefixes move it too.  So while
@@ -4083,42 +4023,46 @@ class Session:
         if intake.behind():
             return None
         try:
-            comparison = self.repair()
+            summary = self.repair()
         except Compacted as exc:
             if time.monotonic() < intake.heard_at + LAG_LIMIT_S:
-                return (
-                    None  # the watch may yet bring the difference, and with it a newer checkpoint
-                )
+                return None  # the watch may yet bring the difference, and a newer checkpoint
             raise Compacted(revision=0) from exc
         if checkpoint < goal:
             try:
-                lacking = compare_sides(self.postgres, self.etcd, checkpoint, at=goal)
+                lacking = compare(self.postgres, self.etcd, checkpoint, at=goal)
             except Compacted:
-                lacking = compare_sides(self.postgres, self.etcd, checkpoint, at=0)
-            if lacking.total():
+                lacking = compare(self.postgres, self.etcd, checkpoint, at=0)
+            if count_differences(lacking):
                 return None
         log.info(
             "compared %(keys)d keys with etcd at revision %(revision)d",
-            {"keys": comparison.keys, "revision": checkpoint},
+            {"keys": summary["keys"], "revision": checkpoint},
         )
-        return comparison
+        return summary
 
-    def repair(self) -> Comparison:
+    def repair(self) -> dict[str, Any]:
         """Make the mirror at the checkpoint what etcd held then; what follows, the watch brings.
 
         Raises Compacted if etcd no longer knows.
         """
         checkpoint = self.mirror.checkpoint
         try:
-            comparison = compare_sides(self.postgres, self.etcd, checkpoint, repair=True)
+            summary = compare(
+                self.postgres,
+                self.etcd,
+                checkpoint,
+                repair=True,
+                progress=self.mirror.on_page,
+            )
         except Compacted:
-            comparison = compare_with_now(self.postgres, self.etcd, checkpoint)
-        if comparison.total():
+            summary = compare_with_now(self.postgres, self.etcd, checkpoint)
+        if repaired := count_differences(summary):
             log.warning(
                 "the mirror was not what etcd held at revision %(revision)d: repaired %(repaired)s",
-                {"revision": checkpoint, "repaired": describe(comparison.total(), "difference")},
+                {"revision": checkpoint, "repaired": describe(repaired, "difference")},
             )
-        return comparison
+        return summary
 
 
 MIRRORING = "mirroring"
@@ -4189,7 +4133,7 @@ class Engine:
         self.connected = False  # ever
         self.established_at: float | None = None  # when this session's loop began to turn
         self.lost_at: float | None = None  # when the last one was lost
-        self.comparison: Comparison | None = None
+        self.comparison: dict[str, Any] | None = None  # the summary, for sync
 
     # ─ one session after another ─
 
@@ -4894,12 +4838,12 @@ def report_mirror(postgres: Postgres, etcd: Etcd, state: SyncState | None) -> No
         print(f"etcd to PostgreSQL: no mirror yet; {describe(keys, 'key')} to copy")
         return
     check_cluster(etcd, state)
-    found = compare_sides(postgres, etcd, state.revision, at=0)
+    found = compare(postgres, etcd, state.revision, at=0)
     print(
         f"etcd to PostgreSQL: mirror at revision {state.revision}, etcd at {etcd.header.revision};"
-        f" of {describe(found.keys, 'key')}"
-        f" {found.counts['missing'] + found.counts['different']} to copy,"
-        f" {found.counts['extra']} to mark as deleted"
+        f" of {describe(found['keys'], 'key')}"
+        f" {found['missing']['count'] + found['different']['count']} to copy,"
+        f" {found['extra']['count']} to mark as deleted"
     )
 
 
@@ -5372,7 +5316,7 @@ def bring_in_step(config: Config, reset: bool = False) -> dict[str, Any]:
             "failures": new.failures,
         },
     )
-    return engine.comparison.summary()
+    return engine.comparison
 
 
 def retry_failed(config: Config) -> None:
@@ -5385,11 +5329,6 @@ def retry_failed(config: Config) -> None:
             postgres.query(RETRY_TOGETHER_SQL, **row)
     count = sum(len(row["ids"]) for row in found)
     log.info("queued %(changes)s again", {"changes": describe(count, "change")})
-
-
-def count_differences(summary: Mapping[str, Any]) -> int:
-    """The number of differences in the summary of a Comparison."""
-    return sum(summary[kind]["count"] for kind in ("missing", "extra", "different"))
 
 
 def sync(config: Config, given: Mapping[str, Any]) -> int:
@@ -5407,7 +5346,7 @@ def sync(config: Config, given: Mapping[str, Any]) -> int:
     return 0
 
 
-def compare_once(engine: Engine, compacted: set[int]) -> Comparison | None:
+def compare_once(engine: Engine, compacted: set[int]) -> dict[str, Any] | None:
     """Compare both sides at the checkpoint, and change nothing; None if it is a compacted one.
 
     Raises Compacted.
@@ -5429,23 +5368,23 @@ def compare_once(engine: Engine, compacted: set[int]) -> Comparison | None:
         etcd = stack.enter_context(closing(engine.connect_etcd()))
         check_cluster(etcd, state)
         try:
-            return compare_sides(postgres, etcd, state.revision)
+            return compare(postgres, etcd, state.revision)
         except Compacted:
             compacted.add(state.revision)
             return compare_with_now(postgres, etcd, state.revision)
 
 
-def compare(config: Config) -> dict[str, Any]:
-    """The summary of compare_once(), at a newer checkpoint if etcd has compacted the first."""
+def compare_mirror(config: Config) -> dict[str, Any]:
+    """What compare_once() finds, at a newer checkpoint if etcd has compacted the first."""
     engine = Engine(config)
     engine.guard.start()
     compacted: set[int] = set()
     give_up_at = time.monotonic() + LAG_LIMIT_S
     while True:
         with suppress(Compacted):  # an active instance may be further soon
-            comparison = compare_once(engine, compacted)
-            if comparison:
-                return comparison.summary()
+            summary = compare_once(engine, compacted)
+            if summary:
+                return summary
         if time.monotonic() > give_up_at:
             raise EtcdFdwError(
                 f"etcd has compacted revision {max(compacted)}, which the mirror is at, and now"
@@ -5458,7 +5397,7 @@ def validate(config: Config, given: Mapping[str, Any]) -> int:
     """Compare both sides at one revision; exit 5 if they differ."""
     fix = given["fix"] and not config.dry_run
     repaired = count_differences(bring_in_step(config)) if fix else None
-    summary = compare(config)
+    summary = compare_mirror(config)
     different = count_differences(summary)
     if given["format"] == "json":
         facts = {"prefix": config.etcd_dsn.prefix, "equal": not different, "repaired": repaired}
@@ -5475,7 +5414,7 @@ def show_comparison(summary: Mapping[str, Any], repaired: int | None) -> None:
     different = describe(count_differences(summary), "difference")
     keys = describe(summary["keys"], "key")
     print(f"compared {keys} at revision {summary['revision']}: {different}")
-    for kind in ("missing", "extra", "different"):
+    for kind in DIFFERENCES:
         if summary[kind]["count"]:
             print(f"{kind + ' in the mirror':24}{summary[kind]['count']}")
             for key in summary[kind]["first"]:

@@ -1761,6 +1761,7 @@ def test_int_array_is_what_postgres_reads(pure_db, numbers):
             ANY_TEXT.map(str.encode),
             st.none() | st.binary() | ANY_TEXT.map(str.encode),
             st.integers(1, 2**63 - 1),
+            st.integers(0, 2**63 - 1),
         )
     )
 )
@@ -1772,10 +1773,12 @@ def test_copy_row_is_what_postgres_reads(pure_db, records):
         cur.copy_expert(etcd_fdw.COPY_SQL.format("copied"), io.BytesIO(data))
         cur.execute(
             "SELECT convert_to(key, 'UTF8'), coalesce(value_bytes, convert_to(value, 'UTF8')),"
-            " revision, tombstone, value IS NULL OR value_bytes IS NULL FROM copied ORDER BY id"
+            " revision, coalesce(lease, 0), tombstone, lease = 0,"
+            " value IS NULL OR value_bytes IS NULL FROM copied ORDER BY id"
         )
         copied = [_plain(row) for row in cur]
-    assert copied == [(*record, record[1] is None, True) for record in records]
+    expected = [(*record, record[1] is None, record[3] == 0 and None, True) for record in records]
+    assert copied == expected
 
 
 @pytest.fixture(scope="module")
@@ -1784,7 +1787,7 @@ def pure_db(postgres_dsn):
     with closing(connect(postgres_dsn)) as conn, conn.cursor() as cur:
         cur.execute(
             "CREATE TEMPORARY TABLE copied (id int GENERATED ALWAYS AS IDENTITY, key text,"
-            " value text, value_bytes bytea, revision bigint, tombstone boolean)"
+            " value text, value_bytes bytea, revision bigint, tombstone boolean, lease bigint)"
         )
         yield conn
 
@@ -2202,6 +2205,78 @@ def answers(client: EtcdClient) -> bool:
     with suppress(grpc.RpcError):
         return bool(client.revision())
     return False
+
+
+LEASES = "SELECT key, revision, lease FROM etcd WHERE NOT tombstone ORDER BY revision"
+
+
+def test_leases_are_mirrored(daemon, db, prefix, etcd):
+    lease = etcd.grant(300)
+    copied = etcd.put(prefix + "copied", "1", lease)
+    daemon()
+    watched = etcd.put(prefix + "watched", "1", lease)
+    without = etcd.put(prefix + "copied", "2")
+    expected = [
+        (prefix + "copied", copied, lease),
+        (prefix + "watched", watched, lease),
+        (prefix + "copied", without, None),
+    ]
+    wait_until("not mirrored", lambda: rows(db, LEASES) == expected)
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_mirror_of_a_version_without_leases_gets_them(daemon, db, prefix, own_etcd, compacted):
+    dsn = etcd_dsn(own_etcd.endpoint, prefix)
+    with EtcdClient(own_etcd.endpoint) as etcd:
+        lease = etcd.grant(300)
+        etcd.put(prefix + "a", "1", lease)
+        etcd.put(prefix + "b", "1")
+        daemon(etcd=dsn).stop()
+        etcd.put(prefix + "b", "2", lease)
+        before = rows(db, LEASES)
+        rows(db, "UPDATE etcd SET lease = NULL")
+        rows(db, "UPDATE etcd_sync_state SET unrepaired = true")
+        newest = etcd.put(prefix + "b", "3")
+        if compacted:
+            etcd.compact(newest)
+        daemon(etcd=dsn)
+        between = [] if compacted else [(prefix + "b", newest - 1, lease)]
+        expected = [*before, *between, (prefix + "b", newest, None)]
+        wait_until("no leases", lambda: rows(db, LEASES) == expected)
+    assert rows(db, "SELECT unrepaired, gaps = '{}' FROM etcd_sync_state") == [
+        (False, not compacted)
+    ]
+
+
+def test_commit_wakes_who_waits_for_its_generation(daemon, db, prefix, etcd):
+    daemon()
+    sql = "SELECT generation FROM etcd_sync_state"
+    generation = wait_until("no generation", lambda: scalar(db, sql))
+    lock = "SELECT {}(_etcd_generation_lock(%s, %s))"
+    with closing(connect(db)) as conn, conn.cursor() as cur:
+        cur.execute(lock.format("pg_try_advisory_lock_shared"), (prefix, generation))
+        assert cur.fetchone() == (False,)  # the daemon has it
+        with ThreadPoolExecutor() as pool:
+            waited = pool.submit(
+                cur.execute, lock.format("pg_advisory_lock_shared"), (prefix, generation)
+            )
+            wait_until(
+                "nobody waits", lambda: scalar(db, "SELECT 1 FROM pg_locks WHERE NOT granted")
+            )
+            revision = etcd.put(prefix + "a", "1")
+            waited.result(timeout=5)
+        cur.execute("SELECT revision FROM etcd")
+        assert cur.fetchall() == [(revision,)]
+
+
+def test_index_that_refuses_a_value_keeps_the_mirror_waiting(daemon, db, prefix, etcd):
+    one = daemon()
+    wait_until("no table", lambda: scalar(db, "SELECT to_regclass('etcd')"))
+    rows(db, "CREATE INDEX somebody_s ON etcd (value)")
+    etcd.put(prefix + "a", random_text(5_000))
+    one.wait_log(r"WARN PostgreSQL: index row .* \"somebody_s\" .*retrying")
+    rows(db, "DROP INDEX somebody_s")
+    wait_equal(db, etcd, prefix)
 
 
 def test_catch_up_with_much_data_takes_little_memory(daemon, db, prefix, etcd):
@@ -5300,6 +5375,7 @@ TAMPERING = {  # name: (what validate then says of the key, how to get there)
         " AND revision = (SELECT max(revision) FROM etcd WHERE key = %(key)s)",
     ),
     "changed": ("different", "UPDATE etcd SET value = 'x' WHERE key = %(key)s"),
+    "leased": ("different", "UPDATE etcd SET lease = 7 WHERE key = %(key)s"),
     "bytes": ("different", "UPDATE etcd SET value = NULL, value_bytes = '1' WHERE key = %(key)s"),
     "later": (
         "different",
@@ -5347,7 +5423,9 @@ def test_validate_finds_and_fixes(daemon, command, db, prefix, etcd, active):
     assert (found["equal"], found["repaired"]) == (True, len(TAMPERING))
     right = [(key, "right") for kind in ("missing", "different") for key in expected[kind]]
     assert rows(db, "SELECT key, value FROM etcd_list()") == sorted([*right, (prefix + "z", "1")])
-    assert scalar(db, "SELECT count(*) FROM etcd_sync_event WHERE operation = 'repair'") == 9
+    assert scalar(db, "SELECT count(*) FROM etcd_sync_event WHERE operation = 'repair'") == len(
+        TAMPERING
+    )
 
 
 def test_validate_raises_no_false_alarm_while_both_sides_write(daemon, command, db, prefix, etcd):

@@ -2400,7 +2400,8 @@ class Mirror:
                 self.careful = True
                 self.write_once(batch, outcomes)
         if generation is not None:
-            self.postgres.query(WAKE_SQL, generation=generation)
+            with self.postgres.cursor() as cur:
+                cur.execute(WAKE_SQL, {"prefix": self.postgres.prefix, "generation": generation})
         warn_of_unstorable(batch.unstorable)
         self.checkpoint = batch.checkpoint
         self.written_at = time.monotonic()
@@ -3569,16 +3570,21 @@ def count_differences(summary: Mapping[str, Any]) -> int:
     return sum(summary[kind]["count"] for kind in DIFFERENCES)
 
 
-def compare_with_now(postgres: Postgres, etcd: Etcd, checkpoint: int) -> dict[str, Any]:
-    """Compare with what etcd holds now, if it has compacted the checkpoint.
+def compare_at_checkpoint(
+    postgres: Postgres, etcd: Etcd, checkpoint: int, **options: Any
+) -> dict[str, Any]:
+    """As compare(), also if etcd has compacted the checkpoint, and both sides are the same now.
 
-    With auto-compaction that is usual where the prefix is quiet. If both are the same, nothing
-    has changed since the checkpoint, for that would show. Raises Compacted if they are not.
+    With auto-compaction that is usual where the prefix is quiet: had anything changed since the
+    checkpoint, it would show.  Raises Compacted if it does.
     """
-    summary = compare(postgres, etcd, checkpoint, at=0)
-    if count_differences(summary):
-        raise Compacted
-    return summary
+    try:
+        return compare(postgres, etcd, checkpoint, **options)
+    except Compacted:
+        summary = compare(postgres, etcd, checkpoint, at=0)
+        if count_differences(summary):
+            raise
+        return summary
 
 
 # ── session and engine ─────────────────────────────────────────────────────────
@@ -4047,16 +4053,9 @@ class Session:
         Raises Compacted if etcd no longer knows.
         """
         checkpoint = self.mirror.checkpoint
-        try:
-            summary = compare(
-                self.postgres,
-                self.etcd,
-                checkpoint,
-                repair=True,
-                progress=self.mirror.on_page,
-            )
-        except Compacted:
-            summary = compare_with_now(self.postgres, self.etcd, checkpoint)
+        summary = compare_at_checkpoint(
+            self.postgres, self.etcd, checkpoint, repair=True, progress=self.mirror.on_page
+        )
         if repaired := count_differences(summary):
             log.warning(
                 "the mirror was not what etcd held at revision %(revision)d: repaired %(repaired)s",
@@ -5346,51 +5345,32 @@ def sync(config: Config, given: Mapping[str, Any]) -> int:
     return 0
 
 
-def compare_once(engine: Engine, compacted: set[int]) -> dict[str, Any] | None:
-    """Compare both sides at the checkpoint, and change nothing; None if it is a compacted one.
-
-    Raises Compacted.
-    """
-    with ExitStack() as stack:
-        postgres = stack.enter_context(closing(Postgres(engine.config, engine.guard)))
+def compare_mirror(config: Config) -> dict[str, Any]:
+    """Compare both sides at the checkpoint, or at a newer one if etcd has compacted that."""
+    engine = Engine(config)
+    engine.guard.start()
+    give_up_at = time.monotonic() + LAG_LIMIT_S
+    with closing(Postgres(config, engine.guard)) as postgres:
         version = postgres.usable_schema_version()
         if 0 < version < SCHEMA_VERSION:
             raise EtcdFdwError(
                 f"the database has schema version {version}, this script's is {SCHEMA_VERSION}:"
                 " start it, which applies that"
             )
-        state = postgres.state() if version else None
-        if state is None:
-            raise EtcdFdwError("there is no mirror yet: start the daemon, or run sync")
-        if state.revision in compacted:
-            return None
-        # later than the checkpoint was read, or etcd would seem to be behind it
-        etcd = stack.enter_context(closing(engine.connect_etcd()))
-        check_cluster(etcd, state)
-        try:
-            return compare(postgres, etcd, state.revision)
-        except Compacted:
-            compacted.add(state.revision)
-            return compare_with_now(postgres, etcd, state.revision)
-
-
-def compare_mirror(config: Config) -> dict[str, Any]:
-    """What compare_once() finds, at a newer checkpoint if etcd has compacted the first."""
-    engine = Engine(config)
-    engine.guard.start()
-    compacted: set[int] = set()
-    give_up_at = time.monotonic() + LAG_LIMIT_S
-    while True:
-        with suppress(Compacted):  # an active instance may be further soon
-            summary = compare_once(engine, compacted)
-            if summary:
-                return summary
-        if time.monotonic() > give_up_at:
-            raise EtcdFdwError(
-                f"etcd has compacted revision {max(compacted)}, which the mirror is at, and now"
-                " holds something else: run sync, which copies again"
-            )
-        time.sleep(0.2)
+        while True:
+            state = postgres.state() if version else None
+            if state is None:
+                raise EtcdFdwError("there is no mirror yet: start the daemon, or run sync")
+            # later than the checkpoint was read, or etcd would seem to be behind it
+            with closing(engine.connect_etcd()) as etcd, suppress(Compacted):
+                check_cluster(etcd, state)
+                return compare_at_checkpoint(postgres, etcd, state.revision)
+            if time.monotonic() > give_up_at:  # else an active instance may be further soon
+                raise EtcdFdwError(
+                    f"etcd has compacted revision {state.revision}, which the mirror is at, and"
+                    " now holds something else: run sync, which copies again"
+                )
+            engine.pause(0.2)
 
 
 def validate(config: Config, given: Mapping[str, Any]) -> int:

@@ -51,7 +51,7 @@ from contextlib import (
 )
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, TypeVar
 
 # Before gRPC is loaded: its handlers abort what the tests start as another user, now and then.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
@@ -71,15 +71,38 @@ from psycopg2.extensions import make_dsn
 from supervisor.xmlrpc import SupervisorTransport
 
 import etcd_fdw
-from etcd_fdw import LocalEtcd, LocalPostgres, etcdrpc, wait_until
+from etcd_fdw import LocalEtcd, LocalPostgres, etcdrpc
 
 SCRIPT = Path(etcd_fdw.__file__).resolve()
 SCHEMA_SQL = etcd_fdw.SCHEMA_FILE.read_text(encoding="utf-8")
+T = TypeVar("T")
 RUN_ID = uuid.uuid4().hex[:6]  # servers from the environment may be shared with other runs
 _numbers = itertools.count(1)
 
-hypothesis.settings.register_profile("etcd_fdw", deadline=None)  # CI machines have slow moments
+# ── harness ──────────────────────────────────────────────────────────────────
+
+# A shell starts what it puts into the background with SIGINT ignored, nohup with SIGHUP: so would
+# be the programs under test. A signal that is handled here has its default there.
+for _signum in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+    if signal.getsignal(_signum) is signal.SIG_IGN:
+        signal.signal(_signum, lambda *_: None)
+
+# Machines that are busy have slow moments. The examples are the same in each run, unless
+# ETCD_FDW_TEST_SEED is given.
+hypothesis.settings.register_profile(
+    "etcd_fdw",
+    deadline=None,
+    derandomize="ETCD_FDW_TEST_SEED" not in os.environ,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("etcd_fdw")
+
+WAIT_S = 90.0  # the deadline of every wait: it only turns a hang into a failure that says of what
+
+
+def wait_until(message: str, predicate: Callable[[], T], timeout: float = WAIT_S) -> T:
+    """Wait until predicate() is true; return what it returned. Raises TimeoutError(message)."""
+    return etcd_fdw.wait_until(message, predicate, timeout)
 
 
 @pytest.fixture
@@ -90,7 +113,7 @@ def seed() -> int:
     return number
 
 
-# ── harness: PostgreSQL ────────────────────────────────────────────────────────
+# ─ PostgreSQL ─
 
 
 @pytest.fixture(scope="session")
@@ -126,11 +149,61 @@ def connect(db: str, **options: Any) -> psycopg2.extensions.connection:
     return conn
 
 
+@contextmanager
+def session(db: str, *statements: str, **options: Any) -> Iterator[Any]:
+    """A cursor of a session of its own, which has run the statements, such as BEGIN.
+
+    What is not committed in the end is rolled back.
+    """
+    with closing(connect(db, **options)) as conn, conn.cursor() as cur:
+        for sql in statements:
+            cur.execute(sql)
+        yield cur
+
+
+_sessions: dict[tuple[int, str], psycopg2.extensions.connection] = {}  # by thread and DSN
+
+
+def close_sessions() -> None:
+    """Close what rows() has kept open."""
+    while _sessions:
+        _sessions.popitem()[1].close()
+
+
+@pytest.fixture(autouse=True)
+def _no_session_outlives_its_test() -> Iterator[None]:
+    yield
+    close_sessions()
+
+
 def rows(db: str, sql: str, *args: Any) -> list[tuple[Any, ...]]:
-    """Run one statement, committed, on its own connection; return its rows (bytea as bytes)."""
-    with closing(connect(db)) as conn, conn.cursor() as cur:
-        cur.execute(sql, args or None)
-        return [] if cur.description is None else [_plain(row) for row in cur]
+    """Run one statement, committed; return its rows (bytea as bytes).
+
+    The session is kept for the test's next statement, unless it has failed or was ended.
+    """
+    conn = _sessions.pop(key := (threading.get_ident(), db), None)
+    if conn is None or _has_ended(conn):
+        conn = connect(db)
+    try:
+        with conn.cursor() as cur:
+            cur.execute(sql, args or None)
+            found = [] if cur.description is None else [_plain(row) for row in cur]
+    except BaseException:
+        conn.close()
+        raise
+    _sessions[key] = conn
+    return found
+
+
+def _has_ended(conn: psycopg2.extensions.connection) -> bool:
+    """Whether PostgreSQL has closed a session: it sends nothing else to one that is idle."""
+    if not conn.closed:
+        poll = select.poll()
+        poll.register(conn, select.POLLIN)
+        if not poll.poll(0):
+            return False
+        conn.close()
+    return True
 
 
 def scalar(db: str, sql: str, *args: Any) -> Any:
@@ -142,7 +215,7 @@ def _plain(row: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(bytes(item) if isinstance(item, memoryview) else item for item in row)
 
 
-# ── harness: etcd ──────────────────────────────────────────────────────────────
+# ─ etcd ─
 
 DELETE = 1  # mvccpb.Event.DELETE, which etcdrpc does not export
 CHANNEL_OPTIONS = [
@@ -370,7 +443,7 @@ def own_cluster() -> Iterator[list[LocalEtcd]]:
         yield members
 
 
-# ── harness: the program under test ────────────────────────────────────────────
+# ─ the program under test ─
 
 
 def clean_environ(env: dict[str, str] | None = None) -> dict[str, str]:
@@ -381,7 +454,7 @@ def clean_environ(env: dict[str, str] | None = None) -> dict[str, str]:
 
 
 def run_script(
-    *args: str, env: dict[str, str] | None = None, timeout: float = 60.0, script: Path = SCRIPT
+    *args: str, env: dict[str, str] | None = None, timeout: float = WAIT_S, script: Path = SCRIPT
 ) -> subprocess.CompletedProcess[str]:
     """Run `etcd_fdw.py args` to its end; return its returncode, stdout and stderr."""
     return subprocess.run(
@@ -426,7 +499,7 @@ class Daemon:
         """Return a position: wait_log(…, after=position) looks only at what is logged from now."""
         return len(self.log())
 
-    def wait_log(self, pattern: str, timeout: float = 15.0, after: int = 0) -> re.Match[str]:
+    def wait_log(self, pattern: str, timeout: float = WAIT_S, after: int = 0) -> re.Match[str]:
         """Wait for a line that the regular expression finds; fail at once if the program ended."""
 
         def look() -> re.Match[str] | None:
@@ -439,14 +512,14 @@ class Daemon:
         assert match is not None
         return match
 
-    def wait_exit(self, timeout: float = 20.0) -> int:
+    def wait_exit(self, timeout: float = WAIT_S) -> int:
         """Wait until the program ends by itself; return its exit code."""
         return self.process.wait(timeout)
 
     def signal(self, signum: signal.Signals) -> None:
         self.process.send_signal(signum)
 
-    def stop(self, timeout: float = 20.0) -> int:
+    def stop(self, timeout: float = WAIT_S) -> int:
         """Stop as supervisord does (SIGTERM); return the exit code."""
         self.signal(signal.SIGTERM)
         return self.process.wait(timeout)
@@ -511,7 +584,7 @@ def cpu_s(pid: int) -> float:
     return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
-# ── harness: both sides compared ───────────────────────────────────────────────
+# ─ both sides compared ─
 
 
 class Recorder:
@@ -563,7 +636,7 @@ class Recorder:
         if response.events:
             self.revision = response.events[-1].kv.mod_revision
 
-    def sync(self, timeout: float = 10.0) -> int:
+    def sync(self, timeout: float = WAIT_S) -> int:
         """Wait until all that etcd holds now is recorded; return its revision."""
 
         def mark() -> int:
@@ -621,7 +694,7 @@ def mirror_rows(db: str, prefix: str = "", since: int = 0) -> list[Event]:
 
 
 def assert_same(
-    recorder: Recorder, db: str, prefix: str, since: int = 0, timeout: float = 15.0
+    recorder: Recorder, db: str, prefix: str, since: int = 0, timeout: float = WAIT_S
 ) -> None:
     """Wait until the mirror has, row for row, what the recorder saw from revision `since` on."""
     recorder.sync()
@@ -653,7 +726,7 @@ ORDER BY 1
 """
 
 
-def wait_settled(db: str, timeout: float = 20.0) -> list[str]:
+def wait_settled(db: str, timeout: float = WAIT_S) -> list[str]:
     """Wait until no change is pending; return the status of each change in id order."""
 
     def settled() -> bool:
@@ -663,7 +736,7 @@ def wait_settled(db: str, timeout: float = 20.0) -> list[str]:
     return [status for (status,) in rows(db, "SELECT status FROM etcd_wal ORDER BY id")]
 
 
-# ── harness: a network that fails ──────────────────────────────────────────────
+# ─ a network that fails ─
 
 PROXY_BUFFER_BYTES = 1 << 18
 
@@ -811,7 +884,7 @@ class Proxy:
 
     def close(self) -> None:
         self._order(lambda: setattr(self, "_closing", True))
-        self._thread.join(5)
+        self._thread.join(WAIT_S)
 
     def __enter__(self) -> Proxy:
         return self
@@ -826,7 +899,7 @@ class Proxy:
         done = threading.Event()
         self._orders.append((action, done))
         self._wake_write.send(b"!")
-        assert done.wait(5), "the proxy's thread does not answer"
+        assert done.wait(WAIT_S), "the proxy's thread does not answer"
 
     def _listen(self) -> socket.socket:
         listener = socket.socket()
@@ -950,7 +1023,7 @@ class Proxy:
             self._drop(self._halves[0])
 
 
-# ── harness: load on both sides ────────────────────────────────────────────────
+# ─ load on both sides ─
 
 # Options under which faults are over soon; timeouts that a test does not wait for.
 HASTE = ("--retry-initial", "50ms", "--retry-max", "300ms", "--poll-interval", "2s")
@@ -1077,7 +1150,7 @@ def wal_rows(db: str, prefix: str = "") -> list[Wal]:
     return [Wal(*row) for row in rows(db, sql, prefix)]
 
 
-def wait_answered(db: str, timeout: float = 30.0) -> None:
+def wait_answered(db: str, timeout: float = WAIT_S) -> None:
     """Wait until no change is pending."""
 
     def settled() -> bool:
@@ -2310,7 +2383,7 @@ def queue(db: str, sql: str, *args: Any) -> int:
     return int(scalar(db, sql, *args))
 
 
-def outcome(db: str, id_: int, timeout: float = 15.0) -> tuple[str, int | None, str | None]:
+def outcome(db: str, id_: int, timeout: float = WAIT_S) -> tuple[str, int | None, str | None]:
     """Wait until a change is not pending; return its status, result_revision and error_message."""
     sql = "SELECT status, result_revision, error_message FROM etcd_wal WHERE id = %s"
 
@@ -7569,7 +7642,7 @@ def deliver(proxy: Proxy, server: LocalEtcd) -> None:
     wait_until("nothing arrived", lambda: txns_answered(server) > before)
 
 
-def became(db: str, key: str, timeout: float = 20.0) -> tuple[str, int | None]:
+def became(db: str, key: str, timeout: float = WAIT_S) -> tuple[str, int | None]:
     """Wait until the one change to a key is done; return (status, result_revision)."""
     sql = "SELECT status, result_revision FROM etcd_wal WHERE key = %s AND status <> 'pending'"
     found = wait_until(f"the change to {key} is pending", lambda: rows(db, sql, key), timeout)
@@ -8148,6 +8221,7 @@ def copied(postgres_dsn: str, db: str) -> Iterator[Callable[[], str]]:
     name = psycopg2.extensions.parse_dsn(db)["dbname"]
 
     def copy() -> str:
+        close_sessions()
         sessions = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s"
         wait_until("it is in use", lambda: not scalar(postgres_dsn, sessions, name))
         rows(postgres_dsn, f"CREATE DATABASE {name}_copy TEMPLATE {name}")

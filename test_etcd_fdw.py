@@ -4502,23 +4502,6 @@ def kill_once_sent(running: Daemon, db: str, client: EtcdClient, sql: str, key: 
     return int(sent)
 
 
-@pytest.mark.parametrize("then", ["", "delete", "put", "delete put"])
-def test_change_sent_before_a_crash_is_not_sent_again(then, daemon, db, prefix, etcd, recorder):
-    key = prefix + "a"
-    first = daemon()
-    with frozen_mirror(db):
-        rows(db, "SELECT etcd_set(%s, 'mine')", key)
-        sent = wait_until("nothing was sent", lambda: etcd.get(key))
-        first.kill()
-    for step in then.split():
-        etcd.delete(key) if step == "delete" else etcd.put(key, "theirs")
-    expected = etcd.get(key)
-    daemon()
-    assert outcomes(db, 1) == [("success", sent.mod_revision)]
-    assert etcd.get(key) == expected
-    assert_same(recorder, db, prefix)
-
-
 def test_stop_does_not_forget_what_was_sent_before_a_crash(daemon, db, prefix, etcd, etcd_address):
     keys = [f"{prefix}{n}" for n in range(6)]
     for key in keys:
@@ -6234,34 +6217,6 @@ def test_etcd_goes_away_under_load(daemon, prefix, own_etcd, load, fault):
     play.finish()
 
 
-@pytest.mark.soak
-@pytest.mark.timeout(300)
-def test_etcd_paused_for_longer_than_the_defaults(daemon, prefix, own_etcd, load):
-    running = daemon(etcd=etcd_dsn(own_etcd.endpoint, prefix))
-    play = load(own_etcd.endpoint)
-    play.run(100)
-    mark = running.mark()
-    own_etcd.pause()
-    for _ in range(3):
-        running.wait_log(r"WARN .*retrying", after=mark)
-        mark = running.mark()
-    own_etcd.resume()
-    play.wait_flow()
-    play.finish()
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(300)
-def test_silent_etcd_is_noticed_while_idle(daemon, db, prefix, own_etcd):
-    with Proxy(own_etcd.port) as proxy:
-        running = daemon(etcd=f"etcd://{proxy.endpoint},{own_etcd.endpoint}{prefix}")
-        proxy.stall()
-        running.wait_log("watching", after=running.mark())
-        with EtcdClient(own_etcd.endpoint) as client:
-            client.put(prefix + "a", "1")
-        wait_until("the put did not arrive", lambda: mirror_rows(db, prefix))
-
-
 def leader_first(members: list[LocalEtcd]) -> list[LocalEtcd]:
     """The members of a cluster, its leader first."""
 
@@ -6339,38 +6294,6 @@ def assert_survives_network(proxy: Proxy, play: Load) -> None:
     proxy.resume()
     play.wait_flow()
     play.finish()
-
-
-def test_network_that_stalls_while_it_catches_up(daemon, db, prefix, etcd, etcd_address, recorder):
-    first = daemon()
-    sent = kill_once_sent(first, db, etcd, "SELECT etcd_set(%s, 'mine')", prefix + "a")
-    etcd.delete(prefix + "a")
-    with Proxy(etcd_port(etcd_address.endpoint)) as proxy:
-        proxy.delay(0.2)
-        daemon(etcd=etcd_dsn(proxy.endpoint, prefix))
-        # the watch is created after 0.4 s; what has passed comes up to 0.1 s later
-        threading.Event().wait(0.43)
-        proxy.stall()
-        threading.Event().wait(3 * etcd_fdw.QUIET_S)
-        proxy.delay(0)
-        proxy.resume()
-        assert outcomes(db, 1) == [("success", sent)]
-    assert etcd.get(prefix + "a") is None
-    assert_same(recorder, db, prefix)
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(300)
-def test_silent_postgres_is_noticed(daemon, db, load):
-    host = psycopg2.extensions.parse_dsn(db)
-    with Proxy(int(host["port"])) as proxy:
-        dsn = make_dsn(db, host=f"127.0.0.1,{host['host']}", port=f"{proxy.port},{host['port']}")
-        daemon(*HASTE, postgres=dsn)
-        play = load()
-        play.run(50)
-        proxy.stall()
-        play.wait_flow()
-        play.finish()
 
 
 @pytest.fixture
@@ -6752,42 +6675,6 @@ def assert_catches_up(daemon, db, prefix, own_etcd, count: int) -> None:
 
 def test_catches_up_with_many_revisions(daemon, db, prefix, own_etcd):
     assert_catches_up(daemon, db, prefix, own_etcd, 5_000)
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(300)
-def test_silence_of_an_etcd_that_reads_what_it_has_to_tell(daemon, db, prefix, own_etcd):
-    dsn = etcd_dsn(own_etcd.endpoint, prefix)
-    with EtcdClient(own_etcd.endpoint) as client:
-        first = daemon(etcd=dsn)
-        kill_once_sent(first, db, client, "SELECT etcd_set(%s, 'mine')", prefix + "k")
-        client.delete(prefix + "k")
-        for _ in range(16000):
-            client.txn([client.put_op(f"{prefix}other/{i}", "x" * 64) for i in range(100)])
-        daemon(etcd=dsn)
-        finished = "SELECT count(*) FROM etcd_wal WHERE status <> 'pending'"
-        wait_until("the change stays pending", lambda: scalar(db, finished))
-        assert client.get(prefix + "k") is None
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(300)
-def test_sync_waits_for_deletions_that_etcd_is_slow_to_tell(command, daemon, db, prefix, own_etcd):
-    dsn = etcd_dsn(own_etcd.endpoint, prefix)
-    with EtcdClient(own_etcd.endpoint) as client:
-        client.put(prefix + "a", "1")
-        daemon(etcd=dsn).stop()
-        for _ in range(9000):
-            client.txn([client.put_op(f"{prefix}other/{i}", "x" * 64) for i in range(100)])
-        client.delete(prefix, prefix=True)
-        assert command("sync", etcd=dsn).returncode == 0
-        assert scalar(db, "SELECT revision FROM etcd_sync_state") == client.revision()
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(300)
-def test_catches_up_with_100_000_revisions(daemon, db, prefix, own_etcd):
-    assert_catches_up(daemon, db, prefix, own_etcd, 100_000)
 
 
 # ─ the clock ─
@@ -7222,12 +7109,6 @@ def test_killed_at_random_moments(daemon, load, seed):
     assert_killed_at_random(daemon, load, 5, seed)
 
 
-@pytest.mark.soak
-@pytest.mark.timeout(600)
-def test_killed_at_random_moments_50_times(daemon, load, seed):
-    assert_killed_at_random(daemon, load, 50, seed)
-
-
 def test_delete_of_nothing_and_what_followed_it_before_a_crash(daemon, db, prefix, etcd, recorder):
     key = prefix + "a"
     made = etcd.put(key, "etcd")
@@ -7271,46 +7152,6 @@ WAITING_SQL = """
     WHERE datname = current_database() AND wait_event_type = 'Lock'
       AND application_name LIKE 'etcd_fdw active%'
 """
-
-
-@pytest.mark.parametrize("created_anew", [False, True])
-def test_created_then_deleted_while_away_is_not_created_again(
-    daemon, db, prefix, etcd, recorder, created_anew
-):
-    key, running = prefix + "a", daemon(*HASTE)
-    with frozen_mirror(db):
-        rows(db, "INSERT INTO etcd_wal (key, value) VALUES (%s, 'sql')", key)
-        created = wait_until("the key was not created", lambda: etcd.get(key)).mod_revision
-        running.kill()
-    etcd.delete(key)
-    if created_anew:
-        etcd.put(key, "etcd")
-    daemon(*HASTE)
-    assert outcomes(db, 1) == [("success", created)]
-    assert bool(etcd.get(key)) == created_anew
-    assert_same(recorder, db, prefix)
-
-
-def test_same_change_asked_for_twice_succeeds_once(daemon, db, prefix, etcd, recorder):
-    key, running = prefix + "a", daemon(*HASTE)
-    revision = etcd.put(key, "old")
-    wait_until("the put did not arrive", lambda: mirror_rows(db, prefix))
-    with frozen_mirror(db):
-        for _ in range(2):
-            sql = "INSERT INTO etcd_wal (key, value, revision) VALUES (%s, 'sql', %s)"
-            rows(db, sql, key, revision)
-        wait_until("etcd has no change", lambda: etcd.get(key).value == b"sql")
-        running.kill()
-    daemon(*HASTE)
-    assert assert_outcomes(recorder, db) == {"success": 1, "conflict": 1}
-
-
-def test_delete_of_nothing_that_was_overtaken_ends(daemon, db, prefix, etcd):
-    daemon(*HASTE).stop()
-    rows(db, "SELECT etcd_delete(%s)", prefix + "a")
-    revision = etcd.put(prefix + "a", "etcd")
-    daemon(*HASTE)
-    assert outcomes(db, 1) == [("conflict", revision)]
 
 
 def test_change_made_on_a_deletion_conflicts(daemon, db, prefix, etcd):
@@ -7750,14 +7591,6 @@ def assert_exact_after_kills(daemon, prefix, own_etcd, network, load, times: int
 @pytest.mark.timeout(300)
 def test_killed_at_random_moments_with_late_bytes(daemon, prefix, own_etcd, network, load):
     assert_exact_after_kills(daemon, prefix, own_etcd, network, load, KILLS)
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(1200)
-def test_killed_at_random_moments_with_late_bytes_200_times(
-    daemon, prefix, own_etcd, network, load
-):
-    assert_exact_after_kills(daemon, prefix, own_etcd, network, load, 200)
 
 
 def test_backlog_of_refused_changes_shrinks_although_it_is_killed(
@@ -8961,9 +8794,79 @@ def test_demo_shows_everything_and_cleans_up(tmp_path, end):
 
 
 # ── soak ─────────────────────────────────────────────────────────────────────
+#
+# pytest -m soak: what takes minutes, or as long as you let it.
 
 
-@pytest.mark.soak
+@pytest.mark.timeout(300)
+def test_etcd_paused_for_longer_than_the_defaults(daemon, prefix, own_etcd, load):
+    running = daemon(etcd=etcd_dsn(own_etcd.endpoint, prefix))
+    play = load(own_etcd.endpoint)
+    play.run(100)
+    mark = running.mark()
+    own_etcd.pause()
+    for _ in range(3):
+        running.wait_log(r"WARN .*retrying", after=mark)
+        mark = running.mark()
+    own_etcd.resume()
+    play.wait_flow()
+    play.finish()
+
+
+@pytest.mark.timeout(300)
+def test_silent_etcd_is_noticed_while_idle(daemon, db, prefix, own_etcd):
+    with Proxy(own_etcd.port) as proxy:
+        running = daemon(etcd=f"etcd://{proxy.endpoint},{own_etcd.endpoint}{prefix}")
+        proxy.stall()
+        running.wait_log("watching", after=running.mark())
+        with EtcdClient(own_etcd.endpoint) as client:
+            client.put(prefix + "a", "1")
+        wait_until("the put did not arrive", lambda: mirror_rows(db, prefix))
+
+
+@pytest.mark.timeout(300)
+def test_silent_postgres_is_noticed(daemon, db, load):
+    host = psycopg2.extensions.parse_dsn(db)
+    with Proxy(int(host["port"])) as proxy:
+        dsn = make_dsn(db, host=f"127.0.0.1,{host['host']}", port=f"{proxy.port},{host['port']}")
+        daemon(*HASTE, postgres=dsn)
+        play = load()
+        play.run(50)
+        proxy.stall()
+        play.wait_flow()
+        play.finish()
+
+
+@pytest.mark.timeout(300)
+def test_sync_waits_for_deletions_that_etcd_is_slow_to_tell(command, daemon, db, prefix, own_etcd):
+    dsn = etcd_dsn(own_etcd.endpoint, prefix)
+    with EtcdClient(own_etcd.endpoint) as client:
+        client.put(prefix + "a", "1")
+        daemon(etcd=dsn).stop()
+        for _ in range(9000):
+            client.txn([client.put_op(f"{prefix}other/{i}", "x" * 64) for i in range(100)])
+        client.delete(prefix, prefix=True)
+        assert command("sync", etcd=dsn).returncode == 0
+        assert scalar(db, "SELECT revision FROM etcd_sync_state") == client.revision()
+
+
+@pytest.mark.timeout(300)
+def test_catches_up_with_100_000_revisions(daemon, db, prefix, own_etcd):
+    assert_catches_up(daemon, db, prefix, own_etcd, 100_000)
+
+
+@pytest.mark.timeout(600)
+def test_killed_at_random_moments_50_times(daemon, load, seed):
+    assert_killed_at_random(daemon, load, 50, seed)
+
+
+@pytest.mark.timeout(1200)
+def test_killed_at_random_moments_with_late_bytes_200_times(
+    daemon, prefix, own_etcd, network, load
+):
+    assert_exact_after_kills(daemon, prefix, own_etcd, network, load, 200)
+
+
 @pytest.mark.timeout(0)
 def test_soak(daemon, db, prefix, own_etcd, load, seed):
     """Load in both directions and random faults for ETCD_FDW_SOAK_S seconds (1200)."""
@@ -9037,7 +8940,7 @@ def test_soak(daemon, db, prefix, own_etcd, load, seed):
     print(f"{play.etcd_changes}; SQL changes: {dict(statuses)}; differences: 0")
 
 
-# ── benchmark ────────────────────────────────────────────────────────────────
+# ── bench ────────────────────────────────────────────────────────────────────
 #
 # pytest -m bench -s: each measurement has servers of its own, with the defaults of PostgreSQL
 # (fsync and synchronous_commit on) and of etcd. Load and bare clients are processes of their own.
@@ -9752,9 +9655,24 @@ MEASUREMENTS = [
 ]
 
 
-@pytest.mark.bench
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("measure", MEASUREMENTS, ids=lambda m: m.__name__[6:])
 def test_benchmark(measure, figures, tmp_path):
     with ExitStack() as stack:
         measure(Bench(figures, tmp_path, stack))
+
+
+# ── markers ──────────────────────────────────────────────────────────────────
+
+
+def mark_sections() -> None:
+    """Mark each test by its banner up to the first : , or and, such as faults, for pytest -m."""
+    marker = ""
+    for line in Path(__file__).read_text(encoding="utf-8").splitlines():
+        if banner := re.match(r"# ── (.+?)(?::|,| and | ─).*─$", line):
+            marker = banner[1].lower().replace(" ", "_")
+        elif test := re.match(r"def (test_\w+)", line):
+            getattr(pytest.mark, marker)(globals()[test[1]])
+
+
+mark_sections()

@@ -144,7 +144,7 @@ def own_postgres() -> Iterator[LocalPostgres]:
 
 def connect(db: str, **options: Any) -> psycopg2.extensions.connection:
     """Open a connection in autocommit mode; options are libpq's, such as port=proxy.port."""
-    conn = psycopg2.connect(make_dsn(db, **{"connect_timeout": 10, **options}))
+    conn = psycopg2.connect(make_dsn(db, **{"connect_timeout": 30, **options}))
     conn.autocommit = True
     return conn
 
@@ -255,7 +255,7 @@ class EtcdClient:
         user: str | None = None,
         password: str = "",
         credentials: grpc.ChannelCredentials | None = None,
-        timeout: float = 10.0,
+        timeout: float = 30.0,
     ) -> None:
         self.endpoint, self.timeout = endpoint, timeout
         self.metadata: list[tuple[str, str]] = []
@@ -593,10 +593,17 @@ def cpu_s(pid: int) -> float:
 # ─ both sides compared ─
 
 
+def store_revision(client: EtcdClient) -> int:
+    """Return etcd's revision, 0 if it is not to be reached, or has no leader."""
+    with suppress(grpc.RpcError):
+        return client.revision()
+    return 0
+
+
 class Recorder:
     """An independent record of what etcd tells about a prefix, from a thread of its own.
 
-    It watches the whole key space, so that a key outside the prefix can mark where it has got to.
+    It watches the whole key space, where each revision has an event: so it knows how far it is.
     """
 
     def __init__(self, client: EtcdClient, prefix: str, start_revision: int = 1) -> None:
@@ -645,21 +652,15 @@ class Recorder:
         if response.events:
             self.revision = response.events[-1].kv.mod_revision
 
-    def sync(self, timeout: float = WAIT_S) -> int:
+    def sync(self) -> int:
         """Wait until all that etcd holds now is recorded; return its revision."""
-
-        def mark() -> int:
-            with suppress(grpc.RpcError):  # etcd may be restarting, or electing a leader
-                return self.client.put(f"_recorder/{RUN_ID}", "")
-            return 0
-
-        revision = wait_until("the recorder cannot write to etcd", mark, timeout)
+        revision = wait_until("etcd does not answer", lambda: store_revision(self.client))
 
         def caught_up() -> bool:
             assert self.error is None, f"the recorder's watch was canceled: {self.error}"
             return self.revision >= revision
 
-        wait_until(f"the recorder did not see revision {revision}", caught_up, timeout)
+        wait_until(f"the recorder did not see revision {revision}", caught_up)
         return revision
 
     def history(self) -> list[Event]:
@@ -939,6 +940,30 @@ def assert_outcomes(
             wrong.append(f"nobody claims the deletes {gone[:9]}, {load.unsure} are in doubt")
     assert not wrong, f"{len(wrong)} outcomes are not true:\n" + "\n".join(wrong[:10])
     return statuses
+
+
+@contextmanager
+def frozen_mirror(db: str) -> Iterator[None]:
+    """Nobody can write table etcd meanwhile: what etcd answers is not recorded."""
+    with session(db, "BEGIN", "LOCK TABLE etcd IN SHARE MODE"):
+        yield
+
+
+def kill_once_sent(running: Daemon, db: str, client: EtcdClient, sql: str, key: str) -> int:
+    """Ask for a change, kill the daemon before it can note that etcd took it; return where."""
+    before = client.get(key)
+    with frozen_mirror(db):
+        rows(db, sql, key)
+        sent = wait_until("nothing was sent", lambda: (now := client.get(key)) != before and now)
+        running.kill()
+    return int(sent.mod_revision)
+
+
+def lock_holders(db: str, prefix: str) -> list[int]:
+    """Return the pids of the sessions that hold the lock of a prefix: one, or none."""
+    with session(db) as cur:
+        cur.execute(etcd_fdw.LOCK_HOLDER_SQL, {"prefix": prefix})
+        return [pid for pid, *_ in cur]
 
 
 # ─ a network that fails ─
@@ -2076,15 +2101,6 @@ def test_commands_on_an_older_schema(daemon, db, prefix, etcd_address):
 # ── etcd to PostgreSQL ───────────────────────────────────────────────────────
 
 
-def test_put_in_etcd_arrives_in_sql(daemon, db, prefix, etcd):
-    daemon()
-    revision = etcd.put(prefix + "a", "1")
-    wait_until(
-        "the put did not arrive",
-        lambda: mirror_rows(db, prefix) == [(revision, (prefix + "a").encode(), b"1")],
-    )
-
-
 ODD_VALUES = [
     *(bytes([byte]) for byte in range(256)),
     bytes(range(256)),
@@ -2323,20 +2339,13 @@ def test_wiped_etcd_is_exit_code_4_and_touches_nothing(daemon, db, own_etcd, pas
         own_etcd.stop()
         shutil.rmtree(own_etcd.data_dir)
         own_etcd.start()  # the same cluster id, as it is made from its members' addresses
-        wait_until("etcd is away", lambda: answers(client))
+        wait_until("etcd is away", lambda: store_revision(client))
         for number in range(20 if past else 1):
             client.put("/x/a", f"other {number}")
     done = run_script("-p", db, "-e", dsn)
     text = "is not in etcd what it is in the mirror" if past else "etcd only at 2"
     assert_one_error_line(done, 4, text)
     assert rows(db, EVERYTHING) == before
-
-
-def answers(client: EtcdClient) -> bool:
-    """Whether etcd can be reached with this client."""
-    with suppress(grpc.RpcError):
-        return bool(client.revision())
-    return False
 
 
 LEASES = "SELECT key, revision, lease FROM etcd WHERE NOT tombstone ORDER BY revision"
@@ -3019,16 +3028,20 @@ def test_backlog_of_a_killed_program_takes_few_statements(daemon, db, prefix, et
         one = daemon()
         wait_until("nothing was sent", lambda: etcd.get(prefix + "1"))
         one.kill()
-    commits = "SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()"
-    scanned = "SELECT seq_tup_read FROM pg_stat_user_tables WHERE relname = 'etcd_wal'"
-    before = scalar(db, commits), scalar(db, scanned)
+    # sequential scans would be seen, although nobody has analysed the table
+    scans = "SELECT seq_tup_read, idx_scan FROM pg_stat_user_tables WHERE relname = 'etcd_wal'"
+    xid = "SELECT pg_current_xact_id()::text::bigint"
+    ((tuples, before),) = rows(db, scans)
+    first = scalar(db, xid)
     two = daemon()
     applied = "SELECT applied FROM etcd_sync_state"
     wait_until("the backlog was not applied", lambda: scalar(db, applied) == 3000)
     assert two.stop() == 0
-    wait_until("no statistics came", lambda: scalar(db, commits) > before[0])
-    assert scalar(db, commits) - before[0] < 2500
-    assert scalar(db, scanned) - before[1] == 0  # all by index, though nobody has analysed it
+    took = scalar(db, xid) - first
+    print(f"transactions that wrote: {took}")
+    assert took < 300
+    wait_until("no statistics came", lambda: rows(db, scans)[0][1] > before)
+    assert rows(db, scans)[0][0] == tuples
 
 
 # ── SQL interface ────────────────────────────────────────────────────────────
@@ -4485,23 +4498,6 @@ END_SESSION_SQL = """
 """
 
 
-@contextmanager
-def frozen_mirror(db: str) -> Iterator[None]:
-    """Nobody can write table etcd meanwhile: what etcd answers is not recorded."""
-    with closing(connect(db)) as conn, conn.cursor() as cur:
-        cur.execute("BEGIN; LOCK TABLE etcd IN SHARE MODE")
-        yield
-
-
-def kill_once_sent(running: Daemon, db: str, client: EtcdClient, sql: str, key: str) -> int:
-    """Ask for a change, kill the daemon before it can note that etcd took it; return where."""
-    with frozen_mirror(db):
-        rows(db, sql, key)
-        sent = wait_until("nothing was sent", lambda: client.get(key)).mod_revision
-        running.kill()
-    return int(sent)
-
-
 def test_stop_does_not_forget_what_was_sent_before_a_crash(daemon, db, prefix, etcd, etcd_address):
     keys = [f"{prefix}{n}" for n in range(6)]
     for key in keys:
@@ -4650,37 +4646,6 @@ def test_rest_of_a_transaction_of_too_many_bytes_is_not_taken_for_a_whole_one(
     rows(db, "UPDATE etcd_wal SET status = 'conflict', finished_at = now() WHERE id = 1")
     daemon()
     assert [status for status, _ in outcomes(db, 3)] == ["conflict", "success", "success"]
-
-
-def test_rest_of_a_large_transaction_that_was_not_read_before_the_first_crash(
-    daemon, db, prefix, etcd
-):
-    first_keys = [f"{prefix}first{n}" for n in range(9)]
-    parts = [f"{prefix}part{n}" for n in range(7)]
-    options = "--batch-size=1", "--max-txn-ops=4"
-    daemon(*options).stop()
-    for key in first_keys:
-        rows(db, "SELECT etcd_set(%s, 'x')", key)
-    rows(db, "SELECT etcd_set(key, 'x') FROM unnest(%s) key", parts)
-    with frozen_mirror(db):
-        running = daemon(*options)
-        wait_until("nothing was sent", lambda: etcd.get(first_keys[7]))
-        running.kill()
-    assert etcd.get(parts[0]) is None
-    with closing(connect(db)) as conn, conn.cursor() as cur:
-        cur.execute("BEGIN; SELECT FROM etcd_wal WHERE id > 9 FOR UPDATE")
-        running = daemon(*options)
-        wait_until("the rest was not sent", lambda: etcd.get(parts[5]))
-        running.kill()
-    # as if it had been killed a moment later: three changes are written down
-    rows(
-        db,
-        "UPDATE etcd_wal SET status = 'success', finished_at = now(), result_revision = %s"
-        " WHERE id IN (10, 11, 12)",
-        etcd.get(parts[0]).mod_revision,
-    )
-    daemon(*options)
-    assert [status for status, _ in outcomes(db, 16)] == ["success"] * 16
 
 
 @pytest.mark.timeout(86400 if HISTORIES else 300)
@@ -6343,6 +6308,7 @@ def test_etcd_without_space_makes_changes_wait(daemon, db, prefix, small_etcd):
         client.call(client.kv.DeleteRange, request)  # which needs no space
         sql = "SELECT tombstone FROM etcd WHERE key = %s ORDER BY revision DESC LIMIT 1"
         wait_until("the mirror stands still", lambda: scalar(db, sql, prefix + "doomed"))
+        recorder.sync()
         make_room(client)
         assert assert_outcomes(recorder, db) == {"success": 10}
         assert_same(recorder, db, prefix)
@@ -6428,12 +6394,12 @@ def test_compaction_while_the_prefix_is_quiet(daemon, db, prefix, own_etcd):
         assert_same(recorder, db, prefix)
         for n in range(50):
             client.put(f"elsewhere/{n}", "1")
-        client.compact(client.revision())
+        client.compact(recorder.sync())
         client.delete(prefix + "a")
         assert_same(recorder, db, prefix)  # the watch goes on
         for n in range(50):
             client.put(f"elsewhere/{n}", "2")
-        client.compact(client.revision())
+        client.compact(recorder.sync())
         running.kill()
         daemon(*HASTE, etcd=dsn)  # copies again, which finds nothing
         client.put(prefix + "b", "2")
@@ -6480,16 +6446,26 @@ def test_resync_that_another_instance_has_done_meanwhile(daemon, command, db, pr
         client.put(prefix + "a", "2")
         compacted = client.put(prefix + "a", "3")
         client.compact(compacted)
-        waiting = daemon("--retry-initial=9s", "--retry-max=9s", etcd=dsn, ready=False)
-        waiting.wait_log("copying again")
-        wait_until("its session goes on", lambda: scalar(db, SESSIONS) is None)
-        waiting.pause()  # it may wait for much less than 9 s, and sync take longer
-        mark = waiting.mark()
-        client.put(prefix + "a", "4")
-        assert command("sync", etcd=dsn).returncode == 0
-        waiting.resume()
-        waiting.wait_log("watching", after=mark)
-        assert "copied" not in waiting.log()
+        port = int(psycopg2.extensions.parse_dsn(db)["port"])
+        with Proxy(own_etcd.port) as to_etcd, Proxy(port) as to_postgres:
+            to_etcd.stall()
+            waiting = daemon(
+                *HASTE,
+                postgres=make_dsn(db, host="127.0.0.1", port=to_postgres.port),
+                etcd=etcd_dsn(to_etcd.endpoint, prefix) + "?dial_timeout=80s",
+                ready=False,
+            )
+            wait_until("it has no session", lambda: scalar(db, SESSIONS))
+            to_postgres.black_hole()  # for the next session
+            to_etcd.resume()
+            waiting.wait_log("copying again")
+            wait_until("its session goes on", lambda: scalar(db, SESSIONS) is None)
+            client.put(prefix + "a", "4")
+            assert command("sync", etcd=dsn).returncode == 0
+            to_postgres.resume()
+            to_postgres.cut()
+            waiting.wait_log("watching")
+            assert "copied" not in waiting.log()
 
 
 # ─ another timeline ─
@@ -6601,18 +6577,6 @@ def test_restored_and_compacted_beyond_the_checkpoint(daemon, db, prefix, own_et
         while client.revision() < revision + 5:
             client.put(prefix + "b", "1")
         client.compact(client.revision())
-    assert_refused(daemon, db, dsn, prefix)
-
-
-def test_another_cluster_at_the_same_address(daemon, db, prefix, own_etcd):
-    dsn = etcd_dsn(own_etcd.endpoint, prefix)
-    with EtcdClient(own_etcd.endpoint) as client:
-        client.put(prefix + "a", "1")
-        daemon(etcd=dsn).stop()
-    own_etcd.stop()
-    shutil.rmtree(own_etcd.data_dir)
-    own_etcd.args += ["--initial-cluster-token", "another"]
-    own_etcd.start()
     assert_refused(daemon, db, dsn, prefix)
 
 
@@ -7123,30 +7087,7 @@ def test_delete_of_nothing_and_what_followed_it_before_a_crash(daemon, db, prefi
     assert assert_outcomes(recorder, db) == {"success": 3}
 
 
-def test_killed_between_etcd_txn_and_postgres_commit(daemon, db, prefix, etcd, recorder):
-    running = daemon(*HASTE)
-    keys = [f"{prefix}{n}" for n in range(20)]
-    with closing(connect(db)) as conn, conn.cursor() as cur:
-        cur.execute("SELECT etcd_set(k, 'sql-old-' || k) FROM unnest(%s) k", (keys,))
-        wait_settled(db)
-        cur.execute("SELECT etcd_set(k, 'sql-new-' || k) FROM unnest(%s) k", (keys[:10],))
-        with frozen_mirror(db):
-            wait_until("etcd has no change", lambda: etcd.get(keys[0]).version == 2)
-            # deletes and creations too, whose Txn waits behind
-            running.kill()
-        with frozen_mirror(db):
-            pass
-    daemon(*HASTE)
-    assert_same(recorder, db, prefix)
-    assert assert_outcomes(recorder, db) == {"success": 30}
-
-
-# sessions of this database that hold the lock of a prefix; that wait for a lock on a table
-ACTIVE_SQL = """
-    SELECT count(*) FROM pg_locks l JOIN pg_database d ON d.oid = l.database
-    WHERE l.locktype = 'advisory' AND l.granted AND d.datname = current_database()
-      AND l.mode = 'ExclusiveLock' AND l.classid <> 2379
-"""
+# the daemon waits for a lock on a table
 WAITING_SQL = """
     SELECT FROM pg_stat_activity
     WHERE datname = current_database() AND wait_event_type = 'Lock'
@@ -7216,8 +7157,7 @@ def test_standby_takes_over_and_nothing_is_done_twice(daemon, db, prefix, load):
         victim.kill()
         sql = f"SELECT FROM etcd_sync_state WHERE pid <> {victim.pid}"
         wait_until("nobody took over", partial(rows, db, sql))
-        holders = scalar(db, ACTIVE_SQL)
-        assert holders == 1, holders
+        assert len(lock_holders(db, prefix)) == 1
         play.wait_flow()
     play.finish()
 
@@ -7351,7 +7291,8 @@ def test_instance_that_thaws_sends_nothing_more(daemon, db, prefix, own_etcd, ow
         first.pause()
         network.resume()
         to_postgres.stall()
-        rows(db, "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE " + HOLDS_THE_LOCK)
+        for pid in lock_holders(db, prefix):
+            rows(db, "SELECT pg_terminate_backend(%s)", pid)
         wait_settled(db)
         assert {row.status for row in wal_rows(db)} == {"success"}
         own_client.delete(prefix, prefix=True)
@@ -7364,17 +7305,11 @@ def test_instance_that_thaws_sends_nothing_more(daemon, db, prefix, own_etcd, ow
         assert own_client.range(prefix).count == 0
 
 
-HOLDS_THE_LOCK = """
-    locktype = 'advisory' AND granted AND mode = 'ExclusiveLock' AND classid <> 2379
-    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-"""
-
-
 def test_bytes_that_stalled_beyond_the_timeout_arrive_late(
     daemon, db, prefix, own_etcd, own_client, network
 ):
     key = prefix + "a"
-    daemon(*HASTE, etcd=etcd_dsn(network.endpoint, prefix) + "?request_timeout=1s")
+    daemon(*HASTE, etcd=etcd_dsn(network.endpoint, prefix) + "?request_timeout=3s")
     apply_change(db, prefix + "first")
     keep_back(network, db, SET, key)
     assert became(db, key) == ("success", own_client.get(key).mod_revision)  # by new connections
@@ -7388,7 +7323,7 @@ def test_change_that_a_frozen_follower_got_before_it_thaws(daemon, db, prefix, o
     key = prefix + "a"
     with EtcdClient(leader.endpoint) as client, Proxy(follower.port) as proxy:
         hosts = f"{proxy.endpoint},{leader.endpoint}"
-        daemon(*HASTE, etcd=etcd_dsn(hosts, prefix) + "?dial_timeout=1s&request_timeout=1s")
+        daemon(*HASTE, etcd=etcd_dsn(hosts, prefix) + "?dial_timeout=2s&request_timeout=3s")
         apply_change(db, prefix + "first")
         before = txns_answered(follower)
         follower.pause()
@@ -7523,17 +7458,6 @@ def test_failover_to_a_standby_that_lacks_the_outcome(daemon, prefix, own_postgr
         assert etcd.get(key) is None
 
 
-def assert_each_is_one_event(recorder: Recorder, *dbs: str) -> None:
-    """Every change in these databases is a success, and one event at its revision."""
-    recorder.sync()
-    told = collections.defaultdict(list)
-    for event in recorder.history():
-        told[event.value].append(event[:2])
-    for row in (row for db in dbs for row in wal_rows(db, recorder.prefix.decode())):
-        assert row.status == "success", row
-        assert told[row.value] == [(row.result_revision, row.key)], row
-
-
 def test_ids_used_again_after_a_failover_are_other_changes(
     daemon, prefix, own_postgres, etcd, recorder
 ):
@@ -7553,11 +7477,10 @@ def test_ids_used_again_after_a_failover_are_other_changes(
         etcd.delete(prefix, prefix=True)
         running.pause()
         fail_over(own_postgres, standby)
-        in_transactions_of_their_own(standby.dsn(), insert.format(prefix, "new"))
+        in_transactions_of_their_own(standby.dsn(), insert.format(prefix, "sql"))
         assert {(row.id, row.txid) for row in wal_rows(standby.dsn())} == lost
         running.resume()
-        wait_settled(standby.dsn())
-        assert_each_is_one_event(recorder, standby.dsn())
+        assert assert_outcomes(recorder, standby.dsn()) == {"success": 100}
 
 
 KILLS = int(os.environ.get("ETCD_FDW_TEST_KILLS", "20"))
@@ -7596,7 +7519,8 @@ def test_killed_at_random_moments_with_late_bytes(daemon, prefix, own_etcd, netw
 def test_backlog_of_refused_changes_shrinks_although_it_is_killed(
     daemon, db, prefix, own_etcd, own_client
 ):
-    dsn, pending = etcd_dsn(own_etcd.endpoint, prefix), "SELECT count(*) FROM etcd_wal WHERE "
+    dsn = etcd_dsn(own_etcd.endpoint, prefix)
+    pending = "SELECT count(*) FROM etcd_wal WHERE status = 'pending'"
     daemon(*HASTE, etcd=dsn).stop()
     values = f"'{prefix}' || n %% 10, n, 1 + n %% 1000"
     insert = f"INSERT INTO etcd_wal (key, value, revision) VALUES ({values});".replace("%%", "%")
@@ -7604,12 +7528,11 @@ def test_backlog_of_refused_changes_shrinks_although_it_is_killed(
     left = [8000]
     while left[-1]:
         own_client.put("_elsewhere", "")
-        running = daemon(*HASTE, etcd=dsn)
-        threading.Event().wait(1)
+        running = daemon(*HASTE, "--batch-size=500", etcd=dsn)
+        wait_until("it does not shrink", lambda: scalar(db, pending) < left[-1])
         running.kill()
-        left.append(scalar(db, pending + "status = 'pending'"))
-        assert left[-1] < left[-2] or not left[-1], left
-    assert len(left) > 2, f"that was no backlog: {left}"
+        left.append(scalar(db, pending))
+    print(f"left after each kill: {left}")
     assert own_client.range(prefix).count == 0
 
 
@@ -7775,7 +7698,7 @@ def test_change_that_met_the_limit_of_etcds_space_is_applied_once(daemon, db, pr
         EtcdClient(small_etcd.endpoint) as client,
         Recorder(client, prefix, client.revision() + 1) as recorder,
     ):
-        insert = "INSERT INTO etcd_wal (key, value) VALUES (%s, %s || repeat('x', 100000))"
+        insert = "INSERT INTO etcd_wal (key, value) VALUES (%s, 'sql' || %s || repeat('x', 100000))"
         tried = "SELECT status FROM etcd_wal WHERE status <> 'pending' OR retry_count > 0"
         for n in range(1, 100):
             rows(db, insert, f"{prefix}{n}", str(n))
@@ -7786,9 +7709,9 @@ def test_change_that_met_the_limit_of_etcds_space_is_applied_once(daemon, db, pr
             rows(db, insert, f"{prefix}{n}", str(n))
         request = etcdrpc.DeleteRangeRequest(key=prefix.encode(), range_end=prefix_end(prefix))
         assert client.call(client.kv.DeleteRange, request).deleted > 20
+        recorder.sync()
         make_room(client)
-        wait_settled(db)
-        assert_each_is_one_event(recorder, db)
+        assert set(assert_outcomes(recorder, db)) == {"success"}
 
 
 def test_reset_after_a_crash_applies_nothing_again(daemon, command, db, prefix, etcd):
@@ -7876,7 +7799,7 @@ def test_copy_of_the_database_does_no_harm(daemon, command, db, prefix, copied, 
     def change() -> None:
         turn = next(turns)
         for side, dsn in sides.items():
-            rows(dsn, "SELECT etcd_set(%s, %s)", f"{prefix}{side}/{turn}", f"{side} {turn}")
+            rows(dsn, "SELECT etcd_set(%s, %s)", f"{prefix}{side}/{turn}", f"sql {side} {turn}")
 
     def told() -> bool:
         change()  # each of them hears of the other when it has something to send
@@ -7896,10 +7819,8 @@ def test_copy_of_the_database_does_no_harm(daemon, command, db, prefix, copied, 
     running = [daemon(*HASTE, postgres=dsn) for dsn in sides.values()]
     for _ in range(20):
         change()
-    for dsn in sides.values():
-        wait_settled(dsn)
+    assert set(assert_outcomes(recorder, *sides.values())) == {"success"}
     assert "ERROR" not in "".join(one.log() for one in running)
-    assert_each_is_one_event(recorder, *sides.values())
 
 
 def dsn_name(dsn: str) -> str:
@@ -8539,7 +8460,7 @@ class PatroniMember:
             "etcd3": {"host": etcd.endpoint, **user},
             "restapi": {"listen": self.api, "connect_address": self.api},
             "bootstrap": {
-                "dcs": {"ttl": 5, "loop_wait": 1, "retry_timeout": 2},
+                "dcs": {"ttl": 15, "loop_wait": 2, "retry_timeout": 6},
                 "initdb": [{"encoding": "UTF8"}, {"locale": "C"}, "no-sync"],
             },
             "postgresql": {
@@ -8633,7 +8554,7 @@ def leader_of(members: Sequence[PatroniMember]) -> PatroniMember | None:
     return next((member for member in members if member.ask("primary") == 200), None)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_patroni_cluster_is_mirrored_through_restart_and_failover(
     daemon, db, etcd_address, etcd, patroni
 ):
@@ -8659,10 +8580,10 @@ def test_patroni_cluster_is_mirrored_through_restart_and_failover(
         third = daemon(**servers)
         assert_same(recorder, db, prefix)
         leaders = [row[2] for row in rows(db, LEADERS_SQL, prefix)]
-        assert [name for name, _ in itertools.groupby(leaders)] in (
-            ["pg1", "(nobody)", "pg2", "(nobody)", "pg1"],
-            ["pg1", "pg2", "(nobody)", "pg1"],
-        )
+        told = [e.value for e in recorder.history() if e.key.decode() == prefix + "leader"]
+        assert leaders == [value.decode() if value else "(nobody)" for value in told]
+        inaugurations = iter(leaders)  # in between nobody may lead, or a busy machine elect again
+        assert all(name in inaugurations for name in ("pg1", "pg2", "(nobody)", "pg1"))
         assert third.returncode is None
 
 

@@ -932,8 +932,8 @@ def assert_outcomes(
     wrong += [f"nobody claims {e}" for e in unclaimed if (e.value or b"").startswith(b"sql")]
     if load is not None:
         gone = [e for e in unclaimed if e.value is None and e[:2] not in load.deleted]
-        before = {e: (version_before(by_key[e.key], e.key, e.revision), e.key) for e in gone}
-        gone = [e for e in gone if before[e] not in recorder.leases]
+        versions = {e: (version_before(by_key[e.key], e.key, e.revision), e.key) for e in gone}
+        gone = [e for e in gone if versions[e] not in recorder.leases]
         if len(gone) > load.unsure:
             wrong.append(f"nobody claims the deletes {gone[:9]}, {load.unsure} are in doubt")
     assert not wrong, f"{len(wrong)} outcomes are not true:\n" + "\n".join(wrong[:10])
@@ -2403,7 +2403,7 @@ def test_commit_wakes_who_waits_for_its_generation(daemon, db, prefix, etcd):
                 "nobody waits", lambda: scalar(db, "SELECT 1 FROM pg_locks WHERE NOT granted")
             )
             revision = etcd.put(prefix + "a", "1")
-            waited.result(timeout=5)
+            waited.result(timeout=WAIT_S)
         cur.execute("SELECT revision FROM etcd")
         assert cur.fetchall() == [(revision,)]
 

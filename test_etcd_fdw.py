@@ -609,7 +609,7 @@ class Recorder:
     def __init__(self, client: EtcdClient, prefix: str, start_revision: int = 1) -> None:
         self.client, self.prefix = client, prefix.encode()
         self.events: list[Event] = []  # in order, appended by the thread
-        self.leases: dict[tuple[int, bytes], int] = {}  # by revision and key, of what has one
+        self.leases: dict[tuple[int, bytes], int] = {}  # by revision and key; 0: none
         self.revision = start_revision - 1  # all of it and before has been seen
         self.error: str | None = None  # a watch that etcd canceled
         self._closing = threading.Event()
@@ -646,8 +646,7 @@ class Recorder:
             kv = event.kv
             if kv.key.startswith(self.prefix):
                 deleted = event.type == DELETE
-                if kv.lease:
-                    self.leases[kv.mod_revision, kv.key] = kv.lease
+                self.leases[kv.mod_revision, kv.key] = kv.lease
                 self.events.append(Event(kv.mod_revision, kv.key, None if deleted else kv.value))
         if response.events:
             self.revision = response.events[-1].kv.mod_revision
@@ -732,6 +731,10 @@ def assert_same(
         SELECT coalesce(target_revision, 0), source_revision FROM etcd_sync_event
         WHERE operation IN ('snapshot', 'resync') AND prefix = %s ORDER BY id
     """
+    leases = """
+        SELECT revision, convert_to(key, 'UTF8'), lease FROM etcd
+        WHERE starts_with(key, %s) AND revision >= %s
+    """
     expected, mirrored = history, list[Event]()
 
     def same() -> bool:
@@ -741,7 +744,10 @@ def assert_same(
             mirrored = mirror_rows(db, prefix, since)
             if gaps:
                 expected = survivors(history, rows(db, resyncs, prefix))
-            return mirrored == expected
+            return mirrored == expected and all(
+                (lease or 0) == recorder.leases.get((revision, key), 0)
+                for revision, key, lease in rows(db, leases, prefix, since)
+            )
         return False
 
     with suppress(TimeoutError):
@@ -751,7 +757,8 @@ def assert_same(
     surplus = sorted(set(mirrored) - set(expected), key=lambda event: event[:2])
     pytest.fail(
         f"the mirror has {len(mirrored)} rows of {len(expected)}; "
-        f"{len(missing)} missing: {missing[:5]}; {len(surplus)} too many: {surplus[:5]}"
+        f"{len(missing)} missing: {missing[:5]}; {len(surplus)} too many: {surplus[:5]}; "
+        "or leases differ"
     )
 
 
@@ -933,7 +940,7 @@ def assert_outcomes(
     if load is not None:
         gone = [e for e in unclaimed if e.value is None and e[:2] not in load.deleted]
         versions = {e: (version_before(by_key[e.key], e.key, e.revision), e.key) for e in gone}
-        gone = [e for e in gone if versions[e] not in recorder.leases]
+        gone = [e for e in gone if not recorder.leases.get(versions[e])]
         if len(gone) > load.unsure:
             wrong.append(f"nobody claims the deletes {gone[:9]}, {load.unsure} are in doubt")
     assert not wrong, f"{len(wrong)} outcomes are not true:\n" + "\n".join(wrong[:10])

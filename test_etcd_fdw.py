@@ -542,6 +542,11 @@ class Daemon:
         self.signal(signal.SIGCONT)
 
 
+# Options under which faults are over soon; the second has timeouts that a test does not wait for.
+HASTE = ("--retry-initial", "50ms", "--retry-max", "300ms", "--poll-interval", "2s")
+HASTY_ETCD = "?dial_timeout=1s&request_timeout=2s"
+FAST = ("--retry-initial", "50ms", "--retry-max", "200ms", "--poll-interval", "500ms")
+
 StartDaemon = Callable[..., Daemon]
 
 
@@ -576,6 +581,21 @@ def daemon(
         one.kill()
         if request.session.testsfailed > failures_before:
             print(f"── {one.log_path.name}: exit code {one.returncode}\n{one.log()}")
+
+
+SESSIONS = """
+SELECT array_agg((pid, backend_start)::text) FROM pg_stat_activity
+WHERE application_name LIKE 'etcd_fdw%' AND datname = current_database()
+"""
+
+
+def daemon_waits_on(db: str, event: str) -> bool:
+    """Whether the daemon's session is in that wait event (pg_stat_activity)."""
+    sql = """
+        SELECT FROM pg_stat_activity
+        WHERE application_name LIKE 'etcd_fdw%%' AND wait_event = %s
+    """
+    return bool(rows(db, sql, event))
 
 
 def peak_mib(pid: int) -> float:
@@ -785,6 +805,11 @@ def wait_equal(db: str, etcd: EtcdClient, prefix: str) -> None:
     wait_until("live keys differ", lambda: live(db, prefix) == held(etcd, prefix))
 
 
+def arrives(db: str, key: str) -> Callable[[], bool]:
+    """Return what tells whether the mirror has a version of a key."""
+    return lambda: bool(scalar(db, "SELECT count(*) FROM etcd WHERE key = %s", key))
+
+
 EVERYTHING = """
 SELECT to_jsonb(t) FROM etcd t UNION ALL SELECT to_jsonb(t) FROM etcd_wal t
 UNION ALL SELECT to_jsonb(t) FROM etcd_sync_state t
@@ -862,6 +887,13 @@ def became(db: str, key: str) -> tuple[str, int | None]:
     """Wait until the one change to a key is done; return (status, result_revision)."""
     sql = "SELECT status, result_revision FROM etcd_wal WHERE key = %s AND status <> 'pending'"
     return wait_until(f"the change to {key} is pending", lambda: rows(db, sql, key))[0]
+
+
+def wait_status(db: str, change: int, status: str) -> str:
+    """The change ends with that status; return its error_message."""
+    ended, _, message = outcome(db, change)
+    assert ended == status, message
+    return str(message)
 
 
 def version_before(history: list[Event], key: bytes, revision: int) -> int:
@@ -1015,7 +1047,6 @@ class Proxy:
 
     def __init__(self, target_port: int, target_host: str = "127.0.0.1") -> None:
         self.target = (target_host, target_port)
-        self.accepted = 0  # connections so far
         self.forwarded = 0  # bytes so far, both directions
         self._stalled = self._black_hole = self._refusing = self._closing = False
         self._delay_s = self._bytes_per_s = 0.0
@@ -1193,7 +1224,6 @@ class Proxy:
 
     def _accept(self, listener: socket.socket) -> None:
         client, _ = listener.accept()
-        self.accepted += 1
         try:
             server = socket.create_connection(self.target, timeout=WAIT_S)
         except OSError:
@@ -1260,9 +1290,17 @@ class Proxy:
 
 # ─ load on both sides ─
 
-# Options under which faults are over soon; timeouts that a test does not wait for.
-HASTE = ("--retry-initial", "50ms", "--retry-max", "300ms", "--poll-interval", "2s")
-HASTY_ETCD = "?dial_timeout=1s&request_timeout=2s"
+
+def in_threads(count: int, work: Callable[[int], None]) -> None:
+    """Run work(0), work(1), … at once; raise what the first of them raised."""
+    with ThreadPoolExecutor(count) as pool:
+        for _ in pool.map(work, range(count)):
+            pass
+
+
+def random_text(size: int) -> bytes:
+    """Return text that does not compress well."""
+    return base64.b64encode(os.urandom(size))[:size]
 
 
 class Load:
@@ -2399,7 +2437,7 @@ def test_commit_wakes_who_waits_for_its_generation(daemon, db, prefix, etcd):
     sql = "SELECT generation FROM etcd_sync_state"
     generation = wait_until("no generation", lambda: scalar(db, sql))
     lock = "SELECT {}(_etcd_generation_lock(%s, %s))"
-    with closing(connect(db)) as conn, conn.cursor() as cur:
+    with session(db) as cur:
         cur.execute(lock.format("pg_try_advisory_lock_shared"), (prefix, generation))
         assert cur.fetchone() == (False,)  # the daemon has it
         with ThreadPoolExecutor() as pool:
@@ -2449,13 +2487,6 @@ def test_catch_up_with_many_small_changes_costs_etcd_little(daemon, db, prefix, 
 
 
 # ── PostgreSQL to etcd ───────────────────────────────────────────────────────
-
-
-def in_threads(count: int, work: Callable[[int], None]) -> None:
-    """Run work(0), work(1), … at once; raise what the first of them raised."""
-    with ThreadPoolExecutor(count) as pool:
-        for _ in pool.map(work, range(count)):
-            pass
 
 
 def test_quickstart_insert_arrives_and_is_mirrored_before_it_is_success(daemon, db, prefix, etcd):
@@ -2514,8 +2545,7 @@ def test_transaction_with_a_conflict_changes_nothing(daemon, db, prefix, etcd):
     rev_a, rev_b = etcd.put(a, "1"), etcd.put(b, "1")
     newer = etcd.put(b, "2")
     changes = [(a, rev_a), (b, rev_b), (c, None)]
-    with closing(connect(db)) as conn, conn.cursor() as cur:
-        cur.execute("BEGIN")
+    with session(db, "BEGIN") as cur:
         insert = "INSERT INTO etcd_wal (key, value, revision) VALUES (%s, 'x', %s)"
         cur.executemany(insert, changes)
         cur.execute("COMMIT")
@@ -2587,8 +2617,8 @@ def test_counter_misses_no_step(daemon, db, prefix, etcd):
         step = etcd.put_op(key, str(int(now.value) + 1))
         return bool(etcd.txn([step], compare=[etcd.unchanged(key, now.mod_revision)]).succeeded)
 
-    def work(session: int) -> None:
-        with closing(connect(db)) as conn, conn.cursor() as cur:
+    def work(_: int) -> None:
+        with session(db) as cur:
             for _ in range(50):
                 wait_until("no step was made", lambda: step_in_sql(cur))
         for _ in range(5):
@@ -2602,7 +2632,7 @@ def test_counter_misses_no_step(daemon, db, prefix, etcd):
 
 def test_odd_values_and_keys_from_sql(daemon, db, prefix, etcd):
     daemon()
-    with closing(connect(db)) as conn, conn.cursor() as cur:
+    with session(db) as cur:
         for number, value in enumerate(ODD_VALUES):
             cur.execute("SELECT etcd_set_bytes(%s, %s)", (prefix + f"b{number}", value))
             if etcd_fdw.is_text(value):
@@ -2687,7 +2717,7 @@ def test_what_etcd_refuses_fails_alone(daemon, db, prefix, etcd):
 
 def test_more_operations_than_the_server_takes_are_halved(daemon, db, prefix, etcd):
     daemon().stop()
-    with closing(connect(db)) as conn, conn.cursor() as cur:
+    with session(db) as cur:
         for number in range(200):
             cur.execute("SELECT etcd_set(%s, '1')", (prefix + str(number),))
     daemon("--max-txn-ops", "1000")  # the server takes 128
@@ -2795,7 +2825,7 @@ def test_applied_without_an_answer_is_success(daemon, db, prefix, etcd, recorder
     with Proxy(etcd_port(etcd.endpoint)) as proxy:
         one = daemon(*FAST, etcd=etcd_dsn(proxy.endpoint, prefix))
         proxy.delay(0.5)
-        with closing(connect(db)) as conn, conn.cursor() as cur:
+        with session(db) as cur:
             for key in changed:
                 cur.execute("SELECT etcd_set(%s, 'sql')", (key,))
 
@@ -4375,8 +4405,7 @@ class History:
 
     def sql(self, end: str, statements: list[tuple[Any, ...]]) -> None:
         """Run a transaction. What the schema refuses, it does without."""
-        with closing(connect(self.db)) as conn, conn.cursor() as cur:
-            cur.execute("BEGIN")
+        with session(self.db, "BEGIN") as cur:
             for name, *args in statements:
                 sql, values = self.statement(cur, name, *args)
                 cur.execute("SAVEPOINT here")
@@ -4534,8 +4563,7 @@ def test_ids_that_come_late_do_not_hide_what_was_sent_before_a_crash(daemon, db,
         sent = kill_once_sent(first, db, etcd, "SELECT etcd_set(%s, 'mine')", prefix + "x")
         for cur in late:
             cur.execute("COMMIT")
-    with closing(connect(db)) as conn, conn.cursor() as cur:
-        cur.execute("BEGIN; SELECT FROM etcd_wal WHERE id <= 9 FOR UPDATE")
+    with session(db, "BEGIN; SELECT FROM etcd_wal WHERE id <= 9 FOR UPDATE") as cur:
         second = daemon(*options)
         wait_until("no outcome is due", lambda: daemon_waits_on(db, "transactionid"))
         second.kill()
@@ -4546,8 +4574,7 @@ def test_ids_that_come_late_do_not_hide_what_was_sent_before_a_crash(daemon, db,
 def test_deletes_of_what_was_not_there_before_a_crash(daemon, db, prefix, etcd):
     daemon().stop()
     rows(db, "SELECT etcd_delete(key) FROM unnest(%s) key", [prefix + "a", prefix + "b"])
-    with closing(connect(db)) as conn, conn.cursor() as cur:
-        cur.execute("BEGIN; SELECT FROM etcd_wal FOR UPDATE")
+    with session(db, "BEGIN; SELECT FROM etcd_wal FOR UPDATE"):
         first = daemon()
         wait_until("no outcome is due", lambda: daemon_waits_on(db, "transactionid"))
         first.kill()
@@ -4604,7 +4631,7 @@ def test_rest_of_a_transaction_too_large_for_etcd_is_not_taken_for_a_whole_one(
     daemon().stop()
     rows(db, "INSERT INTO etcd_wal (key, value) SELECT key, 'x' FROM unnest(%s) key", keys)
     etcd.put(keys[-1], "theirs")
-    with closing(connect(db)) as conn, conn.cursor() as cur:
+    with session(db) as cur:
         cur.execute("BEGIN; SELECT FROM etcd_wal WHERE key = %s FOR UPDATE", (keys[-2],))
         options = "--max-txn-ops=7", "--batch-size=4"
         first = daemon(*options)
@@ -6516,9 +6543,9 @@ def change_after_backup(client: EtcdClient, prefix: str, how: str) -> None:
         client.put(prefix + "a", "2")
 
 
-@pytest.mark.parametrize("passed", [False, True], ids=["behind", "passed"])
+@pytest.mark.parametrize("where", ["behind", "passed", "compacted"])
 @pytest.mark.parametrize("how", ["put", "delete", "create and delete"])
-def test_etcd_restored_from_a_backup(daemon, db, prefix, own_etcd, tmp_path, how, passed):
+def test_etcd_restored_from_a_backup(daemon, db, prefix, own_etcd, tmp_path, how, where):
     dsn = etcd_dsn(own_etcd.endpoint, prefix)
     with EtcdClient(own_etcd.endpoint) as client:
         client.put(prefix + "a", "1")
@@ -6534,8 +6561,10 @@ def test_etcd_restored_from_a_backup(daemon, db, prefix, own_etcd, tmp_path, how
         restore(own_etcd, tmp_path / "backup")
         own_etcd.start()
     with EtcdClient(own_etcd.endpoint) as client:  # the connection of the other may look alive
-        while passed and client.revision() <= checkpoint:
+        while where != "behind" and client.revision() < checkpoint + 5:
             client.put(prefix + "b", "other")
+        if where == "compacted":
+            client.compact(client.revision())
     assert_refused(daemon, db, dsn, prefix)
 
 
@@ -6566,25 +6595,6 @@ def test_etcd_restored_while_the_daemon_runs(daemon, db, prefix, own_etcd, tmp_p
     assert len(mirror_rows(db, prefix)) == 2
 
 
-def test_restored_and_compacted_beyond_the_checkpoint(daemon, db, prefix, own_etcd, tmp_path):
-    dsn = etcd_dsn(own_etcd.endpoint, prefix)
-    with EtcdClient(own_etcd.endpoint) as client:
-        client.put(prefix + "a", "1")
-        client.snapshot(tmp_path / "backup")
-        running = daemon(etcd=dsn)
-        revision = client.put(prefix + "a", "2")
-        wait_until("the put did not arrive", lambda: len(mirror_rows(db, prefix)) == 2)
-        running.stop()
-        own_etcd.stop()
-    restore(own_etcd, tmp_path / "backup")
-    own_etcd.start()
-    with EtcdClient(own_etcd.endpoint) as client:  # the other one's connection is gone
-        while client.revision() < revision + 5:
-            client.put(prefix + "b", "1")
-        client.compact(client.revision())
-    assert_refused(daemon, db, dsn, prefix)
-
-
 # ─ much at once ─
 
 
@@ -6607,7 +6617,7 @@ def test_large_changes_wait_for_etcd_not_in_memory(daemon, db, prefix, own_etcd)
     dsn = etcd_dsn(own_etcd.endpoint, prefix)
     daemon(etcd=dsn).stop()
     sql = "SELECT etcd_set(%s || n %% 20, repeat(n::text, 350000)) FROM generate_series(10, 69) n"
-    with closing(connect(db)) as conn, conn.cursor() as cur:
+    with session(db) as cur:
         cur.execute(sql, (prefix,))
     running = daemon(etcd=dsn)
     wait_settled(db)
@@ -6719,8 +6729,7 @@ def test_like_changes_after_a_crash_and_a_clock_set_back(daemon, prefix, etcd, f
     running = daemon(*HASTE, postgres=db)
     sent = kill_once_sent(running, db, etcd, insert, key)
     rows(db, insert, key)
-    with closing(connect(db)) as conn, conn.cursor() as cur:
-        cur.execute("BEGIN; SELECT FROM etcd_wal FOR UPDATE")
+    with session(db, "BEGIN; SELECT FROM etcd_wal FOR UPDATE"):
         running = daemon(*HASTE, postgres=db)
         wait_until("no outcome is due", lambda: daemon_waits_on(db, "transactionid"))
         running.kill()
@@ -6730,8 +6739,6 @@ def test_like_changes_after_a_crash_and_a_clock_set_back(daemon, prefix, etcd, f
 
 
 # ── faults: PostgreSQL ───────────────────────────────────────────────────────
-
-FAST = ("--retry-initial", "50ms", "--retry-max", "200ms", "--poll-interval", "500ms")
 
 
 def crash(server: LocalPostgres) -> None:
@@ -6768,15 +6775,6 @@ def test_nothing_is_lost_when_postgres_fails_under_load(daemon, own_postgres, lo
     assert started.stop() == 0
 
 
-def daemon_waits_on(db: str, event: str) -> bool:
-    """Whether the daemon's session is in that wait event (pg_stat_activity)."""
-    sql = (
-        "SELECT count(*) FROM pg_stat_activity"
-        " WHERE application_name LIKE 'etcd_fdw%%' AND wait_event = %s"
-    )
-    return bool(scalar(db, sql, event))
-
-
 SLOW_INSERT = """
 CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS
 $$ BEGIN PERFORM pg_sleep(0.05); RETURN NEW; END $$;
@@ -6799,36 +6797,31 @@ def test_immediate_shutdown_during_copy(daemon, own_postgres, etcd, recorder, pr
 
 
 @contextmanager
-def standby_of(primary: LocalPostgres) -> Iterator[LocalPostgres]:
-    """A streaming standby of a PostgreSQL, made from a copy while that one is stopped."""
-    standby = LocalPostgres()
-    try:
-        primary.stop()
-        shutil.copytree(primary.data_dir, standby.data_dir)
+def streaming_standby(primary: LocalPostgres) -> Iterator[tuple[LocalPostgres, Proxy, str]]:
+    """An asynchronous standby, the network that its stream takes, and a DSN of the two."""
+    primary.stop()
+    with ExitStack() as stack:
+        standby = LocalPostgres()
+        stack.callback(standby.close)
+        stream = stack.enter_context(Proxy(primary.port))
+        subprocess.run(["cp", "-a", primary.data_dir, standby.data_dir], check=True)
         primary.start()
         (standby.data_dir / "standby.signal").touch()
-        with (standby.data_dir / "postgresql.auto.conf").open("a") as settings:
-            settings.write(
-                f"primary_conninfo = 'host=127.0.0.1 port={primary.port} user=postgres'\n"
-            )
-        if account := standby.account:
-            for path in (standby.data_dir, *standby.data_dir.rglob("*")):
-                os.chown(path, account["user"], account["group"])
+        with (standby.data_dir / "postgresql.auto.conf").open("a") as file:
+            file.write(f"primary_conninfo = 'host=127.0.0.1 port={stream.port} user=postgres'\n")
         standby.start()
-        yield standby
-    finally:
-        standby.close()
+        both = f"127.0.0.1:{primary.port},127.0.0.1:{standby.port}"
+        yield (
+            standby,
+            stream,
+            f"postgresql://postgres@{both}/postgres?target_session_attrs=read-write",
+        )
 
 
 def test_standby_is_promoted(daemon, own_postgres, load):
     """With a two-host DSN the daemon follows the role of primary, without a restart."""
     db = own_postgres.dsn()
-    with ExitStack() as stack:
-        standby = stack.enter_context(standby_of(own_postgres))
-        both = (
-            f"postgresql://postgres@127.0.0.1:{standby.port},127.0.0.1:{own_postgres.port}"
-            "/postgres?target_session_attrs=read-write"
-        )
+    with streaming_standby(own_postgres) as (standby, _, both):
         rows(db, "ALTER SYSTEM SET synchronous_standby_names = '*'")
         rows(db, "SELECT pg_reload_conf()")
         started = daemon(*FAST, postgres=both)
@@ -6887,8 +6880,7 @@ def test_disk_full(daemon, own_postgres, small_disk, etcd, recorder, prefix):
 
 def test_lock_on_etcd_is_waited_for(daemon, db, etcd, recorder, prefix):
     started = daemon(*FAST)
-    with closing(connect(db)) as conn, conn.cursor() as cur:
-        cur.execute("BEGIN; LOCK TABLE etcd IN EXCLUSIVE MODE")
+    with session(db, "BEGIN; LOCK TABLE etcd IN EXCLUSIVE MODE") as cur:
         etcd.put(prefix + "a", "1")
         wait_until("the daemon does not wait", lambda: daemon_waits_on(db, "relation"))
         cur.execute("COMMIT")
@@ -6899,8 +6891,7 @@ def test_lock_on_etcd_is_waited_for(daemon, db, etcd, recorder, prefix):
 def test_lock_on_etcd_is_not_waited_for_for_ever(daemon, db, etcd, recorder, prefix):
     """Who waits in the lock queue holds up everybody behind: the DBA must get a chance."""
     started = daemon(*FAST, postgres=make_dsn(db, options="-clock_timeout=300ms"))
-    with closing(connect(db)) as conn, conn.cursor() as cur:
-        cur.execute("BEGIN; LOCK TABLE etcd IN EXCLUSIVE MODE")
+    with session(db, "BEGIN; LOCK TABLE etcd IN EXCLUSIVE MODE") as cur:
         etcd.put(prefix + "a", "1")
         started.wait_log(r"WARN .*lock timeout.*retrying")
         cur.execute("COMMIT")
@@ -6909,8 +6900,7 @@ def test_lock_on_etcd_is_not_waited_for_for_ever(daemon, db, etcd, recorder, pre
 
 def test_second_signal_ends_at_once_while_a_lock_is_waited_for(daemon, db, etcd, prefix):
     started = daemon(*FAST)
-    with closing(connect(db)) as conn, conn.cursor() as cur:
-        cur.execute("BEGIN; LOCK TABLE etcd IN EXCLUSIVE MODE")
+    with session(db, "BEGIN; LOCK TABLE etcd IN EXCLUSIVE MODE"):
         etcd.put(prefix + "a", "1")
         wait_until("the daemon does not wait", lambda: daemon_waits_on(db, "relation"))
         started.signal(signal.SIGTERM)
@@ -6933,7 +6923,7 @@ def test_timeouts_set_for_the_role_do_not_apply(daemon, db, etcd, recorder, pref
     for setting in ("statement_timeout", "idle_in_transaction_session_timeout"):
         rows(db, f"ALTER DATABASE {name} SET {setting} = '200ms'")
     started = daemon(*FAST)
-    with closing(connect(db)) as conn, conn.cursor() as cur:
+    with session(db) as cur:
         cur.execute("SET statement_timeout = 0")
         cur.execute(SLOW_INSERT)
     etcd.txn([etcd.put_op(f"{prefix}{n}", "1") for n in range(10)])
@@ -6955,7 +6945,7 @@ def test_crash_of_a_postgres_that_commits_asynchronously(daemon, prefix, etcd):
     with LocalPostgres(["-c", "synchronous_commit=off", "-c", "wal_writer_delay=10s"]) as server:
         db = server.dsn()
         daemon(*FAST, postgres=db)
-        with closing(connect(db)) as conn, conn.cursor() as cur:
+        with session(db) as cur:
             cur.execute("SET synchronous_commit = on")
             cur.execute("INSERT INTO etcd_wal (key, value) VALUES (%s, 'mine')", (prefix + "a",))
         sent = wait_until("nothing was sent", lambda: etcd.get(prefix + "a")).mod_revision
@@ -7051,31 +7041,13 @@ def test_read_only_database_is_waited_for(daemon, db, etcd, recorder, prefix):
     etcd.put(prefix + "a", "1")
     started.wait_log(r"WARN .*read-only transaction \(25006\); retrying")
     assert mirror_rows(db, prefix) == []
-    with closing(connect(db)) as conn, conn.cursor() as cur:
+    with session(db) as cur:
         cur.execute("SET default_transaction_read_only = off")
         cur.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
     assert_same(recorder, db, prefix)
 
 
 # ── faults: the daemon and its peers ─────────────────────────────────────────
-
-
-def assert_killed_at_random(daemon, load, times: int, seed: int) -> None:
-    """SIGKILL the daemon again and again under load; compare everything in the end."""
-    dice = random.Random(seed)
-    running = daemon(*HASTE)
-    play = load(seed=seed)
-    for _ in range(times):
-        threading.Event().wait(dice.uniform(0.1, 2.0))  # while it starts, or well into the load
-        running.kill()
-        running = daemon(*HASTE, ready=False)
-    play.wait_flow()
-    statuses = play.finish()
-    print(f"{times} kills: {play.etcd_changes} etcd changes, SQL changes {dict(statuses)}")
-
-
-def test_killed_at_random_moments(daemon, load, seed):
-    assert_killed_at_random(daemon, load, 5, seed)
 
 
 def test_delete_of_nothing_and_what_followed_it_before_a_crash(daemon, db, prefix, etcd, recorder):
@@ -7122,7 +7094,7 @@ def test_overlap_larger_than_a_batch_does_not_stall(daemon, db, prefix, etcd, re
 
 
 def test_killed_while_it_creates_the_schema(daemon, db, prefix, recorder):
-    with closing(connect(db)) as conn, conn.cursor() as cur:
+    with session(db) as cur:
         # something that a statement in the middle of schema.sql has to wait for
         cur.execute("BEGIN; CREATE TABLE etcd_sync_event (n int)")
         running = daemon(*HASTE, ready=False)
@@ -7250,32 +7222,23 @@ def in_transactions_of_their_own(db: str, insert: str) -> None:
 SET = "SELECT etcd_set(%s, 'mine')"
 
 
-def test_create_that_arrives_late_after_another_applied_it(
-    daemon, db, prefix, own_etcd, own_client, network
+@pytest.mark.parametrize("meanwhile", ["another applies it", "conflict", "reset"])
+def test_create_that_arrives_late(
+    daemon, command, db, prefix, own_etcd, own_client, network, meanwhile
 ):
-    key = prefix + "a"
+    key, dsn = prefix + "a", etcd_dsn(own_etcd.endpoint, prefix)
     first = daemon(*HASTE, etcd=etcd_dsn(network.endpoint, prefix))
     apply_change(db, prefix + "first")
     keep_back(network, db, SET, key)
     first.kill()
-    daemon(*HASTE, etcd=etcd_dsn(own_etcd.endpoint, prefix))
-    assert became(db, key) == ("success", own_client.get(key).mod_revision)
-    own_client.delete(key)
-    deliver(network, own_etcd)
-    assert own_client.get(key) is None
-
-
-def test_create_that_arrives_late_after_it_was_a_conflict(
-    daemon, db, prefix, own_etcd, own_client, network
-):
-    key = prefix + "a"
-    first = daemon(*HASTE, etcd=etcd_dsn(network.endpoint, prefix))
-    apply_change(db, prefix + "first")
-    keep_back(network, db, SET, key)
-    first.kill()
-    theirs = own_client.put(key, "theirs")
-    daemon(*HASTE, etcd=etcd_dsn(own_etcd.endpoint, prefix))
-    assert became(db, key) == ("conflict", theirs)
+    theirs = own_client.put(key, "theirs") if meanwhile == "conflict" else 0
+    if meanwhile == "reset":
+        done = command("sync", "--reset", "--yes", etcd=dsn)
+        assert done.returncode == 0, done.stderr
+    daemon(*HASTE, etcd=dsn)
+    ended = became(db, key)
+    held_now = own_client.get(key).mod_revision
+    assert ended == (("conflict", theirs) if theirs else ("success", held_now))
     own_client.delete(key)
     deliver(network, own_etcd)
     assert own_client.get(key) is None
@@ -7382,12 +7345,7 @@ def test_lost_answer_behind_much_that_others_did(daemon, db, prefix):
 def test_lost_answer_to_an_update_that_etcd_has_compacted(daemon, db, prefix, own_etcd, own_client):
     key, dsn = prefix + "a", etcd_dsn(own_etcd.endpoint, prefix)
     own_client.put(key, "old")
-    first = daemon(etcd=dsn)
-    with frozen_mirror(db):
-        rows(db, SET, key)
-        wait_until("nothing was sent", lambda: own_client.get(key).value == b"mine")
-        sent = own_client.get(key).mod_revision
-        first.kill()
+    sent = kill_once_sent(daemon(etcd=dsn), db, own_client, SET, key)
     own_client.put(key, "theirs")
     own_client.compact(own_client.revision())
     daemon(etcd=dsn)
@@ -7409,28 +7367,6 @@ def test_like_value_of_others_is_no_success(daemon, db, prefix, own_etcd, own_cl
     assert became(db, key) == ("conflict", like)
     deliver(network, own_etcd)
     assert own_client.get(key).mod_revision == like
-
-
-@contextmanager
-def streaming_standby(primary: LocalPostgres) -> Iterator[tuple[LocalPostgres, Proxy, str]]:
-    """An asynchronous standby, the network that its stream takes, and a DSN of the two."""
-    primary.stop()
-    with ExitStack() as stack:
-        standby = LocalPostgres()
-        stack.callback(standby.close)
-        stream = stack.enter_context(Proxy(primary.port))
-        subprocess.run(["cp", "-a", primary.data_dir, standby.data_dir], check=True)
-        primary.start()
-        (standby.data_dir / "standby.signal").touch()
-        with (standby.data_dir / "postgresql.auto.conf").open("a") as file:
-            file.write(f"primary_conninfo = 'host=127.0.0.1 port={stream.port} user=postgres'\n")
-        standby.start()
-        both = f"127.0.0.1:{primary.port},127.0.0.1:{standby.port}"
-        yield (
-            standby,
-            stream,
-            f"postgresql://postgres@{both}/postgres?target_session_attrs=read-write",
-        )
 
 
 def wait_replicated(primary: LocalPostgres, standby: LocalPostgres) -> None:
@@ -7491,14 +7427,14 @@ def test_ids_used_again_after_a_failover_are_other_changes(
 KILLS = int(os.environ.get("ETCD_FDW_TEST_KILLS", "20"))
 
 
-def assert_exact_after_kills(daemon, prefix, own_etcd, network, load, times: int) -> None:
+@pytest.mark.timeout(300 + 10 * KILLS)
+def test_killed_at_random_moments_with_late_bytes(daemon, prefix, own_etcd, network, load, seed):
     """SIGKILL the daemon again and again under load; some of what it sent arrives late."""
-    dice = random.Random(seed := random.randrange(10**6))
-    print(f"seed {seed}")
+    dice = random.Random(seed)
     start = partial(daemon, *HASTE, etcd=etcd_dsn(network.endpoint, prefix) + HASTY_ETCD)
     running, late = start(), 0
     play = load(own_etcd.endpoint, seed=seed)
-    for _ in range(times):
+    for _ in range(KILLS):
         threading.Event().wait(dice.uniform(0.1, 1.5))  # while it starts, or well into the load
         if dice.random() < 0.5:
             late += bool(network.held)
@@ -7512,13 +7448,7 @@ def assert_exact_after_kills(daemon, prefix, own_etcd, network, load, times: int
     play.wait_flow()
     network.release()
     play.wait_flow()
-    statuses = play.finish()
-    print(f"{times} kills, {late} with late bytes, SQL changes {dict(statuses)}; differences: 0")
-
-
-@pytest.mark.timeout(300)
-def test_killed_at_random_moments_with_late_bytes(daemon, prefix, own_etcd, network, load):
-    assert_exact_after_kills(daemon, prefix, own_etcd, network, load, KILLS)
+    print(f"{KILLS} kills, {late} with late bytes, SQL changes {dict(play.finish())}")
 
 
 def test_backlog_of_refused_changes_shrinks_although_it_is_killed(
@@ -7730,23 +7660,6 @@ def test_reset_after_a_crash_applies_nothing_again(daemon, command, db, prefix, 
     assert etcd.get(key) is None
 
 
-def test_create_that_arrives_late_after_a_reset(
-    daemon, command, db, prefix, own_etcd, own_client, network
-):
-    key, dsn = prefix + "a", etcd_dsn(own_etcd.endpoint, prefix)
-    first = daemon(*HASTE, etcd=etcd_dsn(network.endpoint, prefix))
-    apply_change(db, prefix + "first")
-    keep_back(network, db, SET, key)
-    first.kill()
-    done = command("sync", "--reset", "--yes", etcd=dsn)
-    assert done.returncode == 0, done.stderr
-    daemon(*HASTE, etcd=dsn)
-    assert became(db, key) == ("success", own_client.get(key).mod_revision)
-    own_client.delete(key)
-    deliver(network, own_etcd)
-    assert own_client.get(key) is None
-
-
 def test_backup_of_etcd_tells_which_pending_changes_it_has(
     daemon, command, db, prefix, own_etcd, tmp_path
 ):
@@ -7928,10 +7841,6 @@ def tls_dsn(server: LocalEtcd, ca: Path, files: tuple[Path, Path] | None = None)
     return f"etcd://{server.endpoint}/t/?ca={ca}{client}"
 
 
-def arrives(db: str, key: str) -> Callable[[], bool]:
-    return lambda: bool(scalar(db, "SELECT count(*) FROM etcd WHERE key = %s", key))
-
-
 def test_tls_with_client_certificates_that_are_replaced(daemon, db, tmp_path):
     """What replaced the files on disk is used from the next reconnect on."""
     authority = Authority(tmp_path / "pki")
@@ -8039,13 +7948,6 @@ def secure_etcd() -> Iterator[SecureEtcd]:
         yield server
 
 
-def wait_status(db: str, change: int, status: str) -> str:
-    """Wait until the change has that status; return its error_message."""
-    sql = "SELECT status = %s, error_message FROM etcd_wal WHERE id = %s"
-    wait_until(f"change {change} is no {status}", lambda: scalar(db, sql, status, change))
-    return str(rows(db, sql, status, change)[0][1])
-
-
 def test_etcd_user_who_may_touch_the_prefix_alone(daemon, db, secure_etcd):
     with secure_etcd.enable_auth() as root:
         for key in ("/s", "/t", "/t/a", "/t0"):
@@ -8125,12 +8027,6 @@ def test_expired_token_is_renewed_in_place(daemon, db):
         assert scalar(db, SESSIONS) == sessions
         assert "WARN" not in started.log()
         assert sum(len(page.kvs) for page in pages) == 100 - 16
-
-
-SESSIONS = """
-SELECT array_agg((pid, backend_start)::text) FROM pg_stat_activity
-WHERE application_name LIKE 'etcd_fdw%' AND datname = current_database()
-"""
 
 
 def test_auth_is_switched_on_and_the_password_changed_while_running(daemon, db, secure_etcd):
@@ -8781,18 +8677,6 @@ def test_catches_up_with_100_000_revisions(daemon, db, prefix, own_etcd):
     assert_catches_up(daemon, db, prefix, own_etcd, 100_000)
 
 
-@pytest.mark.timeout(600)
-def test_killed_at_random_moments_50_times(daemon, load, seed):
-    assert_killed_at_random(daemon, load, 50, seed)
-
-
-@pytest.mark.timeout(1200)
-def test_killed_at_random_moments_with_late_bytes_200_times(
-    daemon, prefix, own_etcd, network, load
-):
-    assert_exact_after_kills(daemon, prefix, own_etcd, network, load, 200)
-
-
 @pytest.mark.timeout(0)
 def test_soak(daemon, db, prefix, own_etcd, load, seed):
     """Load in both directions and random faults for ETCD_FDW_SOAK_S seconds (1200)."""
@@ -8911,11 +8795,6 @@ class Helper:
         """Return what the function returned."""
         assert self.conn.poll(timeout), "a helper of the benchmark does not answer"
         return self.conn.recv()
-
-
-def random_text(size: int) -> bytes:
-    """Return text that does not compress well."""
-    return base64.b64encode(os.urandom(size))[:size]
 
 
 def put_load(

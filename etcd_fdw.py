@@ -2010,7 +2010,8 @@ class Intake:
 
         Raises what ended the watch, after the mirror has all that came before.
         """
-        while self.whole < batch_size and self.bytes < BATCH_BYTES:
+        # one revision may be larger than a batch, and come in many fragments
+        while not self.whole or (self.whole < batch_size and self.bytes < BATCH_BYTES):
             response = None if self.ended else self.watch.take()
             if response is None:
                 break

@@ -2290,6 +2290,17 @@ def test_catch_up_with_much_data_takes_little_memory(daemon, db, prefix, etcd):
     assert peak_mib(program.pid) < 150
 
 
+def test_one_revision_larger_than_an_answer_is_mirrored(daemon, db, prefix, own_etcd):
+    keys = [f"{prefix}{number:05}{'k' * 2_480}" for number in range(14_000)]
+    daemon(etcd=etcd_dsn(own_etcd.endpoint, prefix))
+    with EtcdClient(own_etcd.endpoint) as etcd:
+        for start in range(0, len(keys), 100):
+            etcd.txn(success=[etcd.put_op(key, "1") for key in keys[start : start + 100]])
+        wait_until("not mirrored", lambda: len(live(db, prefix)) == len(keys), timeout=60)
+        etcd.delete(prefix, prefix=True)  # 35 MB of keys in one revision
+        wait_until("not deleted", lambda: not live(db, prefix), timeout=60)
+
+
 def test_catch_up_with_many_small_changes_costs_etcd_little(daemon, db, prefix, own_etcd):
     dsn = etcd_dsn(own_etcd.endpoint, prefix)
     daemon(etcd=dsn).stop()

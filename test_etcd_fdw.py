@@ -1803,7 +1803,8 @@ def outbox_row(id_: int, key: str, txid: int, **fields: Any) -> etcd_fdw.OutboxR
 def test_group_rows_splits_only_what_is_too_large(changes, max_changes):
     rows = [outbox_row(id_, key, txid) for id_, (key, txid) in enumerate(changes)]
     split: set[str] = set()
-    groups = etcd_fdw.group_rows(rows, max_changes, split)
+    limits = etcd_fdw.Limits(max_changes + 3, False)
+    groups = etcd_fdw.group_rows(rows, limits, split)
     assert sorted(row.id for group in groups for row in group.rows) == list(range(len(rows)))
     for group in groups:
         (txid,) = {row.txid for row in group.rows}
@@ -1826,7 +1827,7 @@ def test_queue_keeps_the_order_of_each_key_and_each_key_once_in_a_txn(transactio
         rows = [outbox_row(next(ids), key, txid) for key in sorted(keys)]
         queue.add(etcd_fdw.OutboxTransaction(rows))
     sent = []
-    while txn := queue.take(max_ops, guarded=False):
+    while txn := queue.take(etcd_fdw.Limits(max_ops, False)):
         keys = [change.key for transaction in txn for change in transaction.changes]
         assert len(set(keys)) == len(keys)
         widest = max(len(transaction.changes) for transaction in txn)
@@ -7949,7 +7950,7 @@ def test_large_change_waits_until_the_receipt_beside_it_is_short(own_etcd):
     with closing(etcd_fdw.Etcd(target, own_etcd.endpoint)) as etcd:
         receipts = etcd_fdw.Receipts(etcd, "mirror")
         unsettled = [etcd_fdw.Sent(1, "1@1," * 15_000, "")]
-        pipeline = etcd_fdw.Pipeline(etcd, etcd_fdw.Waker(), 0, unsettled)
+        pipeline = etcd_fdw.Pipeline(etcd_fdw.Waker(), 0, unsettled)
         row = outbox_row(1, "/x/large", 1, value="x" * 1_560_000)
         change = etcd_fdw.OutboxTransaction([row])
         change.resolve()

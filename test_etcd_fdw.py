@@ -7908,6 +7908,316 @@ def test_backlog_of_refused_changes_shrinks_although_it_is_killed(
     assert own_client.range(prefix).count == 0
 
 
+# ─ leases ─
+
+
+def ask(db: str, key: str, value: str | None = "mine", **columns: Any) -> int:
+    """Insert a change with more columns, such as ttl or force; return its id."""
+    given = {"key": key, "value": value, **columns}
+    sql = f"INSERT INTO etcd_wal ({', '.join(given)}) VALUES %s RETURNING id"
+    return int(scalar(db, sql, tuple(given.values())))
+
+
+def leases(client: EtcdClient) -> set[int]:
+    """The leases that there are."""
+    answer = client.call(client.leases.LeaseLeases, etcdrpc.LeaseLeasesRequest())
+    return {lease.ID for lease in answer.leases}
+
+
+def granted_ttl(client: EtcdClient, lease: int) -> int:
+    request = etcdrpc.LeaseTimeToLiveRequest(ID=lease)
+    return int(client.call(client.leases.LeaseTimeToLive, request).grantedTTL)
+
+
+def test_key_with_a_ttl_expires_and_becomes_a_tombstone(daemon, db, prefix, etcd, recorder):
+    daemon()
+    key = prefix + "a"
+    status, revision, _ = outcome(db, ask(db, key, ttl="1 second"))
+    assert status == "success"
+    wait_until("it does not expire", lambda: etcd.get(key) is None, 30)
+    assert_same(recorder, db, prefix)
+    sql = "SELECT revision, tombstone FROM etcd WHERE key = %s ORDER BY revision"
+    put, expired = rows(db, sql, key)
+    assert put == (revision, False)
+    assert expired[1]
+
+
+def test_changes_of_one_transaction_with_the_same_ttl_share_a_lease(daemon, db, prefix, etcd):
+    daemon()
+    insert = """
+        INSERT INTO etcd_wal (key, value, ttl)
+        SELECT %s || i, 'x', (ARRAY['299.2 seconds', '10 minutes', NULL])[1 + i %% 3]::interval
+        FROM generate_series(1, 9) i
+    """
+    for number in range(2):
+        rows(db, insert, f"{prefix}{number}/")
+    assert wait_settled(db) == ["success"] * 18
+    found = collections.Counter(kv.lease for kv in etcd.range(prefix).kvs)
+    assert found.pop(0) == 6
+    assert sorted(found.values()) == [3, 3, 3, 3]
+    assert sorted(granted_ttl(etcd, lease) for lease in found) == [300, 300, 600, 600]
+
+
+def test_lease_is_renewed_kept_and_taken_off(daemon, db, prefix, etcd):
+    daemon()
+    key = prefix + "a"
+    revision: int | None = None
+
+    def lease_after(ttl: str | None) -> int:
+        nonlocal revision
+        status, revision, _ = outcome(db, ask(db, key, revision=revision, ttl=ttl))
+        assert status == "success"
+        return int(etcd.get(key).lease)
+
+    first = lease_after("5 minutes")
+    assert first
+    assert lease_after(None) == first
+    renewed = lease_after("5 minutes")
+    assert renewed not in (0, first)
+    assert lease_after("0") == 0
+    assert lease_after(None) == 0
+
+
+def test_lease_of_a_key_that_a_transaction_changes_more_than_once(daemon, db, prefix, etcd):
+    daemon()
+    insert = "INSERT INTO etcd_wal (key, value, ttl) VALUES "
+    kept, gone = prefix + "kept", prefix + "gone"
+    rows(db, insert + "(%s, '1', '1 hour'), (%s, '2', null)", kept, kept)
+    rows(db, insert + "(%s, '1', '1 hour'), (%s, null, null), (%s, '2', null)", *[gone] * 3)
+    assert wait_settled(db) == ["success"] * 5
+    assert etcd.get(kept).lease
+    assert etcd.get(gone).lease == 0
+
+
+@pytest.mark.parametrize("ttl", ["-1 second", "300 years"])
+def test_ttl_that_etcd_has_no_lease_for_fails(daemon, db, prefix, etcd, ttl):
+    daemon()
+    status, revision, message = outcome(db, ask(db, prefix + "a", ttl=ttl))
+    assert (status, revision) == ("failed", None)
+    assert message is not None and "ttl" in message
+    assert etcd.get(prefix + "a") is None
+    apply_change(db, prefix + "b")
+
+
+def slow_grant(network: Proxy, db: str, client: EtcdClient, key: str) -> int:
+    """Ask for a change with a ttl; return its lease, of which the daemon does not know yet."""
+    before = leases(client)
+    network.delay(3)
+    ask(db, key, ttl="2 seconds")
+    (lease,) = wait_until("no lease was granted", lambda: leases(client) - before)
+    return lease
+
+
+def test_lease_that_runs_out_on_the_way_is_granted_anew(
+    daemon, db, prefix, own_etcd, own_client, network
+):
+    key = prefix + "a"
+    daemon(etcd=etcd_dsn(network.endpoint, prefix) + "?request_timeout=60s")
+    apply_change(db, prefix + "first")
+    own_client.revoke(slow_grant(network, db, own_client, key))
+    network.resume()
+    status, revision = became(db, key)
+    assert status == "success"
+    recorded = own_client.range(key, revision=revision).kvs
+    assert [kv.mod_revision for kv in recorded] == [revision]
+    assert recorded[0].lease
+
+
+def test_crash_between_grant_and_put_leaves_a_lease_that_expires(
+    daemon, db, prefix, own_etcd, own_client, network
+):
+    key = prefix + "a"
+    first = daemon(etcd=etcd_dsn(network.endpoint, prefix) + "?request_timeout=60s")
+    apply_change(db, prefix + "first")
+    left = slow_grant(network, db, own_client, key)
+    first.kill()
+    assert own_client.get(key) is None
+    daemon(etcd=etcd_dsn(own_etcd.endpoint, prefix))
+    status, revision = became(db, key)
+    assert status == "success"
+    assert own_client.range(key, revision=revision).kvs[0].lease != left
+    wait_until("it does not expire", lambda: left not in leases(own_client), 30)
+
+
+def test_lost_answer_to_a_put_with_a_lease(daemon, db, prefix, own_etcd, own_client):
+    key, dsn = prefix + "a", etcd_dsn(own_etcd.endpoint, prefix)
+    sql = "INSERT INTO etcd_wal (key, value, ttl) VALUES (%s, 'mine', '1 hour')"
+    sent = kill_once_sent(daemon(etcd=dsn), db, own_client, sql, key)
+    lease = own_client.get(key).lease
+    daemon(etcd=dsn)
+    assert became(db, key) == ("success", sent)
+    assert own_client.get(key).lease == lease
+    assert leases(own_client) == {lease}
+
+
+# ─ forced changes ─
+
+
+def forced(db: str, id_: int) -> tuple[str, int | None, int | None]:
+    """Wait until a change is done; return its status, result_revision, replaced_revision."""
+    status, revision, _ = outcome(db, id_)
+    return status, revision, scalar(db, "SELECT replaced_revision FROM etcd_wal WHERE id = %s", id_)
+
+
+def revision_of(client: EtcdClient, key: str) -> int:
+    return int(client.get(key).mod_revision)
+
+
+@pytest.mark.parametrize("login", [False, True], ids=["no login", "login"])
+def test_forced_changes_apply_whatever_etcd_holds(daemon, db, secure_etcd, login):
+    with secure_etcd.enable_auth() if login else EtcdClient(secure_etcd.endpoint) as client:
+        daemon("--audit", "all", etcd=secure_etcd.dsn())
+        theirs = client.put("/t/a", "theirs")
+        change = ask(db, "/t/a", force=True)
+        assert forced(db, change) == ("success", mine := revision_of(client, "/t/a"), theirs)
+        assert client.get("/t/a").value == b"mine"
+        # made on a version that never was
+        stale = ask(db, "/t/a", "again", revision=7_000_000, force=True)
+        assert forced(db, stale) == ("success", revision_of(client, "/t/a"), mine)
+        new = ask(db, "/t/new", revision=5, force=True)
+        assert forced(db, new) == ("success", revision_of(client, "/t/new"), None)
+        there = revision_of(client, "/t/new")
+        status, revision, replaced = forced(db, ask(db, "/t/new", None, force=True))
+        assert (status, replaced) == ("success", there)
+        assert client.get("/t/new") is None
+        assert client.revision() == revision
+        assert forced(db, ask(db, "/t/new", None, force=True)) == ("success", None, None)
+        sql = "SELECT details FROM etcd_sync_event WHERE details ->> 'wal_id' = %s"
+        details = scalar(db, sql, str(change))
+        assert (details["forced"], details["replaced_revision"]) == (True, theirs)
+
+
+@pytest.mark.parametrize("ttl", [None, "0", "1 hour"])
+def test_lease_of_a_key_that_is_overwritten_by_force(daemon, db, prefix, etcd, ttl):
+    daemon()
+    lease = etcd.grant(3600)
+    etcd.put(prefix + "leased", "theirs", lease)
+    etcd.put(prefix + "plain", "theirs")
+    for key in ("leased", "plain", "new"):
+        assert outcome(db, ask(db, prefix + key, ttl=ttl, force=True))[0] == "success"
+    found = [etcd.get(prefix + key).lease for key in ("leased", "plain", "new")]
+    if ttl == "1 hour":
+        assert len({0, lease, *found}) == 5
+    else:
+        assert found == [0 if ttl else lease, 0, 0]
+
+
+def test_strict_change_beats_forced_ones_of_its_transaction(daemon, db, prefix, etcd):
+    daemon()
+    insert = "INSERT INTO etcd_wal (key, value, revision, force) VALUES (%s, %s, %s, %s)"
+    a, b = prefix + "a", prefix + "b"
+    theirs = etcd.put(a, "theirs"), etcd.put(b, "theirs")
+
+    def both(revision: int) -> list[tuple[Any, ...]]:
+        with closing(connect(db)) as conn, conn.cursor() as cur:
+            cur.execute("BEGIN")
+            cur.execute(insert, (a, "mine", 1, True))
+            cur.execute(insert, (b, "mine", revision, False))
+            cur.execute("COMMIT")
+        wait_settled(db)
+        sql = "SELECT status, result_revision, replaced_revision FROM etcd_wal ORDER BY id DESC"
+        return rows(db, sql + " LIMIT 2")[::-1]
+
+    assert both(1) == [("conflict", theirs[1], None)] * 2
+    assert (revision_of(etcd, a), revision_of(etcd, b)) == theirs
+    done = both(theirs[1])
+    mine = revision_of(etcd, a)
+    assert done == [("success", mine, theirs[0]), ("success", mine, None)]
+    assert revision_of(etcd, b) == mine
+
+
+def test_key_is_forced_if_any_of_its_changes_in_the_transaction_is(daemon, db, prefix, etcd):
+    daemon()
+    theirs = etcd.put(prefix + "a", "theirs")
+    insert = "INSERT INTO etcd_wal (key, value, force) VALUES (%s, '1', true), (%s, '2', false)"
+    rows(db, insert, prefix + "a", prefix + "a")
+    assert wait_settled(db) == ["success"] * 2
+    assert etcd.get(prefix + "a").value == b"2"
+    assert rows(db, "SELECT replaced_revision FROM etcd_wal ORDER BY id") == [(theirs,), (None,)]
+
+
+def test_forced_changes_to_a_key_keep_their_order(daemon, db, prefix, etcd, recorder):
+    daemon().stop()
+    theirs = etcd.put(prefix + "a", "theirs")
+    beaten = ask(db, prefix + "a", "beaten")
+    ids = [ask(db, prefix + "a", str(n), depends_on=beaten, force=n != 5) for n in range(10)]
+    daemon()
+    found = [forced(db, id_) for id_ in (beaten, *ids)]
+    assert [status for status, *_ in found] == ["conflict", *["success"] * 5, "conflict"] + [
+        "success"
+    ] * 4
+    applied = [item for item in found if item[0] == "success"]
+    assert [replaced for *_, replaced in applied] == [theirs, *(item[1] for item in applied[:-1])]
+    assert etcd.get(prefix + "a").value == b"9"
+    assert_same(recorder, db, prefix)
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_lost_answer_to_forced_changes(daemon, db, prefix, own_etcd, own_client, compacted):
+    a, b, c = (prefix + name for name in "abc")
+    theirs = [own_client.put(key, "old") for key in (a, b)]
+    dsn = etcd_dsn(own_etcd.endpoint, prefix)
+    first = daemon(*HASTE, etcd=dsn)
+    values = "(%s, 'mine', true), (%s, NULL, true), (%s, NULL, true) RETURNING id"
+    with frozen_mirror(db):
+        insert = "INSERT INTO etcd_wal (key, value, force) VALUES "
+        put, delete, nothing = (i for (i,) in rows(db, insert + values, a, b, c))
+        wait_until("nothing was sent", lambda: own_client.get(a).value == b"mine")
+        sent = revision_of(own_client, a)
+        first.kill()
+    later = own_client.put(a, "theirs")
+    if compacted:
+        own_client.compact(later)
+    daemon(*HASTE, etcd=dsn)
+    assert forced(db, put) == ("success", sent, None if compacted else theirs[0])
+    assert forced(db, delete) == ("success", sent, None if compacted else theirs[1])
+    if not compacted:
+        assert forced(db, nothing) == ("success", None, None)
+    assert outcome(db, nothing)[0] == "success"
+    assert revision_of(own_client, a) == later
+
+
+def test_forced_change_that_arrives_late_undoes_nothing(
+    daemon, db, prefix, own_etcd, own_client, network
+):
+    key = prefix + "a"
+    first = daemon(*HASTE, etcd=etcd_dsn(network.endpoint, prefix))
+    apply_change(db, prefix + "first")
+    keep_back(
+        network, db, "INSERT INTO etcd_wal (key, value, force) VALUES (%s, 'mine', true)", key
+    )
+    first.kill()
+    daemon(*HASTE, etcd=etcd_dsn(own_etcd.endpoint, prefix))
+    assert became(db, key) == ("success", revision_of(own_client, key))
+    theirs = own_client.put(key, "theirs")
+    deliver(network, own_etcd)
+    assert revision_of(own_client, key) == theirs
+
+
+@pytest.mark.parametrize("login", [False, True], ids=["no login", "login"])
+def test_forced_transactions_around_the_largest_size_arrive(daemon, db, secure_etcd, login):
+    """A forced change is a level deeper, which a transaction gives a change for."""
+    limit = 128  # the server's
+    with secure_etcd.enable_auth() if login else EtcdClient(secure_etcd.endpoint) as client:
+        daemon("--max-txn-ops", str(limit), etcd=secure_etcd.dsn()).stop()
+        whole = (limit - 4) // 2 if login else limit - 4
+        sizes = [*range(whole - 2, whole + 3), limit, 3 * limit]
+        insert = """
+            INSERT INTO etcd_wal (key, value, revision, ttl, force)
+            SELECT '/t/' || %s || '/' || n, 'x', 77, (ARRAY['1 hour'::interval])[n %% 3], true
+            FROM generate_series(1, %s) n
+        """
+        for size in sizes:
+            rows(db, insert, size, size)
+        daemon("--max-txn-ops", str(limit), etcd=secure_etcd.dsn())
+        assert wait_settled(db, timeout=60) == ["success"] * sum(sizes)
+        assert client.range("/t/").count == sum(sizes)
+        sql = "SELECT count(*), count(DISTINCT result_revision) FROM etcd_wal GROUP BY txid"
+        assert {count for count, parts in rows(db, sql) if parts == 1} == {
+            size for size in sizes if size <= whole
+        }
+
+
 # ─ who may write what ─
 
 

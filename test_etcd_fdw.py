@@ -960,8 +960,8 @@ HASTY_ETCD = "?dial_timeout=1s&request_timeout=2s"
 class Traffic:
     """Changes on both sides of a prefix until stopped, whatever the servers do meanwhile.
 
-    Some keys are changed by both sides, so that there are conflicts; some by one side only. Every
-    value is written once, so that an event in etcd tells which change it was.
+    Some keys are changed by both sides, so that there are conflicts; some by one side only; some
+    expire. Every value is written once, so that an event in etcd tells which change it was.
     """
 
     def __init__(
@@ -1031,9 +1031,12 @@ class Traffic:
             keys = [f"{key}/{n}" for n in range(3)]
             return "SELECT etcd_set(k, k || %s) FROM unnest(%s) k", ("=" + value, keys)
         if kind < 0.4:  # compare-and-swap on what may be long gone
-            sql = "INSERT INTO etcd_wal (key, value, revision) VALUES (%s, %s, (%s))"
-            look = "SELECT max(revision) FROM etcd WHERE key = %s"
-            return sql.replace("(%s))", f"({look}))"), (key, value, key)
+            return INSERT_MADE_ON_SQL, (key, value, None, False, key)
+        if kind < 0.5:  # expires, or is overwritten before that
+            key = f"{self.prefix}brief/{dice.randrange(20)}"
+            return INSERT_MADE_ON_SQL, (key, value, "1 second", dice.random() < 0.3, key)
+        if kind < 0.6:
+            return INSERT_MADE_ON_SQL, (key, value if kind < 0.57 else None, None, True, key)
         return "SELECT etcd_set(%s, %s)", (key, value)
 
     def wait_more(self, count: int, timeout: float = 30.0) -> None:
@@ -1053,6 +1056,12 @@ class Traffic:
         assert not self.errors, self.errors[:5]
 
 
+INSERT_MADE_ON_SQL = """
+    INSERT INTO etcd_wal (key, value, ttl, force, revision)
+    VALUES (%s, %s, %s, %s, (SELECT max(revision) FROM etcd WHERE key = %s))
+"""
+
+
 class Wal(NamedTuple):
     """A row of etcd_wal; value None: delete."""
 
@@ -1065,13 +1074,16 @@ class Wal(NamedTuple):
     error_message: str | None
     txid: str
     depends_on: int | None
+    force: bool
+    replaced_revision: int | None
 
 
 def wal_rows(db: str, prefix: str = "") -> list[Wal]:
     """Return the rows of etcd_wal in order."""
     sql = """
         SELECT id, convert_to(key, 'UTF8'), coalesce(value_bytes, convert_to(value, 'UTF8')),
-               revision, status, result_revision, error_message, txid::text, depends_on
+               revision, status, result_revision, error_message, txid::text, depends_on,
+               force, replaced_revision
         FROM etcd_wal WHERE starts_with(key, %s) ORDER BY id
     """
     return [Wal(*row) for row in rows(db, sql, prefix)]
@@ -1092,7 +1104,7 @@ def assert_outcomes_true(
     recorder: Recorder,
     db: str,
     traffic: Traffic | None = None,
-    unknown: Sequence[range] = (),
+    unknown: Sequence[range] | None = None,
     timeout: float = 30.0,
 ) -> collections.Counter[str]:
     """Hold every row of etcd_wal against what etcd did, and the other way round.
@@ -1101,8 +1113,9 @@ def assert_outcomes_true(
     for the whole transaction. A conflict or failure left no trace. No event is claimed by two
     transactions, none that SQL asked for is unclaimed. unknown: revisions that etcd compacted
     before they were mirrored: a restarted daemon cannot know of changes there, and dates deletes
-    to their end. Returns the statuses.
+    to their end; None: nothing was compacted. Returns the statuses.
     """
+    compacted, unknown = unknown is not None, unknown or ()
     wait_answered(db, timeout)
     recorder.sync()
     events = {(e.revision, e.key): e.value for e in recorder.history()}
@@ -1124,7 +1137,7 @@ def assert_outcomes_true(
         if row.status != "success":
             continue
         if row.result_revision is None:
-            if row.value is not None or made_on[row.id]:
+            if row.value is not None or (made_on[row.id] and not row.force):
                 wrong.append(f"success without a revision: {row}")
             continue
         at = (row.result_revision, row.key)
@@ -1135,6 +1148,7 @@ def assert_outcomes_true(
         if at not in events:
             nothing = made_on[row.id] == 0  # deleted what was not there
             in_a_gap = any(r.stop == row.result_revision for r in unknown)
+            in_a_gap |= row.force and compacted
             if row.value is not None or not (nothing or in_a_gap):
                 wrong.append(f"no such event: {row}")
             continue
@@ -1143,14 +1157,18 @@ def assert_outcomes_true(
         index = versions[row.key].index(row.result_revision)
         before = versions[row.key][index - 1] if index else 0
         live = before if before and events[before, row.key] is not None else 0
-        if live != made_on[row.id] and not any(live in r for r in unknown):
+        if any(live in r for r in unknown):
+            continue
+        if row.force and row.replaced_revision not in (live or None, None if compacted else 0):
+            wrong.append(f"replaced {live}: {row}")
+        if live != made_on[row.id] and not row.force:
             wrong.append(f"made on {made_on[row.id]}, applied on {live}: {row}")
     known = {at: value for at, value in events.items() if not any(at[0] in r for r in unknown)}
     for at, value in known.items():
         if value is not None and b"sql-" in value and at not in claims:
             wrong.append(f"nobody claims {at} = {value!r}")
     if traffic is not None:
-        gone = {at for at, value in known.items() if value is None}
+        gone = {at for at, value in known.items() if value is None and b"brief/" not in at[1]}
         unclaimed = gone - set(claims) - traffic.deleted
         if len(unclaimed) > traffic.unsure:
             wrong.append(f"nobody claims the deletes {unclaimed}, {traffic.unsure} are in doubt")
@@ -1196,18 +1214,16 @@ class Scene:
 
     def finish(self, timeout: float = 40.0) -> collections.Counter[str]:
         """End the traffic and compare everything."""
-        self.traffic.stop()
-        wait_answered(self.db, timeout)
+        self._settle(timeout)
         assert_same(self.recorder, self.db, self.prefix, timeout=timeout)
-        return self._check_outcomes([])
+        return self._check_outcomes(None)
 
     def finish_with_gaps(self, timeout: float = 40.0) -> collections.Counter[str]:
         """As finish, but etcd may have compacted revisions before they were mirrored.
 
         Of those the mirror has some, and at the end of each gap the deletions in it.
         """
-        self.traffic.stop()
-        wait_answered(self.db, timeout)
+        self._settle(timeout)
         sql = "SELECT lower(g), upper(g) FROM etcd_sync_state, unnest(gaps) g WHERE prefix = %s"
         gaps = [range(*bounds) for bounds in rows(self.db, sql, self.prefix)]
         self.recorder.sync()
@@ -1233,7 +1249,14 @@ class Scene:
         assert_holds_what_etcd_holds(self.client, self.db, self.prefix)
         return self._check_outcomes(gaps)
 
-    def _check_outcomes(self, unknown: Sequence[range]) -> collections.Counter[str]:
+    def _settle(self, timeout: float) -> None:
+        """End the traffic, and wait for all that comes of it."""
+        self.traffic.stop()
+        wait_answered(self.db, timeout)
+        brief = self.prefix + "brief/"
+        wait_until("keys do not expire", lambda: not self.client.range(brief).count, 60)
+
+    def _check_outcomes(self, unknown: Sequence[range] | None) -> collections.Counter[str]:
         statuses = assert_outcomes_true(self.recorder, self.db, self.traffic, unknown)
         assert self.traffic.etcd_changes > 20  # or there was no load
         assert statuses["success"] > 50, statuses
@@ -4150,6 +4173,8 @@ _statement = st.one_of(
     st.tuples(st.just("delete"), _key, _made_on),
     st.tuples(st.just("insert"), _key, _value, _made_on),
     st.tuples(st.just("insert_delete"), _key, _made_on),
+    st.tuples(st.sampled_from(["insert_brief", "force", "force_brief"]), _key, _value, _made_on),
+    st.tuples(st.just("force_delete"), _key, _made_on),
     st.tuples(st.just("kv_insert"), _key, _value),
     st.tuples(st.just("kv_update"), _key, _value),
     st.tuples(st.just("kv_delete"), _key),
@@ -4193,6 +4218,8 @@ class WalRow(NamedTuple):
     status: str
     result: int | None
     message: str | None
+    force: bool
+    replaced: int | None
 
 
 class History:
@@ -4215,7 +4242,7 @@ class History:
         self.daemon: Daemon | None = None
         self.holder: psycopg2.extensions.connection | None = None
         self.numbers = itertools.count(10)
-        self.leases: list[int] = []
+        self.compacted = False
         self.recorder = Recorder(client, prefix, client.revision() + 1)
 
     def close(self) -> None:
@@ -4244,8 +4271,6 @@ class History:
         self.client.put(self.prefix + key, self.fresh(), lease)
         if revoke:
             self.client.revoke(lease)
-        else:
-            self.leases.append(lease)
 
     def txn(self, changes: dict[str, bool]) -> None:
         """Put or delete several keys at one revision."""
@@ -4264,11 +4289,8 @@ class History:
         delete = self.client.delete_op(self.prefix + key)
         self.client.txn([self.client.txn_op([operation]) for operation in (put, delete)])
 
-    def expired(self, lease: int) -> bool:
-        request = etcdrpc.LeaseTimeToLiveRequest(ID=lease)
-        return bool(self.client.call(self.client.leases.LeaseTimeToLive, request).TTL < 0)
-
     def compact(self, back: int) -> None:
+        self.compacted = True
         with suppress(grpc.RpcError):  # compacted already
             self.client.compact(self.recorder.sync() - back)
 
@@ -4303,7 +4325,7 @@ class History:
                 kv = self.client.get(key)
                 revision = kv and kv.mod_revision
             values.append(revision)
-        elif name.startswith(("set", "delete", "insert")):
+        elif name.startswith(("set", "delete", "insert", "force")):
             values.append(None)
         return STATEMENT_SQL[name], tuple(values)
 
@@ -4368,8 +4390,8 @@ class History:
     def finish(self) -> None:
         """Let everything come to rest."""
         self.start()
-        wait_until("a lease did not expire", lambda: all(map(self.expired, self.leases)), 20)
         self.drain()
+        wait_until("a lease did not expire", lambda: not leases(self.client), 60)
 
     def check_mirror(self) -> None:
         """Every recorded event is there once; of those that a resync skipped, what was left."""
@@ -4395,7 +4417,7 @@ class History:
             groups.setdefault(row.txid, []).append(row)
         claims: dict[tuple[int, bytes], set[int]] = {}
         for group in groups.values():
-            if len(group) <= self.max_ops:
+            if len(group) + any(row.force for row in group) <= self.max_ops:
                 assert len({row.status for row in group}) == 1, group
                 reached = {row.result for row in group if row.status == "success"}
                 assert len(reached - {None}) <= 1, group  # None: deleted what was not there
@@ -4406,13 +4428,19 @@ class History:
             if row.status == "conflict" or row.id != last:
                 continue
             expected = expected_version(row, wal)
-            if row.value is None and not expected:
+            forced = any(r.force for r in groups[row.txid] if r.key == row.key)
+            if row.value is None and (row.result is None if forced else not expected):
                 continue  # deleted what was not there
             assert row.result is not None, row
             claims.setdefault((row.result, row.key), set()).add(row.txid)
-            if not any(row.result in span for span in unknown):
-                assert Event(row.result, row.key, row.value) in history, row
-                assert version_before(history, row.key, row.result) == expected, row
+            if any(row.result in span for span in unknown):
+                continue
+            before = version_before(history, row.key, row.result)
+            if self.compacted and row.force and row.replaced is None:
+                continue  # etcd no longer tells, not even whether there was anything to delete
+            assert Event(row.result, row.key, row.value) in history, row
+            assert before == expected or forced, row
+            assert row.replaced == (before or None) or not row.force, row
         assert all(len(owners) == 1 for owners in claims.values()), claims
         for event in history:
             known = not any(event.revision in span for span in unknown)
@@ -4459,6 +4487,11 @@ STATEMENT_SQL = {
     "delete": "SELECT etcd_delete(%s, %s)",
     "insert": "INSERT INTO etcd_wal (key, value, revision) VALUES (%s, %s, %s)",
     "insert_delete": "INSERT INTO etcd_wal (key, revision) VALUES (%s, %s)",
+    "insert_brief": "INSERT INTO etcd_wal (key, value, revision, ttl) VALUES (%s, %s, %s, '1 s')",
+    "force": "INSERT INTO etcd_wal (key, value, revision, force) VALUES (%s, %s, %s, true)",
+    "force_brief": "INSERT INTO etcd_wal (key, value, revision, force, ttl)"
+    " VALUES (%s, %s, %s, true, '1 s')",
+    "force_delete": "INSERT INTO etcd_wal (key, revision, force) VALUES (%s, %s, true)",
     "kv_insert": "INSERT INTO etcd_kv (key, value) VALUES (%s, %s)",
     "kv_update": "WITH new (key, value) AS (VALUES (%s, %s))"
     " UPDATE etcd_kv k SET value = new.value FROM new WHERE k.key = new.key",
@@ -4486,7 +4519,7 @@ END_SESSION_SQL = """
 WAL_SQL = """
     SELECT id, txid::text::bigint, convert_to(key, 'UTF8'),
            coalesce(value_bytes, convert_to(value, 'UTF8')), revision, depends_on,
-           status, result_revision, error_message
+           status, result_revision, error_message, force, replaced_revision
     FROM etcd_wal WHERE starts_with(key, %s) ORDER BY id
 """
 RESYNCS_SQL = """

@@ -960,8 +960,8 @@ HASTY_ETCD = "?dial_timeout=1s&request_timeout=2s"
 class Traffic:
     """Changes on both sides of a prefix until stopped, whatever the servers do meanwhile.
 
-    Some keys are changed by both sides, so that there are conflicts; some by one side only. Every
-    value is written once, so that an event in etcd tells which change it was.
+    Some keys are changed by both sides, so that there are conflicts; some by one side only; some
+    expire. Every value is written once, so that an event in etcd tells which change it was.
     """
 
     def __init__(
@@ -1031,9 +1031,12 @@ class Traffic:
             keys = [f"{key}/{n}" for n in range(3)]
             return "SELECT etcd_set(k, k || %s) FROM unnest(%s) k", ("=" + value, keys)
         if kind < 0.4:  # compare-and-swap on what may be long gone
-            sql = "INSERT INTO etcd_wal (key, value, revision) VALUES (%s, %s, (%s))"
-            look = "SELECT max(revision) FROM etcd WHERE key = %s"
-            return sql.replace("(%s))", f"({look}))"), (key, value, key)
+            return INSERT_MADE_ON_SQL, (key, value, None, False, key)
+        if kind < 0.5:  # expires, or is overwritten before that
+            key = f"{self.prefix}brief/{dice.randrange(20)}"
+            return INSERT_MADE_ON_SQL, (key, value, "1 second", dice.random() < 0.3, key)
+        if kind < 0.6:
+            return INSERT_MADE_ON_SQL, (key, value if kind < 0.57 else None, None, True, key)
         return "SELECT etcd_set(%s, %s)", (key, value)
 
     def wait_more(self, count: int, timeout: float = 30.0) -> None:
@@ -1053,6 +1056,12 @@ class Traffic:
         assert not self.errors, self.errors[:5]
 
 
+INSERT_MADE_ON_SQL = """
+    INSERT INTO etcd_wal (key, value, ttl, force, revision)
+    VALUES (%s, %s, %s, %s, (SELECT max(revision) FROM etcd WHERE key = %s))
+"""
+
+
 class Wal(NamedTuple):
     """A row of etcd_wal; value None: delete."""
 
@@ -1065,13 +1074,16 @@ class Wal(NamedTuple):
     error_message: str | None
     txid: str
     depends_on: int | None
+    force: bool
+    replaced_revision: int | None
 
 
 def wal_rows(db: str, prefix: str = "") -> list[Wal]:
     """Return the rows of etcd_wal in order."""
     sql = """
         SELECT id, convert_to(key, 'UTF8'), coalesce(value_bytes, convert_to(value, 'UTF8')),
-               revision, status, result_revision, error_message, txid::text, depends_on
+               revision, status, result_revision, error_message, txid::text, depends_on,
+               force, replaced_revision
         FROM etcd_wal WHERE starts_with(key, %s) ORDER BY id
     """
     return [Wal(*row) for row in rows(db, sql, prefix)]
@@ -1092,7 +1104,7 @@ def assert_outcomes_true(
     recorder: Recorder,
     db: str,
     traffic: Traffic | None = None,
-    unknown: Sequence[range] = (),
+    unknown: Sequence[range] | None = None,
     timeout: float = 30.0,
 ) -> collections.Counter[str]:
     """Hold every row of etcd_wal against what etcd did, and the other way round.
@@ -1101,8 +1113,9 @@ def assert_outcomes_true(
     for the whole transaction. A conflict or failure left no trace. No event is claimed by two
     transactions, none that SQL asked for is unclaimed. unknown: revisions that etcd compacted
     before they were mirrored: a restarted daemon cannot know of changes there, and dates deletes
-    to their end. Returns the statuses.
+    to their end; None: nothing was compacted. Returns the statuses.
     """
+    compacted, unknown = unknown is not None, unknown or ()
     wait_answered(db, timeout)
     recorder.sync()
     events = {(e.revision, e.key): e.value for e in recorder.history()}
@@ -1124,7 +1137,7 @@ def assert_outcomes_true(
         if row.status != "success":
             continue
         if row.result_revision is None:
-            if row.value is not None or made_on[row.id]:
+            if row.value is not None or (made_on[row.id] and not row.force):
                 wrong.append(f"success without a revision: {row}")
             continue
         at = (row.result_revision, row.key)
@@ -1135,6 +1148,7 @@ def assert_outcomes_true(
         if at not in events:
             nothing = made_on[row.id] == 0  # deleted what was not there
             in_a_gap = any(r.stop == row.result_revision for r in unknown)
+            in_a_gap |= row.force and compacted
             if row.value is not None or not (nothing or in_a_gap):
                 wrong.append(f"no such event: {row}")
             continue
@@ -1143,14 +1157,18 @@ def assert_outcomes_true(
         index = versions[row.key].index(row.result_revision)
         before = versions[row.key][index - 1] if index else 0
         live = before if before and events[before, row.key] is not None else 0
-        if live != made_on[row.id] and not any(live in r for r in unknown):
+        if any(live in r for r in unknown):
+            continue
+        if row.force and row.replaced_revision not in (live or None, None if compacted else 0):
+            wrong.append(f"replaced {live}: {row}")
+        if live != made_on[row.id] and not row.force:
             wrong.append(f"made on {made_on[row.id]}, applied on {live}: {row}")
     known = {at: value for at, value in events.items() if not any(at[0] in r for r in unknown)}
     for at, value in known.items():
         if value is not None and b"sql-" in value and at not in claims:
             wrong.append(f"nobody claims {at} = {value!r}")
     if traffic is not None:
-        gone = {at for at, value in known.items() if value is None}
+        gone = {at for at, value in known.items() if value is None and b"brief/" not in at[1]}
         unclaimed = gone - set(claims) - traffic.deleted
         if len(unclaimed) > traffic.unsure:
             wrong.append(f"nobody claims the deletes {unclaimed}, {traffic.unsure} are in doubt")
@@ -1196,18 +1214,16 @@ class Scene:
 
     def finish(self, timeout: float = 40.0) -> collections.Counter[str]:
         """End the traffic and compare everything."""
-        self.traffic.stop()
-        wait_answered(self.db, timeout)
+        self._settle(timeout)
         assert_same(self.recorder, self.db, self.prefix, timeout=timeout)
-        return self._check_outcomes([])
+        return self._check_outcomes(None)
 
     def finish_with_gaps(self, timeout: float = 40.0) -> collections.Counter[str]:
         """As finish, but etcd may have compacted revisions before they were mirrored.
 
         Of those the mirror has some, and at the end of each gap the deletions in it.
         """
-        self.traffic.stop()
-        wait_answered(self.db, timeout)
+        self._settle(timeout)
         sql = "SELECT lower(g), upper(g) FROM etcd_sync_state, unnest(gaps) g WHERE prefix = %s"
         gaps = [range(*bounds) for bounds in rows(self.db, sql, self.prefix)]
         self.recorder.sync()
@@ -1233,7 +1249,14 @@ class Scene:
         assert_holds_what_etcd_holds(self.client, self.db, self.prefix)
         return self._check_outcomes(gaps)
 
-    def _check_outcomes(self, unknown: Sequence[range]) -> collections.Counter[str]:
+    def _settle(self, timeout: float) -> None:
+        """End the traffic, and wait for all that comes of it."""
+        self.traffic.stop()
+        wait_answered(self.db, timeout)
+        brief = self.prefix + "brief/"
+        wait_until("keys do not expire", lambda: not self.client.range(brief).count, 60)
+
+    def _check_outcomes(self, unknown: Sequence[range] | None) -> collections.Counter[str]:
         statuses = assert_outcomes_true(self.recorder, self.db, self.traffic, unknown)
         assert self.traffic.etcd_changes > 20  # or there was no load
         assert statuses["success"] > 50, statuses
@@ -1803,7 +1826,8 @@ def outbox_row(id_: int, key: str, txid: int, **fields: Any) -> etcd_fdw.OutboxR
 def test_group_rows_splits_only_what_is_too_large(changes, max_changes):
     rows = [outbox_row(id_, key, txid) for id_, (key, txid) in enumerate(changes)]
     split: set[str] = set()
-    groups = etcd_fdw.group_rows(rows, max_changes, split)
+    limits = etcd_fdw.Limits(max_changes + 3, False)
+    groups = etcd_fdw.group_rows(rows, limits, split)
     assert sorted(row.id for group in groups for row in group.rows) == list(range(len(rows)))
     for group in groups:
         (txid,) = {row.txid for row in group.rows}
@@ -1826,7 +1850,7 @@ def test_queue_keeps_the_order_of_each_key_and_each_key_once_in_a_txn(transactio
         rows = [outbox_row(next(ids), key, txid) for key in sorted(keys)]
         queue.add(etcd_fdw.OutboxTransaction(rows))
     sent = []
-    while txn := queue.take(max_ops, guarded=False):
+    while txn := queue.take(etcd_fdw.Limits(max_ops, False)):
         keys = [change.key for transaction in txn for change in transaction.changes]
         assert len(set(keys)) == len(keys)
         widest = max(len(transaction.changes) for transaction in txn)
@@ -4160,6 +4184,8 @@ _statement = st.one_of(
     st.tuples(st.just("delete"), _key, _made_on),
     st.tuples(st.just("insert"), _key, _value, _made_on),
     st.tuples(st.just("insert_delete"), _key, _made_on),
+    st.tuples(st.sampled_from(["insert_brief", "force", "force_brief"]), _key, _value, _made_on),
+    st.tuples(st.just("force_delete"), _key, _made_on),
     st.tuples(st.just("kv_insert"), _key, _value),
     st.tuples(st.just("kv_update"), _key, _value),
     st.tuples(st.just("kv_delete"), _key),
@@ -4203,6 +4229,8 @@ class WalRow(NamedTuple):
     status: str
     result: int | None
     message: str | None
+    force: bool
+    replaced: int | None
 
 
 class History:
@@ -4225,7 +4253,7 @@ class History:
         self.daemon: Daemon | None = None
         self.holder: psycopg2.extensions.connection | None = None
         self.numbers = itertools.count(10)
-        self.leases: list[int] = []
+        self.compacted = False
         self.recorder = Recorder(client, prefix, client.revision() + 1)
 
     def close(self) -> None:
@@ -4254,8 +4282,6 @@ class History:
         self.client.put(self.prefix + key, self.fresh(), lease)
         if revoke:
             self.client.revoke(lease)
-        else:
-            self.leases.append(lease)
 
     def txn(self, changes: dict[str, bool]) -> None:
         """Put or delete several keys at one revision."""
@@ -4274,11 +4300,8 @@ class History:
         delete = self.client.delete_op(self.prefix + key)
         self.client.txn([self.client.txn_op([operation]) for operation in (put, delete)])
 
-    def expired(self, lease: int) -> bool:
-        request = etcdrpc.LeaseTimeToLiveRequest(ID=lease)
-        return bool(self.client.call(self.client.leases.LeaseTimeToLive, request).TTL < 0)
-
     def compact(self, back: int) -> None:
+        self.compacted = True
         with suppress(grpc.RpcError):  # compacted already
             self.client.compact(self.recorder.sync() - back)
 
@@ -4313,7 +4336,7 @@ class History:
                 kv = self.client.get(key)
                 revision = kv and kv.mod_revision
             values.append(revision)
-        elif name.startswith(("set", "delete", "insert")):
+        elif name.startswith(("set", "delete", "insert", "force")):
             values.append(None)
         return STATEMENT_SQL[name], tuple(values)
 
@@ -4378,8 +4401,8 @@ class History:
     def finish(self) -> None:
         """Let everything come to rest."""
         self.start()
-        wait_until("a lease did not expire", lambda: all(map(self.expired, self.leases)), 20)
         self.drain()
+        wait_until("a lease did not expire", lambda: not leases(self.client), 60)
 
     def check_mirror(self) -> None:
         """Every recorded event is there once; of those that a resync skipped, what was left."""
@@ -4405,7 +4428,7 @@ class History:
             groups.setdefault(row.txid, []).append(row)
         claims: dict[tuple[int, bytes], set[int]] = {}
         for group in groups.values():
-            if len(group) <= self.max_ops:
+            if len(group) + any(row.force for row in group) <= self.max_ops:
                 assert len({row.status for row in group}) == 1, group
                 reached = {row.result for row in group if row.status == "success"}
                 assert len(reached - {None}) <= 1, group  # None: deleted what was not there
@@ -4416,13 +4439,19 @@ class History:
             if row.status == "conflict" or row.id != last:
                 continue
             expected = expected_version(row, wal)
-            if row.value is None and not expected:
+            forced = any(r.force for r in groups[row.txid] if r.key == row.key)
+            if row.value is None and (row.result is None if forced else not expected):
                 continue  # deleted what was not there
             assert row.result is not None, row
             claims.setdefault((row.result, row.key), set()).add(row.txid)
-            if not any(row.result in span for span in unknown):
-                assert Event(row.result, row.key, row.value) in history, row
-                assert version_before(history, row.key, row.result) == expected, row
+            if any(row.result in span for span in unknown):
+                continue
+            before = version_before(history, row.key, row.result)
+            if self.compacted and row.force and row.replaced is None:
+                continue  # etcd no longer tells, not even whether there was anything to delete
+            assert Event(row.result, row.key, row.value) in history, row
+            assert before == expected or forced, row
+            assert row.replaced == (before or None) or not row.force, row
         assert all(len(owners) == 1 for owners in claims.values()), claims
         for event in history:
             known = not any(event.revision in span for span in unknown)
@@ -4469,6 +4498,11 @@ STATEMENT_SQL = {
     "delete": "SELECT etcd_delete(%s, %s)",
     "insert": "INSERT INTO etcd_wal (key, value, revision) VALUES (%s, %s, %s)",
     "insert_delete": "INSERT INTO etcd_wal (key, revision) VALUES (%s, %s)",
+    "insert_brief": "INSERT INTO etcd_wal (key, value, revision, ttl) VALUES (%s, %s, %s, '1 s')",
+    "force": "INSERT INTO etcd_wal (key, value, revision, force) VALUES (%s, %s, %s, true)",
+    "force_brief": "INSERT INTO etcd_wal (key, value, revision, force, ttl)"
+    " VALUES (%s, %s, %s, true, '1 s')",
+    "force_delete": "INSERT INTO etcd_wal (key, revision, force) VALUES (%s, %s, true)",
     "kv_insert": "INSERT INTO etcd_kv (key, value) VALUES (%s, %s)",
     "kv_update": "WITH new (key, value) AS (VALUES (%s, %s))"
     " UPDATE etcd_kv k SET value = new.value FROM new WHERE k.key = new.key",
@@ -4496,7 +4530,7 @@ END_SESSION_SQL = """
 WAL_SQL = """
     SELECT id, txid::text::bigint, convert_to(key, 'UTF8'),
            coalesce(value_bytes, convert_to(value, 'UTF8')), revision, depends_on,
-           status, result_revision, error_message
+           status, result_revision, error_message, force, replaced_revision
     FROM etcd_wal WHERE starts_with(key, %s) ORDER BY id
 """
 RESYNCS_SQL = """
@@ -7918,6 +7952,316 @@ def test_backlog_of_refused_changes_shrinks_although_it_is_killed(
     assert own_client.range(prefix).count == 0
 
 
+# ─ leases ─
+
+
+def ask(db: str, key: str, value: str | None = "mine", **columns: Any) -> int:
+    """Insert a change with more columns, such as ttl or force; return its id."""
+    given = {"key": key, "value": value, **columns}
+    sql = f"INSERT INTO etcd_wal ({', '.join(given)}) VALUES %s RETURNING id"
+    return int(scalar(db, sql, tuple(given.values())))
+
+
+def leases(client: EtcdClient) -> set[int]:
+    """The leases that there are."""
+    answer = client.call(client.leases.LeaseLeases, etcdrpc.LeaseLeasesRequest())
+    return {lease.ID for lease in answer.leases}
+
+
+def granted_ttl(client: EtcdClient, lease: int) -> int:
+    request = etcdrpc.LeaseTimeToLiveRequest(ID=lease)
+    return int(client.call(client.leases.LeaseTimeToLive, request).grantedTTL)
+
+
+def test_key_with_a_ttl_expires_and_becomes_a_tombstone(daemon, db, prefix, etcd, recorder):
+    daemon()
+    key = prefix + "a"
+    status, revision, _ = outcome(db, ask(db, key, ttl="1 second"))
+    assert status == "success"
+    wait_until("it does not expire", lambda: etcd.get(key) is None, 30)
+    assert_same(recorder, db, prefix)
+    sql = "SELECT revision, tombstone FROM etcd WHERE key = %s ORDER BY revision"
+    put, expired = rows(db, sql, key)
+    assert put == (revision, False)
+    assert expired[1]
+
+
+def test_changes_of_one_transaction_with_the_same_ttl_share_a_lease(daemon, db, prefix, etcd):
+    daemon()
+    insert = """
+        INSERT INTO etcd_wal (key, value, ttl)
+        SELECT %s || i, 'x', (ARRAY['299.2 seconds', '10 minutes', NULL])[1 + i %% 3]::interval
+        FROM generate_series(1, 9) i
+    """
+    for number in range(2):
+        rows(db, insert, f"{prefix}{number}/")
+    assert wait_settled(db) == ["success"] * 18
+    found = collections.Counter(kv.lease for kv in etcd.range(prefix).kvs)
+    assert found.pop(0) == 6
+    assert sorted(found.values()) == [3, 3, 3, 3]
+    assert sorted(granted_ttl(etcd, lease) for lease in found) == [300, 300, 600, 600]
+
+
+def test_lease_is_renewed_kept_and_taken_off(daemon, db, prefix, etcd):
+    daemon()
+    key = prefix + "a"
+    revision: int | None = None
+
+    def lease_after(ttl: str | None) -> int:
+        nonlocal revision
+        status, revision, _ = outcome(db, ask(db, key, revision=revision, ttl=ttl))
+        assert status == "success"
+        return int(etcd.get(key).lease)
+
+    first = lease_after("5 minutes")
+    assert first
+    assert lease_after(None) == first
+    renewed = lease_after("5 minutes")
+    assert renewed not in (0, first)
+    assert lease_after("0") == 0
+    assert lease_after(None) == 0
+
+
+def test_lease_of_a_key_that_a_transaction_changes_more_than_once(daemon, db, prefix, etcd):
+    daemon()
+    insert = "INSERT INTO etcd_wal (key, value, ttl) VALUES "
+    kept, gone = prefix + "kept", prefix + "gone"
+    rows(db, insert + "(%s, '1', '1 hour'), (%s, '2', null)", kept, kept)
+    rows(db, insert + "(%s, '1', '1 hour'), (%s, null, null), (%s, '2', null)", *[gone] * 3)
+    assert wait_settled(db) == ["success"] * 5
+    assert etcd.get(kept).lease
+    assert etcd.get(gone).lease == 0
+
+
+@pytest.mark.parametrize("ttl", ["-1 second", "300 years"])
+def test_ttl_that_etcd_has_no_lease_for_fails(daemon, db, prefix, etcd, ttl):
+    daemon()
+    status, revision, message = outcome(db, ask(db, prefix + "a", ttl=ttl))
+    assert (status, revision) == ("failed", None)
+    assert message is not None and "ttl" in message
+    assert etcd.get(prefix + "a") is None
+    apply_change(db, prefix + "b")
+
+
+def slow_grant(network: Proxy, db: str, client: EtcdClient, key: str) -> int:
+    """Ask for a change with a ttl; return its lease, of which the daemon does not know yet."""
+    before = leases(client)
+    network.delay(3)
+    ask(db, key, ttl="2 seconds")
+    (lease,) = wait_until("no lease was granted", lambda: leases(client) - before)
+    return lease
+
+
+def test_lease_that_runs_out_on_the_way_is_granted_anew(
+    daemon, db, prefix, own_etcd, own_client, network
+):
+    key = prefix + "a"
+    daemon(etcd=etcd_dsn(network.endpoint, prefix) + "?request_timeout=60s")
+    apply_change(db, prefix + "first")
+    own_client.revoke(slow_grant(network, db, own_client, key))
+    network.resume()
+    status, revision = became(db, key)
+    assert status == "success"
+    recorded = own_client.range(key, revision=revision).kvs
+    assert [kv.mod_revision for kv in recorded] == [revision]
+    assert recorded[0].lease
+
+
+def test_crash_between_grant_and_put_leaves_a_lease_that_expires(
+    daemon, db, prefix, own_etcd, own_client, network
+):
+    key = prefix + "a"
+    first = daemon(etcd=etcd_dsn(network.endpoint, prefix) + "?request_timeout=60s")
+    apply_change(db, prefix + "first")
+    left = slow_grant(network, db, own_client, key)
+    first.kill()
+    assert own_client.get(key) is None
+    daemon(etcd=etcd_dsn(own_etcd.endpoint, prefix))
+    status, revision = became(db, key)
+    assert status == "success"
+    assert own_client.range(key, revision=revision).kvs[0].lease != left
+    wait_until("it does not expire", lambda: left not in leases(own_client), 30)
+
+
+def test_lost_answer_to_a_put_with_a_lease(daemon, db, prefix, own_etcd, own_client):
+    key, dsn = prefix + "a", etcd_dsn(own_etcd.endpoint, prefix)
+    sql = "INSERT INTO etcd_wal (key, value, ttl) VALUES (%s, 'mine', '1 hour')"
+    sent = kill_once_sent(daemon(etcd=dsn), db, own_client, sql, key)
+    lease = own_client.get(key).lease
+    daemon(etcd=dsn)
+    assert became(db, key) == ("success", sent)
+    assert own_client.get(key).lease == lease
+    assert leases(own_client) == {lease}
+
+
+# ─ forced changes ─
+
+
+def forced(db: str, id_: int) -> tuple[str, int | None, int | None]:
+    """Wait until a change is done; return its status, result_revision, replaced_revision."""
+    status, revision, _ = outcome(db, id_)
+    return status, revision, scalar(db, "SELECT replaced_revision FROM etcd_wal WHERE id = %s", id_)
+
+
+def revision_of(client: EtcdClient, key: str) -> int:
+    return int(client.get(key).mod_revision)
+
+
+@pytest.mark.parametrize("login", [False, True], ids=["no login", "login"])
+def test_forced_changes_apply_whatever_etcd_holds(daemon, db, secure_etcd, login):
+    with secure_etcd.enable_auth() if login else EtcdClient(secure_etcd.endpoint) as client:
+        daemon("--audit", "all", etcd=secure_etcd.dsn())
+        theirs = client.put("/t/a", "theirs")
+        change = ask(db, "/t/a", force=True)
+        assert forced(db, change) == ("success", mine := revision_of(client, "/t/a"), theirs)
+        assert client.get("/t/a").value == b"mine"
+        # made on a version that never was
+        stale = ask(db, "/t/a", "again", revision=7_000_000, force=True)
+        assert forced(db, stale) == ("success", revision_of(client, "/t/a"), mine)
+        new = ask(db, "/t/new", revision=5, force=True)
+        assert forced(db, new) == ("success", revision_of(client, "/t/new"), None)
+        there = revision_of(client, "/t/new")
+        status, revision, replaced = forced(db, ask(db, "/t/new", None, force=True))
+        assert (status, replaced) == ("success", there)
+        assert client.get("/t/new") is None
+        assert client.revision() == revision
+        assert forced(db, ask(db, "/t/new", None, force=True)) == ("success", None, None)
+        sql = "SELECT details FROM etcd_sync_event WHERE details ->> 'wal_id' = %s"
+        details = scalar(db, sql, str(change))
+        assert (details["forced"], details["replaced_revision"]) == (True, theirs)
+
+
+@pytest.mark.parametrize("ttl", [None, "0", "1 hour"])
+def test_lease_of_a_key_that_is_overwritten_by_force(daemon, db, prefix, etcd, ttl):
+    daemon()
+    lease = etcd.grant(3600)
+    etcd.put(prefix + "leased", "theirs", lease)
+    etcd.put(prefix + "plain", "theirs")
+    for key in ("leased", "plain", "new"):
+        assert outcome(db, ask(db, prefix + key, ttl=ttl, force=True))[0] == "success"
+    found = [etcd.get(prefix + key).lease for key in ("leased", "plain", "new")]
+    if ttl == "1 hour":
+        assert len({0, lease, *found}) == 5
+    else:
+        assert found == [0 if ttl else lease, 0, 0]
+
+
+def test_strict_change_beats_forced_ones_of_its_transaction(daemon, db, prefix, etcd):
+    daemon()
+    insert = "INSERT INTO etcd_wal (key, value, revision, force) VALUES (%s, %s, %s, %s)"
+    a, b = prefix + "a", prefix + "b"
+    theirs = etcd.put(a, "theirs"), etcd.put(b, "theirs")
+
+    def both(revision: int) -> list[tuple[Any, ...]]:
+        with closing(connect(db)) as conn, conn.cursor() as cur:
+            cur.execute("BEGIN")
+            cur.execute(insert, (a, "mine", 1, True))
+            cur.execute(insert, (b, "mine", revision, False))
+            cur.execute("COMMIT")
+        wait_settled(db)
+        sql = "SELECT status, result_revision, replaced_revision FROM etcd_wal ORDER BY id DESC"
+        return rows(db, sql + " LIMIT 2")[::-1]
+
+    assert both(1) == [("conflict", theirs[1], None)] * 2
+    assert (revision_of(etcd, a), revision_of(etcd, b)) == theirs
+    done = both(theirs[1])
+    mine = revision_of(etcd, a)
+    assert done == [("success", mine, theirs[0]), ("success", mine, None)]
+    assert revision_of(etcd, b) == mine
+
+
+def test_key_is_forced_if_any_of_its_changes_in_the_transaction_is(daemon, db, prefix, etcd):
+    daemon()
+    theirs = etcd.put(prefix + "a", "theirs")
+    insert = "INSERT INTO etcd_wal (key, value, force) VALUES (%s, '1', true), (%s, '2', false)"
+    rows(db, insert, prefix + "a", prefix + "a")
+    assert wait_settled(db) == ["success"] * 2
+    assert etcd.get(prefix + "a").value == b"2"
+    assert rows(db, "SELECT replaced_revision FROM etcd_wal ORDER BY id") == [(theirs,), (None,)]
+
+
+def test_forced_changes_to_a_key_keep_their_order(daemon, db, prefix, etcd, recorder):
+    daemon().stop()
+    theirs = etcd.put(prefix + "a", "theirs")
+    beaten = ask(db, prefix + "a", "beaten")
+    ids = [ask(db, prefix + "a", str(n), depends_on=beaten, force=n != 5) for n in range(10)]
+    daemon()
+    found = [forced(db, id_) for id_ in (beaten, *ids)]
+    assert [status for status, *_ in found] == ["conflict", *["success"] * 5, "conflict"] + [
+        "success"
+    ] * 4
+    applied = [item for item in found if item[0] == "success"]
+    assert [replaced for *_, replaced in applied] == [theirs, *(item[1] for item in applied[:-1])]
+    assert etcd.get(prefix + "a").value == b"9"
+    assert_same(recorder, db, prefix)
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_lost_answer_to_forced_changes(daemon, db, prefix, own_etcd, own_client, compacted):
+    a, b, c = (prefix + name for name in "abc")
+    theirs = [own_client.put(key, "old") for key in (a, b)]
+    dsn = etcd_dsn(own_etcd.endpoint, prefix)
+    first = daemon(*HASTE, etcd=dsn)
+    values = "(%s, 'mine', true), (%s, NULL, true), (%s, NULL, true) RETURNING id"
+    with frozen_mirror(db):
+        insert = "INSERT INTO etcd_wal (key, value, force) VALUES "
+        put, delete, nothing = (i for (i,) in rows(db, insert + values, a, b, c))
+        wait_until("nothing was sent", lambda: own_client.get(a).value == b"mine")
+        sent = revision_of(own_client, a)
+        first.kill()
+    later = own_client.put(a, "theirs")
+    if compacted:
+        own_client.compact(later)
+    daemon(*HASTE, etcd=dsn)
+    assert forced(db, put) == ("success", sent, None if compacted else theirs[0])
+    assert forced(db, delete) == ("success", sent, None if compacted else theirs[1])
+    if not compacted:
+        assert forced(db, nothing) == ("success", None, None)
+    assert outcome(db, nothing)[0] == "success"
+    assert revision_of(own_client, a) == later
+
+
+def test_forced_change_that_arrives_late_undoes_nothing(
+    daemon, db, prefix, own_etcd, own_client, network
+):
+    key = prefix + "a"
+    first = daemon(*HASTE, etcd=etcd_dsn(network.endpoint, prefix))
+    apply_change(db, prefix + "first")
+    keep_back(
+        network, db, "INSERT INTO etcd_wal (key, value, force) VALUES (%s, 'mine', true)", key
+    )
+    first.kill()
+    daemon(*HASTE, etcd=etcd_dsn(own_etcd.endpoint, prefix))
+    assert became(db, key) == ("success", revision_of(own_client, key))
+    theirs = own_client.put(key, "theirs")
+    deliver(network, own_etcd)
+    assert revision_of(own_client, key) == theirs
+
+
+@pytest.mark.parametrize("login", [False, True], ids=["no login", "login"])
+def test_forced_transactions_around_the_largest_size_arrive(daemon, db, secure_etcd, login):
+    """A forced change is a level deeper, which a transaction gives a change for."""
+    limit = 128  # the server's
+    with secure_etcd.enable_auth() if login else EtcdClient(secure_etcd.endpoint) as client:
+        daemon("--max-txn-ops", str(limit), etcd=secure_etcd.dsn()).stop()
+        whole = (limit - 4) // 2 if login else limit - 4
+        sizes = [*range(whole - 2, whole + 3), limit, 3 * limit]
+        insert = """
+            INSERT INTO etcd_wal (key, value, revision, ttl, force)
+            SELECT '/t/' || %s || '/' || n, 'x', 77, (ARRAY['1 hour'::interval])[n %% 3], true
+            FROM generate_series(1, %s) n
+        """
+        for size in sizes:
+            rows(db, insert, size, size)
+        daemon("--max-txn-ops", str(limit), etcd=secure_etcd.dsn())
+        assert wait_settled(db, timeout=60) == ["success"] * sum(sizes)
+        assert client.range("/t/").count == sum(sizes)
+        sql = "SELECT count(*), count(DISTINCT result_revision) FROM etcd_wal GROUP BY txid"
+        assert {count for count, parts in rows(db, sql) if parts == 1} == {
+            size for size in sizes if size <= whole
+        }
+
+
 # ─ who may write what ─
 
 
@@ -7960,7 +8304,7 @@ def test_large_change_waits_until_the_receipt_beside_it_is_short(own_etcd):
     with closing(etcd_fdw.Etcd(target, own_etcd.endpoint)) as etcd:
         receipts = etcd_fdw.Receipts(etcd, "mirror")
         unsettled = [etcd_fdw.Sent(1, "1@1," * 15_000, "")]
-        pipeline = etcd_fdw.Pipeline(etcd, etcd_fdw.Waker(), 0, unsettled)
+        pipeline = etcd_fdw.Pipeline(etcd_fdw.Waker(), 0, unsettled)
         row = outbox_row(1, "/x/large", 1, value="x" * 1_560_000)
         change = etcd_fdw.OutboxTransaction([row])
         change.resolve()

@@ -132,6 +132,7 @@ OUTCOME_CHANNEL = "etcd_outcome"  # payload: <lowest id>-<highest id> of a batch
 CONTROL_CHANNEL = "etcd_fdw_control"  # payload: id of a row of etcd_sync_event
 
 RESERVED = b"etcd_fdw/"  # where the daemon keeps its own keys in etcd; no mirror sees them
+TTL_MAX_S = 9_000_000_000  # of a lease in etcd
 KEY_MAX_BYTES = 2600  # a btree tuple holds 2704 bytes: key, revision, headers
 TXN_MAX_BYTES = 1 << 20  # etcd refuses requests above 1.5 MiB by default
 MESSAGE_MAX_BYTES = 32 << 20  # of an answer; with gRPC's 4 MiB a larger one fails for ever
@@ -300,6 +301,10 @@ class Rejected(EtcdFdwError):
     """etcd refuses this one change, and would refuse it again"""
 
 
+class LeaseNotFound(Rejected):
+    """the lease ran out before etcd got the put that uses it"""
+
+
 class TooLarge(EtcdFdwError):
     """the answer is larger than gRPC was told to take: ask for less"""
 
@@ -332,7 +337,8 @@ ETCD_MESSAGES: list[tuple[str, type[EtcdFdwError]]] = [
     ("grpc: received message larger than max", Rejected),  # Go, on the server
     ("Received message larger than max", TooLarge),  # C core, here
     ("key is not provided", Rejected),
-    ("requested lease not found", Rejected),
+    ("requested lease not found", LeaseNotFound),
+    ("too large lease TTL", Rejected),
     ("key not found", Rejected),
     ("invalid auth token", TokenExpired),
     ("revision of auth store is old", TokenExpired),
@@ -539,9 +545,9 @@ def copy_row(key: bytes, value: bytes | None, revision: int, lease: int) -> byte
     return _pack_key(6, len(key)) + key + columns
 
 
-def int_array(numbers: Iterable[int]) -> str:
+def int_array(numbers: Iterable[int | None]) -> str:
     """A PostgreSQL array literal; parsed much faster than ARRAY[…] with thousands of items."""
-    return "{" + ",".join(map(str, numbers)) + "}"
+    return "{" + ",".join(["NULL" if n is None else str(n) for n in numbers]) + "}"
 
 
 def backoff(attempt: int, initial: float, longest: float) -> float:
@@ -1761,6 +1767,7 @@ class Etcd:
             raise EtcdUnavailable(f"etcd at {host}: {exc}") from exc
         self.metadata: tuple[tuple[str, str], ...] = (("hasleader", "true"),)
         self.kv = etcdrpc.KVStub(self.client.channel)
+        self.lease = etcdrpc.LeaseStub(self.client.channel)
         try:
             # by stub: etcd3 would pass the token in a way that needs TLS
             self.authenticate(target.dial_timeout)
@@ -1847,6 +1854,13 @@ class Etcd:
     def txn_future(self, request: Any) -> Any:
         """The future of a TxnResponse."""
         return self.kv.Txn.future(
+            request, timeout=self.target.request_timeout, metadata=self.metadata
+        )
+
+    def lease_future(self, ttl: int) -> Any:
+        """The future of a LeaseGrantResponse: a new lease of so many seconds."""
+        request = etcdrpc.LeaseGrantRequest(TTL=ttl)
+        return self.lease.LeaseGrant.future(
             request, timeout=self.target.request_timeout, metadata=self.metadata
         )
 
@@ -2010,7 +2024,8 @@ class Intake:
 
         Raises what ended the watch, after the mirror has all that came before.
         """
-        while self.whole < batch_size and self.bytes < BATCH_BYTES:
+        # one revision may be larger than a batch, and come in many fragments
+        while not self.whole or (self.whole < batch_size and self.bytes < BATCH_BYTES):
             response = None if self.ended else self.watch.take()
             if response is None:
                 break
@@ -2535,6 +2550,8 @@ class OutboxRow(NamedTuple):
     depends_on: int | None  # an earlier row about the same key
     dependency_status: str | None
     dependency_revision: int | None  # the version that the key has after the dependency
+    ttl: int | None  # seconds; 0: no lease; None: the lease that the key has
+    force: bool  # whatever version etcd holds
 
     @property
     def data(self) -> bytes | None:
@@ -2551,13 +2568,38 @@ class Change(NamedTuple):
     """What an outbox transaction does to one key."""
 
     key: bytes
-    expected: int  # the mod_revision that etcd must hold, 0 for none
+    # The mod_revision that etcd must hold, 0 for none.  Of a forced change, once it is applied,
+    # the one that etcd held; None: unknown.
+    expected: int | None
     value: bytes | None  # None: delete
+    ttl: int | None = None  # see OutboxRow
+    forced: bool = False
 
     @property
     def moves(self) -> bool:
         """Whether etcd gets a new version of the key; deleting nothing succeeds without one."""
-        return self.value is not None or self.expected > 0
+        return self.value is not None or self.expected != 0
+
+
+class Limits(NamedTuple):
+    """What etcd takes in one Txn.
+
+    etcd subtracts from the limit of a nested level what the level above holds: the receipt and
+    the transactions, and below them what the widest holds.  A guarded Txn names every key above
+    all that.
+    """
+
+    max_ops: int
+    guarded: bool
+
+    def allow(self, transactions: int, changes: int, widest: int) -> bool:
+        """Whether a Txn may hold so many; widest: see OutboxTransaction.width."""
+        return self.guarded * changes + 1 + transactions + widest <= self.max_ops
+
+    def largest(self) -> int:
+        """How many changes a transaction can have."""
+        room = self.max_ops - 3
+        return max(1, room // 2 if self.guarded else room)
 
 
 class OutboxTransaction:
@@ -2567,15 +2609,27 @@ class OutboxTransaction:
     those that it depends on, to be answered.
     """
 
-    __slots__ = ("changes", "followers", "keys", "read_at", "rows", "size", "versions", "waits")
+    __slots__ = (
+        "changes",
+        "followers",
+        "forced",
+        "keys",
+        "read_at",
+        "rows",
+        "size",
+        "versions",
+        "waits",
+    )
 
     def __init__(self, rows: list[OutboxRow]) -> None:
         self.read_at = time.monotonic()
         self.rows = rows
         self.keys = {row.key for row in rows}
+        self.forced = {row.key for row in rows if row.force}
         self.size = 150 * len(rows)  # of the request, about
         for row in rows:
-            self.size += 4 * len(row.key) + len(row.value or row.value_bytes or "")
+            value = len(row.value or row.value_bytes or "")
+            self.size += 4 * len(row.key) + value * (2 if row.force and row.ttl is None else 1)
         self.changes: list[Change] = []
         self.waits = 0
         self.followers: list[OutboxTransaction] = []
@@ -2596,12 +2650,39 @@ class OutboxTransaction:
             else:
                 expected = row.revision or 0
             own[row.id] = expected
-            changes[row.key] = Change(row.key.encode(), expected, row.data)
+            before, ttl = changes.get(row.key), row.ttl
+            if before and ttl is None:  # the lease that the key has by then
+                ttl = 0 if before.value is None else before.ttl
+            forced = row.key in self.forced
+            changes[row.key] = Change(row.key.encode(), expected, row.data, ttl, forced)
         self.changes = list(changes.values())
+
+    @property
+    def strict(self) -> list[Change]:
+        """The changes that are made on a version; one that etcd does not hold beats all."""
+        return [change for change in self.changes if not change.forced]
+
+    @property
+    def width(self) -> int:
+        """How many operations its nested Txn holds: the changes, and more if it is refused.
+
+        A forced change is a nested Txn of two.
+        """
+        return len(self.keys) + (2 if self.forced else 1)
+
+    def fits(self, limits: Limits) -> bool:
+        """Whether etcd takes it in one piece."""
+        allowed = limits.allow(1, len(self.keys), self.width)
+        return allowed and self.size <= TXN_MAX_BYTES
+
+    def replaced(self, versions: Iterable[int | None]) -> None:
+        """Note what the forced changes, in order, have replaced."""
+        found = iter(versions)
+        self.changes = [c._replace(expected=next(found)) if c.forced else c for c in self.changes]
 
 
 def group_rows(
-    rows: Iterable[OutboxRow], max_changes: int, split: set[str]
+    rows: Iterable[OutboxRow], limits: Limits, split: set[str]
 ) -> list[OutboxTransaction]:
     """The rows by transaction, in the order of their first id.
 
@@ -2613,8 +2694,8 @@ def group_rows(
         by_txid.setdefault(row.txid, []).append(row)
     found: list[OutboxTransaction] = []
     for txid, members in by_txid.items():
-        whole = OutboxTransaction(members)
-        if len(members) > 1 and (len(members) > max_changes or whole.size > TXN_MAX_BYTES):
+        whole, more = OutboxTransaction(members), len(members) > 1
+        if more and not (len(members) <= limits.largest() and whole.fits(limits)):
             split.add(txid)
         if txid in split:
             found.extend(OutboxTransaction([row]) for row in members)
@@ -2660,6 +2741,8 @@ class Queue:
             on = row.depends_on
             if on is None or on in own or row.dependency_status != "pending":
                 continue
+            if row.key in transaction.forced:
+                continue
             version = self.versions.get(on)
             if version is None:
                 self.dependents.setdefault(on, []).append(transaction)
@@ -2667,12 +2750,12 @@ class Queue:
             elif version != REFUSED:
                 transaction.versions[on] = version
 
-    def take(self, max_ops: int, guarded: bool, force: bool = False) -> list[OutboxTransaction]:
+    def take(self, limits: Limits, stalled: bool = False) -> list[OutboxTransaction]:
         """The transactions of the next Txn: each key once, within what etcd takes.
 
-        force: the first one goes even if it depends on a row that nobody will ever settle.
+        stalled: the first one goes even if it depends on a row that nobody will ever settle.
         """
-        if force and self.waiting and not self.ready:
+        if stalled and self.waiting and not self.ready:
             self.ready.append(next(iter(self.waiting.values())))
         taken: list[OutboxTransaction] = []
         later: list[OutboxTransaction] = []
@@ -2683,12 +2766,10 @@ class Queue:
             if not keys.isdisjoint(transaction.keys):
                 later.append(transaction)
                 continue
-            changes = len(transaction.keys)
-            widest, named = max(widest, changes), named + changes
+            widest, named = max(widest, transaction.width), named + len(transaction.keys)
             size += transaction.size
-            # the receipt, the nested transactions, what the widest holds with its refusal
-            operations = 1 + len(taken) + 1 + widest + 1 + guarded * named
-            if taken and (operations > max_ops or size > TXN_MAX_BYTES):
+            fits = limits.allow(len(taken) + 1, named, widest)
+            if taken and not (fits and size <= TXN_MAX_BYTES):
                 later.append(transaction)
                 break
             transaction.resolve()
@@ -2732,6 +2813,7 @@ class Outcome(NamedTuple):
     revision: int | None  # the revision that it got, or that beat it
     message: str | None
     read_at: float  # monotonic: when the loop read the change
+    replaced: int | None = None  # the version that a forced change replaced
 
 
 # finished_at rather than status: the planner must not think of the indexes of pending rows,
@@ -2739,9 +2821,10 @@ class Outcome(NamedTuple):
 SUCCESS_SQL = """
 SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off;
 UPDATE etcd_wal w
-SET status = 'success', result_revision = o.revision, error_message = NULL, finished_at = now()
-FROM ROWS FROM (pg_catalog.unnest(%(ids)s::bigint[]), pg_catalog.unnest(%(revisions)s::bigint[]))
-     AS o (id, revision)
+SET status = 'success', result_revision = o.revision, replaced_revision = o.replaced,
+    error_message = NULL, finished_at = now()
+FROM ROWS FROM (pg_catalog.unnest(%(ids)s::bigint[]), pg_catalog.unnest(%(revisions)s::bigint[]),
+                pg_catalog.unnest(%(replaced)s::bigint[])) AS o (id, revision, replaced)
 WHERE w.id = o.id AND w.finished_at IS NULL
 """
 REFUSAL_SQL = """
@@ -2762,6 +2845,8 @@ SELECT %(prefix)s, 'change', w.status, w.key, 'postgresql', 'etcd', w.result_rev
        w.finished_at - w.ts,
        pg_catalog.jsonb_build_object(
            'wal_id', w.id, 'role', w.role_name, 'application', w.application_name)
+       || CASE WHEN w.force THEN pg_catalog.jsonb_build_object(
+           'forced', true, 'replaced_revision', w.replaced_revision) ELSE '{}'::jsonb END
 FROM etcd_wal w WHERE w.id = ANY (%(ids)s::bigint[])
 """
 
@@ -2790,9 +2875,13 @@ class Outcomes:
         """Write them into etcd_wal, refusals (and with audit all) into etcd_sync_event."""
         good = [o for o in self.list if o.status == "success"]
         if good:
-            revisions = ",".join("NULL" if o.revision is None else str(o.revision) for o in good)
             ids = int_array(o.id for o in good)
-            cur.execute(SUCCESS_SQL, {"ids": ids, "revisions": "{" + revisions + "}"})
+            revisions = int_array(o.revision for o in good)
+            # PostgreSQL fills up what is shorter with nulls
+            forced = any(o.replaced for o in good)
+            replaced = int_array(o.replaced for o in good) if forced else "{}"
+            outcomes = {"ids": ids, "revisions": revisions, "replaced": replaced}
+            cur.execute(SUCCESS_SQL, outcomes)
             if audit:
                 cur.execute(AUDIT_CHANGES_SQL, {"prefix": postgres.prefix, "ids": ids})
         bad = [o for o in self.list if o.status != "success"]
@@ -2964,18 +3053,39 @@ class Txn:
     Guarded: with one more level around it that names every key in a branch which is never
     taken, because etcd up to at least 3.5 checks no permissions in nested transactions, and
     counts no nested puts when its quota is used up.
+
+    The leases that it puts with are granted meanwhile, one for each ttl in a transaction.
+    Those that come to nothing expire by themselves.
     """
 
-    __slots__ = ("_receipt", "alone", "future", "guarded", "request", "rows", "transactions")
+    __slots__ = (
+        "_leases",
+        "_puts",
+        "_receipt",
+        "alone",
+        "etcd",
+        "future",
+        "guarded",
+        "request",
+        "rows",
+        "transactions",
+    )
 
     def __init__(
-        self, transactions: list[OutboxTransaction], receipts: Receipts, fence: int
+        self,
+        transactions: list[OutboxTransaction],
+        receipts: Receipts,
+        fence: int,
+        alone: bool = False,
     ) -> None:
         self.transactions = transactions
         self.rows = format_rows(row for t in transactions for row in t.rows)
-        self.alone = False  # its receipt must be short: wait until all before is settled
-        self.guarded = receipts.etcd.guarded
+        self.alone = alone  # its receipt must be short: wait until all before is settled
+        self.etcd = receipts.etcd
+        self.guarded = self.etcd.guarded
         self.future: Any = None
+        self._leases: dict[tuple[str, int], Any] = {}  # futures by transaction and ttl
+        self._puts: list[tuple[Any, Any]] = []  # that lack the id of a lease, with its future
         equal, mod = etcdrpc.Compare.EQUAL, etcdrpc.Compare.MOD
         self.request = txn = etcdrpc.TxnRequest()
         if self.guarded:
@@ -2989,25 +3099,64 @@ class Txn:
         self._receipt.key = receipts.receipt
         for number, transaction in enumerate(transactions):
             nested = txn.success.add().request_txn
-            for key, expected, value in transaction.changes:
-                nested.compare.add(result=equal, target=mod, key=key, mod_revision=expected)
-                if value is None:
-                    nested.success.add().request_delete_range.key = key
-                else:
-                    put = nested.success.add().request_put
-                    put.key, put.value = key, value
-                    put.ignore_lease = expected > 0  # a plain put would detach the key from it
+            txid = transaction.rows[0].txid
+            for change in transaction.changes:
+                key, operation = change.key, nested.success.add()
+                if change.forced:
+                    self.force(operation.request_txn, change, txid)
+                    continue
+                nested.compare.add(result=equal, target=mod, key=key, mod_revision=change.expected)
+                self.make(operation, change, bool(change.expected), txid)
                 look = nested.failure.add().request_range
                 look.key, look.keys_only = key, True
             refusal = nested.failure.add().request_put
             refusal.key = b"%srefused/%d" % (receipts.key, number)
             refusal.value = format_rows(transaction.rows).encode()
 
-    def send(self, etcd: Etcd, settled: int, unsettled: Iterable[Sent]) -> None:
-        """Complete the receipt, and send it all."""
+    def force(self, nested: Any, change: Change, txid: str) -> None:
+        """Have a nested transaction make a change whatever etcd holds, and tell what that was."""
+        look = nested.success.add().request_range
+        look.key, look.keys_only = change.key, True
+        self.make(nested.success.add(), change, True, txid)
+        if change.value is not None and change.ttl is None:
+            greater, mod = etcdrpc.Compare.GREATER, etcdrpc.Compare.MOD
+            nested.compare.add(result=greater, target=mod, key=change.key, mod_revision=0)
+            self.make(nested.failure.add(), change, False, txid)
+
+    def make(self, operation: Any, change: Change, exists: bool, txid: str) -> None:
+        """Have an operation make a change to a key that exists at that moment, or does not."""
+        if change.value is None:
+            operation.request_delete_range.key = change.key
+            return
+        put = operation.request_put
+        put.key, put.value = change.key, change.value
+        if change.ttl:
+            lease = self._leases.get((txid, change.ttl))
+            if lease is None:
+                lease = self._leases[txid, change.ttl] = self.etcd.lease_future(change.ttl)
+            self._puts.append((put, lease))
+        elif change.ttl is None:
+            put.ignore_lease = exists  # a plain put would detach the key from it
+
+    def when_granted(self, callback: Callable[[], None]) -> None:
+        """Have something called, in any thread, whenever one of the leases is there or refused."""
+        for lease in self._leases.values():
+            lease.add_done_callback(lambda _: callback())
+
+    def granted(self) -> bool:
+        """Whether nothing has to be waited for before it is sent."""
+        return all(lease.done() for lease in self._leases.values())
+
+    def send(self, settled: int, unsettled: Iterable[Sent]) -> None:
+        """Complete the request, and send it. A lease that was refused is the answer."""
+        for put, lease in self._puts:
+            if lease.code() is not grpc.StatusCode.OK:
+                self.future = lease
+                return
+            put.lease = lease.result().ID
         content = {"rows": self.rows, "settled": settled, "unsettled": list(unsettled)}
         self._receipt.value = json.dumps(content, separators=(",", ":")).encode()
-        self.future = etcd.txn_future(self.request)
+        self.future = self.etcd.txn_future(self.request)
 
     def answer(self) -> Any:
         """The TxnResponse of the fenced level, with the header. Raises grpc.RpcError."""
@@ -3024,6 +3173,15 @@ class Txn:
         return format_rows(row for transaction in failed for row in transaction.rows)
 
 
+def replaced_versions(transaction: OutboxTransaction, answers: Sequence[Any]) -> Iterator[int]:
+    """What etcd answers that forced changes have replaced, in order; 0 for nothing."""
+    for change, answer in zip(transaction.changes, answers):
+        if change.forced:
+            forced = answer.response_txn
+            kvs = forced.responses[0].response_range.kvs if forced.succeeded else ()
+            yield kvs[0].mod_revision if kvs else 0
+
+
 class Pipeline:
     """Sends Txns to etcd one after another: each as soon as the one before it was answered.
 
@@ -3033,8 +3191,7 @@ class Pipeline:
     the fence nothing more is sent until resume().  Public methods are for the loop's thread.
     """
 
-    def __init__(self, etcd: Etcd, waker: Waker, settled: int, unsettled: Iterable[Sent]) -> None:
-        self._etcd = etcd
+    def __init__(self, waker: Waker, settled: int, unsettled: Iterable[Sent]) -> None:
         self._waker = waker
         self._lock = threading.Lock()
         self._settled = settled
@@ -3054,24 +3211,26 @@ class Pipeline:
             length = sum(len(sent.rows) + len(sent.refused) for sent in self._unsettled)
         return len(self) >= PIPELINE_DEPTH or length > RECEIPT_MAX_BYTES
 
-    def add(self, *txns: Txn, first: bool = False) -> None:
-        """Send Txns when their turn comes; first: before all others."""
+    def add(self, txn: Txn, first: bool = False) -> None:
+        """Send a Txn when its turn comes; first: before all others."""
         with self._lock:
             if first:
-                self._unsent.extendleft(reversed(txns))
+                self._unsent.appendleft(txn)
             else:
-                self._unsent.extend(txns)
+                self._unsent.append(txn)
+        txn.when_granted(self._send)
         self._send()
 
     def _send(self) -> None:
         with self._lock:
             if self._sending or self._halted or not self._unsent:
                 return
-            if self._unsent[0].alone and self._unsettled:
+            txn = self._unsent[0]
+            if (txn.alone and self._unsettled) or not txn.granted():
                 return
-            txn = self._unsent.popleft()
+            self._unsent.popleft()
             self._sending = True
-            txn.send(self._etcd, self._settled, self._unsettled)
+            txn.send(self._settled, self._unsettled)
         txn.future.add_done_callback(lambda _: self._done(txn))
 
     def _done(self, txn: Txn) -> None:
@@ -3124,7 +3283,11 @@ SIZE = "coalesce(pg_catalog.octet_length(value), pg_catalog.octet_length(value_b
 ROW_COLUMNS = """
     w.id, (extract(epoch FROM w.ts)::float8 * 1000000::float8)::bigint, w.key, w.value,
     w.value_bytes, w.revision, w.txid::text, d.id, d.status,
-    CASE WHEN d.value IS NULL AND d.value_bytes IS NULL THEN 0 ELSE d.result_revision END
+    CASE WHEN d.value IS NULL AND d.value_bytes IS NULL THEN 0 ELSE d.result_revision END,
+    CASE WHEN w.ttl >= '0'::interval
+             THEN least(pg_catalog.ceil(extract(epoch FROM w.ttl)::float8), 1e12::float8)::bigint
+         WHEN w.ttl IS NOT NULL THEN -1 END,
+    w.force
 """
 DEPENDENCY = """
 LEFT JOIN LATERAL (
@@ -3196,7 +3359,7 @@ class Outbox:
         self.receipts = Receipts(etcd, state.mirror_id)
         self.fence = self.receipts.fence(postgres.database)
         sent = self.receipts.sent(state.receipt)
-        self.pipeline = Pipeline(etcd, engine.waker, state.receipt, sent)
+        self.pipeline = Pipeline(engine.waker, state.receipt, sent)
         self.all_read = False  # whether there is no pending row that was not read
         self.split = set(state.split)
         self.retired = False  # nothing more is read or sent, but what was sent is settled
@@ -3215,13 +3378,13 @@ class Outbox:
         with self.postgres.cursor() as cur:
             cur.execute(SENT_SQL, {"ids": ids, "prefix": self.postgres.prefix})
             found = {row[0]: OutboxRow(*row) for row in cur}
-        settled = 0
+        limits, settled = self.limits(), 0
         for item, rows in zip(sent, queued):
             there = [found[i] for i in sorted(rows) if i in found]
             there = [row for row in there if row.queued_at == rows[row.id]]
             refused = parse_rows(item.refused)
             transactions = group_rows(
-                [row for row in there if row.id in refused], len(there), self.split
+                [row for row in there if row.id in refused], limits, self.split
             )
             applied = OutboxTransaction([row for row in there if row.id not in refused])
             outcomes: list[Outcome] = []
@@ -3231,9 +3394,14 @@ class Outbox:
                 )
                 self.queue.depend(transaction)
                 transaction.resolve()
+            forced = [change.key for change in applied.changes if change.forced]
+            applied.replaced([self.version_at(key, item.revision - 1) for key in forced])
             outcomes += self.applied(applied, item.revision)
             for transaction in transactions:
-                current = [self.version_at(c.key, item.revision) for c in transaction.changes]
+                current = []
+                for change in transaction.strict:
+                    version = self.version_at(change.key, item.revision)
+                    current.append(self.version_at(change.key) or 0 if version is None else version)
                 outcomes += self.refused(transaction, current)
             moves = any(change.moves for change in applied.changes)
             self.acknowledged.append(Acknowledged(item.revision, moves, outcomes, time.monotonic()))
@@ -3246,33 +3414,37 @@ class Outbox:
                 {"changes": describe(settled, "change")},
             )
 
-    def version_at(self, key: bytes, revision: int) -> int:
-        """The mod_revision that a key had, or if etcd has compacted that, has; 0 for none."""
-        etcd = self.receipts.etcd
+    def version_at(self, key: bytes, revision: int = 0) -> int | None:
+        """The mod_revision that a key had at a revision, or has; 0 for none, None: compacted."""
         try:
-            kvs = etcd.range(key, revision=revision, keys_only=True).kvs
+            kvs = self.receipts.etcd.range(key, revision=revision, keys_only=True).kvs
         except Compacted:
-            kvs = etcd.range(key, keys_only=True).kvs
+            return None
         return int(kvs[0].mod_revision) if kvs else 0
 
     # ─ read ─
 
     def fill(self) -> bool:
         """Read, pack and send as much as there is room for; whether anything was sent."""
-        limits = self.engine.config.max_txn_ops, self.receipts.etcd.guarded
-        sent = False
+        limits, sent = self.limits(), False
         while not self.pipeline.full() and self.unwritten() < self.engine.config.batch_size:
-            transactions = self.queue.take(*limits)
+            transactions = self.queue.take(limits)
             while not (transactions or self.all_read) and self.has_room():
                 self.read()
-                transactions = self.queue.take(*limits)
+                transactions = self.queue.take(limits)
             if not (transactions or self.pipeline or self.unwritten()):
-                transactions = self.queue.take(*limits, force=True)
+                transactions = self.queue.take(limits, stalled=True)
             if not transactions:
                 break
-            self.pipeline.add(Txn(transactions, self.receipts, self.fence))
+            self.send(transactions)
             sent = True
         return sent
+
+    def send(
+        self, transactions: list[OutboxTransaction], alone: bool = False, first: bool = False
+    ) -> None:
+        """Send transactions in one Txn when its turn comes; first: before all others."""
+        self.pipeline.add(Txn(transactions, self.receipts, self.fence, alone), first=first)
 
     def unwritten(self) -> int:
         """How many changes wait for the mirror."""
@@ -3287,12 +3459,15 @@ class Outbox:
 
     def read(self) -> None:
         """Queue pending rows that were not read yet."""
-        max_changes = self.max_changes()
-        rows, self.all_read = self.pending(self.engine.config.batch_size, max_changes)
+        limits = self.limits()
+        rows, self.all_read = self.pending(self.engine.config.batch_size, limits.largest())
         self.queue.versions.update(dict.fromkeys((row.id for row in rows), None))
-        for transaction in group_rows(rows, max_changes, self.split):
+        for transaction in group_rows(rows, limits, self.split):
             if any(key.encode().startswith(RESERVED) for key in transaction.keys):
                 self.fail(transaction, Rejected(f"keys below {RESERVED.decode()} are reserved"))
+            elif any(row.ttl and not 0 < row.ttl <= TTL_MAX_S for row in transaction.rows):
+                limit = f"a ttl must not be negative, nor above {TTL_MAX_S} seconds"
+                self.fail(transaction, Rejected(limit))
             else:
                 self.queue.add(transaction)
 
@@ -3316,13 +3491,9 @@ class Outbox:
             rows.extend(OutboxRow(*row) for row in cur)
         return sorted(rows), False
 
-    def max_changes(self) -> int:
-        """How many changes one transaction can have: each level of nesting takes some operations.
-
-        etcd subtracts from the limit of a level what the level above holds.
-        """
-        room = self.engine.config.max_txn_ops - 3  # receipt, nested transaction, refusal
-        return max(1, room // 2 if self.receipts.etcd.guarded else room)
+    def limits(self) -> Limits:
+        """What etcd takes in one Txn."""
+        return Limits(self.engine.config.max_txn_ops, self.receipts.etcd.guarded)
 
     # ─ etcd's answers ─
 
@@ -3349,6 +3520,7 @@ class Outbox:
         revision, outcomes, moves = answer.header.revision, [], False
         for transaction, item in zip(txn.transactions, answer.responses[1:]):
             if item.response_txn.succeeded:
+                transaction.replaced(replaced_versions(transaction, item.response_txn.responses))
                 outcomes += self.applied(transaction, revision)
                 moves = moves or any(change.moves for change in transaction.changes)
                 continue
@@ -3372,26 +3544,24 @@ class Outbox:
 
     def applied(self, transaction: OutboxTransaction, revision: int) -> list[Outcome]:
         """The outcomes of a transaction that etcd took at a revision."""
-        reached, after = {}, {}
-        for change in transaction.changes:
-            key = change.key.decode()
-            reached[key] = revision if change.moves else None
-            after[key] = revision if change.value is not None else 0
+        changes = {change.key.decode(): change for change in transaction.changes}
         outcomes = []
         for row in transaction.rows:
+            change = changes[row.key]
+            reached = revision if change.moves else None
+            replaced = change.expected or None if row.force else None
             outcomes.append(
-                Outcome(row.id, row.key, "success", reached[row.key], None, transaction.read_at)
+                Outcome(row.id, row.key, "success", reached, None, transaction.read_at, replaced)
             )
-            self.queue.answered(row.id, after[row.key])
+            self.queue.answered(row.id, 0 if change.value is None else revision)
         return outcomes
 
     def refused(self, transaction: OutboxTransaction, current: Sequence[int]) -> list[Outcome]:
         """The outcomes of a transaction one of whose keys etcd has at another version."""
-        message = conflict_message(transaction.changes, current)
+        strict = transaction.strict
+        message = conflict_message(strict, current)
         self.engine.conflicts.note(transaction.rows[0].id, message)
-        beaten_at = {
-            c.key.decode(): now for c, now in zip(transaction.changes, current) if now != c.expected
-        }
+        beaten_at = {c.key.decode(): now for c, now in zip(strict, current) if now != c.expected}
         newest = max(beaten_at.values(), default=0)
         outcomes = []
         for row in transaction.rows:
@@ -3419,22 +3589,23 @@ class Outbox:
         if isinstance(error, TokenExpired) and not self.token_renewed:
             self.token_renewed = True
             self.receipts.etcd.authenticate()
-            self.pipeline.add(txn, first=True)
+            self.send(transactions, alone=txn.alone, first=True)
+        elif isinstance(error, LeaseNotFound):  # it took its time; the next one is granted now
+            self.send(transactions, alone=txn.alone, first=True)
         elif isinstance(error, (Rejected, PermissionDenied)):
             if isinstance(
                 error, PermissionDenied
             ):  # is it the keys of the changes, or the receipt?
                 with self.receipts.grant_named():
                     self.receipts.etcd.check_write(self.receipts.key, self.receipts.range_end)
-            if len(transactions) == 1 and not txn.alone:
-                txn.alone = True
-                self.pipeline.add(txn, first=True)
-            elif len(transactions) == 1:
-                self.fail(transactions[0], error)
             middle = len(transactions) // 2
-            halves = [h for h in (transactions[:middle], transactions[middle:]) if middle]
-            again = (Txn(half, self.receipts, self.fence) for half in halves)
-            self.pipeline.add(*again, first=True)
+            if middle:
+                self.send(transactions[middle:], first=True)
+                self.send(transactions[:middle], first=True)
+            elif not txn.alone:
+                self.send(transactions, alone=True, first=True)
+            else:
+                self.fail(transactions[0], error)
         else:
             ids = int_array(row.id for transaction in transactions for row in transaction.rows)
             with self.postgres.cursor() as cur:
@@ -4797,7 +4968,8 @@ FIRST_PENDING_SQL = f"""
 SELECT w.id, w.key, coalesce(
            CASE WHEN d.status = 'success' AND d.value IS NULL AND d.value_bytes IS NULL THEN 0
                 WHEN d.status = 'success' THEN d.result_revision END, w.revision, 0) AS expected,
-       d.status IS NOT DISTINCT FROM 'pending' AS waits, pg_catalog.count(*) OVER () AS total
+       d.status IS NOT DISTINCT FROM 'pending' AS waits, w.force,
+       pg_catalog.count(*) OVER () AS total
 FROM etcd_wal w {DEPENDENCY}
 WHERE w.status = 'pending' AND pg_catalog.starts_with(w.key, %(prefix)s)
 ORDER BY w.id LIMIT 20
@@ -4854,7 +5026,9 @@ def report_pending(postgres: Postgres, etcd: Etcd) -> None:
     for row in rows:
         kvs = etcd.range(row["key"].encode(), keys_only=True).kvs
         current = kvs[0].mod_revision if kvs else 0
-        if row["waits"]:
+        if row["force"]:
+            meets = "to apply, whatever etcd holds"
+        elif row["waits"]:
             meets = "made on top of a pending one"
         elif current == row["expected"]:
             meets = "to apply"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
+import bisect
 import collections
 import io
 import itertools
@@ -49,6 +50,7 @@ from contextlib import (
     redirect_stdout,
     suppress,
 )
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, TypeVar
@@ -833,6 +835,7 @@ class Wal(NamedTuple):
     error_message: str | None
     txid: str
     depends_on: int | None
+    ttl: timedelta | None
     force: bool
     replaced_revision: int | None
 
@@ -842,7 +845,7 @@ def wal_rows(db: str, prefix: str = "") -> list[Wal]:
     sql = """
         SELECT id, convert_to(key, 'UTF8'), coalesce(value_bytes, convert_to(value, 'UTF8')),
                revision, status, result_revision, error_message, txid::text, depends_on,
-               force, replaced_revision
+               ttl, force, replaced_revision
         FROM etcd_wal WHERE starts_with(key, %s) ORDER BY id
     """
     return [Wal(*row) for row in rows(db, sql, prefix)]
@@ -896,10 +899,21 @@ def wait_status(db: str, change: int, status: str) -> str:
     return str(message)
 
 
-def version_before(history: list[Event], key: bytes, revision: int) -> int:
-    """Return the mod_revision that a key had just before a revision, 0 for none."""
-    earlier = [event for event in history if event.key == key and event.revision < revision]
-    return earlier[-1].revision if earlier and earlier[-1].value is not None else 0
+class Told:
+    """What etcd told a recorder, by revision and key."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.leases = recorder.leases
+        self.values = {event[:2]: event.value for event in recorder.history()}
+        self.versions: dict[bytes, list[int]] = collections.defaultdict(list)
+        for revision, key in self.values:  # in order
+            self.versions[key].append(revision)
+
+    def before(self, revision: int, key: bytes) -> int:
+        """Return the mod_revision that the key had just before a revision, 0 for none."""
+        index = bisect.bisect_left(self.versions[key], revision)
+        last = self.versions[key][index - 1] if index else 0
+        return last if self.values.get((last, key)) is not None else 0
 
 
 def expected_version(row: Wal, wal: dict[int, Wal]) -> int:
@@ -914,65 +928,76 @@ def expected_version(row: Wal, wal: dict[int, Wal]) -> int:
     return row.revision or 0
 
 
+def lies(changes: Sequence[Wal], wal: dict[int, Wal], told: Told, compacted: bool) -> list[str]:
+    """Say what is not true of the successful changes to a key at one revision, the last of which
+    counts."""
+    row, forced = changes[-1], any(change.force for change in changes)
+    at = (row.result_revision or 0, row.key)
+    before = told.before(*at)
+    made_on = before if forced else expected_version(row, wal)
+    if row.value is None and not made_on:
+        return []  # deleted what was not there
+    found = []
+    if told.values.get(at, b"nothing") != row.value:
+        found.append(f"etcd tells {told.values.get(at, b'nothing')!r} of {row}")
+    if before != made_on:
+        found.append(f"made on {made_on}, applied on {before}: {row}")
+    forgotten = compacted and row.replaced_revision is None
+    if row.force and row.replaced_revision != (before or None) and not forgotten:
+        found.append(f"replaced {before}: {row}")
+    lease, had = (told.leases.get((r, row.key), 0) for r in (at[0], before))
+    right = lease == had if row.ttl is None else bool(lease) == bool(row.ttl)
+    if row.value is not None and len(changes) == 1 and not right:
+        found.append(f"lease {lease} after {had}: {row}")
+    return found
+
+
 def assert_outcomes(
-    recorder: Recorder, *dbs: str, load: Load | None = None, whole: int = 40
+    recorder: Recorder,
+    *dbs: str,
+    load: Load | None = None,
+    whole: int = 40,
+    compacted: bool = False,
 ) -> collections.Counter[str]:
     """Hold every row of etcd_wal against what etcd did, and the other way round.
 
-    - A success is one event with its value at its revision, made on the version that the row says;
-      or no event, if it deleted what was not there.
+    - A success is one event with its value at its revision, made on the version that the row says,
+      or on any if it is forced, with the lease that it should have; or no event, if it deleted
+      what was not there.
     - A conflict or failure left no trace: what etcd tells of a value that begins with sql is a
       success. So is each deletion, but for those by the load in etcd and of leases.
     - An event belongs to one transaction. Up to `whole` changes of one end alike, at one revision.
 
-    Returns the statuses.
+    compacted: etcd may have forgotten what a forced change replaced. Returns the statuses.
     """
     for db in dbs:
         wait_settled(db)
     recorder.sync()
-    history = recorder.history()
-    by_key = collections.defaultdict(list)
-    for event in history:
-        by_key[event.key].append(event)
-    events = {event[:2]: event.value for event in history}
-    claims: dict[tuple[int, bytes], set[str]] = collections.defaultdict(set)  # transactions
+    told, wrong = Told(recorder), list[str]()
+    claims: dict[tuple[int, bytes], str] = {}
     statuses: collections.Counter[str] = collections.Counter()
-    wrong: list[str] = []
     for db in dbs:
         wal = {row.id: row for row in wal_rows(db, recorder.prefix.decode())}
         statuses.update(row.status for row in wal.values())
         transactions: dict[str, list[Wal]] = collections.defaultdict(list)
         for row in wal.values():
             transactions[row.txid].append(row)
-        for together in transactions.values():
-            applied = {row.result_revision for row in together if row.status == "success"} - {None}
-            parts = max(len(applied), len({row.status for row in together}))
-            if parts > 1 and len(together) <= whole:
+        for txid, together in transactions.items():
+            successes = [row for row in together if row.status == "success"]
+            revisions = {row.result_revision for row in successes} - {None}
+            parts = max(len(revisions), len({row.status for row in together}))
+            if parts > 1 and len(together) + any(row.force for row in together) <= whole:
                 wrong.append(f"a transaction in parts: {together}")
-        successes = [row for row in wal.values() if row.status == "success"]
-        last = {(row.txid, row.key, row.result_revision): row.id for row in successes}
-        for row in successes:  # of the changes of a key in a transaction the last one counts
-            if last[row.txid, row.key, row.result_revision] != row.id:
-                continue
-            at = (row.result_revision or 0, row.key)
-            before = version_before(by_key[row.key], row.key, at[0])
-            made_on = before if row.force else expected_version(row, wal)
-            if row.value is None and not made_on:
-                continue  # deleted what was not there
-            claims[at].add(row.txid)
-            if events.get(at, b"nothing") != row.value:
-                wrong.append(f"etcd tells {events.get(at, b'nothing')!r} of {row}")
-            elif before != made_on:
-                wrong.append(f"made on {made_on}, applied on {before}: {row}")
-            elif row.force and row.replaced_revision not in (None, before):
-                wrong.append(f"replaced {before}: {row}")
-    wrong += [f"{at} is claimed by several: {who}" for at, who in claims.items() if len(who) > 1]
-    unclaimed = [event for event in history if event[:2] not in claims]
-    wrong += [f"nobody claims {e}" for e in unclaimed if (e.value or b"").startswith(b"sql")]
+            for at in {(row.result_revision or 0, row.key): None for row in successes}:
+                changes = [row for row in successes if (row.result_revision or 0, row.key) == at]
+                wrong += lies(changes, wal, told, compacted)
+                if at in told.values and claims.setdefault(at, txid) != txid:
+                    wrong.append(f"transaction {claims[at]} claims it too: {changes}")
+    unclaimed = [at for at in told.values if at not in claims]
+    wrong += [f"nobody claims {at}" for at in unclaimed if (told.values[at] or b"")[:3] == b"sql"]
     if load is not None:
-        gone = [e for e in unclaimed if e.value is None and e[:2] not in load.deleted]
-        versions = {e: (version_before(by_key[e.key], e.key, e.revision), e.key) for e in gone}
-        gone = [e for e in gone if not recorder.leases.get(versions[e])]
+        gone = [at for at in unclaimed if told.values[at] is None and at not in load.deleted]
+        gone = [at for at in gone if not told.leases.get((told.before(*at), at[1]))]
         if len(gone) > load.unsure:
             wrong.append(f"nobody claims the deletes {gone[:9]}, {load.unsure} are in doubt")
     assert not wrong, f"{len(wrong)} outcomes are not true:\n" + "\n".join(wrong[:10])
@@ -1303,12 +1328,24 @@ def random_text(size: int) -> bytes:
     return base64.b64encode(os.urandom(size))[:size]
 
 
+INSERT_MADE_ON_SQL = """
+    INSERT INTO etcd_wal (key, value, ttl, force, revision)
+    VALUES (%s, %s, %s, %s, (SELECT max(revision) FROM etcd WHERE key = %s)) RETURNING id
+"""
+
+
+def leases(client: EtcdClient) -> set[int]:
+    """The leases that there are."""
+    answer = client.call(client.leases.LeaseLeases, etcdrpc.LeaseLeasesRequest())
+    return {lease.ID for lease in answer.leases}
+
+
 class Load:
     """Changes on both sides of a prefix until stopped, whatever the servers do meanwhile.
 
-    Some keys are changed by both sides, so that there are conflicts; some by one side only. Every
-    value is written once, so that an event in etcd tells which change it was. The schema must be
-    there.
+    Some keys are changed by both sides, so that there are conflicts; some by one side only; some
+    expire. Every value is written once, so that an event in etcd tells which change it was. The
+    schema must be there.
     """
 
     def __init__(self, db: str, endpoint: str, prefix: str, per_s: float, seed: int) -> None:
@@ -1384,11 +1421,11 @@ class Load:
             keys = [f"{key}/{n}" for n in range(3)]
             return "SELECT etcd_set(k, %s || k) FROM unnest(%s) k", (value + "=", keys)
         if kind < 0.4:  # compare-and-swap on what may be long gone
-            sql = """
-                INSERT INTO etcd_wal (key, value, revision)
-                SELECT %s, %s, max(revision) FROM etcd WHERE key = %s RETURNING id
-            """
-            return sql, (key, value, key)
+            return INSERT_MADE_ON_SQL, (key, value, None, False, key)
+        if kind < 0.5:  # expires, or is overwritten before that
+            return INSERT_MADE_ON_SQL, (key, value, "1 second", dice.random() < 0.3, key)
+        if kind < 0.6:
+            return INSERT_MADE_ON_SQL, (key, value if kind < 0.57 else None, None, True, key)
         return "SELECT etcd_set(%s, %s)", (key, value)
 
     def run(self, count: int) -> None:
@@ -1434,7 +1471,7 @@ class Load:
         self.wait_expired()
         assert_same(self.recorder, self.db, self.prefix, gaps=gaps)
         wait_equal(self.db, self.client, self.prefix)
-        statuses = assert_outcomes(self.recorder, self.db, load=self)
+        statuses = assert_outcomes(self.recorder, self.db, load=self, compacted=gaps)
         lost = set(self.committed) - {row.id for row in wal_rows(self.db)}
         assert not lost, f"committed changes are gone: {lost}"
         assert self.etcd_changes > 20 < statuses["success"], statuses  # or there was no load
@@ -2015,7 +2052,8 @@ def outbox_row(id_: int, key: str, txid: int, **fields: Any) -> etcd_fdw.OutboxR
 def test_group_rows_splits_only_what_is_too_large(changes, max_changes):
     rows = [outbox_row(id_, key, txid) for id_, (key, txid) in enumerate(changes)]
     split: set[str] = set()
-    groups = etcd_fdw.group_rows(rows, max_changes, split)
+    limits = etcd_fdw.Limits(max_changes + 3, False)
+    groups = etcd_fdw.group_rows(rows, limits, split)
     assert sorted(row.id for group in groups for row in group.rows) == list(range(len(rows)))
     for group in groups:
         (txid,) = {row.txid for row in group.rows}
@@ -2038,7 +2076,7 @@ def test_queue_keeps_the_order_of_each_key_and_each_key_once_in_a_txn(transactio
         rows = [outbox_row(next(ids), key, txid) for key in sorted(keys)]
         queue.add(etcd_fdw.OutboxTransaction(rows))
     sent = []
-    while txn := queue.take(max_ops, guarded=False):
+    while txn := queue.take(etcd_fdw.Limits(max_ops, False)):
         keys = [change.key for transaction in txn for change in transaction.changes]
         assert len(set(keys)) == len(keys)
         widest = max(len(transaction.changes) for transaction in txn)
@@ -2472,6 +2510,17 @@ def test_catch_up_with_much_data_takes_little_memory(daemon, db, prefix, etcd):
     sql = "SELECT count(*) FROM etcd WHERE value = %s"
     wait_until("it did not catch up", lambda: scalar(db, sql, value.decode()) == 45)
     assert peak_mib(program.pid) < 150
+
+
+def test_one_revision_larger_than_an_answer_is_mirrored(daemon, db, prefix, own_etcd):
+    keys = [f"{prefix}{number:05}{'k' * 2_480}" for number in range(14_000)]
+    daemon(etcd=etcd_dsn(own_etcd.endpoint, prefix))
+    with EtcdClient(own_etcd.endpoint) as etcd:
+        for start in range(0, len(keys), 100):
+            etcd.txn(success=[etcd.put_op(key, "1") for key in keys[start : start + 100]])
+        wait_until("not mirrored", lambda: len(live(db, prefix)) == len(keys))
+        etcd.delete(prefix, prefix=True)  # 35 MB of keys in one revision
+        wait_until("not deleted", lambda: not live(db, prefix))
 
 
 def test_catch_up_with_many_small_changes_costs_etcd_little(daemon, db, prefix, own_etcd):
@@ -4293,6 +4342,8 @@ _statement = st.one_of(
     st.tuples(st.just("delete"), _key, _made_on),
     st.tuples(st.just("insert"), _key, _value, _made_on),
     st.tuples(st.just("insert_delete"), _key, _made_on),
+    st.tuples(st.sampled_from(["insert_brief", "force", "force_brief"]), _key, _value, _made_on),
+    st.tuples(st.just("force_delete"), _key, _made_on),
     st.tuples(st.just("kv_insert"), _key, _value),
     st.tuples(st.just("kv_update"), _key, _value),
     st.tuples(st.just("kv_delete"), _key),
@@ -4344,7 +4395,7 @@ class History:
         self.daemon: Daemon | None = None
         self.holder: psycopg2.extensions.connection | None = None
         self.numbers = itertools.count(10)
-        self.leases: list[int] = []
+        self.compacted = False
         self.recorder = Recorder(client, prefix, client.revision() + 1)
 
     def close(self) -> None:
@@ -4373,8 +4424,6 @@ class History:
         self.client.put(self.prefix + key, self.fresh(), lease)
         if revoke:
             self.client.revoke(lease)
-        else:
-            self.leases.append(lease)
 
     def txn(self, changes: dict[str, bool]) -> None:
         """Put or delete several keys at one revision."""
@@ -4393,11 +4442,8 @@ class History:
         delete = self.client.delete_op(self.prefix + key)
         self.client.txn([self.client.txn_op([operation]) for operation in (put, delete)])
 
-    def expired(self, lease: int) -> bool:
-        request = etcdrpc.LeaseTimeToLiveRequest(ID=lease)
-        return bool(self.client.call(self.client.leases.LeaseTimeToLive, request).TTL < 0)
-
     def compact(self, back: int) -> None:
+        self.compacted = True
         with suppress(grpc.RpcError):  # compacted already
             self.client.compact(self.recorder.sync() - back)
 
@@ -4431,7 +4477,7 @@ class History:
                 kv = self.client.get(key)
                 revision = kv and kv.mod_revision
             values.append(revision)
-        elif name.startswith(("set", "delete", "insert")):
+        elif name.startswith(("set", "delete", "insert", "force")):
             values.append(None)
         return STATEMENT_SQL[name], tuple(values)
 
@@ -4489,14 +4535,17 @@ class History:
     def finish(self) -> None:
         """Let everything come to rest."""
         self.start()
-        wait_until("a lease did not expire", lambda: all(map(self.expired, self.leases)))
         self.drain()
+        wait_until("a lease did not expire", lambda: not leases(self.client))
+        wait_until("a lease did not expire", lambda: not leases(self.client), 60)
 
     def check(self) -> None:
         """Both sides hold the same, with the past that each can know; every outcome is true."""
         assert_same(self.recorder, self.db, self.prefix, gaps=True)
         wait_equal(self.db, self.client, self.prefix)
-        statuses = assert_outcomes(self.recorder, self.db, whole=self.max_ops)
+        statuses = assert_outcomes(
+            self.recorder, self.db, whole=self.max_ops, compacted=self.compacted
+        )
         assert set(statuses) <= {"success", "conflict"}, statuses
 
 
@@ -4506,6 +4555,11 @@ STATEMENT_SQL = {
     "delete": "SELECT etcd_delete(%s, %s)",
     "insert": "INSERT INTO etcd_wal (key, value, revision) VALUES (%s, %s, %s)",
     "insert_delete": "INSERT INTO etcd_wal (key, revision) VALUES (%s, %s)",
+    "insert_brief": "INSERT INTO etcd_wal (key, value, revision, ttl) VALUES (%s, %s, %s, '1 s')",
+    "force": "INSERT INTO etcd_wal (key, value, revision, force) VALUES (%s, %s, %s, true)",
+    "force_brief": "INSERT INTO etcd_wal (key, value, revision, force, ttl)"
+    " VALUES (%s, %s, %s, true, '1 s')",
+    "force_delete": "INSERT INTO etcd_wal (key, revision, force) VALUES (%s, %s, true)",
     "kv_insert": "INSERT INTO etcd_kv (key, value) VALUES (%s, %s)",
     "kv_update": "WITH new (key, value) AS (VALUES (%s, %s))"
     " UPDATE etcd_kv k SET value = new.value FROM new WHERE k.key = new.key",
@@ -5638,7 +5692,7 @@ class Late:
     def __del__(self): raise OSError("host=h password=s3cret")
 del [Late()][0]
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     lines = [json.loads(line) for line in done.stderr.splitlines()]
     assert sorted(line["message"] for line in lines) == [
         "internal error: OSError: host=h password=****",
@@ -7471,6 +7525,310 @@ def test_backlog_of_refused_changes_shrinks_although_it_is_killed(
     assert own_client.range(prefix).count == 0
 
 
+# ─ leases ─
+
+
+def ask(db: str, key: str, value: str | None = "mine", **columns: Any) -> int:
+    """Insert a change with more columns, such as ttl or force; return its id."""
+    given = {"key": key, "value": value, **columns}
+    sql = f"INSERT INTO etcd_wal ({', '.join(given)}) VALUES %s RETURNING id"
+    return int(scalar(db, sql, tuple(given.values())))
+
+
+def granted_ttl(client: EtcdClient, lease: int) -> int:
+    request = etcdrpc.LeaseTimeToLiveRequest(ID=lease)
+    return int(client.call(client.leases.LeaseTimeToLive, request).grantedTTL)
+
+
+def test_key_with_a_ttl_expires_and_becomes_a_tombstone(daemon, db, prefix, etcd, recorder):
+    daemon()
+    key = prefix + "a"
+    status, revision, _ = outcome(db, ask(db, key, ttl="1 second"))
+    assert status == "success"
+    wait_until("it does not expire", lambda: etcd.get(key) is None)
+    assert_same(recorder, db, prefix)
+    sql = "SELECT revision, tombstone FROM etcd WHERE key = %s ORDER BY revision"
+    put, expired = rows(db, sql, key)
+    assert put == (revision, False)
+    assert expired[1]
+
+
+def test_changes_of_one_transaction_with_the_same_ttl_share_a_lease(daemon, db, prefix, etcd):
+    daemon()
+    insert = """
+        INSERT INTO etcd_wal (key, value, ttl)
+        SELECT %s || i, 'x', (ARRAY['299.2 seconds', '10 minutes', NULL])[1 + i %% 3]::interval
+        FROM generate_series(1, 9) i
+    """
+    for number in range(2):
+        rows(db, insert, f"{prefix}{number}/")
+    assert wait_settled(db) == ["success"] * 18
+    found = collections.Counter(kv.lease for kv in etcd.range(prefix).kvs)
+    assert found.pop(0) == 6
+    assert sorted(found.values()) == [3, 3, 3, 3]
+    assert sorted(granted_ttl(etcd, lease) for lease in found) == [300, 300, 600, 600]
+
+
+def test_lease_is_renewed_kept_and_taken_off(daemon, db, prefix, etcd):
+    daemon()
+    key = prefix + "a"
+    revision: int | None = None
+
+    def lease_after(ttl: str | None) -> int:
+        nonlocal revision
+        status, revision, _ = outcome(db, ask(db, key, revision=revision, ttl=ttl))
+        assert status == "success"
+        return int(etcd.get(key).lease)
+
+    first = lease_after("5 minutes")
+    assert first
+    assert lease_after(None) == first
+    renewed = lease_after("5 minutes")
+    assert renewed not in (0, first)
+    assert lease_after("0") == 0
+    assert lease_after(None) == 0
+
+
+def test_lease_of_a_key_that_a_transaction_changes_more_than_once(daemon, db, prefix, etcd):
+    daemon()
+    insert = "INSERT INTO etcd_wal (key, value, ttl) VALUES "
+    kept, gone = prefix + "kept", prefix + "gone"
+    rows(db, insert + "(%s, '1', '1 hour'), (%s, '2', null)", kept, kept)
+    rows(db, insert + "(%s, '1', '1 hour'), (%s, null, null), (%s, '2', null)", *[gone] * 3)
+    assert wait_settled(db) == ["success"] * 5
+    assert etcd.get(kept).lease
+    assert etcd.get(gone).lease == 0
+
+
+@pytest.mark.parametrize("ttl", ["-1 second", "300 years"])
+def test_ttl_that_etcd_has_no_lease_for_fails(daemon, db, prefix, etcd, ttl):
+    daemon()
+    status, revision, message = outcome(db, ask(db, prefix + "a", ttl=ttl))
+    assert (status, revision) == ("failed", None)
+    assert message is not None and "ttl" in message
+    assert etcd.get(prefix + "a") is None
+    apply_change(db, prefix + "b")
+
+
+def slow_grant(network: Proxy, db: str, client: EtcdClient, key: str) -> int:
+    """Ask for a change with a ttl; return its lease, of which the daemon does not know yet."""
+    before = leases(client)
+    network.delay(3)
+    ask(db, key, ttl="2 seconds")
+    (lease,) = wait_until("no lease was granted", lambda: leases(client) - before)
+    return lease
+
+
+def test_lease_that_runs_out_on_the_way_is_granted_anew(
+    daemon, db, prefix, own_etcd, own_client, network
+):
+    key = prefix + "a"
+    daemon(etcd=etcd_dsn(network.endpoint, prefix) + "?request_timeout=60s")
+    apply_change(db, prefix + "first")
+    own_client.revoke(slow_grant(network, db, own_client, key))
+    network.resume()
+    status, revision = became(db, key)
+    assert status == "success"
+    recorded = own_client.range(key, revision=revision).kvs
+    assert [kv.mod_revision for kv in recorded] == [revision]
+    assert recorded[0].lease
+
+
+def test_crash_between_grant_and_put_leaves_a_lease_that_expires(
+    daemon, db, prefix, own_etcd, own_client, network
+):
+    key = prefix + "a"
+    first = daemon(etcd=etcd_dsn(network.endpoint, prefix) + "?request_timeout=60s")
+    apply_change(db, prefix + "first")
+    left = slow_grant(network, db, own_client, key)
+    first.kill()
+    assert own_client.get(key) is None
+    daemon(etcd=etcd_dsn(own_etcd.endpoint, prefix))
+    status, revision = became(db, key)
+    assert status == "success"
+    assert own_client.range(key, revision=revision).kvs[0].lease != left
+    wait_until("it does not expire", lambda: left not in leases(own_client))
+
+
+def test_lost_answer_to_a_put_with_a_lease(daemon, db, prefix, own_etcd, own_client):
+    key, dsn = prefix + "a", etcd_dsn(own_etcd.endpoint, prefix)
+    sql = "INSERT INTO etcd_wal (key, value, ttl) VALUES (%s, 'mine', '1 hour')"
+    sent = kill_once_sent(daemon(etcd=dsn), db, own_client, sql, key)
+    lease = own_client.get(key).lease
+    daemon(etcd=dsn)
+    assert became(db, key) == ("success", sent)
+    assert own_client.get(key).lease == lease
+    assert leases(own_client) == {lease}
+
+
+# ─ forced changes ─
+
+
+def forced(db: str, id_: int) -> tuple[str, int | None, int | None]:
+    """Wait until a change is done; return its status, result_revision, replaced_revision."""
+    status, revision, _ = outcome(db, id_)
+    return status, revision, scalar(db, "SELECT replaced_revision FROM etcd_wal WHERE id = %s", id_)
+
+
+def revision_of(client: EtcdClient, key: str) -> int:
+    return int(client.get(key).mod_revision)
+
+
+@pytest.mark.parametrize("login", [False, True], ids=["no login", "login"])
+def test_forced_changes_apply_whatever_etcd_holds(daemon, db, secure_etcd, login):
+    with secure_etcd.enable_auth() if login else EtcdClient(secure_etcd.endpoint) as client:
+        daemon("--audit", "all", etcd=secure_etcd.dsn())
+        theirs = client.put("/t/a", "theirs")
+        change = ask(db, "/t/a", force=True)
+        assert forced(db, change) == ("success", mine := revision_of(client, "/t/a"), theirs)
+        assert client.get("/t/a").value == b"mine"
+        # made on a version that never was
+        stale = ask(db, "/t/a", "again", revision=7_000_000, force=True)
+        assert forced(db, stale) == ("success", revision_of(client, "/t/a"), mine)
+        new = ask(db, "/t/new", revision=5, force=True)
+        assert forced(db, new) == ("success", revision_of(client, "/t/new"), None)
+        there = revision_of(client, "/t/new")
+        status, revision, replaced = forced(db, ask(db, "/t/new", None, force=True))
+        assert (status, replaced) == ("success", there)
+        assert client.get("/t/new") is None
+        assert client.revision() == revision
+        assert forced(db, ask(db, "/t/new", None, force=True)) == ("success", None, None)
+        sql = "SELECT details FROM etcd_sync_event WHERE details ->> 'wal_id' = %s"
+        details = scalar(db, sql, str(change))
+        assert (details["forced"], details["replaced_revision"]) == (True, theirs)
+
+
+@pytest.mark.parametrize("ttl", [None, "0", "1 hour"])
+def test_lease_of_a_key_that_is_overwritten_by_force(daemon, db, prefix, etcd, ttl):
+    daemon()
+    lease = etcd.grant(3600)
+    etcd.put(prefix + "leased", "theirs", lease)
+    etcd.put(prefix + "plain", "theirs")
+    for key in ("leased", "plain", "new"):
+        assert outcome(db, ask(db, prefix + key, ttl=ttl, force=True))[0] == "success"
+    found = [etcd.get(prefix + key).lease for key in ("leased", "plain", "new")]
+    if ttl == "1 hour":
+        assert len({0, lease, *found}) == 5
+    else:
+        assert found == [0 if ttl else lease, 0, 0]
+
+
+def test_strict_change_beats_forced_ones_of_its_transaction(daemon, db, prefix, etcd):
+    daemon()
+    insert = "INSERT INTO etcd_wal (key, value, revision, force) VALUES (%s, %s, %s, %s)"
+    a, b = prefix + "a", prefix + "b"
+    theirs = etcd.put(a, "theirs"), etcd.put(b, "theirs")
+
+    def both(revision: int) -> list[tuple[Any, ...]]:
+        with closing(connect(db)) as conn, conn.cursor() as cur:
+            cur.execute("BEGIN")
+            cur.execute(insert, (a, "mine", 1, True))
+            cur.execute(insert, (b, "mine", revision, False))
+            cur.execute("COMMIT")
+        wait_settled(db)
+        sql = "SELECT status, result_revision, replaced_revision FROM etcd_wal ORDER BY id DESC"
+        return rows(db, sql + " LIMIT 2")[::-1]
+
+    assert both(1) == [("conflict", theirs[1], None)] * 2
+    assert (revision_of(etcd, a), revision_of(etcd, b)) == theirs
+    done = both(theirs[1])
+    mine = revision_of(etcd, a)
+    assert done == [("success", mine, theirs[0]), ("success", mine, None)]
+    assert revision_of(etcd, b) == mine
+
+
+def test_key_is_forced_if_any_of_its_changes_in_the_transaction_is(daemon, db, prefix, etcd):
+    daemon()
+    theirs = etcd.put(prefix + "a", "theirs")
+    insert = "INSERT INTO etcd_wal (key, value, force) VALUES (%s, '1', true), (%s, '2', false)"
+    rows(db, insert, prefix + "a", prefix + "a")
+    assert wait_settled(db) == ["success"] * 2
+    assert etcd.get(prefix + "a").value == b"2"
+    assert rows(db, "SELECT replaced_revision FROM etcd_wal ORDER BY id") == [(theirs,), (None,)]
+
+
+def test_forced_changes_to_a_key_keep_their_order(daemon, db, prefix, etcd, recorder):
+    daemon().stop()
+    theirs = etcd.put(prefix + "a", "theirs")
+    beaten = ask(db, prefix + "a", "beaten")
+    ids = [ask(db, prefix + "a", str(n), depends_on=beaten, force=n != 5) for n in range(10)]
+    daemon()
+    found = [forced(db, id_) for id_ in (beaten, *ids)]
+    assert [status for status, *_ in found] == ["conflict", *["success"] * 5, "conflict"] + [
+        "success"
+    ] * 4
+    applied = [item for item in found if item[0] == "success"]
+    assert [replaced for *_, replaced in applied] == [theirs, *(item[1] for item in applied[:-1])]
+    assert etcd.get(prefix + "a").value == b"9"
+    assert_same(recorder, db, prefix)
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_lost_answer_to_forced_changes(daemon, db, prefix, own_etcd, own_client, compacted):
+    a, b, c = (prefix + name for name in "abc")
+    theirs = [own_client.put(key, "old") for key in (a, b)]
+    dsn = etcd_dsn(own_etcd.endpoint, prefix)
+    first = daemon(*HASTE, etcd=dsn)
+    values = "(%s, 'mine', true), (%s, NULL, true), (%s, NULL, true) RETURNING id"
+    with frozen_mirror(db):
+        insert = "INSERT INTO etcd_wal (key, value, force) VALUES "
+        put, delete, nothing = (i for (i,) in rows(db, insert + values, a, b, c))
+        wait_until("nothing was sent", lambda: own_client.get(a).value == b"mine")
+        sent = revision_of(own_client, a)
+        first.kill()
+    later = own_client.put(a, "theirs")
+    if compacted:
+        own_client.compact(later)
+    daemon(*HASTE, etcd=dsn)
+    assert forced(db, put) == ("success", sent, None if compacted else theirs[0])
+    assert forced(db, delete) == ("success", sent, None if compacted else theirs[1])
+    if not compacted:
+        assert forced(db, nothing) == ("success", None, None)
+    assert outcome(db, nothing)[0] == "success"
+    assert revision_of(own_client, a) == later
+
+
+def test_forced_change_that_arrives_late_undoes_nothing(
+    daemon, db, prefix, own_etcd, own_client, network
+):
+    key = prefix + "a"
+    first = daemon(*HASTE, etcd=etcd_dsn(network.endpoint, prefix))
+    apply_change(db, prefix + "first")
+    keep_back(
+        network, db, "INSERT INTO etcd_wal (key, value, force) VALUES (%s, 'mine', true)", key
+    )
+    first.kill()
+    daemon(*HASTE, etcd=etcd_dsn(own_etcd.endpoint, prefix))
+    assert became(db, key) == ("success", revision_of(own_client, key))
+    theirs = own_client.put(key, "theirs")
+    deliver(network, own_etcd)
+    assert revision_of(own_client, key) == theirs
+
+
+@pytest.mark.parametrize("login", [False, True], ids=["no login", "login"])
+def test_forced_transactions_around_the_largest_size_arrive(daemon, db, secure_etcd, login):
+    """A forced change is a level deeper, which a transaction gives a change for."""
+    limit = 128  # the server's
+    with secure_etcd.enable_auth() if login else EtcdClient(secure_etcd.endpoint) as client:
+        daemon("--max-txn-ops", str(limit), etcd=secure_etcd.dsn()).stop()
+        whole = (limit - 4) // 2 if login else limit - 4
+        sizes = [*range(whole - 2, whole + 3), limit, 3 * limit]
+        insert = """
+            INSERT INTO etcd_wal (key, value, revision, ttl, force)
+            SELECT '/t/' || %s || '/' || n, 'x', 77, (ARRAY['1 hour'::interval])[n %% 3], true
+            FROM generate_series(1, %s) n
+        """
+        for size in sizes:
+            rows(db, insert, size, size)
+        daemon("--max-txn-ops", str(limit), etcd=secure_etcd.dsn())
+        assert wait_settled(db) == ["success"] * sum(sizes)
+        assert client.range("/t/").count == sum(sizes)
+        sql = "SELECT count(*), count(DISTINCT result_revision) FROM etcd_wal GROUP BY txid"
+        assert {count for count, parts in rows(db, sql) if parts == 1} == {
+            size for size in sizes if size <= whole
+        }
+
+
 # ─ who may write what ─
 
 
@@ -7513,7 +7871,7 @@ def test_large_change_waits_until_the_receipt_beside_it_is_short(own_etcd):
     with closing(etcd_fdw.Etcd(target, own_etcd.endpoint)) as etcd:
         receipts = etcd_fdw.Receipts(etcd, "mirror")
         unsettled = [etcd_fdw.Sent(1, "1@1," * 15_000, "")]
-        pipeline = etcd_fdw.Pipeline(etcd, etcd_fdw.Waker(), 0, unsettled)
+        pipeline = etcd_fdw.Pipeline(etcd_fdw.Waker(), 0, unsettled)
         row = outbox_row(1, "/x/large", 1, value="x" * 1_560_000)
         change = etcd_fdw.OutboxTransaction([row])
         change.resolve()
@@ -8890,7 +9248,7 @@ def bare_txns(
     yield
     began = time.monotonic()
     for number in range(txns):
-        answer = send(made[number] if made else request(), timeout=60)
+        answer = send(made[number] if made else request())
         assert made or all(one.response_txn.succeeded for one in answer.responses)
         revision = answer.header.revision
     return began, time.monotonic()

@@ -271,7 +271,7 @@ class PostgresUnavailable(Unavailable):
 
 
 class CopyRefused(PostgresUnavailable):
-    """PostgreSQL cannot COPY into this table, because of row-level security"""
+    """PostgreSQL cannot COPY it: a row is there already, or the table has row-level security"""
 
 
 class AccessDenied(EtcdFdwError):
@@ -302,10 +302,6 @@ class Rejected(EtcdFdwError):
 
 class TooLarge(EtcdFdwError):
     """the answer is larger than gRPC was told to take: ask for less"""
-
-
-class Duplicate(EtcdFdwError):
-    """a row with this key and revision is there already"""
 
 
 class AnotherTimeline(EtcdFdwError):
@@ -364,7 +360,7 @@ def etcd_error(exc: grpc.RpcError, endpoint: str) -> EtcdFdwError:
 
 # By SQLSTATE, longest prefix first; source: PostgreSQL's errcodes appendix.
 POSTGRES_CODES: dict[str, type[EtcdFdwError]] = {
-    "23505": Duplicate,
+    "23505": CopyRefused,
     "0A000": CopyRefused,
     "42501": AccessDenied,
     "25006": PostgresUnavailable,
@@ -2395,7 +2391,7 @@ class Mirror:
             outcomes.count(counters)
             try:
                 self.write_once(batch, outcomes)
-            except (Duplicate, CopyRefused):
+            except CopyRefused:
                 if self.careful:
                     raise
                 self.careful = True

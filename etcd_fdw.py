@@ -2143,6 +2143,11 @@ SELECT key, value, value_bytes, revision, tombstone, lease FROM etcd_staging
 ON CONFLICT (key, revision) DO UPDATE SET lease = excluded.lease
 WHERE e.lease IS DISTINCT FROM excluded.lease
 """
+LEASES_SQL = """
+UPDATE etcd e SET lease = s.lease FROM etcd_staging s
+WHERE e.key = s.key AND e.revision = s.revision AND s.lease IS NOT NULL;
+UPDATE etcd_sync_state SET unrepaired = false WHERE prefix = %(prefix)s
+"""
 CONTRADICTION_SQL = """
 SELECT s.key FROM etcd_staging s JOIN etcd e USING (key)
 WHERE e.revision > s.revision AND e.revision <= %(revision)s
@@ -2322,6 +2327,13 @@ class Mirror:
                 "seconds": time.monotonic() - started,
             },
         )
+
+    def fill_in_leases(self, checkpoint: int) -> None:
+        """Note the leases of the keys that an earlier version mirrored. Raises Compacted."""
+        self.engine.enter("copying")
+        with self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
+            load_staging(self.postgres, self.etcd, checkpoint, self.on_page)
+            cur.execute(LEASES_SQL, {"prefix": self.postgres.prefix})
 
     def on_page(self, keys: int, total: int) -> None:
         """Say how far a copy is. Raises Stopped."""
@@ -3773,7 +3785,7 @@ class Session:
             mirror.snapshot(state, resync or 0)
         elif state.unrepaired:
             with suppress(Compacted):  # the watch will say so as well, and from where to copy
-                mirror.snapshot(state, state.revision)
+                mirror.fill_in_leases(state.revision)
         state = self.postgres.state()
         assert state is not None
         self.take_over(state)

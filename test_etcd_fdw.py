@@ -2243,9 +2243,22 @@ def test_mirror_of_a_version_without_leases_gets_them(daemon, db, prefix, own_et
         between = [] if compacted else [(prefix + "b", newest - 1, lease)]
         expected = [*before, *between, (prefix + "b", newest, None)]
         wait_until("no leases", lambda: rows(db, LEASES) == expected)
-    assert rows(db, "SELECT unrepaired, gaps = '{}' FROM etcd_sync_state") == [
-        (False, not compacted)
+    assert rows(db, "SELECT unrepaired, gaps = '{}', resyncs FROM etcd_sync_state") == [
+        (False, not compacted, int(compacted))
     ]
+
+
+def test_what_else_is_wrong_with_an_old_mirror_is_left_to_validate(
+    daemon, command, db, prefix, etcd
+):
+    etcd.put(prefix + "a", "1")
+    daemon().stop()
+    extra = "INSERT INTO etcd (key, value, revision) SELECT %s, '1', revision FROM etcd_sync_state"
+    rows(db, extra, prefix + "extra")
+    rows(db, "UPDATE etcd_sync_state SET unrepaired = true")
+    daemon()
+    assert command("validate", "--fix").returncode == 0
+    wait_equal(db, etcd, prefix)
 
 
 def test_commit_wakes_who_waits_for_its_generation(daemon, db, prefix, etcd):

@@ -2130,6 +2130,8 @@ SELECT %(prefix)s, 'mirror', 'success', key, 'etcd', revision, 'postgresql', rev
 FROM ROWS FROM (pg_catalog.unnest(%(keys)s::text[]), pg_catalog.unnest(%(revisions)s::bigint[]))
      AS r (key, revision)
 """
+# It is dropped after use, or emptied with each heartbeat: autovacuum does not freeze temporary
+# tables, and an old one holds up the whole database's transaction ids.
 STAGING_SQL = """
 CREATE TEMPORARY TABLE IF NOT EXISTS etcd_staging (
     key text COLLATE "C", value text, value_bytes bytea, revision bigint, tombstone boolean,
@@ -2146,7 +2148,8 @@ WHERE e.lease IS DISTINCT FROM excluded.lease
 LEASES_SQL = """
 UPDATE etcd e SET lease = s.lease FROM etcd_staging s
 WHERE e.key = s.key AND e.revision = s.revision AND s.lease IS NOT NULL;
-UPDATE etcd_sync_state SET unrepaired = false WHERE prefix = %(prefix)s
+UPDATE etcd_sync_state SET unrepaired = false WHERE prefix = %(prefix)s;
+DROP TABLE etcd_staging
 """
 CONTRADICTION_SQL = """
 SELECT s.key FROM etcd_staging s JOIN etcd e USING (key)
@@ -2243,7 +2246,7 @@ class Mirror:
         self.generation: int | None = None  # None: no lock is held
         self.intake: Intake | None = None  # None: not watching yet
         self.careful = False  # PostgreSQL refused a plain COPY: go through the staging table
-        self.written_at = time.monotonic()
+        self.written_at = self.shown_at = time.monotonic()  # shown: how far a copy is
 
     # ─ start ─
 
@@ -2289,7 +2292,7 @@ class Mirror:
         """
         engine = self.engine
         engine.enter("copying")
-        started = engine.progress.shown = time.monotonic()
+        started = self.shown_at = time.monotonic()
         try:
             staged = load_staging(self.postgres, self.etcd, at, self.on_page)
         except Compacted as exc:  # once more, meanwhile; the current state will be there longer
@@ -2298,6 +2301,7 @@ class Mirror:
         with engine.counting(), self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
             put, deleted = self.merge_staging(cur, staged.revision)
             self.reach(cur, staged.revision, old)
+            cur.execute("DROP TABLE etcd_staging")
             event = SynchronizationEvent(
                 operation="snapshot" if state is None else "resync",
                 status="done",
@@ -2336,8 +2340,12 @@ class Mirror:
             cur.execute(LEASES_SQL, {"prefix": self.postgres.prefix})
 
     def on_page(self, keys: int, total: int) -> None:
-        """Say how far a copy is. Raises Stopped."""
-        self.engine.progress.show(keys, total)
+        """Say now and then how far a copy is. Raises Stopped."""
+        if time.monotonic() > self.shown_at + PROGRESS_S:
+            self.shown_at = time.monotonic()
+            log.info(
+                "copying from etcd: %(done)d of %(total)d keys", {"done": keys, "total": total}
+            )
         self.engine.check_stop()
 
     def merge_staging(self, cur: Any, revision: int) -> tuple[int, int]:
@@ -3566,6 +3574,7 @@ def compare(
         arguments = {**postgres.bounds, "checkpoint": checkpoint}
         cur.execute(REPAIR_SQL if repair else COMPARE_SQL, arguments)
         found = {kind: {"count": count, "first": first} for kind, count, first in cur}
+        cur.execute("DROP TABLE etcd_staging")
     return {
         "revision": checkpoint,
         "keys": staged.keys,
@@ -4062,6 +4071,7 @@ class Session:
         Raises Compacted if etcd no longer knows.
         """
         checkpoint = self.mirror.checkpoint
+        self.mirror.shown_at = time.monotonic()
         summary = compare_at_checkpoint(
             self.postgres, self.etcd, checkpoint, repair=True, progress=self.mirror.on_page
         )
@@ -4075,21 +4085,6 @@ class Session:
 
 MIRRORING = "mirroring"
 RELOADABLE = tuple(option.name for option in OPTIONS if option.reloadable)
-
-
-class Progress:
-    """Says how far a long copy is: a log line now and then."""
-
-    def __init__(self) -> None:
-        self.started = self.shown = time.monotonic()
-
-    def show(self, done: int, total: int) -> None:
-        """Say it, if the last time is long enough ago."""
-        if time.monotonic() > self.shown + PROGRESS_S:
-            self.shown = time.monotonic()
-            log.info(
-                "copying from etcd: %(done)d of %(total)d keys", {"done": done, "total": total}
-            )
 
 
 class ConflictLog:
@@ -4129,7 +4124,6 @@ class Engine:
         self.reported = Counters()  # those that a summary has told
         self.metrics = Metrics(config.etcd_dsn.prefix, self.counters)
         self.conflicts = ConflictLog()
-        self.progress = Progress()
         self.current: Session | None = None  # the one whose loop turns
         self.host = 0  # index of the etcd endpoint that answered last
         self.resync: int | None = None  # the next session starts with a snapshot at, 0: now

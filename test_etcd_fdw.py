@@ -5267,6 +5267,8 @@ def test_sync_asks_the_active_instance(daemon, command, db, prefix, etcd):
         " WHERE operation = 'sync'",
     ) == [("done", [prefix + "a"])]
     assert scalar(db, "SELECT key FROM etcd_sync_event WHERE operation = 'repair'") == prefix + "a"
+    # a temporary table that stays would stop autovacuum from freezing the database
+    assert scalar(db, "SELECT count(*) FROM pg_class WHERE relpersistence = 't'") == 0
     assert one.returncode is None
 
 

@@ -2106,7 +2106,8 @@ class Batch:
 COPY_SQL = """
 COPY {} (key, value, value_bytes, revision, tombstone, lease) FROM STDIN (FORMAT binary)
 """
-# The lock of the new generation is taken before anybody can know of it.
+# The lock of the new generation is taken before anybody can know of it; whoever took it all the
+# same must not hold up the mirror.
 CHECKPOINT_SQL = """
 UPDATE etcd_sync_state
 SET revision = %(revision)s, last_key = coalesce(%(last_key)s, last_key),
@@ -2118,7 +2119,7 @@ SET revision = %(revision)s, last_key = coalesce(%(last_key)s, last_key),
     resyncs = resyncs + %(resyncs)s, reconnects = reconnects + %(reconnects)s,
     unstorable = unstorable + %(unstorable)s
 WHERE prefix = %(prefix)s AND revision = %(old)s
-RETURNING generation, pg_catalog.pg_advisory_lock(_etcd_generation_lock(prefix, generation))
+RETURNING generation, pg_catalog.pg_try_advisory_lock(_etcd_generation_lock(prefix, generation))
 """
 WAKE_SQL = """
 SELECT pg_catalog.pg_advisory_unlock(_etcd_generation_lock(%(prefix)s, %(generation)s))

@@ -2282,6 +2282,21 @@ def test_commit_wakes_who_waits_for_its_generation(daemon, db, prefix, etcd):
         assert cur.fetchall() == [(revision,)]
 
 
+def test_who_holds_the_lock_of_a_generation_does_not_hold_up_the_mirror(daemon, db, prefix, etcd):
+    daemon()
+    generation = wait_until(
+        "no generation", lambda: scalar(db, "SELECT generation FROM etcd_sync_state")
+    )
+    with closing(connect(db)) as conn, conn.cursor() as cur:
+        lock = "SELECT pg_advisory_lock_shared(_etcd_generation_lock(%s, %s + n)) "
+        cur.execute(lock + "FROM generate_series(1, 9) n", (prefix, generation))
+        etcd.put(prefix + "a", "1")
+        wait_equal(db, etcd, prefix)
+    held = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
+    # the daemon's locks: of the prefix, and from the next batch on of the generation
+    wait_until("no lock again", lambda: etcd.put(prefix + "b", "1") and scalar(db, held) == 2)
+
+
 @pytest.mark.parametrize("index", ["INDEX", "UNIQUE INDEX"])
 def test_index_that_refuses_a_value_keeps_the_mirror_waiting(daemon, db, prefix, etcd, index):
     one = daemon()

@@ -272,7 +272,7 @@ class PostgresUnavailable(Unavailable):
 
 
 class CopyRefused(PostgresUnavailable):
-    """PostgreSQL cannot COPY into this table, because of row-level security"""
+    """PostgreSQL cannot COPY it: a row is there already, or the table has row-level security"""
 
 
 class AccessDenied(EtcdFdwError):
@@ -307,10 +307,6 @@ class LeaseNotFound(Rejected):
 
 class TooLarge(EtcdFdwError):
     """the answer is larger than gRPC was told to take: ask for less"""
-
-
-class Duplicate(EtcdFdwError):
-    """a row with this key and revision is there already"""
 
 
 class AnotherTimeline(EtcdFdwError):
@@ -370,7 +366,7 @@ def etcd_error(exc: grpc.RpcError, endpoint: str) -> EtcdFdwError:
 
 # By SQLSTATE, longest prefix first; source: PostgreSQL's errcodes appendix.
 POSTGRES_CODES: dict[str, type[EtcdFdwError]] = {
-    "23505": Duplicate,
+    "23505": CopyRefused,
     "0A000": CopyRefused,
     "42501": AccessDenied,
     "25006": PostgresUnavailable,
@@ -2124,7 +2120,8 @@ class Batch:
 COPY_SQL = """
 COPY {} (key, value, value_bytes, revision, tombstone, lease) FROM STDIN (FORMAT binary)
 """
-# The lock of the new generation is taken before anybody can know of it.
+# The lock of the new generation is taken before anybody can know of it; whoever took it all the
+# same must not hold up the mirror.
 CHECKPOINT_SQL = """
 UPDATE etcd_sync_state
 SET revision = %(revision)s, last_key = coalesce(%(last_key)s, last_key),
@@ -2136,7 +2133,7 @@ SET revision = %(revision)s, last_key = coalesce(%(last_key)s, last_key),
     resyncs = resyncs + %(resyncs)s, reconnects = reconnects + %(reconnects)s,
     unstorable = unstorable + %(unstorable)s
 WHERE prefix = %(prefix)s AND revision = %(old)s
-RETURNING generation, pg_catalog.pg_advisory_lock(_etcd_generation_lock(prefix, generation))
+RETURNING generation, pg_catalog.pg_try_advisory_lock(_etcd_generation_lock(prefix, generation))
 """
 WAKE_SQL = """
 SELECT pg_catalog.pg_advisory_unlock(_etcd_generation_lock(%(prefix)s, %(generation)s))
@@ -2148,6 +2145,8 @@ SELECT %(prefix)s, 'mirror', 'success', key, 'etcd', revision, 'postgresql', rev
 FROM ROWS FROM (pg_catalog.unnest(%(keys)s::text[]), pg_catalog.unnest(%(revisions)s::bigint[]))
      AS r (key, revision)
 """
+# It is dropped after use, or emptied with each heartbeat: autovacuum does not freeze temporary
+# tables, and an old one holds up the whole database's transaction ids.
 STAGING_SQL = """
 CREATE TEMPORARY TABLE IF NOT EXISTS etcd_staging (
     key text COLLATE "C", value text, value_bytes bytea, revision bigint, tombstone boolean,
@@ -2160,6 +2159,12 @@ INSERT INTO etcd AS e (key, value, value_bytes, revision, tombstone, lease)
 SELECT key, value, value_bytes, revision, tombstone, lease FROM etcd_staging
 ON CONFLICT (key, revision) DO UPDATE SET lease = excluded.lease
 WHERE e.lease IS DISTINCT FROM excluded.lease
+"""
+LEASES_SQL = """
+UPDATE etcd e SET lease = s.lease FROM etcd_staging s
+WHERE e.key = s.key AND e.revision = s.revision AND s.lease IS NOT NULL;
+UPDATE etcd_sync_state SET unrepaired = false WHERE prefix = %(prefix)s;
+DROP TABLE etcd_staging
 """
 CONTRADICTION_SQL = """
 SELECT s.key FROM etcd_staging s JOIN etcd e USING (key)
@@ -2256,7 +2261,7 @@ class Mirror:
         self.generation: int | None = None  # None: no lock is held
         self.intake: Intake | None = None  # None: not watching yet
         self.careful = False  # PostgreSQL refused a plain COPY: go through the staging table
-        self.written_at = time.monotonic()
+        self.written_at = self.shown_at = time.monotonic()  # shown: how far a copy is
 
     # ─ start ─
 
@@ -2302,7 +2307,7 @@ class Mirror:
         """
         engine = self.engine
         engine.enter("copying")
-        started = engine.progress.shown = time.monotonic()
+        started = self.shown_at = time.monotonic()
         try:
             staged = load_staging(self.postgres, self.etcd, at, self.on_page)
         except Compacted as exc:  # once more, meanwhile; the current state will be there longer
@@ -2311,6 +2316,7 @@ class Mirror:
         with engine.counting(), self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
             put, deleted = self.merge_staging(cur, staged.revision)
             self.reach(cur, staged.revision, old)
+            cur.execute("DROP TABLE etcd_staging")
             event = SynchronizationEvent(
                 operation="snapshot" if state is None else "resync",
                 status="done",
@@ -2341,9 +2347,20 @@ class Mirror:
             },
         )
 
+    def fill_in_leases(self, checkpoint: int) -> None:
+        """Note the leases of the keys that an earlier version mirrored. Raises Compacted."""
+        self.engine.enter("copying")
+        with self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
+            load_staging(self.postgres, self.etcd, checkpoint, self.on_page)
+            cur.execute(LEASES_SQL, {"prefix": self.postgres.prefix})
+
     def on_page(self, keys: int, total: int) -> None:
-        """Say how far a copy is. Raises Stopped."""
-        self.engine.progress.show(keys, total)
+        """Say now and then how far a copy is. Raises Stopped."""
+        if time.monotonic() > self.shown_at + PROGRESS_S:
+            self.shown_at = time.monotonic()
+            log.info(
+                "copying from etcd: %(done)d of %(total)d keys", {"done": keys, "total": total}
+            )
         self.engine.check_stop()
 
     def merge_staging(self, cur: Any, revision: int) -> tuple[int, int]:
@@ -2409,7 +2426,7 @@ class Mirror:
             outcomes.count(counters)
             try:
                 self.write_once(batch, outcomes)
-            except (Duplicate, CopyRefused):
+            except CopyRefused:
                 if self.careful:
                     raise
                 self.careful = True
@@ -3728,6 +3745,7 @@ def compare(
         arguments = {**postgres.bounds, "checkpoint": checkpoint}
         cur.execute(REPAIR_SQL if repair else COMPARE_SQL, arguments)
         found = {kind: {"count": count, "first": first} for kind, count, first in cur}
+        cur.execute("DROP TABLE etcd_staging")
     return {
         "revision": checkpoint,
         "keys": staged.keys,
@@ -3947,7 +3965,7 @@ class Session:
             mirror.snapshot(state, resync or 0)
         elif state.unrepaired:
             with suppress(Compacted):  # the watch will say so as well, and from where to copy
-                mirror.snapshot(state, state.revision)
+                mirror.fill_in_leases(state.revision)
         state = self.postgres.state()
         assert state is not None
         self.take_over(state)
@@ -4224,6 +4242,7 @@ class Session:
         Raises Compacted if etcd no longer knows.
         """
         checkpoint = self.mirror.checkpoint
+        self.mirror.shown_at = time.monotonic()
         summary = compare_at_checkpoint(
             self.postgres, self.etcd, checkpoint, repair=True, progress=self.mirror.on_page
         )
@@ -4237,21 +4256,6 @@ class Session:
 
 MIRRORING = "mirroring"
 RELOADABLE = tuple(option.name for option in OPTIONS if option.reloadable)
-
-
-class Progress:
-    """Says how far a long copy is: a log line now and then."""
-
-    def __init__(self) -> None:
-        self.started = self.shown = time.monotonic()
-
-    def show(self, done: int, total: int) -> None:
-        """Say it, if the last time is long enough ago."""
-        if time.monotonic() > self.shown + PROGRESS_S:
-            self.shown = time.monotonic()
-            log.info(
-                "copying from etcd: %(done)d of %(total)d keys", {"done": done, "total": total}
-            )
 
 
 class ConflictLog:
@@ -4291,7 +4295,6 @@ class Engine:
         self.reported = Counters()  # those that a summary has told
         self.metrics = Metrics(config.etcd_dsn.prefix, self.counters)
         self.conflicts = ConflictLog()
-        self.progress = Progress()
         self.current: Session | None = None  # the one whose loop turns
         self.host = 0  # index of the etcd endpoint that answered last
         self.resync: int | None = None  # the next session starts with a snapshot at, 0: now

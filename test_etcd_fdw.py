@@ -2465,9 +2465,22 @@ def test_mirror_of_a_version_without_leases_gets_them(daemon, db, prefix, own_et
         between = [] if compacted else [(prefix + "b", newest - 1, lease)]
         expected = [*before, *between, (prefix + "b", newest, None)]
         wait_until("no leases", lambda: rows(db, LEASES) == expected)
-    assert rows(db, "SELECT unrepaired, gaps = '{}' FROM etcd_sync_state") == [
-        (False, not compacted)
+    assert rows(db, "SELECT unrepaired, gaps = '{}', resyncs FROM etcd_sync_state") == [
+        (False, not compacted, int(compacted))
     ]
+
+
+def test_what_else_is_wrong_with_an_old_mirror_is_left_to_validate(
+    daemon, command, db, prefix, etcd
+):
+    etcd.put(prefix + "a", "1")
+    daemon().stop()
+    extra = "INSERT INTO etcd (key, value, revision) SELECT %s, '1', revision FROM etcd_sync_state"
+    rows(db, extra, prefix + "extra")
+    rows(db, "UPDATE etcd_sync_state SET unrepaired = true")
+    daemon()
+    assert command("validate", "--fix").returncode == 0
+    wait_equal(db, etcd, prefix)
 
 
 def test_commit_wakes_who_waits_for_its_generation(daemon, db, prefix, etcd):
@@ -2491,12 +2504,30 @@ def test_commit_wakes_who_waits_for_its_generation(daemon, db, prefix, etcd):
         assert cur.fetchall() == [(revision,)]
 
 
-def test_index_that_refuses_a_value_keeps_the_mirror_waiting(daemon, db, prefix, etcd):
+def test_who_holds_the_lock_of_a_generation_does_not_hold_up_the_mirror(daemon, db, prefix, etcd):
+    daemon()
+    generation = wait_until(
+        "no generation", lambda: scalar(db, "SELECT generation FROM etcd_sync_state")
+    )
+    with closing(connect(db)) as conn, conn.cursor() as cur:
+        lock = "SELECT pg_advisory_lock_shared(_etcd_generation_lock(%s, %s + n)) "
+        cur.execute(lock + "FROM generate_series(1, 9) n", (prefix, generation))
+        etcd.put(prefix + "a", "1")
+        wait_equal(db, etcd, prefix)
+    held = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
+    # the daemon's locks: of the prefix, and from the next batch on of the generation
+    wait_until("no lock again", lambda: etcd.put(prefix + "b", "1") and scalar(db, held) == 2)
+
+
+@pytest.mark.parametrize("index", ["INDEX", "UNIQUE INDEX"])
+def test_index_that_refuses_a_value_keeps_the_mirror_waiting(daemon, db, prefix, etcd, index):
     one = daemon()
     wait_until("no table", lambda: scalar(db, "SELECT to_regclass('etcd')"))
-    rows(db, "CREATE INDEX somebody_s ON etcd (value)")
-    etcd.put(prefix + "a", random_text(5_000))
-    one.wait_log(r"WARN PostgreSQL: index row .* \"somebody_s\" .*retrying")
+    rows(db, f"CREATE {index} somebody_s ON etcd (value)")
+    value = random_text(5_000 if index == "INDEX" else 5)  # too long for an index; or there twice
+    etcd.put(prefix + "a", value)
+    etcd.put(prefix + "b", value)
+    one.wait_log(r"WARN PostgreSQL: .* \"somebody_s\" .*retrying")
     rows(db, "DROP INDEX somebody_s")
     wait_equal(db, etcd, prefix)
 
@@ -5254,6 +5285,8 @@ def test_sync_asks_the_active_instance(daemon, command, db, prefix, etcd):
         " WHERE operation = 'sync'",
     ) == [("done", [prefix + "a"])]
     assert scalar(db, "SELECT key FROM etcd_sync_event WHERE operation = 'repair'") == prefix + "a"
+    # a temporary table that stays would stop autovacuum from freezing the database
+    assert scalar(db, "SELECT count(*) FROM pg_class WHERE relpersistence = 't'") == 0
     assert one.returncode is None
 
 

@@ -76,7 +76,7 @@ BEGIN
             ADD COLUMN dismissed_at timestamptz,
             ADD CONSTRAINT etcd_wal_dismissed_check
                 CHECK (dismissed_at IS NULL OR status IN ('conflict', 'failed'));
-        DROP INDEX etcd_wal_retry_of_key, etcd_wal_success_idx;
+        DROP INDEX IF EXISTS etcd_wal_retry_of_key, etcd_wal_success_idx;
     END IF;
 
     -- Step 4: leases, forced changes, waiting. What is mirrored already gets its leases when the daemon starts.
@@ -93,8 +93,9 @@ BEGIN
             ADD COLUMN generation  bigint   NOT NULL DEFAULT 0,
             ADD COLUMN unrepaired  boolean  NOT NULL DEFAULT false;
         UPDATE etcd_sync_state SET unrepaired = true;
-        DROP INDEX etcd_revision_ts_idx;
-        DROP FUNCTION etcd_get(text), etcd_get_all(text, bigint), etcd_list(text), etcd_at(bigint, text),
+        DROP INDEX IF EXISTS etcd_revision_ts_idx;
+        DROP FUNCTION IF EXISTS
+            etcd_get(text), etcd_get_all(text, bigint), etcd_list(text), etcd_at(bigint, text),
             etcd_set(text, text, bigint), etcd_set_bytes(text, bytea, bigint), etcd_delete(text, bigint),
             _etcd_state(text, bigint), _etcd_change(text, text, bytea, bigint, boolean, bigint);
     END IF;

@@ -2953,6 +2953,13 @@ def example_grants(**names: str) -> list[str]:
     return re.findall(r"^--     ((?:GRANT|ALTER|CREATE) [^;]+;)", text, flags=re.M)
 
 
+def long_history(db: str, size: int, keys: int) -> None:
+    """Mirror so many revisions of keys /k/0, /k/1, …, one after the other."""
+    sql = "SELECT '/k/' || g %% %s, repeat('v', 40), g FROM generate_series(1, %s) g"
+    rows(db, f"INSERT INTO etcd (key, value, revision) {sql}", keys, size)
+    rows(db, "VACUUM ANALYZE etcd")
+
+
 def tuples_read(conn: psycopg2.extensions.connection, table: str, sql: str, *args: Any) -> int:
     """Count the rows that a query fetches from a table by index; fail if it scans the table."""
     count = (
@@ -3012,7 +3019,16 @@ def test_schema_is_applied_to_a_fresh_database_without_a_word(db: str) -> None:
     if psql := shutil.which("psql"):
         rows(db, "CREATE SCHEMA another")
         there = make_dsn(db, options="-csearch_path=another")
-        command = [psql, "-Xq1", "-v", "ON_ERROR_STOP=1", "-f", etcd_fdw.SCHEMA_FILE, "-d", there]
+        command = [
+            psql,
+            "-Xq1",
+            "-v",
+            "ON_ERROR_STOP=1",
+            "-f",
+            str(etcd_fdw.SCHEMA_FILE),
+            "-d",
+            there,
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -3336,32 +3352,20 @@ def test_code_of_others_never_runs_with_the_rights_of_the_daemon(
         rows(db, "SELECT hashtextextended('x'::text, 0)")  # the trap was set
 
 
-def test_every_object_has_a_comment(schema: str) -> None:
-    assert (
-        rows(
-            schema,
-            """
-        SELECT relname FROM pg_class
-         WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'v')
-           AND obj_description(oid, 'pg_class') IS NULL
-        UNION ALL
-        SELECT proname FROM pg_proc WHERE pronamespace = 'public'::regnamespace
-           AND obj_description(oid, 'pg_proc') IS NULL
-        """,
-        )
-        == []
-    )
-
-
-def test_every_function_explains_itself_and_has_its_search_path_pinned(schema: str) -> None:
-    sql = """
-        SELECT proname, prosrc, proconfig FROM pg_proc WHERE pronamespace = 'public'::regnamespace
+def test_every_object_explains_itself_and_every_function_has_its_search_path(schema: str) -> None:
+    silent = """
+        SELECT relname || '.' || attname FROM pg_attribute a JOIN pg_class c ON c.oid = attrelid
+        WHERE relname IN ('etcd', 'etcd_wal', 'etcd_kv') AND attnum > 0 AND attname <> 'key'
+          AND col_description(attrelid, attnum) IS NULL
+        UNION ALL SELECT relname FROM pg_class
+        WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'v')
+          AND obj_description(oid, 'pg_class') IS NULL
+        UNION ALL SELECT proname FROM pg_proc
+        WHERE pronamespace = 'public'::regnamespace
+          AND (obj_description(oid, 'pg_proc') IS NULL OR prosrc NOT LIKE E'\n-- %%'
+               OR NOT 'search_path=public, pg_temp' = ANY (proconfig))
     """
-    functions = rows(schema, sql)
-    assert len(functions) == 24
-    for name, source, settings in functions:
-        assert source.startswith("\n-- "), name
-        assert "search_path=public, pg_temp" in settings, name
+    assert rows(schema, silent.replace("%%", "%")) == []
 
 
 # ─ tables ─
@@ -3429,12 +3433,9 @@ def test_inserts_notify_once_per_transaction_without_payload(schema: str) -> Non
         with closing(connect(schema)) as conn:
             conn.autocommit = False
             with conn, conn.cursor() as cur:
-                cur.execute(
-                    "SELECT etcd_set('/a', repeat('x', 100000))"
-                )  # a payload could not hold this
-                cur.execute(
-                    "INSERT INTO etcd_wal (key) SELECT '/k/' || g FROM generate_series(1, 100) g"
-                )
+                cur.execute("SELECT etcd_set('/a', repeat('x', 100000))")  # no payload holds this
+                many = "SELECT '/k/' || g FROM generate_series(1, 100) g"
+                cur.execute(f"INSERT INTO etcd_wal (key) {many}")
         finish(schema, 1, "success", 5)  # the daemon's own writes wake nobody
         rows(schema, "NOTIFY etcd_changes, 'end'")
         while not any(n.payload == "end" for n in listener.notifies):
@@ -3447,21 +3448,13 @@ def test_inserts_notify_once_per_transaction_without_payload(schema: str) -> Non
 
 
 def test_get_returns_the_latest_revision(schema: str) -> None:
-    mirror(
-        schema,
-        ("/a", 1, "old"),
-        ("/a", 5, "new"),
-        ("/b", 2, b"\xff\0"),
-        ("/c", 3, "x"),
-        ("/c", 4, None),
-    )
-    assert rows(schema, "SELECT key, value, value_bytes, revision FROM etcd_get('/a')") == [
-        ("/a", "new", None, 5)
-    ]
+    mirror(schema, ("/a", 1, "old"), ("/a", 5, "new"), ("/b", 2, b"\xff\0"), ("/c", 3, "x"))
+    mirror(schema, ("/c", 4, None))
+    found = rows(schema, "SELECT key, value, value_bytes, revision FROM etcd_get('/a')")
+    assert found == [("/a", "new", None, 5)]
     assert rows(schema, "SELECT value, value_bytes FROM etcd_get('/b')") == [(None, b"\xff\0")]
-    assert rows(schema, "SELECT FROM etcd_get('/c')") == []
-    assert rows(schema, "SELECT FROM etcd_get('/')") == []
-    assert rows(schema, "SELECT FROM etcd_get(NULL)") == []
+    for nothing in ("'/c'", "'/'", "NULL"):
+        assert rows(schema, f"SELECT FROM etcd_get({nothing})") == []
 
 
 def test_get_all_tells_the_history_oldest_first(schema: str) -> None:
@@ -3603,14 +3596,8 @@ def test_at_refuses_what_the_mirror_cannot_know(
 def test_at_answers_up_to_the_edges_of_what_is_known(schema: str) -> None:
     covers(schema, "/a/", 10, 50, pruned_revision=20, gaps='{"[30,40)"}')
     mirror(schema, ("/a/1", 15, "v"))
-    for revision, prefix in [
-        (20, "/a/"),
-        (29, "/a/1"),
-        (40, "/a/"),
-        (50, "/a/"),
-        (50, ""),
-        (50, "/a"),
-    ]:
+    known = [(20, "/a/"), (29, "/a/1"), (40, "/a/"), (50, "/a/"), (50, ""), (50, "/a")]
+    for revision, prefix in known:
         assert rows(schema, "SELECT key FROM etcd_at(%s, %s)", revision, prefix) == [("/a/1",)]
     for unknown in [(None, "/a/"), (20, None)]:
         refused("22004", schema, "SELECT * FROM etcd_at(%s, %s)", *unknown)
@@ -3640,13 +3627,7 @@ def test_keys_of_any_collation_are_welcome(schema: str) -> None:
 
 
 def test_reads_fetch_current_rows_not_the_history(schema: str) -> None:
-    rows(
-        schema,
-        """
-        INSERT INTO etcd (key, value, revision)
-        SELECT '/k/' || g % 10, 'v', g FROM generate_series(1, 20000) g
-    """,
-    )
+    long_history(schema, 20000, keys=10)
     covers(schema, "", 1, 20000)
     with closing(connect(schema)) as conn:
         assert tuples_read(conn, "etcd", "SELECT * FROM etcd_get('/k/3')") == 1
@@ -3658,14 +3639,7 @@ def test_reads_fetch_current_rows_not_the_history(schema: str) -> None:
 
 
 def test_kv_with_a_key_descends_the_index(schema: str) -> None:
-    rows(
-        schema,
-        """
-        INSERT INTO etcd (key, value, revision)
-        SELECT '/k/' || g % 10, 'v', g FROM generate_series(1, 20000) g
-    """,
-    )
-    rows(schema, "VACUUM ANALYZE etcd")
+    long_history(schema, 20000, keys=10)
     for condition in ["key = '/k/3'", "key IN ('/k/3', '/k/4')", "key >= '/k/3' AND key < '/k/4'"]:
         plan = "\n".join(
             line for (line,) in rows(schema, f"EXPLAIN SELECT * FROM etcd_kv WHERE {condition}")
@@ -3678,14 +3652,7 @@ def test_kv_with_a_key_descends_the_index(schema: str) -> None:
 
 
 def test_revisions_of_a_long_history_are_found_by_block_ranges(schema: str) -> None:
-    rows(
-        schema,
-        """
-        INSERT INTO etcd (key, value, revision)
-        SELECT '/k/' || g % 1000, repeat('v', 40), g FROM generate_series(1, 100000) g
-        """,
-    )
-    rows(schema, "VACUUM ANALYZE etcd")
+    long_history(schema, 100000, keys=1000)
     for many in (100, 3000):  # with larger ranges, PostgreSQL 18 would visit all keys
         query = f"SELECT * FROM etcd WHERE revision BETWEEN 50001 AND {50000 + many}"
         sql = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT json) {query}"
@@ -3718,28 +3685,20 @@ def test_plans_made_while_the_tables_were_empty_stay_good(schema: str) -> None:
 
 def test_set_is_made_on_the_latest_known_version(schema: str) -> None:
     mirror(schema, ("/a", 3, "x"), ("/a", 8, "y"), ("/gone", 4, "x"), ("/gone", 9, None))
-    for call in [
-        "etcd_set('/a', '')",
-        "etcd_set('/gone', '1')",
-        "etcd_set_bytes('/new', '\\xff00')",
-    ]:
-        rows(schema, f"SELECT {call}")
+    rows(schema, "SELECT etcd_set('/a', ''), etcd_set('/gone', '1')")
+    rows(schema, "SELECT etcd_set_bytes('/new', '\\xff00'), etcd_delete('/nothing')")
     assert wal(schema) == [
         ("/a", "", None, 8, None),
         ("/gone", "1", None, None, None),
         ("/new", None, b"\xff\0", None, None),
+        ("/nothing", None, None, None, None),
     ]
 
 
 def test_changes_to_one_key_build_on_each_other(schema: str) -> None:
     mirror(schema, ("/a", 3, "x"))
-    for call in [
-        "etcd_set('/a', '1')",
-        "etcd_set('/b', '1')",
-        "etcd_delete('/a')",
-        "etcd_set('/a', '2')",
-    ]:
-        rows(schema, f"SELECT {call}")
+    rows(schema, "SELECT etcd_set('/a', '1'), etcd_set('/b', '1'), etcd_delete('/a')")
+    rows(schema, "SELECT etcd_set('/a', '2')")
     assert wal(schema, "id, key, value, revision, depends_on") == [
         (1, "/a", "1", 3, None),
         (2, "/b", "1", None, None),
@@ -3755,20 +3714,12 @@ def test_changes_to_one_key_build_on_each_other(schema: str) -> None:
 def test_set_with_a_revision_takes_only_the_current_version(schema: str) -> None:
     mirror(schema, ("/a", 3, "x"), ("/a", 8, "y"), ("/gone", 9, None))
     for call in [
-        "etcd_set('/a', '1', 3)",
-        "etcd_set('/a', '1', 9)",
-        "etcd_set('/a', '1', 0)",
-        "etcd_delete('/a', 3)",
-        "etcd_set_bytes('/gone', '1', 9)",
-        "etcd_set('/new', '1', 1)",
-    ]:
+        "etcd_set('/a', '1', 3)", "etcd_set('/a', '1', 9)", "etcd_set('/a', '1', 0)",
+        "etcd_delete('/a', 3)", "etcd_set_bytes('/gone', '1', 9)", "etcd_set('/new', '1', 1)",
+    ]:  # fmt: skip
         refused("40001", schema, f"SELECT {call}")
-    for call in [
-        "etcd_set('/a', '1', 8)",
-        "etcd_set('/gone', '1', 0)",
-        "etcd_set_bytes('/new', '1', 0)",
-    ]:
-        rows(schema, f"SELECT {call}")
+    rows(schema, "SELECT etcd_set('/a', '1', 8), etcd_set('/gone', '1', 0)")
+    rows(schema, "SELECT etcd_set_bytes('/new', '1', 0)")
     assert [revision for (revision,) in wal(schema, "revision")] == [8, None, None]
 
 
@@ -3823,13 +3774,10 @@ def test_a_literal_is_text_and_jsonb_is_its_text(schema: str) -> None:
 
 
 def test_ttl_is_queued_with_what_is_put(schema: str) -> None:
-    for call in [
-        "etcd_set('/a', 'v', 0, '90 s')",
-        "etcd_set('/b', 'v', ttl => '0')",
-        "etcd_set_bytes('/c', '\\xff', ttl => '0.5 s')",
-        "etcd_set('/d', 'v', ttl => NULL)",
-    ]:
-        rows(schema, f"SELECT {call}")
+    rows(schema, "SELECT etcd_set('/a', 'v', 0, '90 s'), etcd_set('/b', 'v', ttl => '0')")
+    rows(
+        schema, "SELECT etcd_set_bytes('/c', 'v', ttl => '0.5 s'), etcd_set('/d', 'v', ttl => NULL)"
+    )
     assert wal(schema, "ttl::text, force") == [
         (ttl, False) for ttl in ("00:01:30", "00:00:00", "00:00:00.5", None)
     ]
@@ -3886,11 +3834,6 @@ def test_delete_prefix_leaves_nothing_live(schema: str) -> None:
     assert wal(schema, "revision, force") == [(None, True)] * 4
 
 
-def test_deleting_an_unknown_key_is_queued(schema: str) -> None:
-    rows(schema, "SELECT etcd_delete('/nothing')")
-    assert wal(schema) == [("/nothing", None, None, None, None)]
-
-
 def test_concurrent_sessions_on_one_key_form_one_chain(schema: str) -> None:
     def write() -> None:
         with closing(connect(schema)) as conn:
@@ -3899,11 +3842,9 @@ def test_concurrent_sessions_on_one_key_form_one_chain(schema: str) -> None:
                 with conn, conn.cursor() as cur:
                     cur.execute("SELECT etcd_set('/hot', 'v')")
 
-    writers = [threading.Thread(target=write) for _ in range(4)]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
+    with ThreadPoolExecutor() as pool:
+        for writer in [pool.submit(write) for _ in range(4)]:
+            writer.result()
     ids = [change for (change,) in wal(schema, "id")]
     assert len(ids) == 200
     assert wal(schema, "depends_on") == [(None,), *((change,) for change in ids[:-1])]
@@ -4020,21 +3961,10 @@ def test_only_a_later_change_of_the_same_key_is_a_retry(schema: str) -> None:
 def test_a_change_is_tried_again_once_even_by_two_at_once(schema: str) -> None:
     rows(schema, "SELECT etcd_set('/a', 'v')")
     finish(schema, 1, "failed")
-    outcomes: list[str | None] = []
-
-    def retry() -> None:
-        try:
-            rows(schema, "SELECT etcd_retry(1)")
-            outcomes.append(None)
-        except psycopg2.Error as error:
-            outcomes.append(error.pgcode)
-
-    threads = [threading.Thread(target=retry) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(outcomes, key=str) == ["55000", "55000", "55000", None]
+    with ThreadPoolExecutor(4) as pool:
+        retries = [pool.submit(rows, schema, "SELECT etcd_retry(1)") for _ in range(4)]
+    errors = [retry.exception() for retry in retries]
+    assert sorted(getattr(error, "pgcode", "") for error in errors) == ["", *["55000"] * 3]
     assert scalar(schema, "SELECT count(*) FROM etcd_wal WHERE retry_of = 1") == 1
 
 
@@ -4213,20 +4143,19 @@ def test_kv_turns_statements_into_changes(schema: str) -> None:
     ]
 
 
-def test_kv_insert_of_a_live_key_is_a_unique_violation(schema: str) -> None:
-    mirror(schema, ("/a", 3, "x"))
-    refused("23505", schema, "INSERT INTO etcd_kv (key, value) VALUES ('/a', 'y')")
-    rows(schema, "SELECT etcd_set('/a', 'y'), etcd_set('/new', 'y')")
-    refused("40001", schema, "INSERT INTO etcd_kv (key, value) VALUES ('/a', 'y')")
-    refused("40001", schema, "INSERT INTO etcd_kv (key, value) VALUES ('/new', 'y')")
-
-
 def test_kv_refuses_a_key_with_a_pending_change(schema: str) -> None:
     mirror(schema, ("/a", 3, "x"))
+    refused("23505", schema, "INSERT INTO etcd_kv (key, value) VALUES ('/a', 'y')")
     rows(schema, "UPDATE etcd_kv SET value = 'y' WHERE key = '/a'")
-    refused("40001", schema, "UPDATE etcd_kv SET value = 'z' WHERE key = '/a'")
-    refused("40001", schema, "DELETE FROM etcd_kv WHERE key = '/a'")
-    assert len(wal(schema)) == 1
+    rows(schema, "SELECT etcd_set('/new', 'y')")
+    for statement in [
+        "UPDATE etcd_kv SET value = 'z' WHERE key = '/a'",
+        "DELETE FROM etcd_kv WHERE key = '/a'",
+        "INSERT INTO etcd_kv (key, value) VALUES ('/a', 'y')",
+        "INSERT INTO etcd_kv (key, value) VALUES ('/new', 'y')",
+    ]:
+        refused("40001", schema, statement)
+    assert len(wal(schema)) == 2
 
 
 @pytest.mark.parametrize(
@@ -4234,26 +4163,17 @@ def test_kv_refuses_a_key_with_a_pending_change(schema: str) -> None:
 )
 def test_kv_refuses_a_version_that_has_moved_on(schema: str, statement: str) -> None:
     mirror(schema, ("/a", 3, "x"))
-    failure: list[str | None] = []
-
-    def write() -> None:
-        failure.append(refused("40001", schema, statement).message_primary)
-
-    with closing(connect(schema)) as other, other.cursor() as cur:
-        other.autocommit = False
-        cur.execute(
-            "SELECT _etcd_lock_key('/a')"
-        )  # holds the writer between its look and its change
-        writer = threading.Thread(target=write)
-        writer.start()
-        while not scalar(
-            schema, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
-        ):
-            assert writer.is_alive(), "the writer did not wait for the lock"
-        cur.execute("INSERT INTO etcd (key, value, revision) VALUES ('/a', 'theirs', 5)")
-        other.commit()
-        writer.join()
-    assert failure == ['key "/a" is not at revision 3']
+    with (
+        closing(connect(schema)) as other,
+        other.cursor() as cur,
+        ThreadPoolExecutor() as pool,
+    ):
+        # holds the writer between its look and its change
+        cur.execute("BEGIN; SELECT _etcd_lock_key('/a')")
+        writer = pool.submit(refused, "40001", schema, statement)
+        wait_until("the writer does not wait for the lock", lambda: blocked(schema))
+        cur.execute("INSERT INTO etcd (key, value, revision) VALUES ('/a', 'theirs', 5); COMMIT")
+        assert writer.result().message_primary == 'key "/a" is not at revision 3'
     assert wal(schema) == []
 
 
@@ -4333,16 +4253,8 @@ def test_status_counts_open_changes_by_prefix(schema: str) -> None:
         ("/a/", 5, 9, 3, 1, 1, 2),
         ("/b/", 6, None, 0, 0, 0, 0),
     ]
-    assert (
-        scalar(
-            schema,
-            """
-        SELECT heartbeat_age BETWEEN '0' AND '1 min' AND oldest_pending_age BETWEEN '0' AND '1 min'
-        FROM etcd_status WHERE prefix = '/a/'
-    """,
-        )
-        is True
-    )
+    ages = "heartbeat_age >= '0' AND oldest_pending_age >= '0'"
+    assert scalar(schema, f"SELECT {ages} FROM etcd_status WHERE prefix = '/a/'") is True
 
 
 def test_status_shows_changes_that_no_daemon_will_take(schema: str) -> None:
@@ -4408,20 +4320,11 @@ def test_functions_give_no_rights_that_the_caller_lacks(schema: str, role: str) 
     rows(schema, "SELECT etcd_set('/a', 'v')")
     finish(schema, 1, "failed")
     for call in [
-        "etcd_get('/a')",
-        "etcd_get_all('/a')",
-        "etcd_list()",
-        "etcd_at(1)",
-        "etcd_set('/a', '1')",
-        "etcd_set_bytes('/a', '1')",
-        "etcd_delete('/a')",
-        "etcd_set_many('{\"/a\": 1}')",
-        "etcd_delete_prefix('/a')",
-        "etcd_wait(1)",
-        "etcd_wait_revision(1)",
-        "etcd_retry(1)",
-        "etcd_dismiss(1)",
-    ]:
+        "etcd_get('/a')", "etcd_get_all('/a')", "etcd_list()", "etcd_at(1)",
+        "etcd_set('/a', '1')", "etcd_set('/a', '1'::jsonb)", "etcd_set_bytes('/a', '1')",
+        "etcd_set_many('{\"/a\": 1}')", "etcd_delete('/a')", "etcd_delete_prefix('/a')",
+        "etcd_wait(1)", "etcd_wait_revision(1)", "etcd_retry(1)", "etcd_dismiss(1)",
+    ]:  # fmt: skip
         refused("42501", make_dsn(schema, user=role), f"SELECT {call}")
 
 
@@ -4433,21 +4336,11 @@ def test_row_level_security_holds_through_functions_and_views(schema: str, role:
     grants = [s for s in example_grants(app=role) if "etcd_fdw" not in s]
     grant(schema, grants, role, "ROW LEVEL SECURITY")
     app = make_dsn(schema, user=role)
-    reads = [
-        "etcd_get('/other')",
-        "etcd_get_all('/other')",
-        "etcd_list('/other')",
-        "etcd_at(5, '/other')",
-    ]
-    for source in [
-        "etcd_list()",
-        "etcd_at(5)",
-        "etcd_get('/app/a')",
-        *(["etcd_kv"] if version(schema) >= 15 else []),
-    ]:
+    for name in ("etcd_get('%s')", "etcd_get_all('%s')", "etcd_list('%s')", "etcd_at(5, '%s')"):
+        assert rows(app, "SELECT key FROM " + name.replace("%s", "/app/a")) == [("/app/a",)]
+        assert rows(app, "SELECT key FROM " + name.replace("%s", "/other")) == []
+    for source in ["etcd_list()", "etcd_at(5)", "etcd_kv"][: 3 if version(schema) >= 15 else 2]:
         assert rows(app, f"SELECT key FROM {source}") == [("/app/a",)], source
-    for source in reads:
-        assert rows(app, f"SELECT FROM {source}") == [], source
     rows(app, "SELECT etcd_set('/app/a', 'y')")
     for statement in [
         "SELECT etcd_set('/other', 'y')",
@@ -4455,7 +4348,8 @@ def test_row_level_security_holds_through_functions_and_views(schema: str, role:
         "INSERT INTO etcd_kv (key, value) VALUES ('/elsewhere', 'y')",
     ]:
         refused("42501", app, statement)
-    refused("P0002", app, "SELECT etcd_retry(1)")
+    for call in ("etcd_retry(1)", "etcd_wait(1)"):
+        refused("P0002", app, f"SELECT {call}")
     assert rows(app, "SELECT key FROM etcd_wal") == [("/app/a",)]
 
 
@@ -4463,15 +4357,10 @@ def test_row_level_security_holds_through_functions_and_views(schema: str, role:
 def test_row_level_security_does_not_make_lists_scan_the_rest(schema: str, role: str) -> None:
     rows(
         schema,
-        """
+        f"""
         INSERT INTO etcd (key, value, revision)
         SELECT CASE WHEN g <= 100 THEN '/app/' ELSE '/other/' END || g, 'v', g
-        FROM generate_series(1, 5000) g
-    """,
-    )
-    rows(
-        schema,
-        f"""
+        FROM generate_series(1, 5000) g;
         GRANT SELECT ON etcd TO {role};
         ALTER TABLE etcd ENABLE ROW LEVEL SECURITY;
         CREATE POLICY app ON etcd USING (position('/app/' IN key) = 1)  -- no help for the planner

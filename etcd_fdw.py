@@ -5924,6 +5924,7 @@ def set_up_logging(config: Config) -> None:
     logging.captureWarnings(True)
     threading.excepthook = log_unexpected
     sys.unraisablehook = log_unexpected
+    sys.excepthook = log_printed
     log.setLevel(config.log_level)
 
 
@@ -5933,6 +5934,14 @@ def log_unexpected(failed: Any) -> None:
     log.error(
         "internal error: %(type)s: %(error)s", {"type": failed.exc_type.__name__, "error": error}
     )
+
+
+def log_printed(kind: type[BaseException], error: BaseException, _: object) -> None:
+    """Log what a package has Python print; main() lets nothing else come here.
+
+    psycopg2 does where a session ends within a COPY, besides raising what it is about.
+    """
+    log.debug("%(type)s: %(error)s", {"type": kind.__name__, "error": masked(one_line(error))})
 
 
 def config_command(given: Mapping[str, Any], chosen: Mapping[str, Setting]) -> int:

@@ -5686,6 +5686,25 @@ del [Late()][0]
     ]
 
 
+def test_session_that_ends_within_a_copy_leaves_only_log_lines(daemon, db, prefix, etcd):
+    daemon().stop()
+    for n in range(300):  # one batch, of which the daemon still sends when the session ends
+        etcd.put(f"{prefix}{n}", "x" * 10000)
+    rows(
+        db,
+        "CREATE SEQUENCE ended; CREATE FUNCTION end_session() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$BEGIN IF nextval('ended') <= 3 THEN PERFORM pg_terminate_backend(pg_backend_pid());"
+        " END IF; RETURN NEW; END$$;"
+        " CREATE TRIGGER ended BEFORE INSERT ON etcd FOR EACH ROW EXECUTE FUNCTION end_session()",
+    )
+    one = daemon("-l", "debug", "--retry-max", "100ms", ready=False)
+    wait_until("not mirrored", lambda: len(mirror_rows(db, prefix)) == 300, 60)
+    one.stop()
+    assert re.search("^.* WARN PostgreSQL: .*; retrying in", one.log(), re.MULTILINE)
+    for line in one.log().splitlines():
+        assert LOG_LINE.fullmatch(line), line
+
+
 def test_metrics_hold_any_prefix():
     prefix = '/say "hi" \\ and\nbye/ü'
     text = etcd_fdw.exposition(etcd_fdw.Metrics(prefix, etcd_fdw.Counters()))

@@ -64,9 +64,10 @@ if __name__ == "__main__":
 
 import argparse
 import ast
+import asyncio
 import bisect
 import collections
-import http.server
+import http
 import importlib
 import importlib.util
 import io
@@ -80,7 +81,6 @@ import secrets
 import selectors
 import shutil
 import socket
-import socketserver
 import ssl
 import stat
 import struct
@@ -1296,80 +1296,65 @@ def exposition(m: Metrics) -> str:
     return "\n".join(lines) + "\n"
 
 
-class MetricsServer(socketserver.ThreadingTCPServer):
+class MetricsServer:
     """Serves GET for a few paths, each from a function that returns status and text.
 
-    It has at most METRICS_CLIENTS connections, each with a thread: for another one the oldest
-    has to go, so that clients which say nothing, however many, keep nobody else out.
+    It has at most METRICS_CLIENTS connections: for another one the oldest has to go, so that
+    clients which say nothing, however many, keep nobody else out.
     """
-
-    allow_reuse_address = True
-    daemon_threads = True
-    request_queue_size = 128
 
     def __init__(
         self, address: tuple[str, int], answers: Mapping[str, Callable[[], tuple[int, str]]]
     ) -> None:
         self.answers = answers
-        self.clients: dict[socket.socket, None] = {}  # the oldest first
-        self.free = threading.Semaphore(METRICS_CLIENTS)
-        if ":" in address[0]:
-            self.address_family = socket.AF_INET6
+        self.clients: dict[asyncio.StreamWriter, None] = {}  # the oldest first
+        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         try:
-            super().__init__(address, MetricsHandler)
+            self.socket = socket.create_server(address, family=family, backlog=128)
         except OSError as exc:
-            host, port = address
+            (host, port), why = address, (exc.strerror or "").partition(" (")[0]
             raise ConfigurationError(
-                f"--metrics-address: cannot listen on {host}:{port}: {exc.strerror}"
+                f"--metrics-address: cannot listen on {host}:{port}: {why}"
             ) from exc
-        facts: dict[str, Any] = dict(zip(("host", "port"), self.server_address))
+        facts: dict[str, Any] = dict(zip(("host", "port"), self.socket.getsockname()))
         log.info("serving /metrics, /healthz and /readyz on %(host)s:%(port)d", **facts)
-        serve = threading.Thread(target=self.serve_forever, args=(3600.0,), daemon=True)
-        serve.start()
+        threading.Thread(target=asyncio.run, args=(self.serve(),), daemon=True).start()
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve a client in a thread of its own."""
-        if not self.free.acquire(blocking=False):
-            with suppress(OSError):  # it may have gone just now
-                for oldest in tuple(self.clients)[:1]:
-                    oldest.shutdown(socket.SHUT_RDWR)
-            self.free.acquire()
-        self.clients[request] = None
-        super().process_request(request, client_address)
+    async def serve(self) -> None:
+        """Serve for the life of the process."""
+        async with await asyncio.start_server(self.client, sock=self.socket) as server:
+            await server.serve_forever()
 
-    def shutdown_request(self, request: Any) -> None:
-        """Close the connection of a client that was served."""
-        self.clients.pop(request)
-        super().shutdown_request(request)
-        self.free.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log what went wrong with one client; the others do not mind."""
-        error = one_line(sys.exc_info()[1] or OSError())
-        log.debug("metrics: %(client)s: %(error)s", client=client_address[0], error=error)
-
-
-class MetricsHandler(http.server.BaseHTTPRequestHandler):
-    """One request."""
-
-    server: MetricsServer
-    timeout = METRICS_TIMEOUT_S
-    server_version = "etcd_fdw"
-    sys_version = ""
-
-    def do_GET(self) -> None:
-        """Answer."""
-        answer = self.server.answers.get(self.path.partition("?")[0])
-        status, text = answer() if answer else (404, "not found: there is /metrics, …\n")
-        body = text.encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Requests are not worth a line."""
+    async def client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one request."""
+        self.clients[writer] = None
+        if len(self.clients) > METRICS_CLIENTS:
+            next(iter(self.clients)).transport.abort()
+            self.clients.pop(next(iter(self.clients)))
+        try:
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), METRICS_TIMEOUT_S)
+            path = head.decode("latin-1").split()[1].partition("?")[0]
+            answer = self.answers.get(path, lambda: (404, "there is /metrics, /healthz, /readyz\n"))
+            status, text = answer()
+            lines = (
+                f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}",
+                "Content-Type: text/plain; version=0.0.4; charset=utf-8",
+                "Connection: close",
+                f"\r\n{text}",
+            )
+            writer.write("\r\n".join(lines).encode())
+            await asyncio.wait_for(writer.drain(), METRICS_TIMEOUT_S)
+        except (
+            OSError,
+            EOFError,
+            IndexError,
+            asyncio.LimitOverrunError,
+            asyncio.TimeoutError,
+        ) as exc:
+            log.debug("metrics: client: %(error)s", error=one_line(exc))
+        finally:
+            self.clients.pop(writer, None)
+            writer.close()
 
 
 # ── PostgreSQL side ────────────────────────────────────────────────────────────

@@ -4003,7 +4003,7 @@ WHERE id = ANY (%(ids)s::bigint[]) AND prefix = %(prefix)s AND operation = 'sync
 """
 ANSWER_SQL = """
 UPDATE etcd_sync_event
-SET status = 'done', details = %(details)s, duration = clock_timestamp() - ts
+SET status = %(status)s, details = %(details)s, duration = clock_timestamp() - ts
 WHERE id = %(id)s
 """
 
@@ -4273,12 +4273,16 @@ class Session:
         if not notified:
             return
         for request in self.postgres.query(OPEN_REQUESTS_SQL, ids=int_array(notified)):
-            summary = self.bring_in_step(request["revision"] or 0)
-            if summary is None:  # whoever asked, asks again until there is an answer
+            status, details = "done", None
+            try:
+                details = self.bring_in_step(request["revision"] or 0)
+            except PostgresUnavailable as exc:  # if it is gone, the answer fails as well
+                status, details = "failed", {"message": str(exc)}
+            if details is None:  # whoever asked, asks again until there is an answer
                 continue
+            answer = {"id": request["id"], "status": status}
             with self.postgres.cursor() as cur:
-                details = psycopg2.extras.Json(summary)
-                cur.execute(ANSWER_SQL, {"id": request["id"], "details": details})
+                cur.execute(ANSWER_SQL, {**answer, "details": psycopg2.extras.Json(details)})
 
     def bring_in_step(self, goal: int) -> dict[str, Any] | None:
         """Repair the mirror, if it has all that etcd held at a revision; else None: not yet.

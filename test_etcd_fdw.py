@@ -5799,6 +5799,22 @@ def test_sync_asks_the_active_instance(daemon, command, db, prefix, etcd):
     assert one.returncode is None
 
 
+def test_sync_says_why_the_active_instance_could_not(daemon, command, db, prefix, etcd):
+    one = daemon()
+    etcd.put(prefix + "a", random_text(5_000))
+    etcd.put(prefix + "b", "1")
+    wait_equal(db, etcd, prefix)
+    rows(db, "UPDATE etcd SET value = 'wrong' WHERE key = %s", prefix + "a")
+    rows(db, "CREATE INDEX somebody_s ON etcd (value)")
+    done = command("sync")
+    assert done.returncode == 4
+    assert "the active instance could not: PostgreSQL: index row size" in done.stderr
+    rows(db, "DROP INDEX somebody_s")
+    assert command("sync").returncode == 0
+    wait_equal(db, etcd, prefix)
+    assert "retrying" not in one.log()
+
+
 def test_sync_waits_for_the_one_that_takes_over(daemon, command, db, prefix):
     one = daemon()
     one.pause()

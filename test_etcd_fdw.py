@@ -3666,9 +3666,9 @@ def test_functions_cannot_be_hijacked_by_search_path(schema: str) -> None:
 
 SHADOWED_TYPES = (
     "text", "name", "integer", "bigint", "boolean", "timestamptz", "bytea", "text[]", "int8range",
-    "int8range[]", "anyelement", "anyarray", "oid", "regclass",
+    "int8range[]", "anyelement", "anyarray", "oid", "regclass", "double precision", "interval",
+    "xid8", "jsonb", "uuid", "numeric",
 )  # fmt: skip
-DAEMON_TYPES = (*SHADOWED_TYPES, "double precision", "interval", "xid8", "jsonb", "uuid", "numeric")
 SHADOWED_OPERATORS = (
     "=", "<>", "<", "<=", ">", ">=", "+", "-", "*", "&", "||", "<@", "@>", "~~", "~",
 )  # fmt: skip
@@ -3680,17 +3680,17 @@ CALLED_SQL = r"""
 """
 
 
-def shadow(db: str, role: str, calls: str, types: Sequence[str] = SHADOWED_TYPES) -> None:
+def shadow(db: str, role: str, calls: str) -> None:
     """As a role that may create objects in the schema, define functions and operators with the
     names of all that are called: an argument's type may fit better than that of pg_catalog's."""
     body = "LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION $$shadow ran as %$$, current_user; END'"
     statements = []
     for name, arity in rows(db, CALLED_SQL, calls):
-        some = types if arity < 3 else types[:5]
+        some = SHADOWED_TYPES if arity < 3 else SHADOWED_TYPES[:5]
         for arguments in itertools.product(some, repeat=min(arity, 3)):
             signature = f'public."{name}"({", ".join(arguments)})'
             statements.append(f"CREATE FUNCTION {signature} RETURNS bigint {body}")
-    for left, right in itertools.product(types, repeat=2):
+    for left, right in itertools.product(SHADOWED_TYPES, repeat=2):
         signature = f"public.shadow({left}, {right})"
         statements.append(f"CREATE FUNCTION {signature} RETURNS boolean {body}")
         statements += [
@@ -3782,7 +3782,7 @@ def test_code_of_others_never_runs_with_the_rights_of_the_daemon(
     db = own_postgres.dsn()
     rows(db, SCHEMA_SQL)
     rows(db, "CREATE ROLE other LOGIN")
-    shadow(db, "other", SCHEMA_SQL + SCRIPT.read_text(encoding="utf-8"), DAEMON_TYPES)
+    shadow(db, "other", SCHEMA_SQL + SCRIPT.read_text(encoding="utf-8"))
     etcd.put(prefix + "old", "1")
     one = daemon(*FAST, "--audit=all", postgres=db)
     etcd.txn([etcd.put_op(prefix + "old", "2"), etcd.put_op(prefix + "new", b"\xff")])

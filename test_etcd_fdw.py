@@ -3,7 +3,24 @@
 The servers come from ETCD_FDW_TEST_POSTGRES_DSN and ETCD_FDW_TEST_ETCD_DSN if set, else they are
 started from the binaries that etcd_fdw.find_program finds (ETCD_FDW_TEST_POSTGRES_BIN and
 ETCD_FDW_TEST_ETCD_BIN name directories, to choose a version). Each test has a database and a key
-prefix of its own.
+prefix of its own. The sections, each of which is also a marker (pytest -m faults):
+
+harness             servers, clients, the program; what etcd told (Recorder) held against the mirror
+                    (assert_same) and the outcomes (assert_outcomes); a network that fails (Proxy);
+                    changes from both sides (Load)
+command_line        arguments, environment, exit codes, log lines, dry run
+etcd_to_postgresql  the mirror and the first copy
+postgresql_to_etcd  changes and their outcomes
+sql_interface       schema.sql, mostly without the daemon
+random_histories    what may happen, in any order; crashes at chosen moments
+status              the commands status, sync, validate and config
+metrics             metrics, signals, supervision, housekeeping, notifications
+faults              of etcd and the network, of PostgreSQL, of the daemon and its peers
+exactly_once        bytes that arrive late, failovers, leases, forced changes, copies and backups
+security            TLS, logins, grants, passwords in messages
+patroni             a Patroni cluster
+demo                the demo, README.md and the files of the package
+soak, bench         what takes minutes, and what measures; left out unless asked for
 """
 
 from __future__ import annotations
@@ -8074,6 +8091,44 @@ def test_ids_used_again_after_a_failover_are_other_changes(
         assert {(row.id, row.txid) for row in wal_rows(standby.dsn())} == lost
         running.resume()
         assert assert_outcomes(recorder, standby.dsn()) == {"success": 100}
+
+
+def test_comparison_sees_what_is_not_true(daemon, db, prefix, load, monkeypatch):
+    """Of an outcome that is told otherwise, or of a deletion that nobody made."""
+    daemon(*HASTE)
+    play = load()
+    play.run(50)
+    play.finish()
+    true = wal_rows(db, prefix)
+    bases = {row.depends_on for row in true}
+    one = next(
+        row
+        for row in true
+        if (row.status, row.ttl, row.force) == ("success", None, False)
+        and row.value is not None
+        and row.id not in bases
+        and not play.recorder.leases[row.result_revision or 0, row.key]
+        and [other.txid for other in true].count(row.txid) == 1
+    )
+    falsified: list[tuple[dict[str, Any], str]] = [
+        ({"status": "conflict"}, "nobody claims"),
+        ({"result_revision": 1}, "etcd tells b'nothing' of"),
+        ({"value": b"sql-other"}, "etcd tells b'sql-"),
+        ({"revision": 1, "depends_on": None}, "made on 1, applied on"),
+        ({"force": True, "replaced_revision": 1}, "replaced"),
+        ({"ttl": timedelta(hours=1)}, "lease 0 after 0"),
+        ({"txid": true[-1].txid, "id": 0}, "in parts"),
+    ]
+    for lie, said in falsified:
+        told = [row._replace(**lie) if row is one else row for row in true]
+        monkeypatch.setitem(globals(), "wal_rows", lambda *_, told=told: told)
+        with pytest.raises(AssertionError, match=said):
+            assert_outcomes(play.recorder, db, load=play)
+    monkeypatch.undo()
+    play.unsure = 0
+    play.deleted.clear()
+    with pytest.raises(AssertionError, match="nobody claims the deletes"):
+        assert_outcomes(play.recorder, db, load=play)
 
 
 KILLS = int(os.environ.get("ETCD_FDW_TEST_KILLS", "20"))

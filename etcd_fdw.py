@@ -130,6 +130,7 @@ OUTCOME_CHANNEL = "etcd_outcome"  # payload: <lowest id>-<highest id> of a batch
 CONTROL_CHANNEL = "etcd_fdw_control"  # payload: id of a row of etcd_sync_event
 
 RESERVED = b"etcd_fdw/"  # where the daemon keeps its own keys in etcd; no mirror sees them
+TTL_MAX_S = 9_000_000_000  # of a lease in etcd
 KEY_MAX_BYTES = 2600  # a btree tuple holds 2704 bytes: key, revision, headers
 TXN_MAX_BYTES = 1 << 20  # etcd refuses requests above 1.5 MiB by default
 MESSAGE_MAX_BYTES = 32 << 20  # of an answer; with gRPC's 4 MiB a larger one fails for ever
@@ -280,7 +281,7 @@ class PostgresUnavailable(Unavailable):
 
 
 class CopyRefused(PostgresUnavailable):
-    """PostgreSQL cannot COPY into this table, because of row-level security"""
+    """PostgreSQL cannot COPY it: a row is there already, or the table has row-level security"""
 
 
 class AccessDenied(EtcdFdwError):
@@ -309,12 +310,12 @@ class Rejected(EtcdFdwError):
     """etcd refuses this one change, and would refuse it again"""
 
 
+class LeaseNotFound(Rejected):
+    """the lease ran out before etcd got the put that uses it"""
+
+
 class TooLarge(EtcdFdwError):
     """the answer is larger than gRPC was told to take: ask for less"""
-
-
-class Duplicate(EtcdFdwError):
-    """a row with this key and revision is there already"""
 
 
 class AnotherTimeline(EtcdFdwError):
@@ -341,7 +342,8 @@ ETCD_MESSAGES: list[tuple[str, type[EtcdFdwError]]] = [
     ("grpc: received message larger than max", Rejected),  # Go, on the server
     ("Received message larger than max", TooLarge),  # C core, here
     ("key is not provided", Rejected),
-    ("requested lease not found", Rejected),
+    ("requested lease not found", LeaseNotFound),
+    ("too large lease TTL", Rejected),
     ("key not found", Rejected),
     ("invalid auth token", TokenExpired),
     ("revision of auth store is old", TokenExpired),
@@ -391,7 +393,7 @@ def etcd_error(exc: grpc.RpcError, endpoint: str) -> EtcdFdwError:
 
 # By SQLSTATE, longest prefix first; source: PostgreSQL's errcodes appendix.
 POSTGRES_CODES: dict[str, type[EtcdFdwError]] = {
-    "23505": Duplicate,
+    "23505": CopyRefused,
     "0A000": CopyRefused,
     "42501": AccessDenied,
     "25006": PostgresUnavailable,
@@ -568,9 +570,9 @@ def copy_row(key: bytes, value: bytes | None, revision: int, lease: int) -> byte
     return _pack_key(6, len(key)) + key + columns
 
 
-def int_array(numbers: Iterable[int]) -> str:
+def int_array(numbers: Iterable[int | None]) -> str:
     """A PostgreSQL array literal; parsed much faster than ARRAY[…] with thousands of items."""
-    return "{" + ",".join(map(str, numbers)) + "}"
+    return "{" + ",".join(["NULL" if n is None else str(n) for n in numbers]) + "}"
 
 
 def backoff(attempt: int, initial: float, longest: float) -> float:
@@ -1673,7 +1675,7 @@ class Postgres:
                 f"{exc}: have the owner of the schema apply it: psql -1 -f {SCHEMA_FILE.name}"
             ) from exc
         if applied:
-            log.info("applied schema version %(version)d", {"version": SCHEMA_VERSION})
+            log.info("applied schema version %(version)d", version=SCHEMA_VERSION)
 
     def apply_schema(self, cur: Any) -> bool:
         """Apply schema.sql if it is needed; whether it was."""
@@ -1858,6 +1860,7 @@ class Etcd:
             raise EtcdUnavailable(f"etcd at {host}: {exc}") from exc
         self.metadata: tuple[tuple[str, str], ...] = (("hasleader", "true"),)
         self.kv = etcdrpc.KVStub(self.client.channel)
+        self.lease = etcdrpc.LeaseStub(self.client.channel)
         try:
             # by stub: etcd3 would pass the token in a way that needs TLS
             self.authenticate(target.dial_timeout)
@@ -1944,6 +1947,13 @@ class Etcd:
     def txn_future(self, request: Any) -> Any:
         """The future of a TxnResponse."""
         return self.kv.Txn.future(
+            request, timeout=self.target.request_timeout, metadata=self.metadata
+        )
+
+    def lease_future(self, ttl: int) -> Any:
+        """The future of a LeaseGrantResponse: a new lease of so many seconds."""
+        request = etcdrpc.LeaseGrantRequest(TTL=ttl)
+        return self.lease.LeaseGrant.future(
             request, timeout=self.target.request_timeout, metadata=self.metadata
         )
 
@@ -2107,7 +2117,8 @@ class Intake:
 
         Raises what ended the watch, after the mirror has all that came before.
         """
-        while self.whole < batch_size and self.bytes < BATCH_BYTES:
+        # one revision may be larger than a batch, and come in many fragments
+        while not self.whole or (self.whole < batch_size and self.bytes < BATCH_BYTES):
             response = None if self.ended else self.watch.take()
             if response is None:
                 break
@@ -2206,7 +2217,8 @@ class Batch:
 COPY_SQL = """
 COPY {} (key, value, value_bytes, revision, tombstone, lease) FROM STDIN (FORMAT binary)
 """
-# The lock of the new generation is taken before anybody can know of it.
+# The lock of the new generation is taken before anybody can know of it; whoever took it all the
+# same must not hold up the mirror.
 CHECKPOINT_SQL = """
 UPDATE etcd_sync_state
 SET revision = %(revision)s, last_key = coalesce(%(last_key)s, last_key),
@@ -2218,7 +2230,7 @@ SET revision = %(revision)s, last_key = coalesce(%(last_key)s, last_key),
     resyncs = resyncs + %(resyncs)s, reconnects = reconnects + %(reconnects)s,
     unstorable = unstorable + %(unstorable)s
 WHERE prefix = %(prefix)s AND revision = %(old)s
-RETURNING generation, pg_catalog.pg_advisory_lock(_etcd_generation_lock(prefix, generation))
+RETURNING generation, pg_catalog.pg_try_advisory_lock(_etcd_generation_lock(prefix, generation))
 """
 WAKE_SQL = """
 SELECT pg_catalog.pg_advisory_unlock(_etcd_generation_lock(%(prefix)s, %(generation)s))
@@ -2230,6 +2242,8 @@ SELECT %(prefix)s, 'mirror', 'success', key, 'etcd', revision, 'postgresql', rev
 FROM ROWS FROM (pg_catalog.unnest(%(keys)s::text[]), pg_catalog.unnest(%(revisions)s::bigint[]))
      AS r (key, revision)
 """
+# It is dropped after use, or emptied with each heartbeat: autovacuum does not freeze temporary
+# tables, and an old one holds up the whole database's transaction ids.
 STAGING_SQL = """
 CREATE TEMPORARY TABLE IF NOT EXISTS etcd_staging (
     key text COLLATE "C", value text, value_bytes bytea, revision bigint, tombstone boolean,
@@ -2242,6 +2256,12 @@ INSERT INTO etcd AS e (key, value, value_bytes, revision, tombstone, lease)
 SELECT key, value, value_bytes, revision, tombstone, lease FROM etcd_staging
 ON CONFLICT (key, revision) DO UPDATE SET lease = excluded.lease
 WHERE e.lease IS DISTINCT FROM excluded.lease
+"""
+LEASES_SQL = """
+UPDATE etcd e SET lease = s.lease FROM etcd_staging s
+WHERE e.key = s.key AND e.revision = s.revision AND s.lease IS NOT NULL;
+UPDATE etcd_sync_state SET unrepaired = false WHERE prefix = %(prefix)s;
+DROP TABLE etcd_staging
 """
 CONTRADICTION_SQL = """
 SELECT s.key FROM etcd_staging s JOIN etcd e USING (key)
@@ -2338,7 +2358,7 @@ class Mirror:
         self.generation: int | None = None  # None: no lock is held
         self.intake: Intake | None = None  # None: not watching yet
         self.careful = False  # PostgreSQL refused a plain COPY: go through the staging table
-        self.written_at = time.monotonic()
+        self.written_at = self.shown_at = time.monotonic()  # shown: how far a copy is
 
     # ─ start ─
 
@@ -2384,7 +2404,7 @@ class Mirror:
         """
         engine = self.engine
         engine.enter("copying")
-        started = engine.progress.shown = time.monotonic()
+        started = self.shown_at = time.monotonic()
         try:
             staged = load_staging(self.postgres, self.etcd, at, self.on_page)
         except Compacted as exc:  # once more, meanwhile; the current state will be there longer
@@ -2393,6 +2413,7 @@ class Mirror:
         with engine.counting(), self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
             put, deleted = self.merge_staging(cur, staged.revision)
             self.reach(cur, staged.revision, old)
+            cur.execute("DROP TABLE etcd_staging")
             event = SynchronizationEvent(
                 operation="snapshot" if state is None else "resync",
                 status="done",
@@ -2414,18 +2435,25 @@ class Mirror:
         log.info(
             "copied %(keys)d keys from etcd to PostgreSQL at revision %(revision)d"
             " (%(new)d new, %(deleted)d deleted) in %(seconds).2fs",
-            {
-                "keys": staged.keys,
-                "revision": staged.revision,
-                "new": put,
-                "deleted": deleted,
-                "seconds": time.monotonic() - started,
-            },
+            keys=staged.keys,
+            revision=staged.revision,
+            new=put,
+            deleted=deleted,
+            seconds=time.monotonic() - started,
         )
 
+    def fill_in_leases(self, checkpoint: int) -> None:
+        """Note the leases of the keys that an earlier version mirrored. Raises Compacted."""
+        self.engine.enter("copying")
+        with self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
+            load_staging(self.postgres, self.etcd, checkpoint, self.on_page)
+            cur.execute(LEASES_SQL, {"prefix": self.postgres.prefix})
+
     def on_page(self, keys: int, total: int) -> None:
-        """Say how far a copy is. Raises Stopped."""
-        self.engine.progress.show(keys, total)
+        """Say now and then how far a copy is. Raises Stopped."""
+        if time.monotonic() > self.shown_at + PROGRESS_S:
+            self.shown_at = time.monotonic()
+            log.info("copying from etcd: %(done)d of %(total)d keys", done=keys, total=total)
         self.engine.check_stop()
 
     def merge_staging(self, cur: Any, revision: int) -> tuple[int, int]:
@@ -2491,7 +2519,7 @@ class Mirror:
             outcomes.count(counters)
             try:
                 self.write_once(batch, outcomes)
-            except (Duplicate, CopyRefused):
+            except CopyRefused:
                 if self.careful:
                     raise
                 self.careful = True
@@ -2608,11 +2636,9 @@ def warn_of_unstorable(records: Sequence[KeyValueRecord]) -> None:
         log.warning(
             "cannot mirror %(events)s whose key is not text of up to %(bytes)d bytes: recorded in"
             " etcd_sync_event, revision %(revision)d",
-            {
-                "events": describe(len(records), "event"),
-                "bytes": KEY_MAX_BYTES,
-                "revision": records[-1].revision,
-            },
+            events=describe(len(records), "event"),
+            bytes=KEY_MAX_BYTES,
+            revision=records[-1].revision,
         )
 
 
@@ -2632,6 +2658,8 @@ class OutboxRow(NamedTuple):
     depends_on: int | None  # an earlier row about the same key
     dependency_status: str | None
     dependency_revision: int | None  # the version that the key has after the dependency
+    ttl: int | None  # seconds; 0: no lease; None: the lease that the key has
+    force: bool  # whatever version etcd holds
 
     @property
     def data(self) -> bytes | None:
@@ -2648,13 +2676,38 @@ class Change(NamedTuple):
     """What an outbox transaction does to one key."""
 
     key: bytes
-    expected: int  # the mod_revision that etcd must hold, 0 for none
+    # The mod_revision that etcd must hold, 0 for none.  Of a forced change, once it is applied,
+    # the one that etcd held; None: unknown.
+    expected: int | None
     value: bytes | None  # None: delete
+    ttl: int | None = None  # see OutboxRow
+    forced: bool = False
 
     @property
     def moves(self) -> bool:
         """Whether etcd gets a new version of the key; deleting nothing succeeds without one."""
-        return self.value is not None or self.expected > 0
+        return self.value is not None or self.expected != 0
+
+
+class Limits(NamedTuple):
+    """What etcd takes in one Txn.
+
+    etcd subtracts from the limit of a nested level what the level above holds: the receipt and
+    the transactions, and below them what the widest holds.  A guarded Txn names every key above
+    all that.
+    """
+
+    max_ops: int
+    guarded: bool
+
+    def allow(self, transactions: int, changes: int, widest: int) -> bool:
+        """Whether a Txn may hold so many; widest: see OutboxTransaction.width."""
+        return self.guarded * changes + 1 + transactions + widest <= self.max_ops
+
+    def largest(self) -> int:
+        """How many changes a transaction can have."""
+        room = self.max_ops - 3
+        return max(1, room // 2 if self.guarded else room)
 
 
 class OutboxTransaction:
@@ -2664,15 +2717,27 @@ class OutboxTransaction:
     those that it depends on, to be answered.
     """
 
-    __slots__ = ("changes", "followers", "keys", "read_at", "rows", "size", "versions", "waits")
+    __slots__ = (
+        "changes",
+        "followers",
+        "forced",
+        "keys",
+        "read_at",
+        "rows",
+        "size",
+        "versions",
+        "waits",
+    )
 
     def __init__(self, rows: list[OutboxRow]) -> None:
         self.read_at = time.monotonic()
         self.rows = rows
         self.keys = {row.key for row in rows}
+        self.forced = {row.key for row in rows if row.force}
         self.size = 150 * len(rows)  # of the request, about
         for row in rows:
-            self.size += 4 * len(row.key) + len(row.value or row.value_bytes or "")
+            value = len(row.value or row.value_bytes or "")
+            self.size += 4 * len(row.key) + value * (2 if row.force and row.ttl is None else 1)
         self.changes: list[Change] = []
         self.waits = 0
         self.followers: list[OutboxTransaction] = []
@@ -2693,12 +2758,39 @@ class OutboxTransaction:
             else:
                 expected = row.revision or 0
             own[row.id] = expected
-            changes[row.key] = Change(row.key.encode(), expected, row.data)
+            before, ttl = changes.get(row.key), row.ttl
+            if before and ttl is None:  # the lease that the key has by then
+                ttl = 0 if before.value is None else before.ttl
+            forced = row.key in self.forced
+            changes[row.key] = Change(row.key.encode(), expected, row.data, ttl, forced)
         self.changes = list(changes.values())
+
+    @property
+    def strict(self) -> list[Change]:
+        """The changes that are made on a version; one that etcd does not hold beats all."""
+        return [change for change in self.changes if not change.forced]
+
+    @property
+    def width(self) -> int:
+        """How many operations its nested Txn holds: the changes, and more if it is refused.
+
+        A forced change is a nested Txn of two.
+        """
+        return len(self.keys) + (2 if self.forced else 1)
+
+    def fits(self, limits: Limits) -> bool:
+        """Whether etcd takes it in one piece."""
+        allowed = limits.allow(1, len(self.keys), self.width)
+        return allowed and self.size <= TXN_MAX_BYTES
+
+    def replaced(self, versions: Iterable[int | None]) -> None:
+        """Note what the forced changes, in order, have replaced."""
+        found = iter(versions)
+        self.changes = [c._replace(expected=next(found)) if c.forced else c for c in self.changes]
 
 
 def group_rows(
-    rows: Iterable[OutboxRow], max_changes: int, split: set[str]
+    rows: Iterable[OutboxRow], limits: Limits, split: set[str]
 ) -> list[OutboxTransaction]:
     """The rows by transaction, in the order of their first id.
 
@@ -2710,8 +2802,8 @@ def group_rows(
         by_txid.setdefault(row.txid, []).append(row)
     found: list[OutboxTransaction] = []
     for txid, members in by_txid.items():
-        whole = OutboxTransaction(members)
-        if len(members) > 1 and (len(members) > max_changes or whole.size > TXN_MAX_BYTES):
+        whole, more = OutboxTransaction(members), len(members) > 1
+        if more and not (len(members) <= limits.largest() and whole.fits(limits)):
             split.add(txid)
         if txid in split:
             found.extend(OutboxTransaction([row]) for row in members)
@@ -2757,6 +2849,8 @@ class Queue:
             on = row.depends_on
             if on is None or on in own or row.dependency_status != "pending":
                 continue
+            if row.key in transaction.forced:
+                continue
             version = self.versions.get(on)
             if version is None:
                 self.dependents.setdefault(on, []).append(transaction)
@@ -2764,12 +2858,12 @@ class Queue:
             elif version != REFUSED:
                 transaction.versions[on] = version
 
-    def take(self, max_ops: int, guarded: bool, force: bool = False) -> list[OutboxTransaction]:
+    def take(self, limits: Limits, stalled: bool = False) -> list[OutboxTransaction]:
         """The transactions of the next Txn: each key once, within what etcd takes.
 
-        force: the first one goes even if it depends on a row that nobody will ever settle.
+        stalled: the first one goes even if it depends on a row that nobody will ever settle.
         """
-        if force and self.waiting and not self.ready:
+        if stalled and self.waiting and not self.ready:
             self.ready.append(next(iter(self.waiting.values())))
         taken: list[OutboxTransaction] = []
         later: list[OutboxTransaction] = []
@@ -2780,12 +2874,10 @@ class Queue:
             if not keys.isdisjoint(transaction.keys):
                 later.append(transaction)
                 continue
-            changes = len(transaction.keys)
-            widest, named = max(widest, changes), named + changes
+            widest, named = max(widest, transaction.width), named + len(transaction.keys)
             size += transaction.size
-            # the receipt, the nested transactions, what the widest holds with its refusal
-            operations = 1 + len(taken) + 1 + widest + 1 + guarded * named
-            if taken and (operations > max_ops or size > TXN_MAX_BYTES):
+            fits = limits.allow(len(taken) + 1, named, widest)
+            if taken and not (fits and size <= TXN_MAX_BYTES):
                 later.append(transaction)
                 break
             transaction.resolve()
@@ -2829,6 +2921,7 @@ class Outcome(NamedTuple):
     revision: int | None  # the revision that it got, or that beat it
     message: str | None
     read_at: float  # monotonic: when the loop read the change
+    replaced: int | None = None  # the version that a forced change replaced
 
 
 # finished_at rather than status: the planner must not think of the indexes of pending rows,
@@ -2836,9 +2929,10 @@ class Outcome(NamedTuple):
 SUCCESS_SQL = """
 SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off;
 UPDATE etcd_wal w
-SET status = 'success', result_revision = o.revision, error_message = NULL, finished_at = now()
-FROM ROWS FROM (pg_catalog.unnest(%(ids)s::bigint[]), pg_catalog.unnest(%(revisions)s::bigint[]))
-     AS o (id, revision)
+SET status = 'success', result_revision = o.revision, replaced_revision = o.replaced,
+    error_message = NULL, finished_at = now()
+FROM ROWS FROM (pg_catalog.unnest(%(ids)s::bigint[]), pg_catalog.unnest(%(revisions)s::bigint[]),
+                pg_catalog.unnest(%(replaced)s::bigint[])) AS o (id, revision, replaced)
 WHERE w.id = o.id AND w.finished_at IS NULL
 """
 REFUSAL_SQL = """
@@ -2859,6 +2953,8 @@ SELECT %(prefix)s, 'change', w.status, w.key, 'postgresql', 'etcd', w.result_rev
        w.finished_at - w.ts,
        pg_catalog.jsonb_build_object(
            'wal_id', w.id, 'role', w.role_name, 'application', w.application_name)
+       || CASE WHEN w.force THEN pg_catalog.jsonb_build_object(
+           'forced', true, 'replaced_revision', w.replaced_revision) ELSE '{}'::jsonb END
 FROM etcd_wal w WHERE w.id = ANY (%(ids)s::bigint[])
 """
 
@@ -2887,9 +2983,13 @@ class Outcomes:
         """Write them into etcd_wal, refusals (and with audit all) into etcd_sync_event."""
         good = [o for o in self.list if o.status == "success"]
         if good:
-            revisions = ",".join("NULL" if o.revision is None else str(o.revision) for o in good)
             ids = int_array(o.id for o in good)
-            cur.execute(SUCCESS_SQL, {"ids": ids, "revisions": "{" + revisions + "}"})
+            revisions = int_array(o.revision for o in good)
+            # PostgreSQL fills up what is shorter with nulls
+            forced = any(o.replaced for o in good)
+            replaced = int_array(o.replaced for o in good) if forced else "{}"
+            outcomes = {"ids": ids, "revisions": revisions, "replaced": replaced}
+            cur.execute(SUCCESS_SQL, outcomes)
             if audit:
                 cur.execute(AUDIT_CHANGES_SQL, {"prefix": postgres.prefix, "ids": ids})
         bad = [o for o in self.list if o.status != "success"]
@@ -3020,7 +3120,7 @@ class Receipts:
                 log.warning(
                     "PostgreSQL has lost outcomes of changes up to etcd's revision %(revision)d,"
                     " and etcd has compacted its record of them: those may be applied again",
-                    {"revision": revision},
+                    revision=revision,
                 )
                 break
             held = {kv.key: kv for kv in kvs}
@@ -3061,18 +3161,39 @@ class Txn:
     Guarded: with one more level around it that names every key in a branch which is never
     taken, because etcd up to at least 3.5 checks no permissions in nested transactions, and
     counts no nested puts when its quota is used up.
+
+    The leases that it puts with are granted meanwhile, one for each ttl in a transaction.
+    Those that come to nothing expire by themselves.
     """
 
-    __slots__ = ("_receipt", "alone", "future", "guarded", "request", "rows", "transactions")
+    __slots__ = (
+        "_leases",
+        "_puts",
+        "_receipt",
+        "alone",
+        "etcd",
+        "future",
+        "guarded",
+        "request",
+        "rows",
+        "transactions",
+    )
 
     def __init__(
-        self, transactions: list[OutboxTransaction], receipts: Receipts, fence: int
+        self,
+        transactions: list[OutboxTransaction],
+        receipts: Receipts,
+        fence: int,
+        alone: bool = False,
     ) -> None:
         self.transactions = transactions
         self.rows = format_rows(row for t in transactions for row in t.rows)
-        self.alone = False  # its receipt must be short: wait until all before is settled
-        self.guarded = receipts.etcd.guarded
+        self.alone = alone  # its receipt must be short: wait until all before is settled
+        self.etcd = receipts.etcd
+        self.guarded = self.etcd.guarded
         self.future: Any = None
+        self._leases: dict[tuple[str, int], Any] = {}  # futures by transaction and ttl
+        self._puts: list[tuple[Any, Any]] = []  # that lack the id of a lease, with its future
         equal, mod = etcdrpc.Compare.EQUAL, etcdrpc.Compare.MOD
         self.request = txn = etcdrpc.TxnRequest()
         if self.guarded:
@@ -3086,25 +3207,64 @@ class Txn:
         self._receipt.key = receipts.receipt
         for number, transaction in enumerate(transactions):
             nested = txn.success.add().request_txn
-            for key, expected, value in transaction.changes:
-                nested.compare.add(result=equal, target=mod, key=key, mod_revision=expected)
-                if value is None:
-                    nested.success.add().request_delete_range.key = key
-                else:
-                    put = nested.success.add().request_put
-                    put.key, put.value = key, value
-                    put.ignore_lease = expected > 0  # a plain put would detach the key from it
+            txid = transaction.rows[0].txid
+            for change in transaction.changes:
+                key, operation = change.key, nested.success.add()
+                if change.forced:
+                    self.force(operation.request_txn, change, txid)
+                    continue
+                nested.compare.add(result=equal, target=mod, key=key, mod_revision=change.expected)
+                self.make(operation, change, bool(change.expected), txid)
                 look = nested.failure.add().request_range
                 look.key, look.keys_only = key, True
             refusal = nested.failure.add().request_put
             refusal.key = b"%srefused/%d" % (receipts.key, number)
             refusal.value = format_rows(transaction.rows).encode()
 
-    def send(self, etcd: Etcd, settled: int, unsettled: Iterable[Sent]) -> None:
-        """Complete the receipt, and send it all."""
+    def force(self, nested: Any, change: Change, txid: str) -> None:
+        """Have a nested transaction make a change whatever etcd holds, and tell what that was."""
+        look = nested.success.add().request_range
+        look.key, look.keys_only = change.key, True
+        self.make(nested.success.add(), change, True, txid)
+        if change.value is not None and change.ttl is None:
+            greater, mod = etcdrpc.Compare.GREATER, etcdrpc.Compare.MOD
+            nested.compare.add(result=greater, target=mod, key=change.key, mod_revision=0)
+            self.make(nested.failure.add(), change, False, txid)
+
+    def make(self, operation: Any, change: Change, exists: bool, txid: str) -> None:
+        """Have an operation make a change to a key that exists at that moment, or does not."""
+        if change.value is None:
+            operation.request_delete_range.key = change.key
+            return
+        put = operation.request_put
+        put.key, put.value = change.key, change.value
+        if change.ttl:
+            lease = self._leases.get((txid, change.ttl))
+            if lease is None:
+                lease = self._leases[txid, change.ttl] = self.etcd.lease_future(change.ttl)
+            self._puts.append((put, lease))
+        elif change.ttl is None:
+            put.ignore_lease = exists  # a plain put would detach the key from it
+
+    def when_granted(self, callback: Callable[[], None]) -> None:
+        """Have something called, in any thread, whenever one of the leases is there or refused."""
+        for lease in self._leases.values():
+            lease.add_done_callback(lambda _: callback())
+
+    def granted(self) -> bool:
+        """Whether nothing has to be waited for before it is sent."""
+        return all(lease.done() for lease in self._leases.values())
+
+    def send(self, settled: int, unsettled: Iterable[Sent]) -> None:
+        """Complete the request, and send it. A lease that was refused is the answer."""
+        for put, lease in self._puts:
+            if lease.code() is not grpc.StatusCode.OK:
+                self.future = lease
+                return
+            put.lease = lease.result().ID
         content = {"rows": self.rows, "settled": settled, "unsettled": list(unsettled)}
         self._receipt.value = json.dumps(content, separators=(",", ":")).encode()
-        self.future = etcd.txn_future(self.request)
+        self.future = self.etcd.txn_future(self.request)
 
     def answer(self) -> Any:
         """The TxnResponse of the fenced level, with the header. Raises grpc.RpcError."""
@@ -3121,6 +3281,15 @@ class Txn:
         return format_rows(row for transaction in failed for row in transaction.rows)
 
 
+def replaced_versions(transaction: OutboxTransaction, answers: Sequence[Any]) -> Iterator[int]:
+    """What etcd answers that forced changes have replaced, in order; 0 for nothing."""
+    for change, answer in zip(transaction.changes, answers):
+        if change.forced:
+            forced = answer.response_txn
+            kvs = forced.responses[0].response_range.kvs if forced.succeeded else ()
+            yield kvs[0].mod_revision if kvs else 0
+
+
 class Pipeline:
     """Sends Txns to etcd one after another: each as soon as the one before it was answered.
 
@@ -3130,8 +3299,7 @@ class Pipeline:
     the fence nothing more is sent until resume().  Public methods are for the loop's thread.
     """
 
-    def __init__(self, etcd: Etcd, waker: Waker, settled: int, unsettled: Iterable[Sent]) -> None:
-        self._etcd = etcd
+    def __init__(self, waker: Waker, settled: int, unsettled: Iterable[Sent]) -> None:
         self._waker = waker
         self._lock = threading.Lock()
         self._settled = settled
@@ -3151,24 +3319,26 @@ class Pipeline:
             length = sum(len(sent.rows) + len(sent.refused) for sent in self._unsettled)
         return len(self) >= PIPELINE_DEPTH or length > RECEIPT_MAX_BYTES
 
-    def add(self, *txns: Txn, first: bool = False) -> None:
-        """Send Txns when their turn comes; first: before all others."""
+    def add(self, txn: Txn, first: bool = False) -> None:
+        """Send a Txn when its turn comes; first: before all others."""
         with self._lock:
             if first:
-                self._unsent.extendleft(reversed(txns))
+                self._unsent.appendleft(txn)
             else:
-                self._unsent.extend(txns)
+                self._unsent.append(txn)
+        txn.when_granted(self._send)
         self._send()
 
     def _send(self) -> None:
         with self._lock:
             if self._sending or self._halted or not self._unsent:
                 return
-            if self._unsent[0].alone and self._unsettled:
+            txn = self._unsent[0]
+            if (txn.alone and self._unsettled) or not txn.granted():
                 return
-            txn = self._unsent.popleft()
+            self._unsent.popleft()
             self._sending = True
-            txn.send(self._etcd, self._settled, self._unsettled)
+            txn.send(self._settled, self._unsettled)
         txn.future.add_done_callback(lambda _: self._done(txn))
 
     def _done(self, txn: Txn) -> None:
@@ -3221,7 +3391,11 @@ SIZE = "coalesce(pg_catalog.octet_length(value), pg_catalog.octet_length(value_b
 ROW_COLUMNS = """
     w.id, (extract(epoch FROM w.ts)::float8 * 1000000::float8)::bigint, w.key, w.value,
     w.value_bytes, w.revision, w.txid::text, d.id, d.status,
-    CASE WHEN d.value IS NULL AND d.value_bytes IS NULL THEN 0 ELSE d.result_revision END
+    CASE WHEN d.value IS NULL AND d.value_bytes IS NULL THEN 0 ELSE d.result_revision END,
+    CASE WHEN w.ttl >= '0'::interval
+             THEN least(pg_catalog.ceil(extract(epoch FROM w.ttl)::float8), 1e12::float8)::bigint
+         WHEN w.ttl IS NOT NULL THEN -1 END,
+    w.force
 """
 DEPENDENCY = """
 LEFT JOIN LATERAL (
@@ -3293,7 +3467,7 @@ class Outbox:
         self.receipts = Receipts(etcd, state.mirror_id)
         self.fence = self.receipts.fence(postgres.database)
         sent = self.receipts.sent(state.receipt)
-        self.pipeline = Pipeline(etcd, engine.waker, state.receipt, sent)
+        self.pipeline = Pipeline(engine.waker, state.receipt, sent)
         self.all_read = False  # whether there is no pending row that was not read
         self.split = set(state.split)
         self.retired = False  # nothing more is read or sent, but what was sent is settled
@@ -3312,13 +3486,13 @@ class Outbox:
         with self.postgres.cursor() as cur:
             cur.execute(SENT_SQL, {"ids": ids, "prefix": self.postgres.prefix})
             found = {row[0]: OutboxRow(*row) for row in cur}
-        settled = 0
+        limits, settled = self.limits(), 0
         for item, rows in zip(sent, queued):
             there = [found[i] for i in sorted(rows) if i in found]
             there = [row for row in there if row.queued_at == rows[row.id]]
             refused = parse_rows(item.refused)
             transactions = group_rows(
-                [row for row in there if row.id in refused], len(there), self.split
+                [row for row in there if row.id in refused], limits, self.split
             )
             applied = OutboxTransaction([row for row in there if row.id not in refused])
             outcomes: list[Outcome] = []
@@ -3328,9 +3502,14 @@ class Outbox:
                 )
                 self.queue.depend(transaction)
                 transaction.resolve()
+            forced = [change.key for change in applied.changes if change.forced]
+            applied.replaced([self.version_at(key, item.revision - 1) for key in forced])
             outcomes += self.applied(applied, item.revision)
             for transaction in transactions:
-                current = [self.version_at(c.key, item.revision) for c in transaction.changes]
+                current = []
+                for change in transaction.strict:
+                    version = self.version_at(change.key, item.revision)
+                    current.append(self.version_at(change.key) or 0 if version is None else version)
                 outcomes += self.refused(transaction, current)
             moves = any(change.moves for change in applied.changes)
             self.acknowledged.append(Acknowledged(item.revision, moves, outcomes, time.monotonic()))
@@ -3340,36 +3519,40 @@ class Outbox:
         if settled:
             log.info(
                 "etcd's receipts tell what became of %(changes)s sent before",
-                {"changes": describe(settled, "change")},
+                changes=describe(settled, "change"),
             )
 
-    def version_at(self, key: bytes, revision: int) -> int:
-        """The mod_revision that a key had, or if etcd has compacted that, has; 0 for none."""
-        etcd = self.receipts.etcd
+    def version_at(self, key: bytes, revision: int = 0) -> int | None:
+        """The mod_revision that a key had at a revision, or has; 0 for none, None: compacted."""
         try:
-            kvs = etcd.range(key, revision=revision, keys_only=True).kvs
+            kvs = self.receipts.etcd.range(key, revision=revision, keys_only=True).kvs
         except Compacted:
-            kvs = etcd.range(key, keys_only=True).kvs
+            return None
         return int(kvs[0].mod_revision) if kvs else 0
 
     # ─ read ─
 
     def fill(self) -> bool:
         """Read, pack and send as much as there is room for; whether anything was sent."""
-        limits = self.engine.config.max_txn_ops, self.receipts.etcd.guarded
-        sent = False
+        limits, sent = self.limits(), False
         while not self.pipeline.full() and self.unwritten() < self.engine.config.batch_size:
-            transactions = self.queue.take(*limits)
+            transactions = self.queue.take(limits)
             while not (transactions or self.all_read) and self.has_room():
                 self.read()
-                transactions = self.queue.take(*limits)
+                transactions = self.queue.take(limits)
             if not (transactions or self.pipeline or self.unwritten()):
-                transactions = self.queue.take(*limits, force=True)
+                transactions = self.queue.take(limits, stalled=True)
             if not transactions:
                 break
-            self.pipeline.add(Txn(transactions, self.receipts, self.fence))
+            self.send(transactions)
             sent = True
         return sent
+
+    def send(
+        self, transactions: list[OutboxTransaction], alone: bool = False, first: bool = False
+    ) -> None:
+        """Send transactions in one Txn when its turn comes; first: before all others."""
+        self.pipeline.add(Txn(transactions, self.receipts, self.fence, alone), first=first)
 
     def unwritten(self) -> int:
         """How many changes wait for the mirror."""
@@ -3384,12 +3567,15 @@ class Outbox:
 
     def read(self) -> None:
         """Queue pending rows that were not read yet."""
-        max_changes = self.max_changes()
-        rows, self.all_read = self.pending(self.engine.config.batch_size, max_changes)
+        limits = self.limits()
+        rows, self.all_read = self.pending(self.engine.config.batch_size, limits.largest())
         self.queue.versions.update(dict.fromkeys((row.id for row in rows), None))
-        for transaction in group_rows(rows, max_changes, self.split):
+        for transaction in group_rows(rows, limits, self.split):
             if any(key.encode().startswith(RESERVED) for key in transaction.keys):
                 self.fail(transaction, Rejected(f"keys below {RESERVED.decode()} are reserved"))
+            elif any(row.ttl and not 0 < row.ttl <= TTL_MAX_S for row in transaction.rows):
+                limit = f"a ttl must not be negative, nor above {TTL_MAX_S} seconds"
+                self.fail(transaction, Rejected(limit))
             else:
                 self.queue.add(transaction)
 
@@ -3413,13 +3599,9 @@ class Outbox:
             rows.extend(OutboxRow(*row) for row in cur)
         return sorted(rows), False
 
-    def max_changes(self) -> int:
-        """How many changes one transaction can have: each level of nesting takes some operations.
-
-        etcd subtracts from the limit of a level what the level above holds.
-        """
-        room = self.engine.config.max_txn_ops - 3  # receipt, nested transaction, refusal
-        return max(1, room // 2 if self.receipts.etcd.guarded else room)
+    def limits(self) -> Limits:
+        """What etcd takes in one Txn."""
+        return Limits(self.engine.config.max_txn_ops, self.receipts.etcd.guarded)
 
     # ─ etcd's answers ─
 
@@ -3446,6 +3628,7 @@ class Outbox:
         revision, outcomes, moves = answer.header.revision, [], False
         for transaction, item in zip(txn.transactions, answer.responses[1:]):
             if item.response_txn.succeeded:
+                transaction.replaced(replaced_versions(transaction, item.response_txn.responses))
                 outcomes += self.applied(transaction, revision)
                 moves = moves or any(change.moves for change in transaction.changes)
                 continue
@@ -3469,26 +3652,26 @@ class Outbox:
 
     def applied(self, transaction: OutboxTransaction, revision: int) -> list[Outcome]:
         """The outcomes of a transaction that etcd took at a revision."""
-        reached, after = {}, {}
-        for change in transaction.changes:
-            key = change.key.decode()
-            reached[key] = revision if change.moves else None
-            after[key] = revision if change.value is not None else 0
+        changes = {change.key.decode(): change for change in transaction.changes}
         outcomes = []
         for row in transaction.rows:
+            change = changes[row.key]
+            reached = revision if change.moves else None
+            replaced = change.expected or None if row.force else None
             outcomes.append(
-                Outcome(row.id, row.key, "success", reached[row.key], None, transaction.read_at)
+                Outcome(row.id, row.key, "success", reached, None, transaction.read_at, replaced)
             )
-            self.queue.answered(row.id, after[row.key])
+            self.queue.answered(row.id, 0 if change.value is None else revision)
         return outcomes
 
     def refused(self, transaction: OutboxTransaction, current: Sequence[int]) -> list[Outcome]:
         """The outcomes of a transaction one of whose keys etcd has at another version."""
-        message = conflict_message(transaction.changes, current)
-        beaten_at = {
-            c.key.decode(): now for c, now in zip(transaction.changes, current) if now != c.expected
-        }
-        self.engine.conflicts.note(transaction.rows[0].id, *next(iter(beaten_at.items())), message)
+        strict = transaction.strict
+        message = conflict_message(strict, current)
+        beaten_at = {c.key.decode(): now for c, now in zip(strict, current) if now != c.expected}
+        first = transaction.rows[0]
+        key, revision = next(iter(beaten_at.items()), (first.key, None))
+        self.engine.conflicts.note(first.id, key, revision, message)
         newest = max(beaten_at.values(), default=0)
         outcomes = []
         for row in transaction.rows:
@@ -3501,9 +3684,7 @@ class Outbox:
 
     def fail(self, transaction: OutboxTransaction, error: EtcdFdwError) -> None:
         """Note that etcd will never take a transaction."""
-        log.warning(
-            "change %(id)d failed: %(error)s", {"id": transaction.rows[0].id, "error": error}
-        )
+        log.warning("change %(id)d failed: %(error)s", id=transaction.rows[0].id, error=error)
         for row in transaction.rows:
             self.failed.append(
                 Outcome(row.id, row.key, "failed", None, str(error), transaction.read_at)
@@ -3516,22 +3697,23 @@ class Outbox:
         if isinstance(error, TokenExpired) and not self.token_renewed:
             self.token_renewed = True
             self.receipts.etcd.authenticate()
-            self.pipeline.add(txn, first=True)
+            self.send(transactions, alone=txn.alone, first=True)
+        elif isinstance(error, LeaseNotFound):  # it took its time; the next one is granted now
+            self.send(transactions, alone=txn.alone, first=True)
         elif isinstance(error, (Rejected, PermissionDenied)):
             if isinstance(
                 error, PermissionDenied
             ):  # is it the keys of the changes, or the receipt?
                 with self.receipts.grant_named():
                     self.receipts.etcd.check_write(self.receipts.key, self.receipts.range_end)
-            if len(transactions) == 1 and not txn.alone:
-                txn.alone = True
-                self.pipeline.add(txn, first=True)
-            elif len(transactions) == 1:
-                self.fail(transactions[0], error)
             middle = len(transactions) // 2
-            halves = [h for h in (transactions[:middle], transactions[middle:]) if middle]
-            again = (Txn(half, self.receipts, self.fence) for half in halves)
-            self.pipeline.add(*again, first=True)
+            if middle:
+                self.send(transactions[middle:], first=True)
+                self.send(transactions[:middle], first=True)
+            elif not txn.alone:
+                self.send(transactions, alone=True, first=True)
+            else:
+                self.fail(transactions[0], error)
         else:
             ids = int_array(row.id for transaction in transactions for row in transaction.rows)
             with self.postgres.cursor() as cur:
@@ -3654,6 +3836,7 @@ def compare(
         arguments = {**postgres.bounds, "checkpoint": checkpoint}
         cur.execute(REPAIR_SQL if repair else COMPARE_SQL, arguments)
         found = {kind: {"count": count, "first": first} for kind, count, first in cur}
+        cur.execute("DROP TABLE etcd_staging")
     return {
         "revision": checkpoint,
         "keys": staged.keys,
@@ -3807,7 +3990,8 @@ class Chore(Timer):
         if deleted:
             log.debug(
                 "housekeeping deleted %(rows)d rows of %(table)s",
-                {"rows": deleted, "table": self.table},
+                rows=deleted,
+                table=self.table,
             )
         if more:
             return 10 * (time.monotonic() - started)  # a tenth of the loop's time at most
@@ -3873,7 +4057,7 @@ class Session:
             mirror.snapshot(state, resync or 0)
         elif state.unrepaired:
             with suppress(Compacted):  # the watch will say so as well, and from where to copy
-                mirror.snapshot(state, state.revision)
+                mirror.fill_in_leases(state.revision)
         state = self.postgres.state()
         assert state is not None
         self.take_over(state)
@@ -3894,7 +4078,7 @@ class Session:
         )
         with self.postgres.transaction() as cur:
             self.postgres.record_events(cur, [event])
-        log.info("took over from pid %(pid)d on %(host)s", {"pid": state.pid, "host": state.host})
+        log.info("took over from pid %(pid)d on %(host)s", pid=state.pid, host=state.host)
 
     def finished(self) -> bool:
         """Whether the session was asked to stop and has nothing left that is worth a wait."""
@@ -4016,7 +4200,8 @@ class Session:
         log.log(
             logging.ERROR if denied else logging.WARNING,
             "%(error)s; changes wait, sending again in %(delay).1fs",
-            {"error": error, "delay": delay},
+            error=error,
+            delay=delay,
         )
         self.outbox_after = time.monotonic() + delay
 
@@ -4053,7 +4238,7 @@ class Session:
         if strays > self.engine.strays:
             log.warning(
                 "%(changes)s outside every mirrored prefix: left alone",
-                {"changes": describe(strays, "pending change")},
+                changes=describe(strays, "pending change"),
             )
         self.engine.strays = strays
         return self.engine.config.poll_interval
@@ -4126,7 +4311,8 @@ class Session:
                 return None
         log.info(
             "compared %(keys)d keys with etcd at revision %(revision)d",
-            {"keys": summary["keys"], "revision": checkpoint},
+            keys=summary["keys"],
+            revision=checkpoint,
         )
         return summary
 
@@ -4136,13 +4322,15 @@ class Session:
         Raises Compacted if etcd no longer knows.
         """
         checkpoint = self.mirror.checkpoint
+        self.mirror.shown_at = time.monotonic()
         summary = compare_at_checkpoint(
             self.postgres, self.etcd, checkpoint, repair=True, progress=self.mirror.on_page
         )
         if repaired := count_differences(summary):
             log.warning(
                 "the mirror was not what etcd held at revision %(revision)d: repaired %(repaired)s",
-                {"revision": checkpoint, "repaired": describe(repaired, "difference")},
+                revision=checkpoint,
+                repaired=describe(repaired, "difference"),
             )
         return summary
 
@@ -4152,19 +4340,6 @@ COPY_REMEDY = (
     'is that a copy of this database? give it a mirror of its own with the command "sync --reset"; '
 )
 RELOADABLE = tuple(option.name for option in OPTIONS if option.reloadable)
-
-
-class Progress:
-    """Says how far a long copy is: a log line now and then."""
-
-    def __init__(self) -> None:
-        self.shown = time.monotonic()
-
-    def show(self, done: int, total: int) -> None:
-        """Say it, if the last time is long enough ago."""
-        if time.monotonic() > self.shown + PROGRESS_S:
-            self.shown = time.monotonic()
-            log.info("copying from etcd: %(done)d of %(total)d keys", done=done, total=total)
 
 
 class ConflictLog:
@@ -4179,7 +4354,7 @@ class ConflictLog:
         self.flood = False  # so many came in the minute before
         self.hidden = 0  # since the last summary
 
-    def note(self, id_: int, key: str, revision: int, message: str) -> None:
+    def note(self, id_: int, key: str, revision: int | None, message: str) -> None:
         """Log or count a conflict about the key, which has this revision in etcd."""
         minutes = (time.monotonic() - self.began) / SUMMARY_S
         if minutes >= 1:
@@ -4213,7 +4388,6 @@ class Engine:
         self.reported = Counters()  # those that a summary has told
         self.metrics = Metrics(config.etcd_dsn.prefix, self.counters)
         self.conflicts = ConflictLog()
-        self.progress = Progress()
         self.current: Session | None = None  # the one whose loop turns
         self.host = 0  # index of the etcd endpoint that answered last
         self.resync: int | None = None  # the next session starts with a snapshot at, 0: now
@@ -4564,7 +4738,8 @@ FIRST_PENDING_SQL = f"""
 SELECT w.id, w.key, coalesce(
            CASE WHEN d.status = 'success' AND d.value IS NULL AND d.value_bytes IS NULL THEN 0
                 WHEN d.status = 'success' THEN d.result_revision END, w.revision, 0) AS expected,
-       d.status IS NOT DISTINCT FROM 'pending' AS waits, pg_catalog.count(*) OVER () AS total
+       d.status IS NOT DISTINCT FROM 'pending' AS waits, w.force,
+       pg_catalog.count(*) OVER () AS total
 FROM etcd_wal w {DEPENDENCY}
 WHERE w.status = 'pending' AND pg_catalog.starts_with(w.key, %(prefix)s)
 ORDER BY w.id LIMIT 20
@@ -4621,7 +4796,9 @@ def report_pending(postgres: Postgres, etcd: Etcd) -> None:
     for row in rows:
         kvs = etcd.range(row["key"].encode(), keys_only=True).kvs
         current = kvs[0].mod_revision if kvs else 0
-        if row["waits"]:
+        if row["force"]:
+            meets = "to apply, whatever etcd holds"
+        elif row["waits"]:
             meets = "made on top of a pending one"
         elif current == row["expected"]:
             meets = "to apply"
@@ -5000,7 +5177,7 @@ class OnePass(Engine):
                 event = SynchronizationEvent("reset", "done", details={"rows": deleted})
                 postgres.record_events(cur, [event])
             outcomes.count(counters)
-        log.warning("dropped the mirror: %(rows)s", {"rows": describe(deleted, "row")})
+        log.warning("dropped the mirror: %(rows)s", rows=describe(deleted, "row"))
 
     def established(self, session: Session) -> None:
         """Not a reason to try for ever."""
@@ -5080,12 +5257,10 @@ def bring_in_step(config: Config, reset: bool = False) -> dict[str, Any]:
     new = engine.counters
     log.info(
         "mirrored %(events)s, applied %(applied)s, %(conflicts)d in conflict, %(failures)d failed",
-        {
-            "events": describe(new.events, "event"),
-            "applied": describe(new.applied, "change"),
-            "conflicts": new.conflicts,
-            "failures": new.failures,
-        },
+        events=describe(new.events, "event"),
+        applied=describe(new.applied, "change"),
+        conflicts=new.conflicts,
+        failures=new.failures,
     )
     return engine.comparison
 
@@ -5099,7 +5274,7 @@ def retry_failed(config: Config) -> None:
         for row in found:
             postgres.query(RETRY_TOGETHER_SQL, **row)
     count = sum(len(row["ids"]) for row in found)
-    log.info("queued %(changes)s again", {"changes": describe(count, "change")})
+    log.info("queued %(changes)s again", changes=describe(count, "change"))
 
 
 def sync(config: Config, given: Mapping[str, Any]) -> int:

@@ -19,9 +19,14 @@
 --                 etcd_get_all(key, min_revision)       history of one key
 --                 etcd_list(prefix)                     live keys under a prefix
 --                 etcd_at(revision, prefix)             live keys under a prefix as of a past revision
---     write       etcd_set(key, value, revision)        put text
+--     write       etcd_set(key, value, revision)        put text or jsonb; ttl => makes it expire
 --                 etcd_set_bytes(key, value, revision)  put bytes
+--                 etcd_set_many(values)                 put and delete many keys, from one jsonb object
 --                 etcd_delete(key, revision)            delete
+--                 etcd_delete_prefix(prefix)            delete what is under a prefix
+--                 force => true                         in each of these: whatever etcd holds
+--     outcome     etcd_wait(id)                         wait until a change is final: how it ended
+--                 etcd_wait_revision(revision)          wait until the mirror has a revision of etcd
 --                 etcd_retry(id)                        queue a conflict or failure again
 --                 etcd_dismiss(id)                      acknowledge a conflict or failure
 --     version     etcd_schema_version()
@@ -31,20 +36,68 @@
 -- Needs PostgreSQL 13 or later. All objects go into the first schema of search_path. A second run
 -- changes nothing. Renaming that schema afterwards means running this file again, because the functions
 -- have their search_path pinned to it.
+-- \d+ and \df+ show what each column and function means, \sf a function's parameters and errors.
 
--- A newer version stays as it is.
+
+-- == Upgrades ==========================================================================================
+
+-- Brings the tables of an older version to this one, a step per version. What can be replaced in place (views,
+-- function bodies, comments) is, by the rest of this file; what cannot is dropped here: a view of yours that
+-- depends on it stops the upgrade, with nothing changed. A newer version stays as it is.
 DO $$
 DECLARE
-    v_installed int;
+    v_installed  int;
 BEGIN
     IF pg_catalog.to_regprocedure(
-           pg_catalog.format('%I.etcd_schema_version()', current_schema())) IS NOT NULL THEN
-        EXECUTE pg_catalog.format('SELECT %I.etcd_schema_version()', current_schema()) INTO v_installed;
-        IF v_installed > 4 THEN
-            RAISE EXCEPTION 'schema version % is installed, this file is version 4', v_installed
-                USING ERRCODE = 'object_not_in_prerequisite_state',
-                      HINT = 'Use the schema.sql that belongs to the newer etcd_fdw.';
-        END IF;
+           pg_catalog.format('%I.etcd_schema_version()', current_schema())) IS NULL THEN
+        RETURN;  -- a new installation
+    END IF;
+    EXECUTE pg_catalog.format('SELECT %I.etcd_schema_version()', current_schema()) INTO v_installed;
+    IF v_installed > 4 THEN
+        RAISE EXCEPTION 'schema version % is installed, this file is version 4', v_installed
+            USING ERRCODE = 'object_not_in_prerequisite_state',
+                  HINT = 'Use the schema.sql that belongs to the newer etcd_fdw.';
+    END IF;
+
+    -- Step 2 added columns that step 3 dropped.
+
+    -- Step 3: receipts in etcd settle lost answers; conflicts and failures can be dismissed.
+    IF v_installed < 3 THEN
+        ALTER TABLE etcd_sync_state
+            DROP COLUMN IF EXISTS sent_before,
+            DROP COLUMN IF EXISTS sent_after,
+            DROP COLUMN IF EXISTS sent_in_parts,
+            ADD COLUMN mirror_id      uuid    NOT NULL DEFAULT pg_catalog.gen_random_uuid(),
+            ADD COLUMN receipt        bigint  NOT NULL DEFAULT 0,
+            ADD COLUMN split          xid8[]  NOT NULL DEFAULT '{}',
+            ADD COLUMN last_error     text,
+            ADD COLUMN last_error_at  timestamptz;
+        ALTER TABLE etcd_wal
+            ADD COLUMN dismissed_at timestamptz,
+            ADD CONSTRAINT etcd_wal_dismissed_check
+                CHECK (dismissed_at IS NULL OR status IN ('conflict', 'failed'));
+        DROP INDEX IF EXISTS etcd_wal_retry_of_key, etcd_wal_success_idx;
+    END IF;
+
+    -- Step 4: leases, forced changes, waiting. What is mirrored already gets its leases when the daemon starts.
+    IF v_installed < 4 THEN
+        ALTER TABLE etcd ADD COLUMN lease bigint;
+        ALTER TABLE etcd_wal
+            ADD COLUMN ttl                interval,
+            ADD COLUMN force              boolean  NOT NULL DEFAULT false,
+            ADD COLUMN replaced_revision  bigint,
+            ADD CONSTRAINT etcd_wal_ttl_check CHECK (
+                ttl IS NULL OR ttl BETWEEN interval '0' AND interval '2500000 h'
+                               AND (value IS NOT NULL OR value_bytes IS NOT NULL));
+        ALTER TABLE etcd_sync_state
+            ADD COLUMN generation  bigint   NOT NULL DEFAULT 0,
+            ADD COLUMN unrepaired  boolean  NOT NULL DEFAULT false;
+        UPDATE etcd_sync_state SET unrepaired = true;
+        DROP INDEX IF EXISTS etcd_revision_ts_idx;
+        DROP FUNCTION IF EXISTS
+            etcd_get(text), etcd_get_all(text, bigint), etcd_list(text), etcd_at(bigint, text),
+            etcd_set(text, text, bigint), etcd_set_bytes(text, bytea, bigint), etcd_delete(text, bigint),
+            _etcd_state(text, bigint), _etcd_change(text, text, bytea, bigint, boolean, bigint);
     END IF;
 END
 $$;
@@ -52,17 +105,8 @@ $$;
 
 -- == Tables ============================================================================================
 
--- etcd: one row per key and revision, written by the daemon alone.
---
---     ts           when the row was mirrored (etcd keeps no time of its own)
---     key          compared byte by byte, as etcd does
---     value        the value, if PostgreSQL's text can hold it
---     revision     etcd's mod_revision; unique per key, shared by the keys of one etcd transaction
---     tombstone    the key was deleted at this revision; both values are null
---     value_bytes  the value, if it is not valid text (not UTF-8, or with a NUL byte); value is null then
---     lease        etcd's id of the lease that the key was put with; null: none
---
--- The latest row of a key is its current state. The primary key answers that with one index descent.
+-- One row per key and revision, written by the daemon alone. The latest row of a key is its current state: the
+-- primary key answers that with one index descent.
 CREATE TABLE IF NOT EXISTS etcd (
     ts           timestamptz       NOT NULL DEFAULT now(),
     key          text COLLATE "C"  NOT NULL,
@@ -78,75 +122,49 @@ CREATE TABLE IF NOT EXISTS etcd (
              ELSE (value IS NULL) <> (value_bytes IS NULL) END)
 );
 
--- Since version 4.
-ALTER TABLE etcd ADD COLUMN IF NOT EXISTS lease bigint;
-
 COMMENT ON TABLE  etcd IS 'Mirror of etcd: every revision of every key. Written by etcd_fdw only.';
-COMMENT ON COLUMN etcd.ts IS 'when the row was mirrored, not when etcd wrote it';
-COMMENT ON COLUMN etcd.value IS 'value as text; null for a tombstone or when value_bytes holds it';
-COMMENT ON COLUMN etcd.revision IS 'etcd mod_revision';
-COMMENT ON COLUMN etcd.tombstone IS 'the key was deleted at this revision';
+COMMENT ON COLUMN etcd.ts IS 'when the row was mirrored: etcd keeps no time of its own';
+COMMENT ON COLUMN etcd.key IS 'compared byte by byte, as etcd does';
+COMMENT ON COLUMN etcd.value IS 'value as text; null for a tombstone, or if value_bytes holds it';
+COMMENT ON COLUMN etcd.revision IS 'etcd''s mod_revision: unique per key, shared by the keys of one etcd transaction';
+COMMENT ON COLUMN etcd.tombstone IS 'the key was deleted, or expired, at this revision; both values are null';
 COMMENT ON COLUMN etcd.value_bytes IS 'value that text cannot hold: not UTF-8, or with a NUL byte';
+COMMENT ON COLUMN etcd.lease IS 'etcd''s id of the lease that the key was put with; null: none';
 
 
--- etcd_wal: the outbox. A row is one wanted change; rows of one transaction are applied together.
---
---     id                order of the changes; ids may become visible out of order
---     ts                start of the transaction that asked for it
---     key               at most 2600 bytes, what an index row surely takes
---     value             text to put, or
---     value_bytes       bytes to put; both null: delete the key
---     revision          the version that the change was made on; null or 0: the key must not exist
---     status            pending    not yet answered by etcd
---                       success    applied, and visible in table etcd
---                       conflict   etcd held another version; nothing was changed
---                       failed     etcd refused it; see error_message
---     retry_count       attempts that ended without an answer
---     error_message     what went wrong last, or what beat the change
---     result_revision   success: the revision that it got (null: deleted a key that was not there)
---                       conflict: the revision that beat it
---     finished_at       when the status stopped being pending
---     txid              the PostgreSQL transaction; its rows form one etcd transaction
---     depends_on        id of an earlier pending change to this key that this one was made on top of;
---                       if that one succeeds, its result_revision stands in for revision
---     retry_of          id of the conflict or failed row that this one tries again; counts only if that is
---                       an earlier row of the same key
---     role_name, application_name   who asked
---     dismissed_at      when somebody acknowledged the conflict or failure; null: it still counts
---     ttl               put the key with a lease of so long; '0': without one; null: it keeps the one that it has
---     force             apply it whatever etcd holds: revision does not count, and it cannot conflict
---     replaced_revision   of a forced change: the version that it replaced; null: none, or not known
---
--- A plain INSERT of key, value and revision is a strict compare-and-swap. etcd_set and its kin fill in
--- revision and depends_on. Statuses other than pending are final: trying again is a new row.
+-- The outbox. A row is one wanted change; the rows of one transaction are applied together. A plain INSERT of
+-- key, value and revision is a strict compare-and-swap; etcd_set and its kin fill in revision and depends_on.
 CREATE TABLE IF NOT EXISTS etcd_wal (
-    id                bigint            GENERATED ALWAYS AS IDENTITY,
-    ts                timestamptz       NOT NULL DEFAULT now(),
-    key               text COLLATE "C"  NOT NULL,
-    value             text,
-    value_bytes       bytea,
-    revision          bigint,
-    status            text              NOT NULL DEFAULT 'pending',
-    retry_count       integer           NOT NULL DEFAULT 0,
-    error_message     text,
-    result_revision   bigint,
-    finished_at       timestamptz,
-    txid              xid8              NOT NULL DEFAULT pg_current_xact_id(),
-    depends_on        bigint,
-    retry_of          bigint,
-    role_name         text              NOT NULL DEFAULT current_user,
-    application_name  text              DEFAULT pg_catalog.current_setting('application_name', true),
-    dismissed_at      timestamptz,
-    ttl               interval,
-    force             boolean           NOT NULL DEFAULT false,
-    replaced_revision bigint,
+    id                 bigint            GENERATED ALWAYS AS IDENTITY,
+    ts                 timestamptz       NOT NULL DEFAULT now(),
+    key                text COLLATE "C"  NOT NULL,
+    value              text,
+    value_bytes        bytea,
+    revision           bigint,
+    status             text              NOT NULL DEFAULT 'pending',
+    retry_count        integer           NOT NULL DEFAULT 0,
+    error_message      text,
+    result_revision    bigint,
+    finished_at        timestamptz,
+    txid               xid8              NOT NULL DEFAULT pg_current_xact_id(),
+    depends_on         bigint,
+    retry_of           bigint,
+    role_name          text              NOT NULL DEFAULT current_user,
+    application_name   text              DEFAULT pg_catalog.current_setting('application_name', true),
+    dismissed_at       timestamptz,
+    ttl                interval,
+    force              boolean           NOT NULL DEFAULT false,
+    replaced_revision  bigint,
     CONSTRAINT etcd_wal_pkey PRIMARY KEY (id),
     CONSTRAINT etcd_wal_key_check CHECK (key <> '' AND pg_catalog.octet_length(key) <= 2600),
     CONSTRAINT etcd_wal_value_check CHECK (value IS NULL OR value_bytes IS NULL),
     CONSTRAINT etcd_wal_revision_check CHECK (revision >= 0),
     CONSTRAINT etcd_wal_status_check CHECK (status IN ('pending', 'success', 'conflict', 'failed')),
     CONSTRAINT etcd_wal_finished_check CHECK ((status = 'pending') = (finished_at IS NULL)),
-    CONSTRAINT etcd_wal_dismissed_check CHECK (dismissed_at IS NULL OR status IN ('conflict', 'failed'))
+    CONSTRAINT etcd_wal_dismissed_check CHECK (dismissed_at IS NULL OR status IN ('conflict', 'failed')),
+    CONSTRAINT etcd_wal_ttl_check CHECK (  -- the longest that etcd takes
+        ttl IS NULL OR ttl BETWEEN interval '0' AND interval '2500000 h'
+                       AND (value IS NOT NULL OR value_bytes IS NOT NULL))
 ) WITH (
     -- every row is updated once and most are deleted later: vacuum after 1000 rows, not after 20 %
     autovacuum_vacuum_threshold = 1000,
@@ -156,50 +174,39 @@ CREATE TABLE IF NOT EXISTS etcd_wal (
     autovacuum_vacuum_cost_limit = 2000
 );
 
--- Since version 3.
-ALTER TABLE etcd_wal
-    ADD COLUMN IF NOT EXISTS dismissed_at timestamptz
-    CONSTRAINT etcd_wal_dismissed_check CHECK (dismissed_at IS NULL OR status IN ('conflict', 'failed'));
-
--- Since version 4.
-ALTER TABLE etcd_wal
-    ADD COLUMN IF NOT EXISTS ttl                interval,
-    ADD COLUMN IF NOT EXISTS force              boolean  NOT NULL DEFAULT false,
-    ADD COLUMN IF NOT EXISTS replaced_revision  bigint;
-
 COMMENT ON TABLE  etcd_wal IS 'Outbox: changes that SQL wants made in etcd, with the outcome of each.';
+COMMENT ON COLUMN etcd_wal.id IS 'order of the changes; ids may become visible out of order';
+COMMENT ON COLUMN etcd_wal.ts IS 'start of the transaction that asked for it';
+COMMENT ON COLUMN etcd_wal.key IS 'at most 2600 bytes, what an index row surely takes';
 COMMENT ON COLUMN etcd_wal.value IS 'text to put; null together with value_bytes: delete';
 COMMENT ON COLUMN etcd_wal.value_bytes IS 'bytes to put, for what text cannot hold';
 COMMENT ON COLUMN etcd_wal.revision IS 'version the change was made on; null or 0: the key must not exist';
-COMMENT ON COLUMN etcd_wal.status IS 'pending, success, conflict or failed; the last three are final';
+COMMENT ON COLUMN etcd_wal.status IS
+    'pending: not answered by etcd yet; success: applied, and visible in table etcd; conflict: etcd held another '
+    'version, nothing was changed; failed: etcd refused it. All but pending are final: trying again is a new row';
 COMMENT ON COLUMN etcd_wal.retry_count IS 'attempts that ended without an answer from etcd';
-COMMENT ON COLUMN etcd_wal.result_revision IS 'revision that the change got (success) or that beat it (conflict)';
+COMMENT ON COLUMN etcd_wal.error_message IS 'what went wrong last, or what beat the change';
+COMMENT ON COLUMN etcd_wal.result_revision IS
+    'revision that the change got (success; null: it deleted a key that was not there) or that beat it (conflict)';
 COMMENT ON COLUMN etcd_wal.finished_at IS 'when the status became final; null exactly while pending';
 COMMENT ON COLUMN etcd_wal.txid IS 'PostgreSQL transaction; its rows become one etcd transaction';
-COMMENT ON COLUMN etcd_wal.depends_on IS 'earlier pending change to the same key that this one was made on top of';
-COMMENT ON COLUMN etcd_wal.retry_of IS 'conflict or failed row that this one tries again';
+COMMENT ON COLUMN etcd_wal.depends_on IS
+    'earlier pending change to the same key that this one was made on top of: its result_revision will stand in '
+    'for revision';
+COMMENT ON COLUMN etcd_wal.retry_of IS
+    'conflict or failed row that this one tries again; counts only if that is an earlier row of the same key';
+COMMENT ON COLUMN etcd_wal.role_name IS 'who asked';
+COMMENT ON COLUMN etcd_wal.application_name IS 'who asked';
 COMMENT ON COLUMN etcd_wal.dismissed_at IS 'when the conflict or failure was acknowledged; null: it still counts';
+COMMENT ON COLUMN etcd_wal.ttl IS
+    'put the key with a lease of so long; 0: without one; null: the key keeps the lease that it has';
+COMMENT ON COLUMN etcd_wal.force IS
+    'apply it whatever etcd holds: revision does not count, and it cannot end as conflict';
+COMMENT ON COLUMN etcd_wal.replaced_revision IS
+    'of a forced change: the version that it replaced; null: none, or not known';
 
 
--- etcd_sync_state: one row per mirrored prefix, written by the daemon that holds the prefix.
---
---     prefix            '' is the whole key space; no prefix of one row begins with that of another
---     mirror_id         names the daemon's own keys in etcd, etcd_fdw/<mirror_id>/
---     cluster_id        etcd cluster, in hex as etcdctl shows it
---     first_revision    where the mirror began; earlier states are unknown
---     revision          the checkpoint: table etcd is exact up to here
---     pruned_revision   history before it was deleted by housekeeping; the state at it is still exact
---     gaps              revisions that etcd compacted before they could be mirrored; states unknown
---     last_key          a recently mirrored key, by which a restored etcd is recognised
---     etcd_revision     newest revision of the whole etcd store that the daemon has heard of
---     updated_at        when the checkpoint last moved
---     receipt           revision of the newest etcd transaction of changes up to which all outcomes are here
---     split             PostgreSQL transactions that are too large for etcd: applied change by change, not all done
---     generation        raised with every commit of the daemon; what etcd_wait sleeps on
---     unrepaired        the mirror was made by a version that did not know leases: the daemon compares it once
---     host, pid, version, started_at, heartbeat_at   the active daemon
---     last_error, last_error_at   what keeps it from working, null: nothing
---     events to unstorable   counters since the prefix was first mirrored
+-- One row per mirrored prefix, written by the daemon that holds the prefix.
 CREATE TABLE IF NOT EXISTS etcd_sync_state (
     prefix           text COLLATE "C"  NOT NULL,
     mirror_id        uuid              NOT NULL DEFAULT pg_catalog.gen_random_uuid(),
@@ -232,47 +239,31 @@ CREATE TABLE IF NOT EXISTS etcd_sync_state (
     CONSTRAINT etcd_sync_state_pkey PRIMARY KEY (prefix)
 ) WITH (fillfactor = 50);  -- updated with every batch: leave room for it in the page
 
--- Since version 3, which settles lost answers by receipts in etcd; version 2 noted what may have been sent.
-ALTER TABLE etcd_sync_state
-    ADD COLUMN IF NOT EXISTS mirror_id      uuid    NOT NULL DEFAULT pg_catalog.gen_random_uuid(),
-    ADD COLUMN IF NOT EXISTS receipt        bigint  NOT NULL DEFAULT 0,
-    ADD COLUMN IF NOT EXISTS split          xid8[]  NOT NULL DEFAULT '{}',
-    ADD COLUMN IF NOT EXISTS last_error     text,
-    ADD COLUMN IF NOT EXISTS last_error_at  timestamptz,
-    DROP COLUMN IF EXISTS sent_before,
-    DROP COLUMN IF EXISTS sent_after,
-    DROP COLUMN IF EXISTS sent_in_parts;
-
--- Since version 4, which mirrors leases: what was mirrored before gets them when the daemon starts.
-DO $$
-BEGIN
-    IF NOT EXISTS (SELECT FROM pg_attribute
-                   WHERE attrelid = 'etcd_sync_state'::regclass::oid AND attname = 'generation') THEN
-        ALTER TABLE etcd_sync_state
-            ADD COLUMN generation  bigint   NOT NULL DEFAULT 0,
-            ADD COLUMN unrepaired  boolean  NOT NULL DEFAULT false;
-        UPDATE etcd_sync_state SET unrepaired = true;
-    END IF;
-END
-$$;
-
 COMMENT ON TABLE  etcd_sync_state IS 'Per mirrored prefix: checkpoint, active daemon, counters.';
-COMMENT ON COLUMN etcd_sync_state.prefix IS 'mirrored prefix; empty: the whole key space';
-COMMENT ON COLUMN etcd_sync_state.cluster_id IS 'etcd cluster id in hex';
+COMMENT ON COLUMN etcd_sync_state.prefix IS
+    'mirrored prefix; empty: the whole key space. No prefix of one row begins with that of another';
+COMMENT ON COLUMN etcd_sync_state.mirror_id IS 'names the daemon''s own keys in etcd: etcd_fdw/<mirror_id>/';
+COMMENT ON COLUMN etcd_sync_state.cluster_id IS 'etcd cluster, in hex as etcdctl shows it';
 COMMENT ON COLUMN etcd_sync_state.first_revision IS 'where the mirror began; earlier states are unknown';
 COMMENT ON COLUMN etcd_sync_state.revision IS 'checkpoint: table etcd is exact up to this revision';
 COMMENT ON COLUMN etcd_sync_state.pruned_revision IS
-    'history before this revision was deleted; the state at it is still exact';
-COMMENT ON COLUMN etcd_sync_state.gaps IS 'revisions that etcd compacted before they were mirrored';
-COMMENT ON COLUMN etcd_sync_state.last_key IS 'recently mirrored key, checked at start against etcd';
+    'history before this revision was deleted by housekeeping; the state at it is still exact';
+COMMENT ON COLUMN etcd_sync_state.gaps IS
+    'revisions that etcd compacted before they could be mirrored; states unknown';
+COMMENT ON COLUMN etcd_sync_state.last_key IS 'recently mirrored key, by which a restored etcd is recognised';
 COMMENT ON COLUMN etcd_sync_state.etcd_revision IS 'newest revision of the whole etcd store that was seen';
-COMMENT ON COLUMN etcd_sync_state.mirror_id IS 'names the daemon''s own keys in etcd: etcd_fdw/<mirror_id>/';
 COMMENT ON COLUMN etcd_sync_state.receipt IS
-    'newest etcd transaction of changes up to which all outcomes are in etcd_wal';
+    'revision of the newest etcd transaction of changes up to which all outcomes are in etcd_wal';
 COMMENT ON COLUMN etcd_sync_state.split IS
-    'transactions too large for etcd, which are applied change by change and not all done';
+    'PostgreSQL transactions too large for etcd: applied change by change, and not all done';
+COMMENT ON COLUMN etcd_sync_state.generation IS 'raised with every commit of the daemon; what etcd_wait sleeps on';
+COMMENT ON COLUMN etcd_sync_state.unrepaired IS
+    'mirrored by a version that did not know leases: the daemon compares it once, when it starts';
+COMMENT ON COLUMN etcd_sync_state.updated_at IS 'when the checkpoint last moved';
+COMMENT ON COLUMN etcd_sync_state.host IS 'of the active daemon, as are pid, version and started_at';
+COMMENT ON COLUMN etcd_sync_state.heartbeat_at IS 'when the active daemon last reported';
 COMMENT ON COLUMN etcd_sync_state.last_error IS 'what keeps the active daemon from working; null: nothing';
-COMMENT ON COLUMN etcd_sync_state.events IS 'counter: revisions of keys mirrored';
+COMMENT ON COLUMN etcd_sync_state.events IS 'counter since the prefix was first mirrored: revisions of keys mirrored';
 COMMENT ON COLUMN etcd_sync_state.applied IS 'counter: changes from etcd_wal that etcd took';
 COMMENT ON COLUMN etcd_sync_state.conflicts IS 'counter: changes that ended as conflict';
 COMMENT ON COLUMN etcd_sync_state.failures IS 'counter: changes that ended as failed';
@@ -281,13 +272,7 @@ COMMENT ON COLUMN etcd_sync_state.reconnects IS 'counter: sessions lost and star
 COMMENT ON COLUMN etcd_sync_state.unstorable IS 'counter: events that cannot be stored; see etcd_sync_event';
 
 
--- etcd_sync_event: audit trail, written by the daemon.
---
---     operation                         what happened: change, mirror, snapshot, resync, takeover, sync, repair, reset
---     key                               null if it concerns the whole prefix, or if the key is no text
---     source_system, source_revision    where it came from: etcd or postgresql, and at which revision
---     target_system, target_revision    where it was to go
---     status, duration, details         how it ended, how long it took, anything else
+-- The audit trail, written by the daemon.
 CREATE TABLE IF NOT EXISTS etcd_sync_event (
     id               bigint       GENERATED ALWAYS AS IDENTITY,
     ts               timestamptz  NOT NULL DEFAULT now(),
@@ -307,15 +292,21 @@ CREATE TABLE IF NOT EXISTS etcd_sync_event (
 COMMENT ON TABLE  etcd_sync_event IS
     'Audit trail of etcd_fdw: conflicts, failures, resyncs, takeovers; with --audit all every change.';
 COMMENT ON COLUMN etcd_sync_event.prefix IS 'mirrored prefix that it belongs to';
-COMMENT ON COLUMN etcd_sync_event.source_system IS 'etcd or postgresql';
-COMMENT ON COLUMN etcd_sync_event.target_system IS 'etcd or postgresql';
+COMMENT ON COLUMN etcd_sync_event.operation IS
+    'what happened: change, mirror, snapshot, resync, takeover, sync, repair, reset';
+COMMENT ON COLUMN etcd_sync_event.key IS 'null if it concerns the whole prefix, or if the key is no text';
+COMMENT ON COLUMN etcd_sync_event.source_system IS 'where it came from: etcd or postgresql';
+COMMENT ON COLUMN etcd_sync_event.target_system IS 'where it was to go: etcd or postgresql';
+COMMENT ON COLUMN etcd_sync_event.status IS 'how it ended';
 COMMENT ON COLUMN etcd_sync_event.details IS 'anything else, by operation; a key that is no text is here in hex';
 
 
 -- == Indexes ===========================================================================================
 
 -- The history by revision or time ("what has changed since"); a BRIN index costs the mirror next to nothing.
-CREATE INDEX IF NOT EXISTS etcd_revision_ts_idx ON etcd USING brin (revision, ts) WITH (autosummarize = on);
+-- With PostgreSQL's 128 pages per range, 18 prefers a skip scan of the primary key, which visits every key.
+CREATE INDEX IF NOT EXISTS etcd_revision_ts_idx ON etcd USING brin (revision, ts)
+    WITH (autosummarize = on, pages_per_range = 16);
 
 -- Pending rows, and only those: in order, the newest of a key, and by transaction.
 CREATE INDEX IF NOT EXISTS etcd_wal_pending_idx ON etcd_wal (id) WHERE status = 'pending';
@@ -325,27 +316,43 @@ CREATE INDEX IF NOT EXISTS etcd_wal_pending_txid_idx ON etcd_wal (txid, id) WHER
 -- What needs a look; and a row is tried again once only, by a later row of the same key.
 CREATE INDEX IF NOT EXISTS etcd_wal_unresolved_idx ON etcd_wal (id) WHERE status IN ('conflict', 'failed');
 CREATE UNIQUE INDEX IF NOT EXISTS etcd_wal_retry_key ON etcd_wal (retry_of, key) WHERE retry_of < id;
-DROP INDEX IF EXISTS etcd_wal_retry_of_key;  -- until version 2
 
 -- What housekeeping deletes: old successes, what was dismissed long ago, old audit rows.
 CREATE INDEX IF NOT EXISTS etcd_wal_settled_idx ON etcd_wal (coalesce(dismissed_at, finished_at))
     WHERE status = 'success' OR dismissed_at IS NOT NULL;
-DROP INDEX IF EXISTS etcd_wal_success_idx;  -- until version 2
 CREATE INDEX IF NOT EXISTS etcd_sync_event_ts_idx ON etcd_sync_event USING brin (ts);
 
 
 -- == Views =============================================================================================
 
--- etcd_kv: the live keys. See _etcd_kv_write below for what writing to it does.
+CREATE OR REPLACE FUNCTION _etcd_json(p_value text)
+RETURNS jsonb
+LANGUAGE plpgsql IMMUTABLE STRICT AS $$
+-- A value as jsonb; null if it is no JSON, or none that jsonb takes. Never an error.
+-- What plainly is no JSON is not even tried, because a try that fails costs more.
+BEGIN
+    IF p_value ~ '^[ \t\r\n]*([[{"]|(true|false|null|-?[0-9]+([.][0-9]+)?([eE][-+]?[0-9]+)?)[ \t\r\n]*$)' THEN
+        BEGIN
+            RETURN p_value::jsonb;
+        EXCEPTION WHEN data_exception OR program_limit_exceeded THEN  -- the latter: nested too deeply
+        END;
+    END IF;
+    RETURN NULL;
+END
+$$;
+COMMENT ON FUNCTION _etcd_json(text) IS 'internal: a value as jsonb, null if it is no JSON';
+
+
+-- The live keys. See _etcd_kv_write below for what writing to it does.
 --
 -- WHERE key = ... is answered by the index: with two descents from PostgreSQL 16 on, before that by reading
 -- the index entries of that key's history. To look up many keys, join LATERAL etcd_get(key); for all keys of
--- a long history, etcd_list() is faster.
+-- a long history, etcd_list() is faster. Where value_json is not asked for, nothing is parsed.
 CREATE OR REPLACE VIEW etcd_kv AS
-SELECT k.key, e.value, e.value_bytes, e.revision, e.ts
+SELECT k.key, e.value, e.value_bytes, e.revision, e.ts, e.lease, _etcd_json(e.value) AS value_json
   FROM (SELECT DISTINCT d.key FROM etcd d) k
  CROSS JOIN LATERAL (
-        SELECT l.value, l.value_bytes, l.revision, l.ts, l.tombstone
+        SELECT l.value, l.value_bytes, l.revision, l.ts, l.lease, l.tombstone
           FROM etcd l
          WHERE l.key = k.key
          ORDER BY l.revision DESC
@@ -357,18 +364,11 @@ COMMENT ON VIEW etcd_kv IS
     '40001 if the key has a pending change or has moved on, 23505 on INSERT of a live key.';
 COMMENT ON COLUMN etcd_kv.value IS 'value as text; setting it clears value_bytes';
 COMMENT ON COLUMN etcd_kv.value_bytes IS 'value that is no text; setting it clears value';
-COMMENT ON COLUMN etcd_kv.revision IS 'etcd mod_revision; read only';
+COMMENT ON COLUMN etcd_kv.revision IS 'etcd''s mod_revision; read only';
 COMMENT ON COLUMN etcd_kv.ts IS 'when that revision was mirrored; read only';
+COMMENT ON COLUMN etcd_kv.lease IS 'id of the lease that the key expires with; null: none; read only';
+COMMENT ON COLUMN etcd_kv.value_json IS 'value as jsonb, null if it is no JSON; read only';
 
-
--- etcd_status: one row per mirrored prefix, and one with prefix null if etcd_wal has rows outside all
--- of them (no daemon will take those).
---
---     revision, etcd_revision     the checkpoint; the newest revision of the store that was seen
---     heartbeat_age               grows beyond seconds when no daemon is active
---     pending, oldest_pending_age changes that wait, and for how long
---     conflicts, failures         changes that ended so, and were neither tried again nor dismissed
---     unstorable                  events that PostgreSQL cannot hold
 CREATE OR REPLACE VIEW etcd_status AS
 WITH open_change AS (
     SELECT w.key, w.status, w.ts
@@ -413,33 +413,26 @@ COMMENT ON VIEW etcd_status IS
     'A row with prefix null counts changes outside every prefix, which no daemon will apply.';
 COMMENT ON COLUMN etcd_status.revision IS 'checkpoint';
 COMMENT ON COLUMN etcd_status.etcd_revision IS 'newest revision of the whole etcd store that was seen';
-COMMENT ON COLUMN etcd_status.heartbeat_age IS 'time since the active daemon last reported';
+COMMENT ON COLUMN etcd_status.heartbeat_age IS
+    'time since the active daemon last reported; grows beyond seconds when none is active';
+COMMENT ON COLUMN etcd_status.pending IS 'changes that wait';
+COMMENT ON COLUMN etcd_status.oldest_pending_age IS 'for how long the first of them has waited';
 COMMENT ON COLUMN etcd_status.conflicts IS 'changes that ended as conflict, neither tried again nor dismissed';
 COMMENT ON COLUMN etcd_status.failures IS 'changes that ended as failed, neither tried again nor dismissed';
-
--- Let the views check the caller's privileges and row-level security. PostgreSQL 13 and 14 cannot: there
--- a view reads with its owner's rights.
-DO $$
-BEGIN
-    IF pg_catalog.current_setting('server_version_num')::int >= 150000 THEN
-        ALTER VIEW etcd_kv SET (security_invoker = true);
-        ALTER VIEW etcd_status SET (security_invoker = true);
-    END IF;
-END
-$$;
+COMMENT ON COLUMN etcd_status.unstorable IS 'events that PostgreSQL cannot hold';
 
 
 -- == Reading ===========================================================================================
 
 CREATE OR REPLACE FUNCTION etcd_get(p_key text)
-RETURNS TABLE (key text, value text, value_bytes bytea, revision bigint, ts timestamptz)
-LANGUAGE plpgsql STABLE PARALLEL SAFE ROWS 1 SET enable_sort = off AS $$
+RETURNS SETOF etcd_kv
+LANGUAGE plpgsql STABLE ROWS 1 SET enable_sort = off AS $$
 -- Current value of one key: one index descent, however long the history is.
 --   p_key    the key, exactly
 --   result   one row; none if the key does not exist or was deleted
 BEGIN
     RETURN QUERY
-    SELECT l.key, l.value, l.value_bytes, l.revision, l.ts
+    SELECT l.key, l.value, l.value_bytes, l.revision, l.ts, l.lease, _etcd_json(l.value)
       FROM (SELECT e.*
               FROM etcd e
              WHERE e.key = p_key COLLATE "C"
@@ -452,11 +445,13 @@ COMMENT ON FUNCTION etcd_get(text) IS 'current value of one key; no row if it do
 
 
 CREATE OR REPLACE FUNCTION etcd_get_all(p_key text, p_min_revision bigint DEFAULT 0)
-RETURNS TABLE (key text, value text, value_bytes bytea, revision bigint, ts timestamptz, tombstone boolean)
-LANGUAGE plpgsql STABLE PARALLEL SAFE SET enable_sort = off AS $$
+RETURNS TABLE (
+    key text, value text, value_bytes bytea, revision bigint, ts timestamptz, tombstone boolean,
+    lease bigint, value_json jsonb)
+LANGUAGE plpgsql STABLE SET enable_sort = off AS $$
 -- History of one key, oldest first, deletions included as rows with tombstone true.
 --   p_key           the key, exactly
---   p_min_revision  leave out what is older; 0: everything that the mirror holds
+--   p_min_revision  leave out what is older; 0 or null: everything that the mirror holds
 --   result          nothing from before the mirror began, nor what housekeeping deleted
 --   errors          22023 if history from p_min_revision on was asked for and some of it has been deleted
 DECLARE
@@ -474,19 +469,20 @@ BEGIN
         END IF;
     END IF;
     RETURN QUERY
-    SELECT e.key, e.value, e.value_bytes, e.revision, e.ts, e.tombstone
+    SELECT e.key, e.value, e.value_bytes, e.revision, e.ts, e.tombstone, e.lease, _etcd_json(e.value)
       FROM etcd e
      WHERE e.key = p_key COLLATE "C"
-       AND e.revision >= p_min_revision
+       AND e.revision >= coalesce(p_min_revision, 0)
      ORDER BY e.revision;
 END
 $$;
-COMMENT ON FUNCTION etcd_get_all(text, bigint) IS 'history of one key that the mirror holds, oldest first, with tombstones; an error if it was pruned';
+COMMENT ON FUNCTION etcd_get_all(text, bigint) IS
+    'history of one key that the mirror holds, oldest first, with tombstones; an error if it was pruned';
 
 
 CREATE OR REPLACE FUNCTION _etcd_state(p_prefix text, p_revision bigint)
-RETURNS TABLE (key text, value text, value_bytes bytea, revision bigint, ts timestamptz)
-LANGUAGE plpgsql STABLE PARALLEL SAFE SET enable_sort = off AS $$
+RETURNS SETOF etcd_kv
+LANGUAGE plpgsql STABLE SET enable_sort = off AS $$
 -- Live keys under a prefix as of a revision, in key order.
 --   p_prefix    '' for all keys; no pattern characters
 --   p_revision  the newest revision to look at
@@ -522,11 +518,11 @@ BEGIN
          WHERE pg_catalog.starts_with(  -- neither null nor beyond
                    step.keys[pg_catalog.cardinality(step.keys)], p_prefix COLLATE "C")
     )
-    SELECT k.key, l.value, l.value_bytes, l.revision, l.ts
+    SELECT k.key, l.value, l.value_bytes, l.revision, l.ts, l.lease, _etcd_json(l.value)
       FROM step
      CROSS JOIN LATERAL pg_catalog.unnest(step.keys) k (key)
      CROSS JOIN LATERAL (
-            SELECT e.value, e.value_bytes, e.revision, e.ts, e.tombstone
+            SELECT e.value, e.value_bytes, e.revision, e.ts, e.lease, e.tombstone
               FROM etcd e
              WHERE e.key = k.key
                AND e.revision <= p_revision
@@ -540,8 +536,8 @@ COMMENT ON FUNCTION _etcd_state(text, bigint) IS 'internal: live keys under a pr
 
 
 CREATE OR REPLACE FUNCTION etcd_list(p_prefix text DEFAULT '')
-RETURNS TABLE (key text, value text, value_bytes bytea, revision bigint, ts timestamptz)
-LANGUAGE plpgsql STABLE PARALLEL SAFE AS $$
+RETURNS SETOF etcd_kv
+LANGUAGE plpgsql STABLE AS $$
 -- Live keys under a prefix, in key order.
 --   p_prefix  taken literally (% and _ mean themselves); '' for all keys
 --   result    one row per live key
@@ -553,8 +549,8 @@ COMMENT ON FUNCTION etcd_list(text) IS 'live keys under a prefix';
 
 
 CREATE OR REPLACE FUNCTION etcd_at(p_revision bigint, p_prefix text DEFAULT '')
-RETURNS TABLE (key text, value text, value_bytes bytea, revision bigint, ts timestamptz)
-LANGUAGE plpgsql STABLE PARALLEL SAFE AS $$
+RETURNS SETOF etcd_kv
+LANGUAGE plpgsql STABLE AS $$
 -- What etcd held under a prefix at a past revision, in key order.
 --   p_revision  any revision that the mirror knows completely
 --   p_prefix    taken literally; '' for all keys that are mirrored
@@ -563,8 +559,9 @@ LANGUAGE plpgsql STABLE PARALLEL SAFE AS $$
 --               pruned, in a gap, beyond the checkpoint; 22004 if an argument is null
 -- The mirror that must know is the one that covers p_prefix, else each that lies within it.
 DECLARE
-    s        etcd_sync_state;
-    v_found  boolean := false;
+    s          etcd_sync_state;
+    v_problem  text;
+    v_hint     text;
 BEGIN
     IF p_revision IS NULL OR p_prefix IS NULL THEN
         RAISE EXCEPTION 'revision and prefix must not be null' USING ERRCODE = 'null_value_not_allowed';
@@ -576,30 +573,31 @@ BEGIN
             OR pg_catalog.starts_with(c.prefix, p_prefix COLLATE "C")
          ORDER BY c.prefix
     LOOP
-        v_found := true;
         IF p_revision < s.pruned_revision THEN
-            RAISE EXCEPTION 'revision % of prefix "%" has been pruned', p_revision, s.prefix
-                USING ERRCODE = 'invalid_parameter_value',
-                      HINT = pg_catalog.format('The oldest revision kept is %s.', s.pruned_revision);
+            v_problem := 'has been pruned';
+            v_hint := pg_catalog.format('The oldest revision kept is %s.', s.pruned_revision);
         ELSIF p_revision < s.first_revision THEN
-            RAISE EXCEPTION 'revision % is before the mirror of prefix "%" began', p_revision, s.prefix
-                USING ERRCODE = 'invalid_parameter_value',
-                      HINT = pg_catalog.format('The oldest revision known is %s.', s.first_revision);
+            v_problem := 'is before the mirror began';
+            v_hint := pg_catalog.format('The oldest revision known is %s.', s.first_revision);
         ELSIF p_revision > s.revision THEN
-            RAISE EXCEPTION 'revision % is beyond the checkpoint of prefix "%"', p_revision, s.prefix
-                USING ERRCODE = 'invalid_parameter_value',
-                      HINT = pg_catalog.format(
-                          'The newest revision mirrored is %s; see etcd_status.', s.revision);
+            v_problem := 'is beyond the checkpoint';
+            v_hint := pg_catalog.format(
+                'The newest revision mirrored is %s; etcd_wait_revision waits for one.', s.revision);
         ELSIF p_revision OPERATOR(pg_catalog.<@) ANY (s.gaps) THEN
-            RAISE EXCEPTION 'revision % of prefix "%" was compacted before it was mirrored', p_revision, s.prefix
-                USING ERRCODE = 'invalid_parameter_value',
-                      HINT = 'Column gaps of etcd_sync_state lists the revisions that are unknown.';
+            v_problem := 'was compacted before it was mirrored';
+            v_hint := 'Column gaps of etcd_sync_state lists the revisions that are unknown.';
+        END IF;
+        IF v_problem IS NOT NULL THEN
+            RAISE EXCEPTION 'revision % of prefix "%" %', p_revision, s.prefix, v_problem
+                USING ERRCODE = 'invalid_parameter_value', HINT = v_hint;
         END IF;
     END LOOP;
-    IF NOT v_found THEN
+    IF NOT FOUND THEN
         RAISE EXCEPTION 'prefix "%" is not mirrored', p_prefix
             USING ERRCODE = 'invalid_parameter_value',
-                  HINT = 'Table etcd_sync_state lists the mirrored prefixes.';
+                  HINT = CASE WHEN EXISTS (SELECT FROM _etcd_state(p_prefix, p_revision))
+                         THEN 'It was: etcd_get_all tells what was mirrored of a key until then.'
+                         ELSE 'Table etcd_sync_state lists the mirrored prefixes.' END;
     END IF;
     RETURN QUERY SELECT * FROM _etcd_state(p_prefix, p_revision);
 END
@@ -629,15 +627,20 @@ CREATE OR REPLACE FUNCTION _etcd_change(
     p_key          text,
     p_value        text,
     p_value_bytes  bytea,
-    p_revision     bigint   DEFAULT NULL,
-    p_new          boolean  DEFAULT false,
-    p_retry_of     bigint   DEFAULT NULL
+    p_revision     bigint    DEFAULT NULL,
+    p_ttl          interval  DEFAULT NULL,
+    p_force        boolean   DEFAULT false,
+    p_delete       boolean   DEFAULT false,
+    p_new          boolean   DEFAULT false,
+    p_retry_of     bigint    DEFAULT NULL
 ) RETURNS bigint
 LANGUAGE plpgsql SET enable_sort = off AS $$
 -- Queue one change. Everything that writes goes through here.
---   p_value, p_value_bytes  what to put; both null: delete
+--   p_value, p_value_bytes  what to put, one of them; both null with p_delete
 --   p_revision              null: on the current version, after any pending change
 --                           else: only on this version (0: the key must not exist), nothing pending
+--   p_ttl                   as etcd_wal.ttl
+--   p_force                 on whatever etcd holds then; not with p_revision
 --   p_new                   the key must not exist, and that it does is a unique violation
 --   p_retry_of              the etcd_wal row that this one tries again
 --   result                  etcd_wal.id
@@ -654,52 +657,80 @@ BEGIN
         RAISE EXCEPTION 'key must not be null' USING ERRCODE = 'null_value_not_allowed';
     ELSIF p_key = '' OR pg_catalog.octet_length(p_key) > 2600 THEN
         RAISE EXCEPTION 'key must have 1 to 2600 bytes, not %', pg_catalog.octet_length(p_key)
-            USING ERRCODE = 'invalid_parameter_value';
+            USING ERRCODE = 'invalid_parameter_value',
+                  HINT = 'etcd has no empty key, and PostgreSQL cannot index a longer one.';
+    ELSIF p_value IS NULL AND p_value_bytes IS NULL AND NOT p_delete THEN
+        RAISE EXCEPTION 'value must not be null'
+            USING ERRCODE = 'null_value_not_allowed',
+                  HINT = 'To delete a key use etcd_delete, or DELETE FROM etcd_kv.';
     ELSIF p_value IS NOT NULL AND p_value_bytes IS NOT NULL THEN
-        RAISE EXCEPTION 'only one of value and value_bytes can be set' USING ERRCODE = 'invalid_parameter_value';
+        RAISE EXCEPTION 'only one of value and value_bytes can be set'
+            USING ERRCODE = 'invalid_parameter_value',
+                  HINT = 'Text belongs into value, and into value_bytes what is no text.';
     ELSIF p_revision < 0 THEN
-        RAISE EXCEPTION 'revision must not be negative' USING ERRCODE = 'invalid_parameter_value';
+        RAISE EXCEPTION 'revision must not be negative'
+            USING ERRCODE = 'invalid_parameter_value',
+                  HINT = '0 means that the key must not exist, null any version.';
+    ELSIF p_revision IS NOT NULL AND p_force THEN
+        RAISE EXCEPTION 'a forced change is made on no certain revision'
+            USING ERRCODE = 'invalid_parameter_value',
+                  HINT = 'Give a revision to change that version only, or force => true to change any.';
+    ELSIF p_ttl < interval '0' OR p_ttl > interval '2500000 h' THEN
+        RAISE EXCEPTION 'ttl must be between 0 and 2500000 hours, not %', p_ttl
+            USING ERRCODE = 'invalid_parameter_value',
+                  HINT = '0 takes the lease of the key off, null leaves it as it is.';
     END IF;
 
     PERFORM _etcd_lock_key(p_key);
 
-    -- Pending first, mirror second: the daemon marks success and mirrors in one transaction, so the second
-    -- look can only know more, and an own change is never mistaken for a foreign one.
-    -- A range of one key, sorted by both columns: with sorts off only the index on (key, id) can answer that,
-    -- while key = p_key ORDER BY id may be planned as a walk along (id), past everything that is pending.
-    SELECT w.id INTO v_pending
-      FROM etcd_wal w
-     WHERE w.key >= p_key COLLATE "C" AND w.key <= p_key COLLATE "C"
-       AND w.status = 'pending'
-     ORDER BY w.key DESC, w.id DESC
-     LIMIT 1;
-    SELECT CASE WHEN e.tombstone THEN 0 ELSE e.revision END INTO v_current
-      FROM etcd e
-     WHERE e.key = p_key COLLATE "C"
-     ORDER BY e.revision DESC
-     LIMIT 1;
-    v_current := coalesce(v_current, 0);
+    IF p_force IS NOT TRUE THEN
+        -- Pending first, mirror second: the daemon marks success and mirrors in one transaction, so the second
+        -- look can only know more, and an own change is never mistaken for a foreign one.
+        -- A range of one key, sorted by both columns: with sorts off only the index on (key, id) can answer
+        -- that, while key = p_key ORDER BY id may be planned as a walk along (id), past everything pending.
+        SELECT w.id INTO v_pending
+          FROM etcd_wal w
+         WHERE w.key >= p_key COLLATE "C" AND w.key <= p_key COLLATE "C"
+           AND w.status = 'pending'
+         ORDER BY w.key DESC, w.id DESC
+         LIMIT 1;
+        SELECT CASE WHEN e.tombstone THEN 0 ELSE e.revision END INTO v_current
+          FROM etcd e
+         WHERE e.key = p_key COLLATE "C"
+         ORDER BY e.revision DESC
+         LIMIT 1;
+        v_current := coalesce(v_current, 0);
 
-    IF v_pending IS NOT NULL AND (p_new OR p_revision IS NOT NULL) THEN
-        RAISE EXCEPTION 'key "%" has a pending change', p_key
-            USING ERRCODE = 'serialization_failure',
-                  DETAIL = pg_catalog.format('It is row %s of etcd_wal.', v_pending),
-                  HINT = 'Try again when it is applied, or use etcd_set or etcd_delete without a revision.';
-    ELSIF p_new AND v_current > 0 THEN
-        RAISE EXCEPTION 'key "%" already exists', p_key
-            USING ERRCODE = 'unique_violation',
-                  DETAIL = pg_catalog.format('It is at revision %s.', v_current);
-    ELSIF p_revision <> v_current THEN
-        RAISE EXCEPTION 'key "%" is not at revision %', p_key, p_revision
-            USING ERRCODE = 'serialization_failure',
-                  DETAIL = CASE v_current WHEN 0 THEN 'It does not exist.'
-                                          ELSE pg_catalog.format('It is at revision %s.', v_current) END,
-                  HINT = 'Read it again and repeat the change.';
+        IF v_pending IS NOT NULL AND (p_new OR p_revision IS NOT NULL) THEN
+            RAISE EXCEPTION 'key "%" has a pending change', p_key
+                USING ERRCODE = 'serialization_failure',
+                      DETAIL = pg_catalog.format('It is row %s of etcd_wal.', v_pending),
+                      HINT = 'Try again when it is applied, or use etcd_set or etcd_delete without a revision.';
+        ELSIF p_new AND v_current > 0 THEN
+            RAISE EXCEPTION 'key "%" already exists', p_key
+                USING ERRCODE = 'unique_violation',
+                      DETAIL = pg_catalog.format('It is at revision %s.', v_current),
+                      HINT = 'To change it use UPDATE or etcd_set.';
+        ELSIF p_revision <> v_current THEN
+            RAISE EXCEPTION 'key "%" is not at revision %', p_key, p_revision
+                USING ERRCODE = 'serialization_failure',
+                      DETAIL = CASE v_current WHEN 0 THEN 'It does not exist.'
+                                              ELSE pg_catalog.format('It is at revision %s.', v_current) END,
+                      HINT = 'Read it again and repeat the change.';
+        END IF;
     END IF;
 
-    INSERT INTO etcd_wal (key, value, value_bytes, revision, depends_on, retry_of)
-    VALUES (p_key, p_value, p_value_bytes, nullif(v_current, 0), v_pending, p_retry_of)
-    RETURNING id INTO v_id;
+    -- Who may not use ttl and force can still do without.
+    IF p_ttl IS NULL AND p_force IS NOT TRUE THEN
+        INSERT INTO etcd_wal (key, value, value_bytes, revision, depends_on, retry_of)
+        VALUES (p_key, p_value, p_value_bytes, nullif(v_current, 0), v_pending, p_retry_of)
+        RETURNING id INTO v_id;
+    ELSE
+        INSERT INTO etcd_wal (key, value, value_bytes, revision, depends_on, retry_of, ttl, force)
+        VALUES (p_key, p_value, p_value_bytes, nullif(v_current, 0), v_pending, p_retry_of,
+                p_ttl, p_force IS TRUE)
+        RETURNING id INTO v_id;
+    END IF;
 
     -- Who may not see the mirrors is not told; nor is anybody before there is one.
     IF pg_catalog.has_table_privilege('etcd_sync_state', 'SELECT') THEN
@@ -713,10 +744,12 @@ BEGIN
     RETURN v_id;
 END
 $$;
-COMMENT ON FUNCTION _etcd_change(text, text, bytea, bigint, boolean, bigint) IS 'internal: queue one change';
+COMMENT ON FUNCTION _etcd_change(text, text, bytea, bigint, interval, boolean, boolean, boolean, bigint) IS
+    'internal: queue one change';
 
 
-CREATE OR REPLACE FUNCTION etcd_set(p_key text, p_value text, p_revision bigint DEFAULT NULL)
+CREATE OR REPLACE FUNCTION etcd_set(
+    p_key text, p_value text, p_revision bigint DEFAULT NULL, ttl interval DEFAULT NULL, force boolean DEFAULT false)
 RETURNS bigint
 LANGUAGE plpgsql AS $$
 -- Queue a put of text.
@@ -724,48 +757,302 @@ LANGUAGE plpgsql AS $$
 --   p_value     not null; '' is a value
 --   p_revision  null: put it on whatever is current, after any pending change (the last writer wins)
 --               else: only if the key is at this revision now (0: does not exist) and nothing is pending
---   result      etcd_wal.id, to look up how it ended
---   errors      40001 if p_revision does not hold; 22004 for a null key or value; 22023 for a bad key
+--   ttl         null: the key keeps the lease that it has; else it expires so long after it is put, in whole
+--               seconds, rounded up, unless it is set again with a ttl; '0': it does not expire
+--   force       apply it whatever etcd holds then: overwrites what nobody here has seen
+--   result      etcd_wal.id, for etcd_wait to tell how it ended
+--   errors      40001 if p_revision does not hold; 22004 for a null key or value; 22023 for a bad key or ttl,
+--               or for a revision and force
 BEGIN
-    IF p_value IS NULL THEN
-        RAISE EXCEPTION 'value must not be null'
-            USING ERRCODE = 'null_value_not_allowed', HINT = 'To delete a key use etcd_delete.';
-    END IF;
-    RETURN _etcd_change(p_key, p_value, NULL, p_revision);
+    RETURN _etcd_change(p_key, p_value, NULL, p_revision, ttl, force);
 END
 $$;
-COMMENT ON FUNCTION etcd_set(text, text, bigint) IS
+COMMENT ON FUNCTION etcd_set(text, text, bigint, interval, boolean) IS
     'queue a put; with a revision only on that version (0: must not exist), else 40001';
 
 
-CREATE OR REPLACE FUNCTION etcd_set_bytes(p_key text, p_value bytea, p_revision bigint DEFAULT NULL)
+CREATE OR REPLACE FUNCTION etcd_set(
+    p_key text, p_value jsonb, p_revision bigint DEFAULT NULL, ttl interval DEFAULT NULL, force boolean DEFAULT false)
+RETURNS bigint
+LANGUAGE plpgsql AS $$
+-- Queue a put of JSON, as the text that PostgreSQL makes of it. Otherwise as etcd_set of text, which is also
+-- what a plain literal calls: that arrives in etcd as it was written.
+BEGIN
+    RETURN _etcd_change(p_key, p_value::text, NULL, p_revision, ttl, force);
+END
+$$;
+COMMENT ON FUNCTION etcd_set(text, jsonb, bigint, interval, boolean) IS 'queue a put of JSON; see etcd_set of text';
+
+
+CREATE OR REPLACE FUNCTION etcd_set_bytes(
+    p_key text, p_value bytea, p_revision bigint DEFAULT NULL, ttl interval DEFAULT NULL, force boolean DEFAULT false)
 RETURNS bigint
 LANGUAGE plpgsql AS $$
 -- Queue a put of bytes that need not be text. Otherwise as etcd_set.
 BEGIN
-    IF p_value IS NULL THEN
-        RAISE EXCEPTION 'value must not be null'
-            USING ERRCODE = 'null_value_not_allowed', HINT = 'To delete a key use etcd_delete.';
-    END IF;
-    RETURN _etcd_change(p_key, NULL, p_value, p_revision);
+    RETURN _etcd_change(p_key, NULL, p_value, p_revision, ttl, force);
 END
 $$;
-COMMENT ON FUNCTION etcd_set_bytes(text, bytea, bigint) IS 'queue a put of bytes; see etcd_set';
+COMMENT ON FUNCTION etcd_set_bytes(text, bytea, bigint, interval, boolean) IS 'queue a put of bytes; see etcd_set';
 
 
-CREATE OR REPLACE FUNCTION etcd_delete(p_key text, p_revision bigint DEFAULT NULL)
+CREATE OR REPLACE FUNCTION etcd_set_many(p_values jsonb, ttl interval DEFAULT NULL, force boolean DEFAULT false)
+RETURNS SETOF bigint
+LANGUAGE plpgsql AS $$
+-- Queue a put or delete of each key of an object, which etcd applies together.
+--   p_values  {"key": value, ...}: a string is put as its text, null deletes the key, anything else is put as
+--             its JSON text; each on whatever is current, after any pending change
+--   ttl       as in etcd_set, for what is put
+--   force     as in etcd_set
+--   result    etcd_wal.id of each, in the order of the keys
+--   errors    as etcd_set; 22023 if it is no object
+DECLARE
+    v_key    text;
+    v_value  text;
+BEGIN
+    IF p_values IS NULL OR pg_catalog.jsonb_typeof(p_values) <> 'object' THEN
+        RAISE EXCEPTION 'values must be an object of keys, not %',
+                coalesce(pg_catalog.jsonb_typeof(p_values), 'null')
+            USING ERRCODE = 'invalid_parameter_value',
+                  HINT = 'For example etcd_set_many(''{"/a": "text", "/b": {"x": 1}, "/gone": null}'').';
+    END IF;
+    FOR v_key, v_value IN  -- in order, so that two of them do not wait for each other's keys
+        SELECT e.key, e.value FROM pg_catalog.jsonb_each_text(p_values) e ORDER BY e.key COLLATE "C"
+    LOOP
+        RETURN NEXT _etcd_change(
+            v_key, v_value, NULL, p_force => force, p_delete => v_value IS NULL,
+            p_ttl => CASE WHEN v_value IS NOT NULL THEN ttl END);
+    END LOOP;
+END
+$$;
+COMMENT ON FUNCTION etcd_set_many(jsonb, interval, boolean) IS
+    'queue a put of each key of an object, a delete where the value is null';
+
+
+CREATE OR REPLACE FUNCTION etcd_delete(p_key text, p_revision bigint DEFAULT NULL, force boolean DEFAULT false)
 RETURNS bigint
 LANGUAGE plpgsql AS $$
 -- Queue a delete.
 --   p_key       1 to 2600 bytes; it need not exist: the change then succeeds without a result_revision
 --   p_revision  as in etcd_set
+--   force       as in etcd_set
 --   result      etcd_wal.id
 --   errors      40001 if p_revision does not hold; 22004 for a null key; 22023 for a bad one
 BEGIN
-    RETURN _etcd_change(p_key, NULL, NULL, p_revision);
+    RETURN _etcd_change(p_key, NULL, NULL, p_revision, p_force => force, p_delete => true);
 END
 $$;
-COMMENT ON FUNCTION etcd_delete(text, bigint) IS 'queue a delete; with a revision only that version, else 40001';
+COMMENT ON FUNCTION etcd_delete(text, bigint, boolean) IS
+    'queue a delete; with a revision only that version, else 40001';
+
+
+CREATE OR REPLACE FUNCTION etcd_delete_prefix(p_prefix text, force boolean DEFAULT false)
+RETURNS bigint
+LANGUAGE plpgsql AS $$
+-- Queue a delete of every key under a prefix, which etcd applies together.
+--   p_prefix  taken literally, not empty
+--   force     as in etcd_set; keys that the mirror does not have yet stay
+--   result    how many deletes were queued: one for each key that is live, or will be when what is pending is
+--             applied; each on the version that the mirror has, after the pending change if there is one. So
+--             what was queued before is deleted, too, and a second call finds nothing left to do.
+--   errors    22004, 22023 for a null or an empty prefix
+DECLARE
+    v_key    text;
+    v_count  bigint := 0;
+BEGIN
+    IF p_prefix IS NULL THEN
+        RAISE EXCEPTION 'prefix must not be null' USING ERRCODE = 'null_value_not_allowed';
+    ELSIF p_prefix = '' THEN
+        RAISE EXCEPTION 'prefix must not be empty'
+            USING ERRCODE = 'invalid_parameter_value', HINT = 'To delete everything use DELETE FROM etcd_kv.';
+    END IF;
+    FOR v_key IN
+        SELECT k.key
+          FROM (SELECT DISTINCT ON (u.key) u.key, u.deleted
+                  FROM (SELECT s.key, 0 AS id, false AS deleted
+                          FROM _etcd_state(p_prefix, 9223372036854775807) s
+                        UNION ALL
+                        SELECT w.key, w.id, w.value IS NULL AND w.value_bytes IS NULL
+                          FROM etcd_wal w
+                         WHERE w.status = 'pending'
+                           AND w.key >= p_prefix COLLATE "C"
+                           AND pg_catalog.starts_with(w.key, p_prefix COLLATE "C")) u
+                 ORDER BY u.key, u.id DESC) k
+         WHERE NOT k.deleted
+         ORDER BY k.key
+    LOOP
+        PERFORM etcd_delete(v_key, force => force);
+        v_count := v_count + 1::bigint;
+    END LOOP;
+    RETURN v_count;
+END
+$$;
+COMMENT ON FUNCTION etcd_delete_prefix(text, boolean) IS 'queue a delete of every key under a prefix; how many';
+
+
+-- == Outcomes ==========================================================================================
+
+CREATE OR REPLACE FUNCTION _etcd_generation_lock(p_prefix text, p_generation bigint)
+RETURNS bigint
+LANGUAGE plpgsql STABLE AS $$
+-- The advisory lock that the active daemon of a prefix holds while etcd_sync_state.generation is this.
+BEGIN
+    RETURN pg_catalog.hashtextextended(
+        'etcd_fdw generation ' || current_schema()::text || ' ' || p_prefix COLLATE "C", p_generation);
+END
+$$;
+COMMENT ON FUNCTION _etcd_generation_lock(text, bigint) IS 'internal: advisory lock of a state of the mirror';
+
+
+CREATE OR REPLACE FUNCTION _etcd_wait(p_prefix text, p_generation bigint, p_deadline timestamptz, p_for text)
+RETURNS void
+LANGUAGE plpgsql SET lock_timeout = 0 AS $$
+-- Sleep until the daemon of a prefix has committed something, or until the deadline.
+--   p_generation  of etcd_sync_state, as last seen
+--   p_for         what is waited for, to say so when time is up
+--   errors        57014 at the deadline; 25000 in a transaction whose snapshot never moves
+-- The daemon holds the lock of the current generation, and releases it when it has committed the next one:
+-- that wakes everybody at once. Nothing here outlives the wait, as it is rolled back.
+DECLARE
+    v_left  float8 := EXTRACT(epoch FROM p_deadline - clock_timestamp());
+BEGIN
+    IF p_deadline IS NULL THEN
+        RAISE EXCEPTION 'timeout must not be null' USING ERRCODE = 'null_value_not_allowed';
+    ELSIF pg_catalog.current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
+        RAISE EXCEPTION 'cannot wait for % in a transaction whose snapshot never moves', p_for
+            USING ERRCODE = 'invalid_transaction_state',
+                  HINT = 'Wait outside of it, or in one with ISOLATION LEVEL READ COMMITTED.';
+    ELSIF v_left <= 0::float8 THEN
+        RAISE EXCEPTION 'timeout while waiting for %', p_for
+            USING ERRCODE = 'query_canceled',
+                  HINT = 'Nothing was taken back; wait again. View etcd_status tells what holds it up.';
+    END IF;
+    PERFORM pg_catalog.set_config(
+        'lock_timeout', pg_catalog.ceil(least(v_left, 86400::float8) * 1000::float8)::int::text, true);
+    BEGIN
+        PERFORM pg_catalog.pg_advisory_xact_lock_shared(_etcd_generation_lock(p_prefix, p_generation));
+        RAISE EXCEPTION USING ERRCODE = 'ETCD0';  -- gives the lock back
+    EXCEPTION WHEN SQLSTATE 'ETCD0' OR lock_not_available THEN
+    END;
+    -- Nobody held the lock of what still is the present: no daemon is active, or this is a standby.
+    IF EXISTS (SELECT FROM etcd_sync_state s WHERE s.prefix = p_prefix AND s.generation = p_generation) THEN
+        PERFORM pg_catalog.pg_sleep(least(v_left, 0.05::float8));
+    END IF;
+END
+$$;
+COMMENT ON FUNCTION _etcd_wait(text, bigint, timestamptz, text) IS 'internal: sleep until the daemon commits';
+
+
+CREATE OR REPLACE FUNCTION etcd_wait(
+    p_id bigint, timeout interval DEFAULT '10 s',
+    OUT status text, OUT result_revision bigint, OUT error_message text)
+LANGUAGE plpgsql AS $$
+-- Wait until a change is final. Its transaction must be committed: nothing is sent to etcd before.
+--   p_id     etcd_wal.id of the change, what etcd_set and its kin return
+--   timeout  how long; '0' just looks
+--   result   success, conflict or failed, and what these columns of etcd_wal say
+--   errors   57014 it is pending still, as when statement_timeout ends a statement (PL/pgSQL: WHEN
+--            query_canceled, as OTHERS does not catch it); 25001 it is of this very transaction; 25000 in a
+--            REPEATABLE READ or SERIALIZABLE transaction; P0002 no such row; 55000 nobody mirrors its key
+-- A session that waits holds no lock and does nothing until the daemon commits.
+DECLARE
+    v_deadline  timestamptz := clock_timestamp() + timeout;
+    w           record;
+BEGIN
+    LOOP
+        SELECT o.status, o.result_revision, o.error_message, o.key, o.txid, s.prefix, s.generation INTO w
+          FROM etcd_wal o
+          LEFT JOIN etcd_sync_state s ON pg_catalog.starts_with(o.key, s.prefix)
+         WHERE o.id = p_id;
+        IF NOT FOUND THEN
+            RAISE EXCEPTION 'etcd_wal has no row %', p_id
+                USING ERRCODE = 'no_data_found',
+                      HINT = 'Was its transaction rolled back, or did housekeeping delete it long after?';
+        ELSIF w.status <> 'pending' THEN
+            status := w.status;
+            result_revision := w.result_revision;
+            error_message := w.error_message;
+            RETURN;
+        ELSIF w.txid = pg_current_xact_id_if_assigned() THEN
+            RAISE EXCEPTION 'change % is not committed', p_id
+                USING ERRCODE = 'active_sql_transaction',
+                      HINT = 'COMMIT first, then wait: etcd_fdw cannot see it before.';
+        ELSIF w.prefix IS NULL THEN
+            RAISE EXCEPTION 'key "%" of change % is outside every mirrored prefix', w.key, p_id
+                USING ERRCODE = 'object_not_in_prerequisite_state',
+                      HINT = 'Start an etcd_fdw that mirrors it; table etcd_sync_state lists what is mirrored.';
+        END IF;
+        PERFORM _etcd_wait(w.prefix, w.generation, v_deadline, pg_catalog.format('change %s', p_id));
+    END LOOP;
+END
+$$;
+COMMENT ON FUNCTION etcd_wait(bigint, interval) IS 'wait until a committed change is final, and tell how it ended';
+
+
+CREATE OR REPLACE FUNCTION etcd_wait_revision(
+    p_revision bigint, timeout interval DEFAULT '10 s', p_prefix text DEFAULT NULL)
+RETURNS bigint
+LANGUAGE plpgsql AS $$
+-- Wait until the mirror has what was written to etcd at a revision: read your own writes.
+--   p_revision  that a write under the prefix got; what is written elsewhere moves the mirror only now and then
+--   timeout     how long; '0' just looks
+--   p_prefix    which mirror: a prefix or key within it; null: the only one
+--   result      the checkpoint: p_revision or newer
+--   errors      57014 not reached yet, and 25000, as in etcd_wait; 22023 no such mirror, or several and none
+--               named; 22004 without a revision
+DECLARE
+    v_deadline  timestamptz := clock_timestamp() + timeout;
+    s           record;
+BEGIN
+    IF p_revision IS NULL THEN
+        RAISE EXCEPTION 'revision must not be null' USING ERRCODE = 'null_value_not_allowed';
+    END IF;
+    LOOP
+        SELECT c.prefix, c.revision, c.generation, count(*) OVER () AS mirrors INTO s
+          FROM etcd_sync_state c
+         WHERE p_prefix IS NULL OR pg_catalog.starts_with(p_prefix COLLATE "C", c.prefix);
+        IF NOT FOUND THEN
+            RAISE EXCEPTION 'prefix "%" is not mirrored', coalesce(p_prefix, '')
+                USING ERRCODE = 'invalid_parameter_value',
+                      HINT = 'Table etcd_sync_state lists the mirrored prefixes.';
+        ELSIF s.mirrors > 1 THEN
+            RAISE EXCEPTION '% prefixes are mirrored', s.mirrors
+                USING ERRCODE = 'invalid_parameter_value',
+                      HINT = pg_catalog.format('Name one of them: p_prefix => %L, for example.', s.prefix);
+        ELSIF s.revision >= p_revision THEN
+            RETURN s.revision;
+        END IF;
+        PERFORM _etcd_wait(s.prefix, s.generation, v_deadline, pg_catalog.format(
+            'revision %s of prefix "%s", which is at %s', p_revision, s.prefix, s.revision));
+    END LOOP;
+END
+$$;
+COMMENT ON FUNCTION etcd_wait_revision(bigint, interval, text) IS
+    'wait until the mirror has what was written to etcd at a revision';
+
+
+CREATE OR REPLACE FUNCTION _etcd_unapplied(p_id bigint)
+RETURNS etcd_wal
+LANGUAGE plpgsql STABLE AS $$
+-- The row of a conflict or failed change.
+--   errors   P0002 no such row; 55000 it is pending or succeeded
+DECLARE
+    w  etcd_wal;
+BEGIN
+    SELECT * INTO w FROM etcd_wal o WHERE o.id = p_id;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'etcd_wal has no row %', p_id
+            USING ERRCODE = 'no_data_found', HINT = 'View etcd_status counts conflicts and failures.';
+    ELSIF w.status NOT IN ('conflict', 'failed') THEN
+        RAISE EXCEPTION 'change % is %, not conflict or failed', p_id, w.status
+            USING ERRCODE = 'object_not_in_prerequisite_state',
+                  HINT = CASE w.status WHEN 'pending' THEN 'etcd_wait tells how it ends.'
+                                       ELSE 'There is nothing to do.' END;
+    END IF;
+    RETURN w;
+END
+$$;
+COMMENT ON FUNCTION _etcd_unapplied(bigint) IS 'internal: the row of a conflict or failed change';
 
 
 CREATE OR REPLACE FUNCTION etcd_retry(p_id bigint)
@@ -776,16 +1063,9 @@ LANGUAGE plpgsql AS $$
 --   result   etcd_wal.id of the new one, which names the old in retry_of
 --   errors   P0002 no such row; 55000 it is pending or succeeded, or was tried again already
 DECLARE
-    w        etcd_wal;
+    w        etcd_wal := _etcd_unapplied(p_id);
     v_again  bigint;
 BEGIN
-    SELECT * INTO w FROM etcd_wal o WHERE o.id = p_id;
-    IF NOT FOUND THEN
-        RAISE EXCEPTION 'etcd_wal has no row %', p_id USING ERRCODE = 'no_data_found';
-    ELSIF w.status NOT IN ('conflict', 'failed') THEN
-        RAISE EXCEPTION 'change % is %, only conflict and failed can be tried again', p_id, w.status
-            USING ERRCODE = 'object_not_in_prerequisite_state';
-    END IF;
     PERFORM _etcd_lock_key(w.key);
     SELECT o.id INTO v_again
       FROM etcd_wal o
@@ -793,9 +1073,12 @@ BEGIN
     IF FOUND THEN
         RAISE EXCEPTION 'change % was tried again already', p_id
             USING ERRCODE = 'object_not_in_prerequisite_state',
-                  DETAIL = pg_catalog.format('That is row %s of etcd_wal.', v_again);
+                  DETAIL = pg_catalog.format('That is row %s of etcd_wal.', v_again),
+                  HINT = 'If that one ended as conflict or failed, too, try that one again.';
     END IF;
-    RETURN _etcd_change(w.key, w.value, w.value_bytes, p_retry_of => p_id);
+    RETURN _etcd_change(
+        w.key, w.value, w.value_bytes, p_ttl => w.ttl, p_force => w.force,
+        p_delete => w.value IS NULL AND w.value_bytes IS NULL, p_retry_of => p_id);
 END
 $$;
 COMMENT ON FUNCTION etcd_retry(bigint) IS 'queue a conflict or failed change again, on the current version';
@@ -808,16 +1091,8 @@ LANGUAGE plpgsql AS $$
 -- The caller needs UPDATE on column dismissed_at of etcd_wal.
 --   p_id     etcd_wal.id of that change; to dismiss it again changes nothing
 --   errors   P0002 no such row; 55000 it is pending or succeeded
-DECLARE
-    v_status  text;
 BEGIN
-    SELECT o.status INTO v_status FROM etcd_wal o WHERE o.id = p_id;
-    IF NOT FOUND THEN
-        RAISE EXCEPTION 'etcd_wal has no row %', p_id USING ERRCODE = 'no_data_found';
-    ELSIF v_status NOT IN ('conflict', 'failed') THEN
-        RAISE EXCEPTION 'change % is %, only conflict and failed can be dismissed', p_id, v_status
-            USING ERRCODE = 'object_not_in_prerequisite_state';
-    END IF;
+    PERFORM _etcd_unapplied(p_id);
     UPDATE etcd_wal SET dismissed_at = now() WHERE id = p_id AND dismissed_at IS NULL;
 END
 $$;
@@ -849,14 +1124,21 @@ LANGUAGE plpgsql AS $$
 -- INSERT, UPDATE and DELETE on etcd_kv: queue the change, made on the version that the statement saw.
 --   INSERT   one of value and value_bytes; the key must not exist
 --   UPDATE   the value column that was changed counts and clears the other; a changed key is a delete of the
---            old and an insert of the new, applied together
+--            old and an insert of the new, applied together; a lease stays with its key
 --   errors   40001 the key has a pending change (an own one of this transaction included) or has moved on;
---            23505 the key to insert exists; 22004 no value; 428C9 revision or ts set, which are not the
---            writer's to choose
+--            23505 the key to insert exists; 22004 no value; 428C9 a column set that is not the writer's to set
+DECLARE
+    v_new  boolean;
 BEGIN
     IF TG_OP = 'DELETE' THEN
-        PERFORM _etcd_change(OLD.key, NULL, NULL, OLD.revision);
+        PERFORM _etcd_change(OLD.key, NULL, NULL, OLD.revision, p_delete => true);
         RETURN OLD;
+    ELSIF (NEW.revision, NEW.ts, NEW.lease, NEW.value_json)
+           IS DISTINCT FROM (OLD.revision, OLD.ts, OLD.lease, OLD.value_json) THEN  -- all null in an INSERT
+        RAISE EXCEPTION 'only columns key, value and value_bytes of etcd_kv can be set'
+            USING ERRCODE = 'generated_always',
+                  HINT = 'A certain version is changed by UPDATE ... WHERE revision = the one you read, '
+                         'a lease by etcd_set with a ttl, value_json by setting value.';
     END IF;
 
     IF TG_OP = 'UPDATE' THEN
@@ -868,29 +1150,13 @@ BEGIN
             NEW.value_bytes := NULL;
         END IF;
     END IF;
-    IF NEW.value IS NULL AND NEW.value_bytes IS NULL THEN
-        RAISE EXCEPTION 'value must not be null'
-            USING ERRCODE = 'null_value_not_allowed', HINT = 'To delete a key use DELETE.';
+    v_new := TG_OP = 'INSERT' OR NEW.key IS DISTINCT FROM OLD.key;
+    IF v_new AND TG_OP = 'UPDATE' THEN
+        PERFORM _etcd_change(OLD.key, NULL, NULL, OLD.revision, p_delete => true);
     END IF;
-
-    IF TG_OP = 'INSERT' THEN
-        IF NEW.revision IS NOT NULL OR NEW.ts IS NOT NULL THEN
-            RAISE EXCEPTION 'columns revision and ts of etcd_kv cannot be set' USING ERRCODE = 'generated_always';
-        END IF;
-        PERFORM _etcd_change(NEW.key, NEW.value, NEW.value_bytes, p_new => true);
-        RETURN NEW;
-    END IF;
-
-    IF NEW.revision IS DISTINCT FROM OLD.revision OR NEW.ts IS DISTINCT FROM OLD.ts THEN
-        RAISE EXCEPTION 'columns revision and ts of etcd_kv cannot be set'
-            USING ERRCODE = 'generated_always',
-                  HINT = 'To change a certain version only, say WHERE revision = the one you read.';
-    ELSIF NEW.key IS DISTINCT FROM OLD.key THEN
-        PERFORM _etcd_change(OLD.key, NULL, NULL, OLD.revision);
-        PERFORM _etcd_change(NEW.key, NEW.value, NEW.value_bytes, p_new => true);
-    ELSE
-        PERFORM _etcd_change(NEW.key, NEW.value, NEW.value_bytes, OLD.revision);
-    END IF;
+    PERFORM _etcd_change(
+        NEW.key, NEW.value, NEW.value_bytes, CASE WHEN NOT v_new THEN OLD.revision END, p_new => v_new);
+    NEW.value_json := _etcd_json(NEW.value);  -- for RETURNING
     RETURN NEW;
 END
 $$;
@@ -926,7 +1192,7 @@ END
 $$;
 
 
--- == search_path =======================================================================================
+-- == Settings ==========================================================================================
 
 -- The functions find their tables in this schema whatever the caller's search_path says, and a temporary
 -- table of the same name does not get in between. That alone does not keep them from calling what somebody
@@ -934,20 +1200,40 @@ $$;
 -- preferred to one of pg_catalog that has to cast them, or takes any type. So functions with arguments are
 -- called by their qualified name; and an operator that pg_catalog does not have for just these types gets a
 -- cast, or is qualified, too.
+--
+-- Two things depend on PostgreSQL's version. From 15 on the views check the caller's privileges and row-level
+-- security; before, a view reads with its owner's rights. From 17 on _etcd_json can run in a parallel query;
+-- before, that cannot catch an error.
 DO $$
 DECLARE
-    v_function text;
+    v_version   int := pg_catalog.current_setting('server_version_num')::int;
+    v_function  text;
 BEGIN
     FOREACH v_function IN ARRAY ARRAY[
         'etcd_get(text)', 'etcd_get_all(text, bigint)', 'etcd_list(text)', 'etcd_at(bigint, text)',
-        'etcd_set(text, text, bigint)', 'etcd_set_bytes(text, bytea, bigint)', 'etcd_delete(text, bigint)',
-        'etcd_retry(bigint)', 'etcd_dismiss(bigint)', 'etcd_schema_version()',
-        '_etcd_state(text, bigint)', '_etcd_lock_key(text)',
-        '_etcd_change(text, text, bytea, bigint, boolean, bigint)', '_etcd_kv_write()', '_etcd_notify()']
+        '_etcd_state(text, bigint)', '_etcd_json(text)']
+    LOOP
+        EXECUTE pg_catalog.format(
+            'ALTER FUNCTION %1$I.%2$s PARALLEL %3$s SET search_path = %1$I, pg_temp',
+            current_schema(), v_function, CASE WHEN v_version >= 170000 THEN 'SAFE' ELSE 'UNSAFE' END);
+    END LOOP;
+    FOREACH v_function IN ARRAY ARRAY[
+        'etcd_set(text, text, bigint, interval, boolean)', 'etcd_set(text, jsonb, bigint, interval, boolean)',
+        'etcd_set_bytes(text, bytea, bigint, interval, boolean)', 'etcd_set_many(jsonb, interval, boolean)',
+        'etcd_delete(text, bigint, boolean)', 'etcd_delete_prefix(text, boolean)',
+        'etcd_wait(bigint, interval)', 'etcd_wait_revision(bigint, interval, text)',
+        'etcd_retry(bigint)', 'etcd_dismiss(bigint)', 'etcd_schema_version()', '_etcd_lock_key(text)',
+        '_etcd_change(text, text, bytea, bigint, interval, boolean, boolean, boolean, bigint)',
+        '_etcd_generation_lock(text, bigint)', '_etcd_wait(text, bigint, timestamptz, text)',
+        '_etcd_unapplied(bigint)', '_etcd_kv_write()', '_etcd_notify()']
     LOOP
         EXECUTE pg_catalog.format(
             'ALTER FUNCTION %1$I.%2$s SET search_path = %1$I, pg_temp', current_schema(), v_function);
     END LOOP;
+    IF v_version >= 150000 THEN
+        ALTER VIEW etcd_kv SET (security_invoker = true);
+        ALTER VIEW etcd_status SET (security_invoker = true);
+    END IF;
 END
 $$;
 
@@ -973,7 +1259,7 @@ $$;
 --
 --     GRANT USAGE ON SCHEMA public TO app;
 --     GRANT SELECT ON etcd, etcd_wal, etcd_sync_state, etcd_status TO app;
---     GRANT INSERT (key, value, value_bytes, revision, depends_on, retry_of) ON etcd_wal TO app;
+--     GRANT INSERT (key, value, value_bytes, revision, depends_on, retry_of, ttl, force) ON etcd_wal TO app;
 --     GRANT SELECT, INSERT, UPDATE, DELETE ON etcd_kv TO app;
 --
 -- One that only reads: the first two lines of these, and SELECT on etcd_kv. Who may call etcd_dismiss needs

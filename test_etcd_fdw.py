@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
+import bisect
 import collections
 import io
 import itertools
@@ -48,9 +49,10 @@ from contextlib import (
     redirect_stdout,
     suppress,
 )
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, TypeVar
 
 # Before gRPC is loaded: its handlers abort what the tests start as another user, now and then.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
@@ -70,15 +72,38 @@ from psycopg2.extensions import make_dsn
 from supervisor.xmlrpc import SupervisorTransport
 
 import etcd_fdw
-from etcd_fdw import etcdrpc, wait_until
+from etcd_fdw import etcdrpc
 
 SCRIPT = Path(etcd_fdw.__file__).resolve()
 SCHEMA_SQL = etcd_fdw.SCHEMA_FILE.read_text(encoding="utf-8")
+T = TypeVar("T")
 RUN_ID = uuid.uuid4().hex[:6]  # servers from the environment may be shared with other runs
 _numbers = itertools.count(1)
 
-hypothesis.settings.register_profile("etcd_fdw", deadline=None)  # CI machines have slow moments
+# ── harness ──────────────────────────────────────────────────────────────────
+
+# A shell starts what it puts into the background with SIGINT ignored, nohup with SIGHUP: so would
+# be the programs under test. A signal that is handled here has its default there.
+for _signum in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+    if signal.getsignal(_signum) is signal.SIG_IGN:
+        signal.signal(_signum, lambda *_: None)
+
+# Machines that are busy have slow moments. The examples are the same in each run, unless
+# ETCD_FDW_TEST_SEED is given.
+hypothesis.settings.register_profile(
+    "etcd_fdw",
+    deadline=None,
+    derandomize="ETCD_FDW_TEST_SEED" not in os.environ,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("etcd_fdw")
+
+WAIT_S = 90.0  # the deadline of every wait: it only turns a hang into a failure that says of what
+
+
+def wait_until(message: str, predicate: Callable[[], T], timeout: float = WAIT_S) -> T:
+    """Wait until predicate() is true; return what it returned. Raises TimeoutError(message)."""
+    return etcd_fdw.wait_until(message, predicate, timeout)
 
 
 @pytest.fixture
@@ -89,7 +114,7 @@ def seed() -> int:
     return number
 
 
-# ── harness: servers that can fail ─────────────────────────────────────────────
+# ─ servers that can fail ─
 
 # UDP sockets on the numbers that free_port gave away last: while one is open, no other process
 # gets that port from free_port, be its server not started yet or down for a while. Few enough to
@@ -219,7 +244,7 @@ class LocalPostgres(Breakable, etcd_fdw.LocalPostgres):
                 os.kill(pid, signum)
 
 
-# ── harness: PostgreSQL ────────────────────────────────────────────────────────
+# ─ PostgreSQL ─
 
 
 @pytest.fixture(scope="session")
@@ -250,16 +275,66 @@ def own_postgres() -> Iterator[LocalPostgres]:
 
 def connect(db: str, **options: Any) -> psycopg2.extensions.connection:
     """Open a connection in autocommit mode; options are libpq's, such as port=proxy.port."""
-    conn = psycopg2.connect(make_dsn(db, **{"connect_timeout": 10, **options}))
+    conn = psycopg2.connect(make_dsn(db, **{"connect_timeout": 30, **options}))
     conn.autocommit = True
     return conn
 
 
+@contextmanager
+def session(db: str, *statements: str, **options: Any) -> Iterator[Any]:
+    """A cursor of a session of its own, which has run the statements, such as BEGIN.
+
+    What is not committed in the end is rolled back.
+    """
+    with closing(connect(db, **options)) as conn, conn.cursor() as cur:
+        for sql in statements:
+            cur.execute(sql)
+        yield cur
+
+
+_sessions: dict[tuple[int, str], psycopg2.extensions.connection] = {}  # by thread and DSN
+
+
+def close_sessions() -> None:
+    """Close what rows() has kept open."""
+    while _sessions:
+        _sessions.popitem()[1].close()
+
+
+@pytest.fixture(autouse=True)
+def _no_session_outlives_its_test() -> Iterator[None]:
+    yield
+    close_sessions()
+
+
 def rows(db: str, sql: str, *args: Any) -> list[tuple[Any, ...]]:
-    """Run one statement, committed, on its own connection; return its rows (bytea as bytes)."""
-    with closing(connect(db)) as conn, conn.cursor() as cur:
-        cur.execute(sql, args or None)
-        return [] if cur.description is None else [_plain(row) for row in cur]
+    """Run one statement, committed; return its rows (bytea as bytes).
+
+    The session is kept for the test's next statement, unless it has failed or was ended.
+    """
+    conn = _sessions.pop(key := (threading.get_ident(), db), None)
+    if conn is None or _has_ended(conn):
+        conn = connect(db)
+    try:
+        with conn.cursor() as cur:
+            cur.execute(sql, args or None)
+            found = [] if cur.description is None else [_plain(row) for row in cur]
+    except BaseException:
+        conn.close()
+        raise
+    _sessions[key] = conn
+    return found
+
+
+def _has_ended(conn: psycopg2.extensions.connection) -> bool:
+    """Whether PostgreSQL has closed a session: it sends nothing else to one that is idle."""
+    if not conn.closed:
+        poll = select.poll()
+        poll.register(conn, select.POLLIN)
+        if not poll.poll(0):
+            return False
+        conn.close()
+    return True
 
 
 def scalar(db: str, sql: str, *args: Any) -> Any:
@@ -271,7 +346,7 @@ def _plain(row: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(bytes(item) if isinstance(item, memoryview) else item for item in row)
 
 
-# ── harness: etcd ──────────────────────────────────────────────────────────────
+# ─ etcd ─
 
 DELETE = 1  # mvccpb.Event.DELETE, which etcdrpc does not export
 CHANNEL_OPTIONS = [
@@ -311,7 +386,7 @@ class EtcdClient:
         user: str | None = None,
         password: str = "",
         credentials: grpc.ChannelCredentials | None = None,
-        timeout: float = 10.0,
+        timeout: float = 30.0,
     ) -> None:
         self.endpoint, self.timeout = endpoint, timeout
         self.metadata: list[tuple[str, str]] = []
@@ -499,7 +574,7 @@ def own_cluster() -> Iterator[list[LocalEtcd]]:
         yield members
 
 
-# ── harness: the program under test ────────────────────────────────────────────
+# ─ the program under test ─
 
 
 def clean_environ(env: dict[str, str] | None = None) -> dict[str, str]:
@@ -510,7 +585,7 @@ def clean_environ(env: dict[str, str] | None = None) -> dict[str, str]:
 
 
 def run_script(
-    *args: str, env: dict[str, str] | None = None, timeout: float = 60.0, script: Path = SCRIPT
+    *args: str, env: dict[str, str] | None = None, timeout: float = WAIT_S, script: Path = SCRIPT
 ) -> subprocess.CompletedProcess[str]:
     """Run `etcd_fdw.py args` to its end; return its returncode, stdout and stderr."""
     return subprocess.run(
@@ -527,11 +602,17 @@ def run_script(
 class Daemon:
     """A running `etcd_fdw.py args`; its output goes to a log file."""
 
-    def __init__(self, log_path: Path, *args: str, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        log_path: Path,
+        *args: str,
+        env: dict[str, str] | None = None,
+        script: Path = SCRIPT,
+    ) -> None:
         self.log_path = log_path
         with log_path.open("ab") as log_file:
             self.process = subprocess.Popen(
-                [sys.executable, str(SCRIPT), *args],
+                [sys.executable, str(script), *args],
                 env=clean_environ(env),
                 stdin=subprocess.DEVNULL,
                 stdout=log_file,
@@ -555,7 +636,7 @@ class Daemon:
         """Return a position: wait_log(…, after=position) looks only at what is logged from now."""
         return len(self.log())
 
-    def wait_log(self, pattern: str, timeout: float = 15.0, after: int = 0) -> re.Match[str]:
+    def wait_log(self, pattern: str, timeout: float = WAIT_S, after: int = 0) -> re.Match[str]:
         """Wait for a line that the regular expression finds; fail at once if the program ended."""
 
         def look() -> re.Match[str] | None:
@@ -568,14 +649,14 @@ class Daemon:
         assert match is not None
         return match
 
-    def wait_exit(self, timeout: float = 20.0) -> int:
+    def wait_exit(self, timeout: float = WAIT_S) -> int:
         """Wait until the program ends by itself; return its exit code."""
         return self.process.wait(timeout)
 
     def signal(self, signum: signal.Signals) -> None:
         self.process.send_signal(signum)
 
-    def stop(self, timeout: float = 20.0) -> int:
+    def stop(self, timeout: float = WAIT_S) -> int:
         """Stop as supervisord does (SIGTERM); return the exit code."""
         self.signal(signal.SIGTERM)
         return self.process.wait(timeout)
@@ -591,6 +672,11 @@ class Daemon:
     def resume(self) -> None:
         self.signal(signal.SIGCONT)
 
+
+# Options under which faults are over soon; the second has timeouts that a test does not wait for.
+HASTE = ("--retry-initial", "50ms", "--retry-max", "300ms", "--poll-interval", "2s")
+HASTY_ETCD = "?dial_timeout=1s&request_timeout=2s"
+FAST = ("--retry-initial", "50ms", "--retry-max", "200ms", "--poll-interval", "500ms")
 
 StartDaemon = Callable[..., Daemon]
 
@@ -611,12 +697,12 @@ def daemon(
         *args: str,
         postgres: str | None = None,
         etcd: str | None = None,
-        env: dict[str, str] | None = None,
         ready: bool = True,
+        **options: Any,
     ) -> Daemon:
         servers = ["-p", postgres or db, "-e", etcd or etcd_address.dsn(prefix)]
         log_path = tmp_path / f"daemon{len(started) + 1}.log"
-        started.append(Daemon(log_path, *servers, *args, env=env))
+        started.append(Daemon(log_path, *servers, *args, **options))
         if ready:
             started[-1].wait_log("watching")
         return started[-1]
@@ -626,6 +712,21 @@ def daemon(
         one.kill()
         if request.session.testsfailed > failures_before:
             print(f"── {one.log_path.name}: exit code {one.returncode}\n{one.log()}")
+
+
+SESSIONS = """
+SELECT array_agg((pid, backend_start)::text) FROM pg_stat_activity
+WHERE application_name LIKE 'etcd_fdw%' AND datname = current_database()
+"""
+
+
+def daemon_waits_on(db: str, event: str) -> bool:
+    """Whether the daemon's session is in that wait event (pg_stat_activity)."""
+    sql = """
+        SELECT FROM pg_stat_activity
+        WHERE application_name LIKE 'etcd_fdw%%' AND wait_event = %s
+    """
+    return bool(rows(db, sql, event))
 
 
 def peak_mib(pid: int) -> float:
@@ -640,18 +741,26 @@ def cpu_s(pid: int) -> float:
     return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
-# ── harness: both sides compared ───────────────────────────────────────────────
+# ─ both sides compared ─
+
+
+def store_revision(client: EtcdClient) -> int:
+    """Return etcd's revision, 0 if it is not to be reached, or has no leader."""
+    with suppress(grpc.RpcError):
+        return client.revision()
+    return 0
 
 
 class Recorder:
     """An independent record of what etcd tells about a prefix, from a thread of its own.
 
-    It watches the whole key space, so that a key outside the prefix can mark where it has got to.
+    It watches the whole key space, where each revision has an event: so it knows how far it is.
     """
 
     def __init__(self, client: EtcdClient, prefix: str, start_revision: int = 1) -> None:
         self.client, self.prefix = client, prefix.encode()
         self.events: list[Event] = []  # in order, appended by the thread
+        self.leases: dict[tuple[int, bytes], int] = {}  # by revision and key; 0: none
         self.revision = start_revision - 1  # all of it and before has been seen
         self.error: str | None = None  # a watch that etcd canceled
         self._closing = threading.Event()
@@ -688,25 +797,20 @@ class Recorder:
             kv = event.kv
             if kv.key.startswith(self.prefix):
                 deleted = event.type == DELETE
+                self.leases[kv.mod_revision, kv.key] = kv.lease
                 self.events.append(Event(kv.mod_revision, kv.key, None if deleted else kv.value))
         if response.events:
             self.revision = response.events[-1].kv.mod_revision
 
-    def sync(self, timeout: float = 10.0) -> int:
+    def sync(self) -> int:
         """Wait until all that etcd holds now is recorded; return its revision."""
-
-        def mark() -> int:
-            with suppress(grpc.RpcError):  # etcd may be restarting, or electing a leader
-                return self.client.put(f"_recorder/{RUN_ID}", "")
-            return 0
-
-        revision = wait_until("the recorder cannot write to etcd", mark, timeout)
+        revision = wait_until("etcd does not answer", lambda: store_revision(self.client))
 
         def caught_up() -> bool:
             assert self.error is None, f"the recorder's watch was canceled: {self.error}"
             return self.revision >= revision
 
-        wait_until(f"the recorder did not see revision {revision}", caught_up, timeout)
+        wait_until(f"the recorder did not see revision {revision}", caught_up)
         return revision
 
     def history(self) -> list[Event]:
@@ -749,29 +853,92 @@ def mirror_rows(db: str, prefix: str = "", since: int = 0) -> list[Event]:
     return [Event(*row) for row in rows(db, sql, prefix, since)]
 
 
+def survivors(history: list[Event], resyncs: Iterable[Sequence[int]]) -> list[Event]:
+    """What a mirror has of a history where it copied the state at `new` instead of what came."""
+    result, position = [], 0
+    for old, new in resyncs:
+        result += [event for event in history if position < event.revision <= old]
+        before, after = ({e.key: e for e in history if e.revision <= r} for r in (old, new))
+        for key, event in after.items():
+            if event.value is not None and event.revision > old:
+                result.append(event)
+            elif event.value is None and key in before and before[key].value is not None:
+                result.append(Event(new, key, None))
+        position = new
+    result += [event for event in history if event.revision > position]
+    return sorted(result, key=lambda event: event[:2])
+
+
 def assert_same(
-    recorder: Recorder, db: str, prefix: str, since: int = 0, timeout: float = 15.0
+    recorder: Recorder, db: str, prefix: str, since: int = 0, *, gaps: bool = False
 ) -> None:
-    """Wait until the mirror has, row for row, what the recorder saw from revision `since` on."""
+    """Wait until the mirror has, row for row, what the recorder saw from revision `since` on.
+
+    gaps: where etcd had compacted what was missing, it has what was left of it.
+    """
     recorder.sync()
-    expected = [event for event in recorder.history() if event.revision >= since]
+    history = [event for event in recorder.history() if event.revision >= since]
+    resyncs = """
+        SELECT coalesce(target_revision, 0), source_revision FROM etcd_sync_event
+        WHERE operation IN ('snapshot', 'resync') AND prefix = %s ORDER BY id
+    """
+    leases = """
+        SELECT revision, convert_to(key, 'UTF8'), lease FROM etcd
+        WHERE starts_with(key, %s) AND revision >= %s
+    """
+    expected, mirrored = history, list[Event]()
 
     def same() -> bool:
+        nonlocal expected, mirrored
         # PostgreSQL may be restarting, or the daemon about to apply the schema
         with suppress(psycopg2.OperationalError, psycopg2.errors.UndefinedTable):
-            return mirror_rows(db, prefix, since) == expected
+            mirrored = mirror_rows(db, prefix, since)
+            if gaps:
+                expected = survivors(history, rows(db, resyncs, prefix))
+            return mirrored == expected and all(
+                (lease or 0) == recorder.leases.get((revision, key), 0)
+                for revision, key, lease in rows(db, leases, prefix, since)
+            )
         return False
 
     with suppress(TimeoutError):
-        wait_until("not the same", same, timeout)
+        wait_until("not the same", same)
         return
-    mirrored = mirror_rows(db, prefix, since)
     missing = sorted(set(expected) - set(mirrored), key=lambda event: event[:2])
     surplus = sorted(set(mirrored) - set(expected), key=lambda event: event[:2])
     pytest.fail(
-        f"the mirror has {len(mirrored)} rows, etcd told {len(expected)}; "
-        f"{len(missing)} missing: {missing[:5]}; {len(surplus)} too many: {surplus[:5]}"
+        f"the mirror has {len(mirrored)} rows of {len(expected)}; "
+        f"{len(missing)} missing: {missing[:5]}; {len(surplus)} too many: {surplus[:5]}; "
+        "or leases differ"
     )
+
+
+def live(db: str, prefix: str) -> dict[bytes, tuple[bytes, int]]:
+    """The mirror's live keys with value and revision."""
+    sql = """
+        SELECT convert_to(key, 'UTF8'), coalesce(value_bytes, convert_to(value, 'UTF8')), revision
+        FROM etcd_list(%s)
+    """
+    return {key: (value, revision) for key, value, revision in rows(db, sql, prefix)}
+
+
+def held(etcd: EtcdClient, prefix: str) -> dict[bytes, tuple[bytes, int]]:
+    """The same as etcd has it."""
+    return {
+        kv.key: (kv.value, kv.mod_revision)
+        for kv in etcd.range(prefix).kvs
+        if not kv.key.startswith(etcd_fdw.RESERVED)
+    }
+
+
+def wait_equal(db: str, etcd: EtcdClient, prefix: str) -> None:
+    """Wait until both sides hold the same live keys."""
+    wait_until("live keys differ", lambda: live(db, prefix) == held(etcd, prefix))
+
+
+def arrives(db: str, key: str) -> Callable[[], bool]:
+    """Return what tells whether the mirror has a version of a key."""
+    return lambda: bool(scalar(db, "SELECT count(*) FROM etcd WHERE key = %s", key))
 
 
 EVERYTHING = """
@@ -782,17 +949,215 @@ ORDER BY 1
 """
 
 
-def wait_settled(db: str, timeout: float = 20.0) -> list[str]:
+# ─ what became of changes ─
+
+
+class Wal(NamedTuple):
+    """A row of etcd_wal; value None: delete."""
+
+    id: int
+    key: bytes
+    value: bytes | None
+    revision: int | None
+    status: str
+    result_revision: int | None
+    error_message: str | None
+    txid: str
+    depends_on: int | None
+    ttl: timedelta | None
+    force: bool
+    replaced_revision: int | None
+
+
+def wal_rows(db: str, prefix: str = "") -> list[Wal]:
+    """Return the rows of etcd_wal in order."""
+    sql = """
+        SELECT id, convert_to(key, 'UTF8'), coalesce(value_bytes, convert_to(value, 'UTF8')),
+               revision, status, result_revision, error_message, txid::text, depends_on,
+               ttl, force, replaced_revision
+        FROM etcd_wal WHERE starts_with(key, %s) ORDER BY id
+    """
+    return [Wal(*row) for row in rows(db, sql, prefix)]
+
+
+def queue(db: str, sql: str, *args: Any) -> int:
+    """Run a statement that returns the id of one etcd_wal row; return it."""
+    return int(scalar(db, sql, *args))
+
+
+def wait_settled(db: str) -> list[str]:
     """Wait until no change is pending; return the status of each change in id order."""
 
     def settled() -> bool:
-        return not scalar(db, "SELECT count(*) FROM etcd_wal WHERE status = 'pending'")
+        with suppress(psycopg2.OperationalError):  # PostgreSQL may be restarting
+            return scalar(db, "SELECT count(*) FROM etcd_wal WHERE status = 'pending'") == 0
+        return False
 
-    wait_until("changes are still pending", settled, timeout)
+    wait_until("changes are still pending", settled)
     return [status for (status,) in rows(db, "SELECT status FROM etcd_wal ORDER BY id")]
 
 
-# ── harness: a network that fails ──────────────────────────────────────────────
+wait_answered = wait_settled
+
+
+def outcome(db: str, id_: int) -> tuple[str, int | None, str | None]:
+    """Wait until a change is not pending; return its status, result_revision and error_message."""
+    sql = """
+        SELECT status, result_revision, error_message FROM etcd_wal
+        WHERE id = %s AND status <> 'pending'
+    """
+    return wait_until(f"change {id_} is still pending", lambda: rows(db, sql, id_))[0]
+
+
+def outcomes(db: str, count: int) -> list[tuple[Any, ...]]:
+    """Wait until that many changes are done; return (status, result_revision) of each."""
+    sql = "SELECT status, result_revision FROM etcd_wal WHERE finished_at IS NOT NULL ORDER BY id"
+    return wait_until("changes stay pending", lambda: (r := rows(db, sql))[count - 1 :] and r)
+
+
+def became(db: str, key: str) -> tuple[str, int | None]:
+    """Wait until the one change to a key is done; return (status, result_revision)."""
+    sql = "SELECT status, result_revision FROM etcd_wal WHERE key = %s AND status <> 'pending'"
+    return wait_until(f"the change to {key} is pending", lambda: rows(db, sql, key))[0]
+
+
+def wait_status(db: str, change: int, status: str) -> str:
+    """The change ends with that status; return its error_message."""
+    ended, _, message = outcome(db, change)
+    assert ended == status, message
+    return str(message)
+
+
+class Told:
+    """What etcd told a recorder, by revision and key."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.leases = recorder.leases
+        self.values = {event[:2]: event.value for event in recorder.history()}
+        self.versions: dict[bytes, list[int]] = collections.defaultdict(list)
+        for revision, key in self.values:  # in order
+            self.versions[key].append(revision)
+
+    def before(self, revision: int, key: bytes) -> int:
+        """Return the mod_revision that the key had just before a revision, 0 for none."""
+        index = bisect.bisect_left(self.versions[key], revision)
+        last = self.versions[key][index - 1] if index else 0
+        return last if self.values.get((last, key)) is not None else 0
+
+
+def expected_version(row: Wal, wal: dict[int, Wal]) -> int:
+    """Return the version that a successful change was made on, 0 for none, as schema.sql says."""
+    on = wal.get(row.depends_on or 0)
+    if on and on.key == row.key and on.id < row.id:
+        ended = "txid", "status", "result_revision"
+        if all(getattr(on, name) == getattr(row, name) for name in ended):
+            return expected_version(on, wal)
+        if on.status == "success":
+            return 0 if on.value is None else on.result_revision or 0
+    return row.revision or 0
+
+
+def lies(changes: Sequence[Wal], wal: dict[int, Wal], told: Told, compacted: bool) -> list[str]:
+    """Say what is not true of the successful changes to a key at one revision, the last of which
+    counts."""
+    row, forced = changes[-1], any(change.force for change in changes)
+    at = (row.result_revision or 0, row.key)
+    before = told.before(*at)
+    made_on = before if forced else expected_version(row, wal)
+    if row.value is None and not made_on:
+        return []  # deleted what was not there
+    found = []
+    if told.values.get(at, b"nothing") != row.value:
+        found.append(f"etcd tells {told.values.get(at, b'nothing')!r} of {row}")
+    if before != made_on:
+        found.append(f"made on {made_on}, applied on {before}: {row}")
+    forgotten = compacted and row.replaced_revision is None
+    if row.force and row.replaced_revision != (before or None) and not forgotten:
+        found.append(f"replaced {before}: {row}")
+    lease, had = (told.leases.get((r, row.key), 0) for r in (at[0], before))
+    right = lease == had if row.ttl is None else bool(lease) == bool(row.ttl)
+    if row.value is not None and len(changes) == 1 and not right:
+        found.append(f"lease {lease} after {had}: {row}")
+    return found
+
+
+def assert_outcomes(
+    recorder: Recorder,
+    *dbs: str,
+    load: Load | None = None,
+    whole: int = 40,
+    compacted: bool = False,
+) -> collections.Counter[str]:
+    """Hold every row of etcd_wal against what etcd did, and the other way round.
+
+    - A success is one event with its value at its revision, made on the version that the row says,
+      or on any if it is forced, with the lease that it should have; or no event, if it deleted
+      what was not there.
+    - A conflict or failure left no trace: what etcd tells of a value that begins with sql is a
+      success. So is each deletion, but for those by the load in etcd and of leases.
+    - An event belongs to one transaction. Up to `whole` changes of one end alike, at one revision.
+
+    compacted: etcd may have forgotten what a forced change replaced. Returns the statuses.
+    """
+    for db in dbs:
+        wait_settled(db)
+    recorder.sync()
+    told, wrong = Told(recorder), list[str]()
+    claims: dict[tuple[int, bytes], str] = {}
+    statuses: collections.Counter[str] = collections.Counter()
+    for db in dbs:
+        wal = {row.id: row for row in wal_rows(db, recorder.prefix.decode())}
+        statuses.update(row.status for row in wal.values())
+        transactions: dict[str, list[Wal]] = collections.defaultdict(list)
+        for row in wal.values():
+            transactions[row.txid].append(row)
+        for txid, together in transactions.items():
+            successes = [row for row in together if row.status == "success"]
+            revisions = {row.result_revision for row in successes} - {None}
+            parts = max(len(revisions), len({row.status for row in together}))
+            if parts > 1 and len(together) + any(row.force for row in together) <= whole:
+                wrong.append(f"a transaction in parts: {together}")
+            for at in {(row.result_revision or 0, row.key): None for row in successes}:
+                changes = [row for row in successes if (row.result_revision or 0, row.key) == at]
+                wrong += lies(changes, wal, told, compacted)
+                if at in told.values and claims.setdefault(at, txid) != txid:
+                    wrong.append(f"transaction {claims[at]} claims it too: {changes}")
+    unclaimed = [at for at in told.values if at not in claims]
+    wrong += [f"nobody claims {at}" for at in unclaimed if (told.values[at] or b"")[:3] == b"sql"]
+    if load is not None:
+        gone = [at for at in unclaimed if told.values[at] is None and at not in load.deleted]
+        gone = [at for at in gone if not told.leases.get((told.before(*at), at[1]))]
+        if len(gone) > load.unsure:
+            wrong.append(f"nobody claims the deletes {gone[:9]}, {load.unsure} are in doubt")
+    assert not wrong, f"{len(wrong)} outcomes are not true:\n" + "\n".join(wrong[:10])
+    return statuses
+
+
+@contextmanager
+def frozen_mirror(db: str) -> Iterator[None]:
+    """Nobody can write table etcd meanwhile: what etcd answers is not recorded."""
+    with session(db, "BEGIN", "LOCK TABLE etcd IN SHARE MODE"):
+        yield
+
+
+def kill_once_sent(running: Daemon, db: str, client: EtcdClient, sql: str, key: str) -> int:
+    """Ask for a change, kill the daemon before it can note that etcd took it; return where."""
+    before = client.get(key)
+    with frozen_mirror(db):
+        rows(db, sql, key)
+        sent = wait_until("nothing was sent", lambda: (now := client.get(key)) != before and now)
+        running.kill()
+    return int(sent.mod_revision)
+
+
+def lock_holders(db: str, prefix: str) -> list[int]:
+    """Return the pids of the sessions that hold the lock of a prefix: one, or none."""
+    with session(db) as cur:
+        cur.execute(etcd_fdw.LOCK_HOLDER_SQL, {"prefix": prefix})
+        return [pid for pid, *_ in cur]
+
+
+# ─ a network that fails ─
 
 PROXY_BUFFER_BYTES = 1 << 18
 
@@ -836,7 +1201,6 @@ class Proxy:
 
     def __init__(self, target_port: int, target_host: str = "127.0.0.1") -> None:
         self.target = (target_host, target_port)
-        self.accepted = 0  # connections so far
         self.forwarded = 0  # bytes so far, both directions
         self._stalled = self._black_hole = self._refusing = self._closing = False
         self._delay_s = self._bytes_per_s = 0.0
@@ -940,7 +1304,7 @@ class Proxy:
 
     def close(self) -> None:
         self._order(lambda: setattr(self, "_closing", True))
-        self._thread.join(5)
+        self._thread.join(WAIT_S)
 
     def __enter__(self) -> Proxy:
         return self
@@ -955,7 +1319,7 @@ class Proxy:
         done = threading.Event()
         self._orders.append((action, done))
         self._wake_write.send(b"!")
-        assert done.wait(5), "the proxy's thread does not answer"
+        assert done.wait(WAIT_S), "the proxy's thread does not answer"
 
     def _listen(self) -> socket.socket:
         listener = socket.socket()
@@ -1014,9 +1378,8 @@ class Proxy:
 
     def _accept(self, listener: socket.socket) -> None:
         client, _ = listener.accept()
-        self.accepted += 1
         try:
-            server = socket.create_connection(self.target, timeout=5)
+            server = socket.create_connection(self.target, timeout=WAIT_S)
         except OSError:
             client.close()
             return
@@ -1079,25 +1442,47 @@ class Proxy:
             self._drop(self._halves[0])
 
 
-# ── harness: load on both sides ────────────────────────────────────────────────
-
-# Options under which faults are over soon; timeouts that a test does not wait for.
-HASTE = ("--retry-initial", "50ms", "--retry-max", "300ms", "--poll-interval", "2s")
-HASTY_ETCD = "?dial_timeout=1s&request_timeout=2s"
+# ─ load on both sides ─
 
 
-class Traffic:
+def in_threads(count: int, work: Callable[[int], None]) -> None:
+    """Run work(0), work(1), … at once; raise what the first of them raised."""
+    with ThreadPoolExecutor(count) as pool:
+        for _ in pool.map(work, range(count)):
+            pass
+
+
+def random_text(size: int) -> bytes:
+    """Return text that does not compress well."""
+    return base64.b64encode(os.urandom(size))[:size]
+
+
+INSERT_MADE_ON_SQL = """
+    INSERT INTO etcd_wal (key, value, ttl, force, revision)
+    VALUES (%s, %s, %s, %s, (SELECT max(revision) FROM etcd WHERE key = %s)) RETURNING id
+"""
+
+
+def leases(client: EtcdClient) -> set[int]:
+    """The leases that there are."""
+    answer = client.call(client.leases.LeaseLeases, etcdrpc.LeaseLeasesRequest())
+    return {lease.ID for lease in answer.leases}
+
+
+class Load:
     """Changes on both sides of a prefix until stopped, whatever the servers do meanwhile.
 
-    Some keys are changed by both sides, so that there are conflicts; some by one side only. Every
-    value is written once, so that an event in etcd tells which change it was.
+    Some keys are changed by both sides, so that there are conflicts; some by one side only; some
+    expire. Every value is written once, so that an event in etcd tells which change it was. The
+    schema must be there.
     """
 
-    def __init__(
-        self, db: str, endpoint: str, prefix: str, per_s: float = 150.0, seed: int = 1
-    ) -> None:
+    def __init__(self, db: str, endpoint: str, prefix: str, per_s: float, seed: int) -> None:
         self.db, self.endpoint, self.prefix, self.per_s = db, endpoint, prefix, per_s
-        self.etcd_changes = self.sql_changes = 0  # acknowledged so far
+        self.client = EtcdClient(endpoint)
+        self.recorder = Recorder(self.client, prefix, self.client.revision() + 1)
+        self.etcd_changes = 0  # answered so far
+        self.committed: list[int] = []  # ids of etcd_wal
         self.deleted: set[tuple[int, bytes]] = set()  # (revision, key), by the etcd side
         self.unsure = 0  # deletes of the etcd side that were not answered
         self.errors: list[str] = []  # what no fault excuses
@@ -1120,12 +1505,16 @@ class Traffic:
                     return
                 keys = {self._key(dice, "etcd") for _ in range(dice.choice((1, 1, 1, 3)))}
                 doomed = {key for key in keys if dice.random() < 0.2}
-                ops = [
-                    client.delete_op(key) if key in doomed else client.put_op(key, f"etcd-{number}")
-                    for key in keys
-                ]
                 try:
-                    answer = client.txn(ops)
+                    lease = client.grant(2) if dice.random() < 0.02 else 0  # which expires
+                    answer = client.txn(
+                        [
+                            client.delete_op(key)
+                            if key in doomed
+                            else client.put_op(key, f"etcd-{number}", lease)
+                            for key in keys
+                        ]
+                    )
                 except grpc.RpcError:
                     self.unsure += len(doomed)
                     continue
@@ -1142,7 +1531,7 @@ class Traffic:
                 conn = conn or connect(self.db, options="-cstatement_timeout=5s")
                 with conn.cursor() as cur:
                     cur.execute(*self._statement(dice, number))
-                self.sql_changes += 1
+                    self.committed += [id_ for (id_,) in cur]
             except psycopg2.OperationalError:  # away, or a lock that does not come
                 if conn:
                     conn.close()
@@ -1153,160 +1542,30 @@ class Traffic:
             conn.close()
 
     def _statement(self, dice: random.Random, number: int) -> tuple[str, tuple[Any, ...]]:
+        """What returns the ids of its changes."""
         key, value, kind = self._key(dice, "sql"), f"sql-{number}", dice.random()
         if kind < 0.2:
             return "SELECT etcd_delete(%s)", (key,)
         if kind < 0.3:  # one transaction, one Txn
             keys = [f"{key}/{n}" for n in range(3)]
-            return "SELECT etcd_set(k, k || %s) FROM unnest(%s) k", ("=" + value, keys)
+            return "SELECT etcd_set(k, %s || k) FROM unnest(%s) k", (value + "=", keys)
         if kind < 0.4:  # compare-and-swap on what may be long gone
-            sql = "INSERT INTO etcd_wal (key, value, revision) VALUES (%s, %s, (%s))"
-            look = "SELECT max(revision) FROM etcd WHERE key = %s"
-            return sql.replace("(%s))", f"({look}))"), (key, value, key)
+            return INSERT_MADE_ON_SQL, (key, value, None, False, key)
+        if kind < 0.5:  # expires, or is overwritten before that
+            return INSERT_MADE_ON_SQL, (key, value, "1 second", dice.random() < 0.3, key)
+        if kind < 0.6:
+            return INSERT_MADE_ON_SQL, (key, value if kind < 0.57 else None, None, True, key)
         return "SELECT etcd_set(%s, %s)", (key, value)
 
-    def wait_more(self, count: int, timeout: float = 30.0) -> None:
+    def run(self, count: int) -> None:
         """Wait for this many more changes on each side."""
-        etcd_goal, sql_goal = self.etcd_changes + count, self.sql_changes + count
+        etcd_goal, sql_goal = self.etcd_changes + count, len(self.committed) + count
         wait_until(
             "the load stands still",
-            lambda: self.etcd_changes >= etcd_goal and self.sql_changes >= sql_goal,
-            timeout,
+            lambda: self.etcd_changes >= etcd_goal and len(self.committed) >= sql_goal,
         )
 
-    def stop(self) -> None:
-        self._ended.set()
-        for thread in self._threads:
-            thread.join(30)
-        assert not any(thread.is_alive() for thread in self._threads), "the load did not end"
-        assert not self.errors, self.errors[:5]
-
-
-class Wal(NamedTuple):
-    """A row of etcd_wal; value None: delete."""
-
-    id: int
-    key: bytes
-    value: bytes | None
-    revision: int | None
-    status: str
-    result_revision: int | None
-    error_message: str | None
-    txid: str
-    depends_on: int | None
-
-
-def wal_rows(db: str, prefix: str = "") -> list[Wal]:
-    """Return the rows of etcd_wal in order."""
-    sql = """
-        SELECT id, convert_to(key, 'UTF8'), coalesce(value_bytes, convert_to(value, 'UTF8')),
-               revision, status, result_revision, error_message, txid::text, depends_on
-        FROM etcd_wal WHERE starts_with(key, %s) ORDER BY id
-    """
-    return [Wal(*row) for row in rows(db, sql, prefix)]
-
-
-def wait_answered(db: str, timeout: float = 30.0) -> None:
-    """Wait until no change is pending."""
-
-    def settled() -> bool:
-        with suppress(psycopg2.OperationalError):
-            return scalar(db, "SELECT count(*) FROM etcd_wal WHERE status = 'pending'") == 0
-        return False
-
-    wait_until("changes are still pending", settled, timeout)
-
-
-def assert_outcomes_true(
-    recorder: Recorder,
-    db: str,
-    traffic: Traffic | None = None,
-    unknown: Sequence[range] = (),
-    timeout: float = 30.0,
-) -> collections.Counter[str]:
-    """Hold every row of etcd_wal against what etcd did, and the other way round.
-
-    A success is one event with its value, made on the version that the row names, at one revision
-    for the whole transaction. A conflict or failure left no trace. No event is claimed by two
-    transactions, none that SQL asked for is unclaimed. unknown: revisions that etcd compacted
-    before they were mirrored: a restarted daemon cannot know of changes there, and dates deletes
-    to their end. Returns the statuses.
-    """
-    wait_answered(db, timeout)
-    recorder.sync()
-    events = {(e.revision, e.key): e.value for e in recorder.history()}
-    versions: dict[bytes, list[int]] = collections.defaultdict(list)
-    for revision, key in sorted(events):
-        versions[key].append(revision)
-    wal = {row.id: row for row in wal_rows(db, recorder.prefix.decode())}
-    last = {(row.txid, row.key): row.id for row in wal.values()}  # within a transaction it counts
-    made_on: dict[int, int] = {}
-    claims: dict[tuple[int, bytes], str] = {}
-    wrong: list[str] = []
-    for row in wal.values():
-        on = wal.get(row.depends_on or 0)
-        made_on[row.id] = row.revision or 0
-        if on and on.txid == row.txid:
-            made_on[row.id] = made_on[on.id]
-        elif on and on.status == "success":
-            made_on[row.id] = 0 if on.value is None else on.result_revision or 0
-        if row.status != "success":
-            continue
-        if row.result_revision is None:
-            if row.value is not None or made_on[row.id]:
-                wrong.append(f"success without a revision: {row}")
-            continue
-        at = (row.result_revision, row.key)
-        if claims.setdefault(at, row.txid) != row.txid:
-            wrong.append(f"claimed by transaction {claims[at]} too: {row}")
-        if last[row.txid, row.key] != row.id:
-            continue
-        if at not in events:
-            nothing = made_on[row.id] == 0  # deleted what was not there
-            in_a_gap = any(r.stop == row.result_revision for r in unknown)
-            if row.value is not None or not (nothing or in_a_gap):
-                wrong.append(f"no such event: {row}")
-            continue
-        if events[at] != row.value:
-            wrong.append(f"another value at its revision: {row}")
-        index = versions[row.key].index(row.result_revision)
-        before = versions[row.key][index - 1] if index else 0
-        live = before if before and events[before, row.key] is not None else 0
-        if live != made_on[row.id] and not any(live in r for r in unknown):
-            wrong.append(f"made on {made_on[row.id]}, applied on {live}: {row}")
-    known = {at: value for at, value in events.items() if not any(at[0] in r for r in unknown)}
-    for at, value in known.items():
-        if value is not None and b"sql-" in value and at not in claims:
-            wrong.append(f"nobody claims {at} = {value!r}")
-    if traffic is not None:
-        gone = {at for at, value in known.items() if value is None}
-        unclaimed = gone - set(claims) - traffic.deleted
-        if len(unclaimed) > traffic.unsure:
-            wrong.append(f"nobody claims the deletes {unclaimed}, {traffic.unsure} are in doubt")
-    assert not wrong, f"{len(wrong)} outcomes are not true: " + "\n".join(wrong[:10])
-    return collections.Counter(row.status for row in wal.values())
-
-
-def assert_holds_what_etcd_holds(client: EtcdClient, db: str, prefix: str) -> None:
-    """Wait until etcd_kv is what etcd holds now."""
-    expected = [(kv.key, kv.value, kv.mod_revision) for kv in client.range(prefix).kvs]
-    sql = """
-        SELECT convert_to(key, 'UTF8'), coalesce(value_bytes, convert_to(value, 'UTF8')), revision
-        FROM etcd_kv WHERE starts_with(key, %s) ORDER BY key COLLATE "C"
-    """
-    wait_until("the mirror differs", lambda: rows(db, sql, prefix) == sorted(expected), 20)
-
-
-class Scene:
-    """Load on both sides of a prefix, an independent record of it, and the final comparison."""
-
-    def __init__(self, db: str, endpoint: str, prefix: str, **options: Any) -> None:
-        self.db, self.prefix = db, prefix
-        self.client = EtcdClient(endpoint)
-        self.recorder = Recorder(self.client, prefix, self.client.revision() + 1)
-        self.traffic = Traffic(db, endpoint, prefix, **options)
-
-    def wait_flow(self, timeout: float = 40.0) -> None:
+    def wait_flow(self) -> None:
         """Wait until changes made from now on have arrived, in both directions."""
         number = next(_numbers)
         keys = f"{self.prefix}flow/{number}/etcd", f"{self.prefix}flow/{number}/sql"
@@ -1321,71 +1580,61 @@ class Scene:
                 return scalar(self.db, sql, list(keys)) == 2
             return False
 
-        wait_until("changes do not arrive", arrived, timeout)
+        wait_until("changes do not arrive", arrived)
 
-    def finish(self, timeout: float = 40.0) -> collections.Counter[str]:
-        """End the traffic and compare everything."""
-        self.traffic.stop()
-        wait_answered(self.db, timeout)
-        assert_same(self.recorder, self.db, self.prefix, timeout=timeout)
-        return self._check_outcomes([])
+    def compact(self) -> None:
+        """Have etcd forget what was superseded, but nothing that the recorder has yet to see."""
+        self.client.compact(self.recorder.sync())
 
-    def finish_with_gaps(self, timeout: float = 40.0) -> collections.Counter[str]:
-        """As finish, but etcd may have compacted revisions before they were mirrored.
+    def stop(self) -> None:
+        self._ended.set()
+        for thread in self._threads:
+            thread.join(WAIT_S)
+        assert not any(thread.is_alive() for thread in self._threads), "the load did not end"
+        assert not self.errors, self.errors[:5]
 
-        Of those the mirror has some, and at the end of each gap the deletions in it.
-        """
-        self.traffic.stop()
-        wait_answered(self.db, timeout)
-        sql = "SELECT lower(g), upper(g) FROM etcd_sync_state, unnest(gaps) g WHERE prefix = %s"
-        gaps = [range(*bounds) for bounds in rows(self.db, sql, self.prefix)]
-        self.recorder.sync()
-        history = self.recorder.history()
-        buried = {
-            Event(gap.stop, e.key, None) for gap in gaps for e in history if e.revision in gap
-        }
-
-        def lost(event: Event) -> bool:
-            """In a gap, or at its end the deletion of what may have been made in it."""
-            ends = {gap.stop for gap in gaps if event.value is None}
-            return event.revision in ends or any(event.revision in gap for gap in gaps)
-
-        def known(events: Iterable[Event]) -> set[Event]:
-            return {e for e in events if not lost(e)}
-
-        def same() -> bool:
-            mirrored = set(mirror_rows(self.db, self.prefix))
-            surplus = mirrored - set(history)
-            return known(history) <= mirrored and surplus <= buried
-
-        wait_until("the mirror differs", same, timeout)
-        assert_holds_what_etcd_holds(self.client, self.db, self.prefix)
-        return self._check_outcomes(gaps)
-
-    def _check_outcomes(self, unknown: Sequence[range]) -> collections.Counter[str]:
-        statuses = assert_outcomes_true(self.recorder, self.db, self.traffic, unknown)
-        assert self.traffic.etcd_changes > 20  # or there was no load
-        assert statuses["success"] > 50, statuses
-        assert statuses["failed"] == 0, statuses
+    def finish(self, gaps: bool = False) -> collections.Counter[str]:
+        """Stop, and compare everything; gaps: etcd may have compacted what was not mirrored."""
+        self.stop()
+        wait_settled(self.db)
+        self.wait_expired()
+        assert_same(self.recorder, self.db, self.prefix, gaps=gaps)
+        wait_equal(self.db, self.client, self.prefix)
+        statuses = assert_outcomes(self.recorder, self.db, load=self, compacted=gaps)
+        lost = set(self.committed) - {row.id for row in wal_rows(self.db)}
+        assert not lost, f"committed changes are gone: {lost}"
+        assert self.etcd_changes > 20 < statuses["success"], statuses  # or there was no load
+        assert not statuses["failed"], statuses
         return statuses
 
+    def wait_expired(self) -> None:
+        """Wait until no key has a lease any more."""
+
+        def leased() -> bool:
+            return any(kv.lease for kv in self.client.range(self.prefix).kvs)
+
+        wait_until("a lease does not expire", lambda: not leased())
+
     def close(self) -> None:
-        self.traffic._ended.set()
+        self._ended.set()
         self.recorder.close()
         self.client.close()
 
 
 @pytest.fixture
-def scene(db: str, prefix: str, etcd_address: EtcdAddress) -> Iterator[Callable[..., Scene]]:
-    """Start a scene; scene(endpoint=own_etcd.endpoint). The schema must be there (daemon first)."""
-    scenes: list[Scene] = []
+def load(db: str, prefix: str, etcd_address: EtcdAddress) -> Iterator[Callable[..., Load]]:
+    """Start a load: load(etcd=own_etcd.endpoint, postgres=own_postgres.dsn(), seed=7)."""
+    loads: list[Load] = []
 
-    def start(endpoint: str | None = None, **options: Any) -> Scene:
-        scenes.append(Scene(db, endpoint or etcd_address.endpoint, prefix, **options))
-        return scenes[-1]
+    def start(
+        etcd: str | None = None, postgres: str | None = None, per_s: float = 150.0, seed: int = 1
+    ) -> Load:
+        endpoint = etcd or etcd_address.endpoint
+        loads.append(Load(postgres or db, endpoint, prefix, per_s, seed))
+        return loads[-1]
 
     yield start
-    for one in scenes:
+    for one in loads:
         one.close()
 
 
@@ -1928,7 +2177,8 @@ def outbox_row(id_: int, key: str, txid: int, **fields: Any) -> etcd_fdw.OutboxR
 def test_group_rows_splits_only_what_is_too_large(changes, max_changes):
     rows = [outbox_row(id_, key, txid) for id_, (key, txid) in enumerate(changes)]
     split: set[str] = set()
-    groups = etcd_fdw.group_rows(rows, max_changes, split)
+    limits = etcd_fdw.Limits(max_changes + 3, False)
+    groups = etcd_fdw.group_rows(rows, limits, split)
     assert sorted(row.id for group in groups for row in group.rows) == list(range(len(rows)))
     for group in groups:
         (txid,) = {row.txid for row in group.rows}
@@ -1951,7 +2201,7 @@ def test_queue_keeps_the_order_of_each_key_and_each_key_once_in_a_txn(transactio
         rows = [outbox_row(next(ids), key, txid) for key in sorted(keys)]
         queue.add(etcd_fdw.OutboxTransaction(rows))
     sent = []
-    while txn := queue.take(max_ops, guarded=False):
+    while txn := queue.take(etcd_fdw.Limits(max_ops, False)):
         keys = [change.key for transaction in txn for change in transaction.changes]
         assert len(set(keys)) == len(keys)
         widest = max(len(transaction.changes) for transaction in txn)
@@ -2051,38 +2301,6 @@ def test_commands_on_an_older_schema(daemon, db, prefix, etcd_address):
 
 
 # ── etcd to PostgreSQL ───────────────────────────────────────────────────────
-
-
-def test_put_in_etcd_arrives_in_sql(daemon, db, prefix, etcd):
-    daemon()
-    revision = etcd.put(prefix + "a", "1")
-    wait_until(
-        "the put did not arrive",
-        lambda: mirror_rows(db, prefix) == [(revision, (prefix + "a").encode(), b"1")],
-    )
-
-
-def live(db: str, prefix: str) -> dict[bytes, tuple[bytes, int]]:
-    """The mirror's live keys with value and revision."""
-    sql = """
-        SELECT convert_to(key, 'UTF8'), coalesce(value_bytes, convert_to(value, 'UTF8')), revision
-        FROM etcd_list(%s)
-    """
-    return {key: (value, revision) for key, value, revision in rows(db, sql, prefix)}
-
-
-def held(etcd: EtcdClient, prefix: str) -> dict[bytes, tuple[bytes, int]]:
-    """The same as etcd has it."""
-    return {
-        kv.key: (kv.value, kv.mod_revision)
-        for kv in etcd.range(prefix).kvs
-        if not kv.key.startswith(etcd_fdw.RESERVED)
-    }
-
-
-def wait_equal(db: str, etcd: EtcdClient, prefix: str) -> None:
-    """Wait until both sides hold the same live keys."""
-    wait_until("live keys differ", lambda: live(db, prefix) == held(etcd, prefix))
 
 
 ODD_VALUES = [
@@ -2226,7 +2444,18 @@ def test_long_keys_up_to_the_limit(daemon, db, prefix, etcd):
     assert scalar(db, "SELECT count(*) FROM etcd_sync_event WHERE status = 'unstorable'") == 0
 
 
-def test_revision_is_never_parted(daemon, db, prefix, etcd, recorder):
+@pytest.fixture
+def heartless(tmp_path: Path) -> Path:
+    """The program without the heartbeat, which would wake a loop that forgot to go on by itself."""
+    path = tmp_path / "heartless.py"
+    path.write_text(
+        f"import sys\nsys.path.insert(0, {str(SCRIPT.parent)!r})\nimport etcd_fdw\n"
+        "etcd_fdw.HEARTBEAT_S = 1e6\nsys.exit(etcd_fdw.main())\n"
+    )
+    return path
+
+
+def test_revision_is_never_parted(daemon, db, prefix, etcd, recorder, heartless):
     one = daemon("--batch-size", "7")
     for number in range(6):
         etcd.txn([etcd.put_op(prefix + f"k{i}", str(number)) for i in range(2 + 9 * number)])
@@ -2234,8 +2463,8 @@ def test_revision_is_never_parted(daemon, db, prefix, etcd, recorder):
     one.stop()
     for number in range(6):
         etcd.txn([etcd.put_op(prefix + f"k{i}", str(number)) for i in range(2 + 9 * number)])
-    daemon("--batch-size", "7")  # which has it all at once
-    assert_same(recorder, db, prefix, timeout=8)  # well before the heartbeat wakes the loop
+    daemon("--batch-size", "7", script=heartless)  # which has it all at once
+    assert_same(recorder, db, prefix)
     sql = "SELECT revision FROM etcd GROUP BY revision HAVING count(DISTINCT xmin::text) > 1"
     assert rows(db, sql) == []
 
@@ -2312,20 +2541,13 @@ def test_wiped_etcd_is_exit_code_4_and_touches_nothing(daemon, db, own_etcd, pas
         own_etcd.stop()
         shutil.rmtree(own_etcd.data_dir)
         own_etcd.start()  # the same cluster id, as it is made from its members' addresses
-        wait_until("etcd is away", lambda: answers(client))
+        wait_until("etcd is away", lambda: store_revision(client))
         for number in range(20 if past else 1):
             client.put("/x/a", f"other {number}")
     done = run_script("-p", db, "-e", dsn)
     text = "is not in etcd what it is in the mirror" if past else "etcd only at 2"
     assert_one_error_line(done, 4, text)
     assert rows(db, EVERYTHING) == before
-
-
-def answers(client: EtcdClient) -> bool:
-    """Whether etcd can be reached with this client."""
-    with suppress(grpc.RpcError):
-        return bool(client.revision())
-    return False
 
 
 LEASES = "SELECT key, revision, lease FROM etcd WHERE NOT tombstone ORDER BY revision"
@@ -2364,9 +2586,22 @@ def test_mirror_of_a_version_without_leases_gets_them(daemon, db, prefix, own_et
         between = [] if compacted else [(prefix + "b", newest - 1, lease)]
         expected = [*before, *between, (prefix + "b", newest, None)]
         wait_until("no leases", lambda: rows(db, LEASES) == expected)
-    assert rows(db, "SELECT unrepaired, gaps = '{}' FROM etcd_sync_state") == [
-        (False, not compacted)
+    assert rows(db, "SELECT unrepaired, gaps = '{}', resyncs FROM etcd_sync_state") == [
+        (False, not compacted, int(compacted))
     ]
+
+
+def test_what_else_is_wrong_with_an_old_mirror_is_left_to_validate(
+    daemon, command, db, prefix, etcd
+):
+    etcd.put(prefix + "a", "1")
+    daemon().stop()
+    extra = "INSERT INTO etcd (key, value, revision) SELECT %s, '1', revision FROM etcd_sync_state"
+    rows(db, extra, prefix + "extra")
+    rows(db, "UPDATE etcd_sync_state SET unrepaired = true")
+    daemon()
+    assert command("validate", "--fix").returncode == 0
+    wait_equal(db, etcd, prefix)
 
 
 def test_commit_wakes_who_waits_for_its_generation(daemon, db, prefix, etcd):
@@ -2374,7 +2609,7 @@ def test_commit_wakes_who_waits_for_its_generation(daemon, db, prefix, etcd):
     sql = "SELECT generation FROM etcd_sync_state"
     generation = wait_until("no generation", lambda: scalar(db, sql))
     lock = "SELECT {}(_etcd_generation_lock(%s, %s))"
-    with closing(connect(db)) as conn, conn.cursor() as cur:
+    with session(db) as cur:
         cur.execute(lock.format("pg_try_advisory_lock_shared"), (prefix, generation))
         assert cur.fetchone() == (False,)  # the daemon has it
         with ThreadPoolExecutor() as pool:
@@ -2385,17 +2620,35 @@ def test_commit_wakes_who_waits_for_its_generation(daemon, db, prefix, etcd):
                 "nobody waits", lambda: scalar(db, "SELECT 1 FROM pg_locks WHERE NOT granted")
             )
             revision = etcd.put(prefix + "a", "1")
-            waited.result(timeout=5)
+            waited.result(timeout=WAIT_S)
         cur.execute("SELECT revision FROM etcd")
         assert cur.fetchall() == [(revision,)]
 
 
-def test_index_that_refuses_a_value_keeps_the_mirror_waiting(daemon, db, prefix, etcd):
+def test_who_holds_the_lock_of_a_generation_does_not_hold_up_the_mirror(daemon, db, prefix, etcd):
+    daemon()
+    generation = wait_until(
+        "no generation", lambda: scalar(db, "SELECT generation FROM etcd_sync_state")
+    )
+    with closing(connect(db)) as conn, conn.cursor() as cur:
+        lock = "SELECT pg_advisory_lock_shared(_etcd_generation_lock(%s, %s + n)) "
+        cur.execute(lock + "FROM generate_series(1, 9) n", (prefix, generation))
+        etcd.put(prefix + "a", "1")
+        wait_equal(db, etcd, prefix)
+    held = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
+    # the daemon's locks: of the prefix, and from the next batch on of the generation
+    wait_until("no lock again", lambda: etcd.put(prefix + "b", "1") and scalar(db, held) == 2)
+
+
+@pytest.mark.parametrize("index", ["INDEX", "UNIQUE INDEX"])
+def test_index_that_refuses_a_value_keeps_the_mirror_waiting(daemon, db, prefix, etcd, index):
     one = daemon()
     wait_until("no table", lambda: scalar(db, "SELECT to_regclass('etcd')"))
-    rows(db, "CREATE INDEX somebody_s ON etcd (value)")
-    etcd.put(prefix + "a", random_text(5_000))
-    one.wait_log(r"WARN PostgreSQL: index row .* \"somebody_s\" .*retrying")
+    rows(db, f"CREATE {index} somebody_s ON etcd (value)")
+    value = random_text(5_000 if index == "INDEX" else 5)  # too long for an index; or there twice
+    etcd.put(prefix + "a", value)
+    etcd.put(prefix + "b", value)
+    one.wait_log(r"WARN PostgreSQL: .* \"somebody_s\" .*retrying")
     rows(db, "DROP INDEX somebody_s")
     wait_equal(db, etcd, prefix)
 
@@ -2407,8 +2660,19 @@ def test_catch_up_with_much_data_takes_little_memory(daemon, db, prefix, etcd):
         etcd.put(f"{prefix}{number}", value)
     program = daemon()
     sql = "SELECT count(*) FROM etcd WHERE value = %s"
-    wait_until("it did not catch up", lambda: scalar(db, sql, value.decode()) == 45, 30)
+    wait_until("it did not catch up", lambda: scalar(db, sql, value.decode()) == 45)
     assert peak_mib(program.pid) < 150
+
+
+def test_one_revision_larger_than_an_answer_is_mirrored(daemon, db, prefix, own_etcd):
+    keys = [f"{prefix}{number:05}{'k' * 2_480}" for number in range(14_000)]
+    daemon(etcd=etcd_dsn(own_etcd.endpoint, prefix))
+    with EtcdClient(own_etcd.endpoint) as etcd:
+        for start in range(0, len(keys), 100):
+            etcd.txn(success=[etcd.put_op(key, "1") for key in keys[start : start + 100]])
+        wait_until("not mirrored", lambda: len(live(db, prefix)) == len(keys))
+        etcd.delete(prefix, prefix=True)  # 35 MB of keys in one revision
+        wait_until("not deleted", lambda: not live(db, prefix))
 
 
 def test_catch_up_with_many_small_changes_costs_etcd_little(daemon, db, prefix, own_etcd):
@@ -2419,53 +2683,11 @@ def test_catch_up_with_many_small_changes_costs_etcd_little(daemon, db, prefix, 
             etcd.txn([etcd.put_op(f"{prefix}{number}/{n}", "v" * 64) for n in range(100)])
     before = cpu_s(own_etcd.process.pid)
     daemon(etcd=dsn)
-    wait_until("no catch-up", lambda: scalar(db, "SELECT count(*) FROM etcd") == 25_000, 30)
+    wait_until("no catch-up", lambda: scalar(db, "SELECT count(*) FROM etcd") == 25_000)
     assert cpu_s(own_etcd.process.pid) - before < 2  # making fragments of them takes 6
 
 
 # ── PostgreSQL to etcd ───────────────────────────────────────────────────────
-
-
-def queue(db: str, sql: str, *args: Any) -> int:
-    """Run a statement that returns the id of one etcd_wal row; return it."""
-    return int(scalar(db, sql, *args))
-
-
-def outcome(db: str, id_: int, timeout: float = 15.0) -> tuple[str, int | None, str | None]:
-    """Wait until a change is not pending; return its status, result_revision and error_message."""
-    sql = "SELECT status, result_revision, error_message FROM etcd_wal WHERE id = %s"
-
-    def look() -> tuple[Any, ...] | None:
-        (row,) = rows(db, sql, id_)
-        return None if row[0] == "pending" else row
-
-    row = wait_until(f"change {id_} is still pending", look, timeout)
-    assert row is not None
-    return row[0], row[1], row[2]
-
-
-def in_threads(count: int, work: Callable[[int], None]) -> None:
-    """Run work(0), work(1), … at once; raise what the first of them raised."""
-    with ThreadPoolExecutor(count) as pool:
-        for _ in pool.map(work, range(count)):
-            pass
-
-
-def assert_outcomes_are_true(db: str, recorder: Recorder) -> None:
-    """Each success is in etcd's history at its revision, and no conflict or failure is.
-
-    Every change must have had a value of its own, and its key only one change per transaction.
-    """
-    recorder.sync()
-    sql = """
-        SELECT convert_to(key, 'UTF8'), convert_to(value, 'UTF8'), status, result_revision
-        FROM etcd_wal
-    """
-    found = rows(db, sql)
-    put = {(event.key, event.value): event.revision for event in recorder.events}
-    wrong = [row for row in found if put.get(row[:2]) != (row[3] if row[2] == "success" else None)]
-    assert not wrong
-    assert len(put) == len(recorder.events), "a value was put twice"
 
 
 def test_quickstart_insert_arrives_and_is_mirrored_before_it_is_success(daemon, db, prefix, etcd):
@@ -2524,8 +2746,7 @@ def test_transaction_with_a_conflict_changes_nothing(daemon, db, prefix, etcd):
     rev_a, rev_b = etcd.put(a, "1"), etcd.put(b, "1")
     newer = etcd.put(b, "2")
     changes = [(a, rev_a), (b, rev_b), (c, None)]
-    with closing(connect(db)) as conn, conn.cursor() as cur:
-        cur.execute("BEGIN")
+    with session(db, "BEGIN") as cur:
         insert = "INSERT INTO etcd_wal (key, value, revision) VALUES (%s, 'x', %s)"
         cur.executemany(insert, changes)
         cur.execute("COMMIT")
@@ -2558,17 +2779,17 @@ def test_own_writes_are_not_foreign(daemon, db, prefix, etcd, recorder):
     daemon()
     key = prefix + "a"
 
-    def write(session: int) -> None:
-        with closing(connect(db)) as conn, conn.cursor() as cur:
+    def write(worker: int) -> None:
+        with session(db) as cur:
             for number in range(200):
-                cur.execute("SELECT etcd_set(%s, %s)", (key, f"{session}.{number}"))
+                cur.execute("SELECT etcd_set(%s, %s)", (key, f"sql-{worker}.{number}"))
 
     in_threads(4, write)
-    assert wait_settled(db, timeout=30) == ["success"] * 800
+    wait_settled(db)
     last = scalar(db, "SELECT value FROM etcd_wal ORDER BY id DESC LIMIT 1")
     assert etcd.get(key).value.decode() == last
     assert_same(recorder, db, prefix)
-    assert_outcomes_are_true(db, recorder)
+    assert assert_outcomes(recorder, db) == {"success": 800}
 
 
 def test_counter_misses_no_step(daemon, db, prefix, etcd):
@@ -2597,12 +2818,12 @@ def test_counter_misses_no_step(daemon, db, prefix, etcd):
         step = etcd.put_op(key, str(int(now.value) + 1))
         return bool(etcd.txn([step], compare=[etcd.unchanged(key, now.mod_revision)]).succeeded)
 
-    def work(session: int) -> None:
-        with closing(connect(db)) as conn, conn.cursor() as cur:
+    def work(_: int) -> None:
+        with session(db) as cur:
             for _ in range(50):
-                wait_until("no step was made", lambda: step_in_sql(cur), timeout=60)
+                wait_until("no step was made", lambda: step_in_sql(cur))
         for _ in range(5):
-            wait_until("no step was made", step_in_etcd, timeout=60)
+            wait_until("no step was made", step_in_etcd)
 
     in_threads(8, work)
     assert etcd.get(key).value == b"440"
@@ -2612,7 +2833,7 @@ def test_counter_misses_no_step(daemon, db, prefix, etcd):
 
 def test_odd_values_and_keys_from_sql(daemon, db, prefix, etcd):
     daemon()
-    with closing(connect(db)) as conn, conn.cursor() as cur:
+    with session(db) as cur:
         for number, value in enumerate(ODD_VALUES):
             cur.execute("SELECT etcd_set_bytes(%s, %s)", (prefix + f"b{number}", value))
             if etcd_fdw.is_text(value):
@@ -2697,7 +2918,7 @@ def test_what_etcd_refuses_fails_alone(daemon, db, prefix, etcd):
 
 def test_more_operations_than_the_server_takes_are_halved(daemon, db, prefix, etcd):
     daemon().stop()
-    with closing(connect(db)) as conn, conn.cursor() as cur:
+    with session(db) as cur:
         for number in range(200):
             cur.execute("SELECT etcd_set(%s, '1')", (prefix + str(number),))
     daemon("--max-txn-ops", "1000")  # the server takes 128
@@ -2805,7 +3026,7 @@ def test_applied_without_an_answer_is_success(daemon, db, prefix, etcd, recorder
     with Proxy(etcd_port(etcd.endpoint)) as proxy:
         one = daemon(*FAST, etcd=etcd_dsn(proxy.endpoint, prefix))
         proxy.delay(0.5)
-        with closing(connect(db)) as conn, conn.cursor() as cur:
+        with session(db) as cur:
             for key in changed:
                 cur.execute("SELECT etcd_set(%s, 'sql')", (key,))
 
@@ -2865,7 +3086,7 @@ def test_retries_are_counted_while_etcd_is_away(daemon, db, own_etcd):
     assert message
     one.wait_log("WARN .*retrying in")
     own_etcd.resume()
-    status, _, message = outcome(db, id_, timeout=30)
+    status, _, message = outcome(db, id_)
     assert (status, message) == ("success", None)
 
 
@@ -2917,19 +3138,19 @@ def test_session_of_somebody_else_that_holds_the_lock_is_named(daemon, db, comma
     one.wait_log("watching")
 
 
-def test_stop_under_load_loses_nothing(daemon, db, prefix, etcd, recorder):
+def test_stop_under_load_loses_nothing(daemon, load):
     one = daemon()
-    with Load(db, etcd.endpoint, prefix) as load:
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            load.run(60)
-            one.signal(signum)
-            assert one.wait_exit(timeout=10) == 0
-            assert one.log().endswith("INFO stopped\n")
-            one = daemon()
-        assert_settled(load, recorder)
+    play = load()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        play.run(60)
+        one.signal(signum)
+        assert one.wait_exit() == 0
+        assert one.log().endswith("INFO stopped\n")
+        one = daemon()
+    play.finish()
 
 
-def test_kill_under_load_gives_each_change_one_outcome(daemon, db, prefix, etcd, recorder):
+def test_kill_under_load_gives_each_change_one_outcome(daemon, db, load):
     one = daemon(*FAST)
     rows(db, "CREATE TABLE outcome (id bigint PRIMARY KEY)")  # a second one would fail the daemon
     rows(
@@ -2940,17 +3161,16 @@ def test_kill_under_load_gives_each_change_one_outcome(daemon, db, prefix, etcd,
         CREATE TRIGGER note AFTER UPDATE OF status ON etcd_wal FOR EACH ROW EXECUTE FUNCTION note()
         """,
     )
-    with Load(db, etcd.endpoint, prefix) as load:
-        for _ in range(3):
-            load.run(40)
-            one.kill()
-            one = daemon(*FAST)
-        assert_settled(load, recorder)
-    statuses = wait_settled(db)
-    assert scalar(db, "SELECT count(*) FROM outcome") == len(statuses)
+    play = load()
+    for _ in range(3):
+        play.run(40)
+        one.kill()
+        one = daemon(*FAST)
+    statuses = play.finish()
+    assert scalar(db, "SELECT count(*) FROM outcome") == sum(statuses.values())
     counted = rows(db, "SELECT applied, conflicts, events FROM etcd_sync_state")
-    tally = collections.Counter(statuses)
-    assert counted == [(tally["success"], tally["conflict"], len(recorder.history()))]
+    events = len(play.recorder.history())
+    assert counted == [(statuses["success"], statuses["conflict"], events)]
 
 
 def test_flood_of_conflicts_is_a_few_lines(daemon, db, prefix, etcd):
@@ -2958,7 +3178,7 @@ def test_flood_of_conflicts_is_a_few_lines(daemon, db, prefix, etcd):
     one = daemon("--log-format", "json")
     insert = f"INSERT INTO etcd_wal (key, value, revision) VALUES ('{prefix}' || n, '1', 1)"
     rows(db, f"DO $$ BEGIN FOR n IN 1..60 LOOP {insert}; COMMIT; END LOOP; END $$")
-    wait_answered(db)
+    wait_settled(db)
     assert one.stop() == 0
     lines = [json.loads(line) for line in one.log().splitlines()]
     conflicts = [line for line in lines if line["message"].startswith("conflict: change")]
@@ -3024,7 +3244,7 @@ def test_reconnects_and_what_cannot_be_mirrored_are_counted_once(daemon, db, pre
     running = daemon(*HASTE, etcd=dsn)
     mark = running.mark()
     own_etcd.restart()
-    running.wait_log("watching", after=mark, timeout=30)
+    running.wait_log("watching", after=mark)
     with EtcdClient(own_etcd.endpoint) as client:  # the other one's connection is gone
         client.put(prefix + "a", "3")
         sql = "SELECT unstorable, resyncs, reconnects > 0 FROM etcd_sync_state"
@@ -3072,16 +3292,20 @@ def test_backlog_of_a_killed_program_takes_few_statements(daemon, db, prefix, et
         one = daemon()
         wait_until("nothing was sent", lambda: etcd.get(prefix + "1"))
         one.kill()
-    commits = "SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()"
-    scanned = "SELECT seq_tup_read FROM pg_stat_user_tables WHERE relname = 'etcd_wal'"
-    before = scalar(db, commits), scalar(db, scanned)
+    # sequential scans would be seen, although nobody has analysed the table
+    scans = "SELECT seq_tup_read, idx_scan FROM pg_stat_user_tables WHERE relname = 'etcd_wal'"
+    xid = "SELECT pg_current_xact_id()::text::bigint"
+    ((tuples, before),) = rows(db, scans)
+    first = scalar(db, xid)
     two = daemon()
     applied = "SELECT applied FROM etcd_sync_state"
-    wait_until("the backlog was not applied", lambda: scalar(db, applied) == 3000, 30)
+    wait_until("the backlog was not applied", lambda: scalar(db, applied) == 3000)
     assert two.stop() == 0
-    wait_until("no statistics came", lambda: scalar(db, commits) > before[0])
-    assert scalar(db, commits) - before[0] < 2500
-    assert scalar(db, scanned) - before[1] == 0  # all by index, though nobody has analysed it
+    took = scalar(db, xid) - first
+    print(f"transactions that wrote: {took}")
+    assert took < 300
+    wait_until("no statistics came", lambda: rows(db, scans)[0][1] > before)
+    assert rows(db, scans)[0][0] == tuples
 
 
 # ── SQL interface ────────────────────────────────────────────────────────────
@@ -3177,6 +3401,13 @@ def example_grants(**names: str) -> list[str]:
     return re.findall(r"^--     ((?:GRANT|ALTER|CREATE) [^;]+;)", text, flags=re.M)
 
 
+def long_history(db: str, size: int, keys: int) -> None:
+    """Mirror so many revisions of keys /k/0, /k/1, …, one after the other."""
+    sql = "SELECT '/k/' || g %% %s, repeat('v', 40), g FROM generate_series(1, %s) g"
+    rows(db, f"INSERT INTO etcd (key, value, revision) {sql}", keys, size)
+    rows(db, "VACUUM ANALYZE etcd")
+
+
 def tuples_read(conn: psycopg2.extensions.connection, table: str, sql: str, *args: Any) -> int:
     """Count the rows that a query fetches from a table by index; fail if it scans the table."""
     count = (
@@ -3198,24 +3429,25 @@ def tuples_read(conn: psycopg2.extensions.connection, table: str, sql: str, *arg
 # ─ schema.sql as a whole ─
 
 CATALOG = """
-SELECT c.oid::text, c.relname::text, c.relfilenode::text, c.reloptions::text,
-       obj_description(c.oid, 'pg_class'),
+SELECT c.relname::text AS name, c.oid::text || ' ' || c.relfilenode AS incarnation,
+       c.reloptions::text, obj_description(c.oid, 'pg_class'),
        CASE c.relkind WHEN 'v' THEN pg_get_viewdef(c.oid) WHEN 'i' THEN pg_get_indexdef(c.oid) END
 FROM pg_class c WHERE c.relnamespace = current_schema()::regnamespace
 UNION ALL
-SELECT attrelid::text, attname::text, atttypid::text, atthasdef::text, attnotnull::text,
-       col_description(attrelid, attnum)
+SELECT relname || '.' || attname, '', format_type(atttypid, atttypmod) || ' ' || attnotnull,
+       col_description(attrelid, attnum), pg_get_expr(adbin, adrelid)
 FROM pg_attribute JOIN pg_class c ON c.oid = attrelid
-WHERE c.relnamespace = current_schema()::regnamespace
+LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
+WHERE c.relnamespace = current_schema()::regnamespace AND NOT attisdropped
 UNION ALL
-SELECT oid::text, proname::text, proacl::text, proconfig::text,
+SELECT oid::regprocedure::text, oid::text, proacl::text,
        obj_description(oid, 'pg_proc'), pg_get_functiondef(oid)
 FROM pg_proc WHERE pronamespace = current_schema()::regnamespace
 UNION ALL
-SELECT oid::text, conname::text, '', '', '', pg_get_constraintdef(oid) FROM pg_constraint
+SELECT conname::text, oid::text, '', '', pg_get_constraintdef(oid) FROM pg_constraint
 WHERE connamespace = current_schema()::regnamespace
 UNION ALL
-SELECT oid::text, tgname::text, tgenabled::text, '', '', pg_get_triggerdef(oid) FROM pg_trigger
+SELECT tgname::text, oid::text, tgenabled::text, '', pg_get_triggerdef(oid) FROM pg_trigger
 ORDER BY 1, 2
 """
 
@@ -3228,6 +3460,27 @@ def test_schema_applied_again_changes_nothing(schema: str) -> None:
     assert rows(schema, CATALOG) == before
 
 
+def test_schema_is_applied_to_a_fresh_database_without_a_word(db: str) -> None:
+    with closing(connect(db)) as conn, conn.cursor() as cur:
+        cur.execute(SCHEMA_SQL)
+        assert conn.notices == []
+    if psql := shutil.which("psql"):
+        rows(db, "CREATE SCHEMA another")
+        there = make_dsn(db, options="-csearch_path=another")
+        command = [
+            psql,
+            "-Xq1",
+            "-v",
+            "ON_ERROR_STOP=1",
+            "-f",
+            str(etcd_fdw.SCHEMA_FILE),
+            "-d",
+            there,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 @pytest.mark.usefixtures("altered")
 def test_schema_refuses_to_replace_a_newer_one(schema: str) -> None:
     rows(
@@ -3238,29 +3491,120 @@ def test_schema_refuses_to_replace_a_newer_one(schema: str) -> None:
     assert scalar(schema, "SELECT etcd_schema_version()") == 999
 
 
-VERSION_2_SQL = """
-    DROP VIEW etcd_status;
-    ALTER TABLE etcd_sync_state
-        DROP COLUMN mirror_id, DROP COLUMN receipt, DROP COLUMN split,
-        DROP COLUMN last_error, DROP COLUMN last_error_at,
-        ADD COLUMN sent_before pg_snapshot, ADD COLUMN sent_after bigint,
-        ADD COLUMN sent_in_parts xid8[] NOT NULL DEFAULT '{}';
-    CREATE OR REPLACE FUNCTION etcd_schema_version() RETURNS int LANGUAGE sql AS 'SELECT 2'
-"""
-COLUMNS_SQL = """
-    SELECT column_name, data_type, is_nullable, column_default FROM information_schema.columns
-    WHERE table_name = 'etcd_sync_state' ORDER BY column_name
-"""
+# What the released versions had in place of what is there now, each on top of the next version.
+OLD_SCHEMAS = {
+    3: """
+        DROP VIEW etcd_kv CASCADE;  -- and the functions that return its rows
+        DO $$
+        DECLARE f regprocedure;
+        BEGIN
+            FOR f IN SELECT oid FROM pg_proc WHERE pronamespace = current_schema()::regnamespace
+            LOOP EXECUTE 'DROP FUNCTION ' || f || ' CASCADE'; END LOOP;
+        END $$;
+        ALTER TABLE etcd DROP COLUMN lease;
+        ALTER TABLE etcd_wal
+            DROP COLUMN ttl, DROP COLUMN force, DROP COLUMN replaced_revision;
+        ALTER TABLE etcd_sync_state DROP COLUMN generation, DROP COLUMN unrepaired;
+        DROP INDEX etcd_revision_ts_idx;
+        CREATE INDEX etcd_revision_ts_idx ON etcd USING brin (revision, ts)
+            WITH (autosummarize = on);
+        CREATE VIEW etcd_kv AS SELECT key, value, value_bytes, revision, ts FROM etcd;
+        CREATE FUNCTION _etcd_kv_write() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN END';
+        CREATE TRIGGER etcd_kv_write INSTEAD OF INSERT OR UPDATE OR DELETE ON etcd_kv
+            FOR EACH ROW EXECUTE FUNCTION _etcd_kv_write();
+        CREATE FUNCTION etcd_get(p_key text) RETURNS TABLE (key text, value text)
+            LANGUAGE plpgsql AS 'BEGIN END';
+        CREATE FUNCTION etcd_get_all(p_key text, p_min_revision bigint DEFAULT 0)
+            RETURNS TABLE (key text, value text) LANGUAGE plpgsql AS 'BEGIN END';
+        CREATE FUNCTION etcd_list(p_prefix text DEFAULT '') RETURNS TABLE (key text, value text)
+            LANGUAGE plpgsql AS 'BEGIN END';
+        CREATE FUNCTION etcd_at(p_revision bigint, p_prefix text DEFAULT '')
+            RETURNS TABLE (key text, value text) LANGUAGE plpgsql AS 'BEGIN END';
+        CREATE FUNCTION _etcd_state(p_prefix text, p_revision bigint)
+            RETURNS TABLE (key text, value text) LANGUAGE plpgsql AS 'BEGIN END';
+        CREATE FUNCTION etcd_set(p_key text, p_value text, p_revision bigint DEFAULT NULL)
+            RETURNS bigint LANGUAGE plpgsql AS 'BEGIN END';
+        CREATE FUNCTION etcd_set_bytes(p_key text, p_value bytea, p_revision bigint DEFAULT NULL)
+            RETURNS bigint LANGUAGE plpgsql AS 'BEGIN END';
+        CREATE FUNCTION etcd_delete(p_key text, p_revision bigint DEFAULT NULL)
+            RETURNS bigint LANGUAGE plpgsql AS 'BEGIN END';
+        CREATE FUNCTION _etcd_change(text, text, bytea, bigint, boolean, bigint)
+            RETURNS bigint LANGUAGE plpgsql AS 'BEGIN END';
+        CREATE FUNCTION etcd_schema_version() RETURNS int LANGUAGE sql AS 'SELECT 3'
+    """,
+    2: """
+        DROP VIEW etcd_status;
+        ALTER TABLE etcd_wal DROP COLUMN dismissed_at;
+        ALTER TABLE etcd_sync_state
+            DROP COLUMN mirror_id, DROP COLUMN receipt, DROP COLUMN split,
+            DROP COLUMN last_error, DROP COLUMN last_error_at,
+            ADD COLUMN sent_before pg_snapshot, ADD COLUMN sent_after bigint,
+            ADD COLUMN sent_in_parts xid8[] NOT NULL DEFAULT '{}';
+        DROP INDEX etcd_wal_retry_key;
+        CREATE UNIQUE INDEX etcd_wal_retry_of_key ON etcd_wal (retry_of)
+            WHERE retry_of IS NOT NULL;
+        CREATE INDEX etcd_wal_success_idx ON etcd_wal (finished_at) WHERE status = 'success';
+        CREATE OR REPLACE FUNCTION etcd_schema_version() RETURNS int LANGUAGE sql AS 'SELECT 2'
+    """,
+    1: """
+        ALTER TABLE etcd_sync_state
+            DROP COLUMN sent_before, DROP COLUMN sent_after, DROP COLUMN sent_in_parts;
+        CREATE OR REPLACE FUNCTION etcd_schema_version() RETURNS int LANGUAGE sql AS 'SELECT 1'
+    """,
+}
 
 
-def test_schema_is_upgraded_from_version_2(db, daemon, prefix, etcd):
+def downgrade(db: str, old: int) -> None:
+    """Make of the schema what a released version had."""
+    for number in range(3, old - 1, -1):
+        rows(db, OLD_SCHEMAS[number])
+
+
+def shape(db: str) -> list[tuple[Any, ...]]:
+    """What the schema consists of, whenever it was made."""
+    return sorted((name, *map(str, what)) for name, _, *what in rows(db, CATALOG))
+
+
+@pytest.mark.parametrize("old", OLD_SCHEMAS)
+def test_schema_is_upgraded_from_every_release_with_rows_in_flight(
+    db, daemon, prefix, etcd, old: int
+):
     rows(db, SCHEMA_SQL)
-    columns = rows(db, COLUMNS_SQL)
-    rows(db, VERSION_2_SQL)
-    rows(db, "SELECT etcd_set(%s, '1')", prefix + "a")
+    fresh = shape(db)
+    etcd.put(prefix + "a", "1")
+    assert daemon().stop() == 0
+    downgrade(db, old)
+    rows(db, "CREATE SCHEMA mine; CREATE VIEW mine.a AS SELECT key, value FROM etcd_kv")
+    ended = [("success", 7), ("conflict", 8), ("failed", None)]
+    for number, (status, revision) in enumerate([("pending", None), *ended], 1):
+        rows(db, "INSERT INTO etcd_wal (key, value) VALUES (%s, 'v')", f"{prefix}{number}")
+        if status != "pending":
+            finish(db, number, status, revision)
+    columns = ", ".join(
+        f"{c} AS {c}" for c in ("id", "key", "value", "txid", "finished_at", "status")
+    )
+    outbox, mirrored = f"SELECT {columns} FROM etcd_wal WHERE id > 1", "SELECT ts, key FROM etcd"
+    before = rows(db, outbox), rows(db, mirrored)
+    rows(db, SCHEMA_SQL)
+    assert shape(db) == fresh
+    assert (rows(db, outbox), rows(db, mirrored)) == before
+    assert rows(db, "SELECT generation, unrepaired FROM etcd_sync_state") == [(0, True)]
+    assert rows(db, "SELECT * FROM mine.a") == [(prefix + "a", "1")]
     daemon()
-    assert wait_settled(db) == ["success"]
-    assert rows(db, COLUMNS_SQL) == columns
+    assert rows(db, "SELECT status FROM etcd_wait(1, '60 s')") == [("success",)]
+    assert etcd.get(prefix + "1").value == b"v"
+    assert scalar(db, "SELECT etcd_retry(4)") == 5
+    assert rows(db, "SELECT status FROM etcd_wait(5, '60 s')") == [("success",)]
+
+
+def test_schema_upgrade_stops_at_what_would_break(db: str) -> None:
+    rows(db, SCHEMA_SQL)
+    downgrade(db, 3)
+    rows(db, "CREATE VIEW mine AS SELECT key FROM etcd_list('/mine/')")
+    before = rows(db, CATALOG)
+    error = refused("2BP01", db, SCHEMA_SQL)
+    assert "view mine depends on function etcd_list(text)" in error.message_detail
+    assert rows(db, CATALOG) == before
 
 
 def test_schema_version_is_the_marker(schema: str) -> None:
@@ -3321,7 +3665,9 @@ SHADOWED_TYPES = (
     "int8range[]", "anyelement", "anyarray", "oid", "regclass",
 )  # fmt: skip
 DAEMON_TYPES = (*SHADOWED_TYPES, "double precision", "interval", "xid8", "jsonb", "uuid", "numeric")
-SHADOWED_OPERATORS = ("=", "<>", "<", "<=", ">", ">=", "+", "-", "*", "&", "||", "<@", "@>", "~~")
+SHADOWED_OPERATORS = (
+    "=", "<>", "<", "<=", ">", ">=", "+", "-", "*", "&", "||", "<@", "@>", "~~", "~",
+)  # fmt: skip
 CALLED_SQL = r"""
     SELECT DISTINCT proname::text, pronargs + more
     FROM pg_proc, generate_series(0, CASE WHEN provariadic > 0 THEN 1 ELSE 0 END) more
@@ -3371,7 +3717,7 @@ def test_code_of_others_never_runs_with_the_rights_of_the_caller(schema: str, ap
     for read in [
         "etcd_get('/a')", "etcd_get_all('/a')", "etcd_get_all('/a', 3)", "etcd_list()",
         "etcd_list('/')", "etcd_at(6)", "etcd_at(6, '/a')", "etcd_kv", "etcd_kv WHERE key = '/a'",
-        "etcd_status", "etcd_schema_version()",
+        "etcd_status", "etcd_schema_version()", "etcd_wait_revision(9)",
     ]:  # fmt: skip
         assert rows(schema, f"SELECT * FROM {read}")
     for sqlstate, call in [
@@ -3380,13 +3726,20 @@ def test_code_of_others_never_runs_with_the_rights_of_the_caller(schema: str, ap
         ("22023", "etcd_at(7)"),
         ("22023", "etcd_at(10)"),
         ("22023", "etcd_at(6, 'elsewhere')"),
+        ("22023", "etcd_wait_revision(1, p_prefix => 'elsewhere')"),
+        ("57014", "etcd_wait_revision(10, '0.1 s')"),
         ("22004", "etcd_at(NULL)"),
         ("22023", "etcd_set('', 'v')"),
         ("22004", "etcd_set('/a', NULL)"),
         ("22023", "etcd_set('/a', 'v', -1)"),
+        ("22023", "etcd_set('/a', 'v', 1, force => true)"),
+        ("22023", "etcd_set('/a', 'v', ttl => '-1 s')"),
+        ("22023", "etcd_set_many('[]')"),
+        ("22023", "etcd_delete_prefix('')"),
         ("40001", "etcd_set('/a', 'v', 3)"),
         ("40001", "etcd_set('/b', 'v', 0)"),
         ("P0002", "etcd_retry(99)"),
+        ("P0002", "etcd_wait(99)"),
     ]:
         refused(sqlstate, schema, f"SELECT {call}")
     for statement in [
@@ -3399,15 +3752,23 @@ def test_code_of_others_never_runs_with_the_rights_of_the_caller(schema: str, ap
         rows(schema, statement)
     refused("40001", schema, "UPDATE etcd_kv SET value = 'z' WHERE key = '/a'")
     refused("40001", schema, "DELETE FROM etcd_kv WHERE key = '/a'")
+    refused("57014", schema, "SELECT etcd_wait(1, '0.1 s')")
     finish(schema, 1, "conflict", 7)
+    assert rows(schema, "SELECT etcd_wait(1)")
     assert rows(schema, "SELECT etcd_retry(1)")
     refused("55000", schema, "SELECT etcd_retry(1)")
     refused("55000", schema, "SELECT etcd_retry(2)")
     assert rows(schema, "SELECT etcd_dismiss(1)")
     refused("55000", schema, "SELECT etcd_dismiss(2)")
     rows(schema, "SELECT etcd_set('elsewhere', 'v')")
+    refused("55000", schema, "SELECT etcd_wait(10)")
     status = "SELECT pending, conflicts FROM etcd_status ORDER BY prefix"
     assert rows(schema, status) == [(8, 0), (1, 0)]
+    rows(schema, """SELECT etcd_set_many('{"/x": 1, "/y": null}', ttl => '9 s', force => true)""")
+    rows(
+        schema, "SELECT etcd_set('/h', '1'::jsonb, ttl => '1 h'), etcd_delete('/h', force => true)"
+    )
+    assert scalar(schema, "SELECT etcd_delete_prefix('/')") == 6
 
 
 @pytest.mark.timeout(300)
@@ -3439,32 +3800,20 @@ def test_code_of_others_never_runs_with_the_rights_of_the_daemon(
         rows(db, "SELECT hashtextextended('x'::text, 0)")  # the trap was set
 
 
-def test_every_object_has_a_comment(schema: str) -> None:
-    assert (
-        rows(
-            schema,
-            """
-        SELECT relname FROM pg_class
-         WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'v')
-           AND obj_description(oid, 'pg_class') IS NULL
-        UNION ALL
-        SELECT proname FROM pg_proc WHERE pronamespace = 'public'::regnamespace
-           AND obj_description(oid, 'pg_proc') IS NULL
-        """,
-        )
-        == []
-    )
-
-
-def test_every_function_explains_itself_and_has_its_search_path_pinned(schema: str) -> None:
-    sql = """
-        SELECT proname, prosrc, proconfig FROM pg_proc WHERE pronamespace = 'public'::regnamespace
+def test_every_object_explains_itself_and_every_function_has_its_search_path(schema: str) -> None:
+    silent = """
+        SELECT relname || '.' || attname FROM pg_attribute a JOIN pg_class c ON c.oid = attrelid
+        WHERE relname IN ('etcd', 'etcd_wal', 'etcd_kv') AND attnum > 0 AND attname <> 'key'
+          AND col_description(attrelid, attnum) IS NULL
+        UNION ALL SELECT relname FROM pg_class
+        WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'v')
+          AND obj_description(oid, 'pg_class') IS NULL
+        UNION ALL SELECT proname FROM pg_proc
+        WHERE pronamespace = 'public'::regnamespace
+          AND (obj_description(oid, 'pg_proc') IS NULL OR prosrc NOT LIKE E'\n-- %%'
+               OR NOT 'search_path=public, pg_temp' = ANY (proconfig))
     """
-    functions = rows(schema, sql)
-    assert len(functions) == 15
-    for name, source, settings in functions:
-        assert source.startswith("\n-- "), name
-        assert "search_path=public, pg_temp" in settings, name
+    assert rows(schema, silent.replace("%%", "%")) == []
 
 
 # ─ tables ─
@@ -3495,6 +3844,9 @@ def test_mirror_refuses_contradictory_rows(schema: str, columns: str, values: st
         ("key, status", "'/a', 'done'"),
         ("key, status", "'/a', 'success'"),  # without finished_at
         ("key, finished_at", "'/a', now()"),  # still pending
+        ("key, value, ttl", "'/a', 'a', '-1 s'"),
+        ("key, value, ttl", "'/a', 'a', '2500001 h'"),
+        ("key, ttl", "'/a', '1 s'"),  # a delete
     ],
 )
 def test_outbox_refuses_nonsense(schema: str, columns: str, values: str) -> None:
@@ -3529,12 +3881,9 @@ def test_inserts_notify_once_per_transaction_without_payload(schema: str) -> Non
         with closing(connect(schema)) as conn:
             conn.autocommit = False
             with conn, conn.cursor() as cur:
-                cur.execute(
-                    "SELECT etcd_set('/a', repeat('x', 100000))"
-                )  # a payload could not hold this
-                cur.execute(
-                    "INSERT INTO etcd_wal (key) SELECT '/k/' || g FROM generate_series(1, 100) g"
-                )
+                cur.execute("SELECT etcd_set('/a', repeat('x', 100000))")  # no payload holds this
+                many = "SELECT '/k/' || g FROM generate_series(1, 100) g"
+                cur.execute(f"INSERT INTO etcd_wal (key) {many}")
         finish(schema, 1, "success", 5)  # the daemon's own writes wake nobody
         rows(schema, "NOTIFY etcd_changes, 'end'")
         while not any(n.payload == "end" for n in listener.notifies):
@@ -3547,21 +3896,13 @@ def test_inserts_notify_once_per_transaction_without_payload(schema: str) -> Non
 
 
 def test_get_returns_the_latest_revision(schema: str) -> None:
-    mirror(
-        schema,
-        ("/a", 1, "old"),
-        ("/a", 5, "new"),
-        ("/b", 2, b"\xff\0"),
-        ("/c", 3, "x"),
-        ("/c", 4, None),
-    )
-    assert rows(schema, "SELECT key, value, value_bytes, revision FROM etcd_get('/a')") == [
-        ("/a", "new", None, 5)
-    ]
+    mirror(schema, ("/a", 1, "old"), ("/a", 5, "new"), ("/b", 2, b"\xff\0"), ("/c", 3, "x"))
+    mirror(schema, ("/c", 4, None))
+    found = rows(schema, "SELECT key, value, value_bytes, revision FROM etcd_get('/a')")
+    assert found == [("/a", "new", None, 5)]
     assert rows(schema, "SELECT value, value_bytes FROM etcd_get('/b')") == [(None, b"\xff\0")]
-    assert rows(schema, "SELECT FROM etcd_get('/c')") == []
-    assert rows(schema, "SELECT FROM etcd_get('/')") == []
-    assert rows(schema, "SELECT FROM etcd_get(NULL)") == []
+    for nothing in ("'/c'", "'/'", "NULL"):
+        assert rows(schema, f"SELECT FROM etcd_get({nothing})") == []
 
 
 def test_get_all_tells_the_history_oldest_first(schema: str) -> None:
@@ -3582,6 +3923,57 @@ def test_list_takes_the_prefix_literally(schema: str, prefix: str) -> None:
     outside = ["/a", "/a!", "/aX", "/aXx", "/b", prefix[:-1] + "\x02" + prefix[-1]]
     mirror(schema, *((key, 1, "v") for key in {*inside, *outside}))
     assert rows(schema, "SELECT key FROM etcd_list(%s)", prefix) == [(key,) for key in inside]
+
+
+JSON_VALUES = {
+    '{"x": [1, null]}': {"x": [1, None]},
+    " \t\r\n[]": [],
+    '"text"': "text",
+    "-1.5e3 ": -1500,
+    "true": True,
+    "plain": None,
+    "10.1.2.3": None,
+    "2026-01-31": None,
+    "truth": None,
+    "": None,
+    "{broken": None,
+    "\u00a0[]": None,  # no white space of JSON
+    '"\\u0000"': None,  # JSON, but nothing that jsonb holds
+    "1e999999": None,
+    "[" * 100_000: None,
+}
+
+
+def test_value_json_is_null_for_what_is_no_json(schema: str) -> None:
+    mirror(schema, *((f"/{n:03}", n + 1, value) for n, value in enumerate(JSON_VALUES)))
+    mirror(schema, ("/null", 900, "null"), ("/bytes", 901, b"\xff"))
+    covers(schema, "", 1, 999)
+    expected = [*JSON_VALUES.values(), None, None]
+    for source in ["etcd_list('/')", "etcd_at(999, '/')", "etcd_kv"]:
+        found = rows(schema, f"SELECT value_json FROM {source} ORDER BY revision")
+        assert [value for (value,) in found] == expected, source
+    for key in ("/000", "/null"):
+        for source in (f"etcd_get('{key}')", f"etcd_get_all('{key}')"):
+            found = rows(schema, f"SELECT value_json::text = value FROM {source}")
+            assert found == [(True,)], source
+
+
+def test_values_are_parsed_only_where_their_json_is_asked_for(schema: str) -> None:
+    mirror(schema, ("/a", 1, "{}"))
+    for columns, parsed in [("key, value, revision, lease", False), ("value_json", True)]:
+        plan = rows(schema, f"EXPLAIN VERBOSE SELECT {columns} FROM etcd_kv WHERE key = '/a'")
+        assert ("_etcd_json" in str(plan)) == parsed
+    assert "_etcd_json" not in str(rows(schema, "EXPLAIN VERBOSE SELECT count(*) FROM etcd_kv"))
+
+
+def test_lease_is_shown_where_keys_are_read(schema: str) -> None:
+    mirror(schema, ("/a", 1, "v"), ("/b", 2, "v"))
+    rows(schema, "UPDATE etcd SET lease = 77 WHERE key = '/a'")
+    covers(schema, "", 1, 2)
+    for source in ["etcd_list()", "etcd_at(2)", "etcd_kv"]:
+        assert rows(schema, f"SELECT lease FROM {source} ORDER BY key") == [(77,), (None,)]
+    for source in ["etcd_get('/a')", "etcd_get_all('/a')"]:
+        assert rows(schema, f"SELECT lease FROM {source}") == [(77,)]
 
 
 def test_list_and_at_agree_with_a_full_scan(schema: str) -> None:
@@ -3634,6 +4026,7 @@ def test_list_is_complete_at_every_batch_boundary(schema: str, size: int) -> Non
         (51, "/a/x", "beyond the checkpoint"),
         (51, "", "beyond the checkpoint"),
         (45, "/b/", "not mirrored"),
+        (45, "/retired/", "not mirrored"),
         (0, "/a/", "before the mirror"),
     ],
 )
@@ -3642,22 +4035,17 @@ def test_at_refuses_what_the_mirror_cannot_know(
 ) -> None:
     covers(schema, "/a/", 10, 50, gaps='{"[30,40)"}')
     covers(schema, "/p/", 10, 90, pruned_revision=20)
+    mirror(schema, ("/retired/a", 40, "v"))
     error = refused("22023", schema, "SELECT * FROM etcd_at(%s, %s)", revision, prefix)
     assert message in error.message_primary
-    assert error.message_hint
+    assert ("It was: etcd_get_all" in error.message_hint) == (prefix == "/retired/")
 
 
 def test_at_answers_up_to_the_edges_of_what_is_known(schema: str) -> None:
     covers(schema, "/a/", 10, 50, pruned_revision=20, gaps='{"[30,40)"}')
     mirror(schema, ("/a/1", 15, "v"))
-    for revision, prefix in [
-        (20, "/a/"),
-        (29, "/a/1"),
-        (40, "/a/"),
-        (50, "/a/"),
-        (50, ""),
-        (50, "/a"),
-    ]:
+    known = [(20, "/a/"), (29, "/a/1"), (40, "/a/"), (50, "/a/"), (50, ""), (50, "/a")]
+    for revision, prefix in known:
         assert rows(schema, "SELECT key FROM etcd_at(%s, %s)", revision, prefix) == [("/a/1",)]
     for unknown in [(None, "/a/"), (20, None)]:
         refused("22004", schema, "SELECT * FROM etcd_at(%s, %s)", *unknown)
@@ -3687,13 +4075,7 @@ def test_keys_of_any_collation_are_welcome(schema: str) -> None:
 
 
 def test_reads_fetch_current_rows_not_the_history(schema: str) -> None:
-    rows(
-        schema,
-        """
-        INSERT INTO etcd (key, value, revision)
-        SELECT '/k/' || g % 10, 'v', g FROM generate_series(1, 20000) g
-    """,
-    )
+    long_history(schema, 20000, keys=10)
     covers(schema, "", 1, 20000)
     with closing(connect(schema)) as conn:
         assert tuples_read(conn, "etcd", "SELECT * FROM etcd_get('/k/3')") == 1
@@ -3705,14 +4087,7 @@ def test_reads_fetch_current_rows_not_the_history(schema: str) -> None:
 
 
 def test_kv_with_a_key_descends_the_index(schema: str) -> None:
-    rows(
-        schema,
-        """
-        INSERT INTO etcd (key, value, revision)
-        SELECT '/k/' || g % 10, 'v', g FROM generate_series(1, 20000) g
-    """,
-    )
-    rows(schema, "VACUUM ANALYZE etcd")
+    long_history(schema, 20000, keys=10)
     for condition in ["key = '/k/3'", "key IN ('/k/3', '/k/4')", "key >= '/k/3' AND key < '/k/4'"]:
         plan = "\n".join(
             line for (line,) in rows(schema, f"EXPLAIN SELECT * FROM etcd_kv WHERE {condition}")
@@ -3722,6 +4097,17 @@ def test_kv_with_a_key_descends_the_index(schema: str) -> None:
     if version(schema) >= 16:  # before, DISTINCT reads the index entries of the key's history
         with closing(connect(schema)) as conn:
             assert tuples_read(conn, "etcd", "SELECT * FROM etcd_kv WHERE key = '/k/3'") <= 2
+
+
+def test_revisions_of_a_long_history_are_found_by_block_ranges(schema: str) -> None:
+    long_history(schema, 100000, keys=1000)
+    for many in (100, 3000):  # with larger ranges, PostgreSQL 18 would visit all keys
+        query = f"SELECT * FROM etcd WHERE revision BETWEEN 50001 AND {50000 + many}"
+        sql = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT json) {query}"
+        plan = scalar(schema, sql)[0]["Plan"]
+        assert plan["Plans"][0]["Index Name"] == "etcd_revision_ts_idx", plan
+        assert plan["Actual Rows"] == many
+        assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < 120, plan
 
 
 def test_plans_made_while_the_tables_were_empty_stay_good(schema: str) -> None:
@@ -3747,28 +4133,20 @@ def test_plans_made_while_the_tables_were_empty_stay_good(schema: str) -> None:
 
 def test_set_is_made_on_the_latest_known_version(schema: str) -> None:
     mirror(schema, ("/a", 3, "x"), ("/a", 8, "y"), ("/gone", 4, "x"), ("/gone", 9, None))
-    for call in [
-        "etcd_set('/a', '')",
-        "etcd_set('/gone', '1')",
-        "etcd_set_bytes('/new', '\\xff00')",
-    ]:
-        rows(schema, f"SELECT {call}")
+    rows(schema, "SELECT etcd_set('/a', ''), etcd_set('/gone', '1')")
+    rows(schema, "SELECT etcd_set_bytes('/new', '\\xff00'), etcd_delete('/nothing')")
     assert wal(schema) == [
         ("/a", "", None, 8, None),
         ("/gone", "1", None, None, None),
         ("/new", None, b"\xff\0", None, None),
+        ("/nothing", None, None, None, None),
     ]
 
 
 def test_changes_to_one_key_build_on_each_other(schema: str) -> None:
     mirror(schema, ("/a", 3, "x"))
-    for call in [
-        "etcd_set('/a', '1')",
-        "etcd_set('/b', '1')",
-        "etcd_delete('/a')",
-        "etcd_set('/a', '2')",
-    ]:
-        rows(schema, f"SELECT {call}")
+    rows(schema, "SELECT etcd_set('/a', '1'), etcd_set('/b', '1'), etcd_delete('/a')")
+    rows(schema, "SELECT etcd_set('/a', '2')")
     assert wal(schema, "id, key, value, revision, depends_on") == [
         (1, "/a", "1", 3, None),
         (2, "/b", "1", None, None),
@@ -3784,20 +4162,12 @@ def test_changes_to_one_key_build_on_each_other(schema: str) -> None:
 def test_set_with_a_revision_takes_only_the_current_version(schema: str) -> None:
     mirror(schema, ("/a", 3, "x"), ("/a", 8, "y"), ("/gone", 9, None))
     for call in [
-        "etcd_set('/a', '1', 3)",
-        "etcd_set('/a', '1', 9)",
-        "etcd_set('/a', '1', 0)",
-        "etcd_delete('/a', 3)",
-        "etcd_set_bytes('/gone', '1', 9)",
-        "etcd_set('/new', '1', 1)",
-    ]:
+        "etcd_set('/a', '1', 3)", "etcd_set('/a', '1', 9)", "etcd_set('/a', '1', 0)",
+        "etcd_delete('/a', 3)", "etcd_set_bytes('/gone', '1', 9)", "etcd_set('/new', '1', 1)",
+    ]:  # fmt: skip
         refused("40001", schema, f"SELECT {call}")
-    for call in [
-        "etcd_set('/a', '1', 8)",
-        "etcd_set('/gone', '1', 0)",
-        "etcd_set_bytes('/new', '1', 0)",
-    ]:
-        rows(schema, f"SELECT {call}")
+    rows(schema, "SELECT etcd_set('/a', '1', 8), etcd_set('/gone', '1', 0)")
+    rows(schema, "SELECT etcd_set_bytes('/new', '1', 0)")
     assert [revision for (revision,) in wal(schema, "revision")] == [8, None, None]
 
 
@@ -3811,34 +4181,105 @@ def test_set_with_a_revision_refuses_a_key_with_a_pending_change(schema: str) ->
 
 
 @pytest.mark.parametrize(
-    ("call", "sqlstate"),
+    ("call", "sqlstate", "hint"),
     [
-        ("etcd_set('/a', NULL)", "22004"),
-        ("etcd_set_bytes('/a', NULL)", "22004"),
-        ("etcd_set(NULL, 'x')", "22004"),
-        ("etcd_delete(NULL)", "22004"),
-        ("etcd_set('', 'x')", "22023"),
-        ("etcd_delete('')", "22023"),
-        ("etcd_set(repeat('é', 1301), 'x')", "22023"),
-        ("etcd_set('/a', 'x', -1)", "22023"),
-        ("etcd_retry(1)", "P0002"),
-        ("etcd_retry(NULL)", "P0002"),
+        ("etcd_set('/a', NULL)", "22004", "etcd_delete"),
+        ("etcd_set('/a', NULL::jsonb)", "22004", "etcd_delete"),
+        ("etcd_set_bytes('/a', NULL)", "22004", "etcd_delete"),
+        ("etcd_set(NULL, 'x')", "22004", None),
+        ("etcd_delete(NULL)", "22004", None),
+        ("etcd_delete_prefix(NULL)", "22004", None),
+        ("etcd_set('', 'x')", "22023", "empty key"),
+        ("etcd_delete('')", "22023", "empty key"),
+        ("etcd_set(repeat('é', 1301), 'x')", "22023", "cannot index"),
+        ("etcd_set('/a', 'x', -1)", "22023", "must not exist"),
+        ("etcd_set('/a', 'x', 0, force => true)", "22023", "Give a revision"),
+        ("etcd_delete('/a', 3, true)", "22023", "Give a revision"),
+        ("etcd_set('/a', 'x', ttl => '-1 s')", "22023", "lease"),
+        ("etcd_set('/a', 'x', ttl => '300 years')", "22023", "lease"),
+        ("etcd_set_many('[1]')", "22023", "etcd_set_many("),
+        ("etcd_set_many(NULL)", "22023", "etcd_set_many("),
+        ("etcd_set_many('{\"\": 1}')", "22023", "empty key"),
+        ("etcd_delete_prefix('')", "22023", "DELETE FROM etcd_kv"),
+        ("etcd_retry(1)", "P0002", "etcd_status"),
+        ("etcd_dismiss(NULL)", "P0002", "etcd_status"),
     ],
 )
-def test_writing_refuses_bad_arguments(schema: str, call: str, sqlstate: str) -> None:
+def test_writing_refuses_bad_arguments(
+    schema: str, call: str, sqlstate: str, hint: str | None
+) -> None:
     error = refused(sqlstate, schema, f"SELECT {call}")
-    assert (
-        "NULL" not in call
-        or "etcd_set" not in call
-        or "(NULL" in call
-        or "etcd_delete" in error.message_hint
-    )
+    assert hint is None or hint in error.message_hint
     assert wal(schema) == []
 
 
-def test_deleting_an_unknown_key_is_queued(schema: str) -> None:
-    rows(schema, "SELECT etcd_delete('/nothing')")
-    assert wal(schema) == [("/nothing", None, None, None, None)]
+def test_a_literal_is_text_and_jsonb_is_its_text(schema: str) -> None:
+    rows(schema, """SELECT etcd_set('/a', '{"x":1}'), etcd_set('/a', '{"x":1}'::jsonb)""")
+    rows(schema, "SELECT etcd_set('/a', %s), etcd_set('/a', '5'::varchar)", '{"x":1}')
+    rows(schema, "SELECT etcd_set('/a', to_jsonb('t'::text), ttl => '1 s', force => true)")
+    values = ['{"x":1}', '{"x": 1}', '{"x":1}', "5", '"t"']
+    assert wal(schema, "value") == [(value,) for value in values]
+
+
+def test_ttl_is_queued_with_what_is_put(schema: str) -> None:
+    rows(schema, "SELECT etcd_set('/a', 'v', 0, '90 s'), etcd_set('/b', 'v', ttl => '0')")
+    rows(
+        schema, "SELECT etcd_set_bytes('/c', 'v', ttl => '0.5 s'), etcd_set('/d', 'v', ttl => NULL)"
+    )
+    assert wal(schema, "ttl::text, force") == [
+        (ttl, False) for ttl in ("00:01:30", "00:00:00", "00:00:00.5", None)
+    ]
+
+
+def test_forced_changes_are_made_on_no_version(schema: str) -> None:
+    mirror(schema, ("/a", 3, "x"), ("/b", 4, "x"))
+    rows(schema, "SELECT etcd_set('/a', 'v')")
+    rows(schema, "SELECT etcd_set('/a', 'v', force => true), etcd_delete('/b', force => true)")
+    rows(schema, "SELECT etcd_set_bytes('/new', 'v', force => true), etcd_set('/a', 'w')")
+    assert wal(schema, "key, revision, depends_on, force") == [
+        ("/a", 3, None, False),
+        ("/a", None, None, True),
+        ("/b", None, None, True),
+        ("/new", None, None, True),
+        ("/a", 3, 2, False),  # what comes after it builds on it
+    ]
+
+
+def test_set_many_puts_and_deletes_the_keys_of_an_object(schema: str) -> None:
+    mirror(schema, ("/n", 3, "x"), ("/o", 4, "x"))
+    values = """{"/s": "te\\"xt", "/o": {"a": [1]}, "/n": null, "/b": true, "/B": 1.50}"""
+    ids = rows(schema, "SELECT etcd_set_many(%s, ttl => '5 s')", values)
+    assert ids == [(1,), (2,), (3,), (4,), (5,)]
+    assert wal(schema, "key, value, revision, ttl IS NOT NULL") == [
+        ("/B", "1.50", None, True),
+        ("/b", "true", None, True),
+        ("/n", None, 3, False),
+        ("/o", '{"a": [1]}', 4, True),
+        ("/s", 'te"xt', None, True),
+    ]
+    assert len(set(wal(schema, "txid::text"))) == 1
+    assert rows(schema, "SELECT etcd_set_many('{}')") == []
+    rows(schema, """SELECT etcd_set_many('{"/f": "", "/g": null}', force => true)""")
+    assert wal(schema, "force, value")[5:] == [(True, ""), (True, None)]
+
+
+def test_delete_prefix_leaves_nothing_live(schema: str) -> None:
+    mirror(schema, ("/a/1", 3, "x"), ("/a/2", 4, "x"), ("/a/gone", 5, None), ("/ab", 6, "x"))
+    mirror(schema, ("/a/%", 7, "x"), ("/a/own", 8, "x"))
+    rows(schema, "SELECT etcd_set('/a/2', 'y'), etcd_set('/a/new', 'y'), etcd_delete('/a/own')")
+    assert scalar(schema, "SELECT etcd_delete_prefix('/a/')") == 4
+    assert wal(schema, "key, value, revision, depends_on")[3:] == [
+        ("/a/%", None, 7, None),
+        ("/a/1", None, 3, None),
+        ("/a/2", None, 4, 1),  # after what was pending
+        ("/a/new", None, None, 2),
+    ]
+    assert scalar(schema, "SELECT etcd_delete_prefix('/a/')") == 0
+    assert scalar(schema, "SELECT etcd_delete_prefix('/a')") == 1  # /ab
+    assert scalar(schema, "SELECT etcd_delete_prefix('/none')") == 0
+    rows(schema, "DELETE FROM etcd_wal")
+    assert scalar(schema, "SELECT etcd_delete_prefix('/a/', force => true)") == 4
+    assert wal(schema, "revision, force") == [(None, True)] * 4
 
 
 def test_concurrent_sessions_on_one_key_form_one_chain(schema: str) -> None:
@@ -3849,11 +4290,9 @@ def test_concurrent_sessions_on_one_key_form_one_chain(schema: str) -> None:
                 with conn, conn.cursor() as cur:
                     cur.execute("SELECT etcd_set('/hot', 'v')")
 
-    writers = [threading.Thread(target=write) for _ in range(4)]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
+    with ThreadPoolExecutor() as pool:
+        for writer in [pool.submit(write) for _ in range(4)]:
+            writer.result()
     ids = [change for (change,) in wal(schema, "id")]
     assert len(ids) == 200
     assert wal(schema, "depends_on") == [(None,), *((change,) for change in ids[:-1])]
@@ -3897,13 +4336,13 @@ def test_own_success_is_not_mistaken_for_a_foreign_change(schema: str) -> None:
 
 def test_retry_queues_the_change_on_the_current_version(schema: str) -> None:
     mirror(schema, ("/a", 3, "x"))
-    rows(schema, "SELECT etcd_set_bytes('/a', '\\xff', 3)")
+    rows(schema, "SELECT etcd_set_bytes('/a', '\\xff', 3, ttl => '7 s')")
     mirror(schema, ("/a", 5, "theirs"))
     finish(schema, 1, "conflict", 5)
     assert scalar(schema, "SELECT etcd_retry(1)") == 2
-    assert wal(schema, "key, value_bytes, revision, status, retry_of") == [
-        ("/a", b"\xff", 3, "conflict", None),
-        ("/a", b"\xff", 5, "pending", 1),
+    assert wal(schema, "key, value_bytes, revision, status, retry_of, ttl::text") == [
+        ("/a", b"\xff", 3, "conflict", None, "00:00:07"),
+        ("/a", b"\xff", 5, "pending", 1, "00:00:07"),
     ]
     assert "row 2" in refused("55000", schema, "SELECT etcd_retry(1)").message_detail
     refused("55000", schema, "SELECT etcd_retry(2)")  # pending
@@ -3911,6 +4350,10 @@ def test_retry_queues_the_change_on_the_current_version(schema: str) -> None:
     assert scalar(schema, "SELECT etcd_retry(2)") == 3
     finish(schema, 3, "success", 6)
     refused("55000", schema, "SELECT etcd_retry(3)")
+    rows(schema, "SELECT etcd_delete('/a', force => true)")
+    finish(schema, 4, "failed")
+    rows(schema, "SELECT etcd_retry(4)")
+    assert wal(schema, "value, revision, force")[4:] == [(None, None, True)]
 
 
 def test_change_outside_every_prefix_earns_a_warning(schema: str, role: str) -> None:
@@ -3966,22 +4409,168 @@ def test_only_a_later_change_of_the_same_key_is_a_retry(schema: str) -> None:
 def test_a_change_is_tried_again_once_even_by_two_at_once(schema: str) -> None:
     rows(schema, "SELECT etcd_set('/a', 'v')")
     finish(schema, 1, "failed")
-    outcomes: list[str | None] = []
-
-    def retry() -> None:
-        try:
-            rows(schema, "SELECT etcd_retry(1)")
-            outcomes.append(None)
-        except psycopg2.Error as error:
-            outcomes.append(error.pgcode)
-
-    threads = [threading.Thread(target=retry) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(outcomes, key=str) == ["55000", "55000", "55000", None]
+    with ThreadPoolExecutor(4) as pool:
+        retries = [pool.submit(rows, schema, "SELECT etcd_retry(1)") for _ in range(4)]
+    errors = [retry.exception() for retry in retries]
+    assert sorted(getattr(error, "pgcode", "") for error in errors) == ["", *["55000"] * 3]
     assert scalar(schema, "SELECT count(*) FROM etcd_wal WHERE retry_of = 1") == 1
+
+
+# ─ waiting ─
+
+
+@contextmanager
+def active(db: str, prefix: str) -> Iterator[Callable[[str], None]]:
+    """Hold the lock of a mirror's generation, as the daemon does; yield what commits SQL."""
+    lock = "pg_advisory_lock(_etcd_generation_lock(prefix, generation))"
+    with closing(connect(db)) as conn, conn.cursor() as cur:
+        cur.execute(f"SELECT {lock} FROM etcd_sync_state WHERE prefix = %s", (prefix,))
+
+        def commit(statement: str) -> None:
+            cur.execute(
+                f"""
+                BEGIN;
+                {statement};
+                UPDATE etcd_sync_state SET generation = generation + 1 WHERE prefix = %(prefix)s
+                RETURNING {lock}, _etcd_generation_lock(prefix, generation - 1)
+                """,
+                {"prefix": prefix},
+            )
+            ((_, old),) = cur.fetchall()
+            cur.execute("COMMIT")
+            cur.execute("SELECT pg_advisory_unlock(%s)", (old,))
+
+        yield commit
+
+
+FINISH_1 = """
+    UPDATE etcd_wal SET status = 'conflict', result_revision = 7, error_message = 'theirs',
+        finished_at = now() WHERE id = 1
+"""
+ADVANCE = "UPDATE etcd_sync_state SET revision = revision + 1 WHERE prefix = '/a/'"
+
+
+def blocked(db: str) -> int | None:
+    """The backend that sleeps on the lock of a generation."""
+    return scalar(
+        db,
+        "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "done", "result"),
+    [
+        ("etcd_wait(1, '90 s')", FINISH_1, ("conflict", 7, "theirs")),
+        ("etcd_wait_revision(10, '90 s')", ADVANCE, (10,)),
+        ("etcd_wait_revision(10, '90 s', '/a/x')", ADVANCE, (10,)),
+    ],
+)
+def test_waiting_sleeps_until_the_daemon_commits_it(
+    schema: str, call: str, done: str, result: tuple[Any, ...]
+) -> None:
+    covers(schema, "/a/", 1, 9)
+    rows(schema, "SELECT etcd_set('/a/1', 'v')")
+    with active(schema, "/a/") as commit, ThreadPoolExecutor() as pool:
+        waiter = pool.submit(rows, schema, f"SELECT * FROM {call}")
+        wait_until("nobody waits", lambda: blocked(schema))
+        commit("SELECT 'something else'")
+        wait_until("it waits no longer", lambda: blocked(schema))
+        assert not waiter.done()
+        commit(done)
+        assert waiter.result(timeout=60) == [result]
+    assert rows(schema, f"SELECT * FROM {call}") == [result]  # at once
+    with closing(connect(schema)) as conn, conn.cursor() as cur:
+        cur.execute(f"BEGIN ISOLATION LEVEL SERIALIZABLE; SELECT * FROM {call}")
+        assert cur.fetchall() == [result]
+
+
+def test_waiting_works_where_no_daemon_is_active(schema: str) -> None:
+    covers(schema, "/a/", 1, 9)
+    rows(schema, "SELECT etcd_set('/a/1', 'v')")
+    with ThreadPoolExecutor() as pool:
+        waiter = pool.submit(rows, schema, "SELECT * FROM etcd_wait(1, '90 s')")
+        sleeping = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+        wait_until("nobody waits", lambda: scalar(schema, sleeping))
+        rows(schema, FINISH_1)
+        assert waiter.result(timeout=60) == [("conflict", 7, "theirs")]
+
+
+def test_waiting_leaves_nothing_behind(schema: str) -> None:
+    covers(schema, "/a/", 1, 9)
+    rows(schema, "SELECT etcd_set('/a/1', 'v')")
+    nothing = """
+        SELECT count(*), current_setting('lock_timeout') FROM pg_locks
+        WHERE pid = pg_backend_pid() AND locktype = 'advisory'
+    """
+    with (
+        active(schema, "/a/") as commit,
+        closing(connect(schema)) as conn,
+        conn.cursor() as cur,
+        ThreadPoolExecutor() as pool,
+    ):
+        cur.execute("SET lock_timeout = '99s'")
+        waiter = pool.submit(cur.execute, "SELECT etcd_wait(1, '90 s')")
+        wait_until("nobody waits", lambda: blocked(schema))
+        rows(schema, "SELECT pg_cancel_backend(%s)", blocked(schema))
+        with pytest.raises(psycopg2.errors.QueryCanceled, match="due to user request"):
+            waiter.result(timeout=60)
+        cur.execute("BEGIN")
+        waiter = pool.submit(cur.execute, "SELECT etcd_wait(1, '90 s')")
+        wait_until("nobody waits", lambda: blocked(schema))
+        commit(FINISH_1)
+        waiter.result(timeout=60)
+        cur.execute(nothing)
+        assert cur.fetchall() == [(0, "99s")]
+        cur.execute("COMMIT")
+
+
+@pytest.mark.parametrize(
+    ("call", "sqlstate", "message", "hint"),
+    [
+        ("etcd_wait(1, '0.2 s')", "57014", "waiting for change 1", "etcd_status"),
+        ("etcd_wait(1, '0')", "57014", "waiting for change 1", "etcd_status"),
+        ("etcd_wait(1, NULL)", "22004", "timeout", None),
+        ("etcd_wait(NULL)", "P0002", "no row", "rolled back"),
+        ("etcd_wait(9)", "P0002", "no row 9", "rolled back"),
+        ("etcd_wait(2)", "55000", 'key "/elsewhere" of change 2', "mirrors it"),
+        ("etcd_wait(etcd_set('/a/2', 'v'))", "25001", "change 3 is not committed", "COMMIT first"),
+        ("etcd_wait_revision(10, '0.2 s', '/a/')", "57014", "which is at 9", "etcd_status"),
+        ("etcd_wait_revision(1)", "22023", "2 prefixes", "p_prefix => '/"),
+        ("etcd_wait_revision(1, p_prefix => '/')", "22023", "not mirrored", "etcd_sync_state"),
+        ("etcd_wait_revision(NULL)", "22004", "revision", None),
+    ],
+)
+def test_waiting_says_why_it_cannot_or_not_longer(
+    schema: str, call: str, sqlstate: str, message: str, hint: str | None
+) -> None:
+    rows(schema, "SELECT etcd_set('/a/1', 'v'), etcd_set('/elsewhere', 'v')")
+    covers(schema, "/a/", 1, 9)
+    covers(schema, "/b/", 1, 9)
+    with active(schema, "/a/"):
+        error = refused(sqlstate, schema, f"SELECT {call}")
+    assert message in error.message_primary
+    assert hint is None or hint in error.message_hint
+
+
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+def test_waiting_is_refused_where_the_snapshot_never_moves(schema: str, level: str) -> None:
+    covers(schema, "/a/", 1, 9)
+    rows(schema, "SELECT etcd_set('/a/1', 'v')")
+    for call in ("etcd_wait(1)", "etcd_wait_revision(10)"):
+        error = refused("25000", schema, f"BEGIN ISOLATION LEVEL {level}; SELECT {call}")
+        assert "READ COMMITTED" in error.message_hint
+
+
+def test_applications_wait_for_what_they_wrote(db, daemon, prefix, etcd):
+    daemon()
+    change = scalar(db, "SELECT etcd_set(%s, 'v')", prefix + "a")
+    ended = rows(db, "SELECT * FROM etcd_wait(%s, '60 s')", change)
+    assert ended == [("success", etcd.get(prefix + "a").mod_revision, None)]
+    revision = etcd.put(prefix + "b", "w")
+    assert scalar(db, "SELECT etcd_wait_revision(%s, '60 s')", revision) >= revision
+    assert scalar(db, "SELECT value FROM etcd_get(%s)", prefix + "b") == "w"
 
 
 # ─ etcd_kv ─
@@ -4002,20 +4591,19 @@ def test_kv_turns_statements_into_changes(schema: str) -> None:
     ]
 
 
-def test_kv_insert_of_a_live_key_is_a_unique_violation(schema: str) -> None:
-    mirror(schema, ("/a", 3, "x"))
-    refused("23505", schema, "INSERT INTO etcd_kv (key, value) VALUES ('/a', 'y')")
-    rows(schema, "SELECT etcd_set('/a', 'y'), etcd_set('/new', 'y')")
-    refused("40001", schema, "INSERT INTO etcd_kv (key, value) VALUES ('/a', 'y')")
-    refused("40001", schema, "INSERT INTO etcd_kv (key, value) VALUES ('/new', 'y')")
-
-
 def test_kv_refuses_a_key_with_a_pending_change(schema: str) -> None:
     mirror(schema, ("/a", 3, "x"))
+    refused("23505", schema, "INSERT INTO etcd_kv (key, value) VALUES ('/a', 'y')")
     rows(schema, "UPDATE etcd_kv SET value = 'y' WHERE key = '/a'")
-    refused("40001", schema, "UPDATE etcd_kv SET value = 'z' WHERE key = '/a'")
-    refused("40001", schema, "DELETE FROM etcd_kv WHERE key = '/a'")
-    assert len(wal(schema)) == 1
+    rows(schema, "SELECT etcd_set('/new', 'y')")
+    for statement in [
+        "UPDATE etcd_kv SET value = 'z' WHERE key = '/a'",
+        "DELETE FROM etcd_kv WHERE key = '/a'",
+        "INSERT INTO etcd_kv (key, value) VALUES ('/a', 'y')",
+        "INSERT INTO etcd_kv (key, value) VALUES ('/new', 'y')",
+    ]:
+        refused("40001", schema, statement)
+    assert len(wal(schema)) == 2
 
 
 @pytest.mark.parametrize(
@@ -4023,26 +4611,17 @@ def test_kv_refuses_a_key_with_a_pending_change(schema: str) -> None:
 )
 def test_kv_refuses_a_version_that_has_moved_on(schema: str, statement: str) -> None:
     mirror(schema, ("/a", 3, "x"))
-    failure: list[str | None] = []
-
-    def write() -> None:
-        failure.append(refused("40001", schema, statement).message_primary)
-
-    with closing(connect(schema)) as other, other.cursor() as cur:
-        other.autocommit = False
-        cur.execute(
-            "SELECT _etcd_lock_key('/a')"
-        )  # holds the writer between its look and its change
-        writer = threading.Thread(target=write)
-        writer.start()
-        while not scalar(
-            schema, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
-        ):
-            assert writer.is_alive(), "the writer did not wait for the lock"
-        cur.execute("INSERT INTO etcd (key, value, revision) VALUES ('/a', 'theirs', 5)")
-        other.commit()
-        writer.join()
-    assert failure == ['key "/a" is not at revision 3']
+    with (
+        closing(connect(schema)) as other,
+        other.cursor() as cur,
+        ThreadPoolExecutor() as pool,
+    ):
+        # holds the writer between its look and its change
+        cur.execute("BEGIN; SELECT _etcd_lock_key('/a')")
+        writer = pool.submit(refused, "40001", schema, statement)
+        wait_until("the writer does not wait for the lock", lambda: blocked(schema))
+        cur.execute("INSERT INTO etcd (key, value, revision) VALUES ('/a', 'theirs', 5); COMMIT")
+        assert writer.result().message_primary == 'key "/a" is not at revision 3'
     assert wal(schema) == []
 
 
@@ -4072,9 +4651,10 @@ def test_kv_update_of_one_value_column_clears_the_other(
 ) -> None:
     mirror(schema, ("/a", 3, old))
     returned = rows(
-        schema, f"UPDATE etcd_kv SET {assignment} WHERE key = '/a' RETURNING value, value_bytes"
+        schema,
+        f"UPDATE etcd_kv SET {assignment} RETURNING value, value_bytes, value_json",
     )
-    assert returned == [(value, value_bytes)]
+    assert returned == [(value, value_bytes, None)]
     assert wal(schema) == [("/a", value, value_bytes, 3, None)]
 
 
@@ -4087,16 +4667,21 @@ def test_kv_update_of_one_value_column_clears_the_other(
         ("INSERT INTO etcd_kv (key, value, value_bytes) VALUES ('/n', 'x', 'x')", "22023"),
         ("INSERT INTO etcd_kv (key, value, revision) VALUES ('/n', 'x', 1)", "428C9"),
         ("INSERT INTO etcd_kv (key, value, ts) VALUES ('/n', 'x', now())", "428C9"),
+        ("INSERT INTO etcd_kv (key, value, lease) VALUES ('/n', 'x', 7)", "428C9"),
+        ("INSERT INTO etcd_kv (key, value_json) VALUES ('/n', '{}')", "428C9"),
         ("UPDATE etcd_kv SET value = NULL", "22004"),
         ("UPDATE etcd_kv SET value = 'y', value_bytes = 'y'", "22023"),
         ("UPDATE etcd_kv SET key = NULL", "22004"),
         ("UPDATE etcd_kv SET revision = 9", "428C9"),
         ("UPDATE etcd_kv SET value = 'y', ts = now()", "428C9"),
+        ("UPDATE etcd_kv SET lease = 7", "428C9"),
+        ("UPDATE etcd_kv SET value_json = '{}'", "428C9"),
     ],
 )
 def test_kv_refuses_what_etcd_could_not_do(schema: str, statement: str, sqlstate: str) -> None:
     mirror(schema, ("/a", 3, "x"))
-    refused(sqlstate, schema, statement)
+    error = refused(sqlstate, schema, statement)
+    assert error.message_hint or " key " in f" {error.message_primary} "
     assert wal(schema) == []
 
 
@@ -4116,16 +4701,8 @@ def test_status_counts_open_changes_by_prefix(schema: str) -> None:
         ("/a/", 5, 9, 3, 1, 1, 2),
         ("/b/", 6, None, 0, 0, 0, 0),
     ]
-    assert (
-        scalar(
-            schema,
-            """
-        SELECT heartbeat_age BETWEEN '0' AND '1 min' AND oldest_pending_age BETWEEN '0' AND '1 min'
-        FROM etcd_status WHERE prefix = '/a/'
-    """,
-        )
-        is True
-    )
+    ages = "heartbeat_age >= '0' AND oldest_pending_age >= '0'"
+    assert scalar(schema, f"SELECT {ages} FROM etcd_status WHERE prefix = '/a/'") is True
 
 
 def test_status_shows_changes_that_no_daemon_will_take(schema: str) -> None:
@@ -4155,6 +4732,10 @@ def test_example_grants_let_an_application_write_changes_only(schema: str, role:
     for query in [
         "SELECT etcd_set('/app/a', 'y')",
         "SELECT etcd_delete('/app/c')",
+        "SELECT etcd_set('/app/e', 'y', ttl => '9 s', force => true)",
+        "SELECT etcd_set_many('{\"/app/f\": 1}')",
+        "SELECT etcd_delete_prefix('/app/f')",
+        "SELECT etcd_wait_revision(5)",
         "SELECT * FROM etcd_at(3)",
         "SELECT * FROM etcd_list()",
         "SELECT * FROM etcd_get_all('/app/a')",
@@ -4176,22 +4757,22 @@ def test_example_grants_let_an_application_write_changes_only(schema: str, role:
     ]:
         refused("42501", app, statement)
     assert {name for (name,) in wal(schema, "role_name")} == {role}
+    finish(schema, 1, "success", 9)
+    assert scalar(app, "SELECT status FROM etcd_wait(1)") == "success"
+    rows(schema, f"REVOKE INSERT (ttl, force) ON etcd_wal FROM {role}")  # as granted before 2.1
+    rows(app, "SELECT etcd_set('/app/g', 'y')")
+    refused("42501", app, "SELECT etcd_set('/app/g', 'y', force => true)")
 
 
 def test_functions_give_no_rights_that_the_caller_lacks(schema: str, role: str) -> None:
     rows(schema, "SELECT etcd_set('/a', 'v')")
     finish(schema, 1, "failed")
     for call in [
-        "etcd_get('/a')",
-        "etcd_get_all('/a')",
-        "etcd_list()",
-        "etcd_at(1)",
-        "etcd_set('/a', '1')",
-        "etcd_set_bytes('/a', '1')",
-        "etcd_delete('/a')",
-        "etcd_retry(1)",
-        "etcd_dismiss(1)",
-    ]:
+        "etcd_get('/a')", "etcd_get_all('/a')", "etcd_list()", "etcd_at(1)",
+        "etcd_set('/a', '1')", "etcd_set('/a', '1'::jsonb)", "etcd_set_bytes('/a', '1')",
+        "etcd_set_many('{\"/a\": 1}')", "etcd_delete('/a')", "etcd_delete_prefix('/a')",
+        "etcd_wait(1)", "etcd_wait_revision(1)", "etcd_retry(1)", "etcd_dismiss(1)",
+    ]:  # fmt: skip
         refused("42501", make_dsn(schema, user=role), f"SELECT {call}")
 
 
@@ -4203,21 +4784,11 @@ def test_row_level_security_holds_through_functions_and_views(schema: str, role:
     grants = [s for s in example_grants(app=role) if "etcd_fdw" not in s]
     grant(schema, grants, role, "ROW LEVEL SECURITY")
     app = make_dsn(schema, user=role)
-    reads = [
-        "etcd_get('/other')",
-        "etcd_get_all('/other')",
-        "etcd_list('/other')",
-        "etcd_at(5, '/other')",
-    ]
-    for source in [
-        "etcd_list()",
-        "etcd_at(5)",
-        "etcd_get('/app/a')",
-        *(["etcd_kv"] if version(schema) >= 15 else []),
-    ]:
+    for name in ("etcd_get('%s')", "etcd_get_all('%s')", "etcd_list('%s')", "etcd_at(5, '%s')"):
+        assert rows(app, "SELECT key FROM " + name.replace("%s", "/app/a")) == [("/app/a",)]
+        assert rows(app, "SELECT key FROM " + name.replace("%s", "/other")) == []
+    for source in ["etcd_list()", "etcd_at(5)", "etcd_kv"][: 3 if version(schema) >= 15 else 2]:
         assert rows(app, f"SELECT key FROM {source}") == [("/app/a",)], source
-    for source in reads:
-        assert rows(app, f"SELECT FROM {source}") == [], source
     rows(app, "SELECT etcd_set('/app/a', 'y')")
     for statement in [
         "SELECT etcd_set('/other', 'y')",
@@ -4225,7 +4796,8 @@ def test_row_level_security_holds_through_functions_and_views(schema: str, role:
         "INSERT INTO etcd_kv (key, value) VALUES ('/elsewhere', 'y')",
     ]:
         refused("42501", app, statement)
-    refused("P0002", app, "SELECT etcd_retry(1)")
+    for call in ("etcd_retry(1)", "etcd_wait(1)"):
+        refused("P0002", app, f"SELECT {call}")
     assert rows(app, "SELECT key FROM etcd_wal") == [("/app/a",)]
 
 
@@ -4233,15 +4805,10 @@ def test_row_level_security_holds_through_functions_and_views(schema: str, role:
 def test_row_level_security_does_not_make_lists_scan_the_rest(schema: str, role: str) -> None:
     rows(
         schema,
-        """
+        f"""
         INSERT INTO etcd (key, value, revision)
         SELECT CASE WHEN g <= 100 THEN '/app/' ELSE '/other/' END || g, 'v', g
-        FROM generate_series(1, 5000) g
-    """,
-    )
-    rows(
-        schema,
-        f"""
+        FROM generate_series(1, 5000) g;
         GRANT SELECT ON etcd TO {role};
         ALTER TABLE etcd ENABLE ROW LEVEL SECURITY;
         CREATE POLICY app ON etcd USING (position('/app/' IN key) = 1)  -- no help for the planner
@@ -4298,6 +4865,8 @@ _statement = st.one_of(
     st.tuples(st.just("delete"), _key, _made_on),
     st.tuples(st.just("insert"), _key, _value, _made_on),
     st.tuples(st.just("insert_delete"), _key, _made_on),
+    st.tuples(st.sampled_from(["insert_brief", "force", "force_brief"]), _key, _value, _made_on),
+    st.tuples(st.just("force_delete"), _key, _made_on),
     st.tuples(st.just("kv_insert"), _key, _value),
     st.tuples(st.just("kv_update"), _key, _value),
     st.tuples(st.just("kv_delete"), _key),
@@ -4329,24 +4898,10 @@ _history = st.lists(
 )
 
 
-class WalRow(NamedTuple):
-    """A row of etcd_wal; its key as bytes, and what it asked for."""
-
-    id: int
-    txid: int
-    key: bytes
-    value: bytes | None
-    revision: int | None
-    depends_on: int | None
-    status: str
-    result: int | None
-    message: str | None
-
-
 class History:
     """Two stores, a daemon between them, and a recorder; the methods are what may happen.
 
-    In etcd others write values that begin with f, in SQL all begin with s: who wrote what is known.
+    Values made in SQL begin with sql, others do not: who wrote what is known.
     """
 
     def __init__(
@@ -4363,7 +4918,7 @@ class History:
         self.daemon: Daemon | None = None
         self.holder: psycopg2.extensions.connection | None = None
         self.numbers = itertools.count(10)
-        self.leases: list[int] = []
+        self.compacted = False
         self.recorder = Recorder(client, prefix, client.revision() + 1)
 
     def close(self) -> None:
@@ -4392,8 +4947,6 @@ class History:
         self.client.put(self.prefix + key, self.fresh(), lease)
         if revoke:
             self.client.revoke(lease)
-        else:
-            self.leases.append(lease)
 
     def txn(self, changes: dict[str, bool]) -> None:
         """Put or delete several keys at one revision."""
@@ -4412,11 +4965,8 @@ class History:
         delete = self.client.delete_op(self.prefix + key)
         self.client.txn([self.client.txn_op([operation]) for operation in (put, delete)])
 
-    def expired(self, lease: int) -> bool:
-        request = etcdrpc.LeaseTimeToLiveRequest(ID=lease)
-        return bool(self.client.call(self.client.leases.LeaseTimeToLive, request).TTL < 0)
-
     def compact(self, back: int) -> None:
+        self.compacted = True
         with suppress(grpc.RpcError):  # compacted already
             self.client.compact(self.recorder.sync() - back)
 
@@ -4424,8 +4974,7 @@ class History:
 
     def sql(self, end: str, statements: list[tuple[Any, ...]]) -> None:
         """Run a transaction. What the schema refuses, it does without."""
-        with closing(connect(self.db)) as conn, conn.cursor() as cur:
-            cur.execute("BEGIN")
+        with session(self.db, "BEGIN") as cur:
             for name, *args in statements:
                 sql, values = self.statement(cur, name, *args)
                 cur.execute("SAVEPOINT here")
@@ -4442,7 +4991,7 @@ class History:
         values: list[Any] = [key]
         if not name.endswith("delete"):
             number = next(self.numbers) if args[1] is None else args[1]
-            values.append(f"s{number}")
+            values.append(f"sql{number}")
         if args[-1] in MADE_ON_SQL:
             cur.execute(MADE_ON_SQL[args[-1]], {"key": key, "store": self.client.revision()})
             found = cur.fetchone()
@@ -4451,7 +5000,7 @@ class History:
                 kv = self.client.get(key)
                 revision = kv and kv.mod_revision
             values.append(revision)
-        elif name.startswith(("set", "delete", "insert")):
+        elif name.startswith(("set", "delete", "insert", "force")):
             values.append(None)
         return STATEMENT_SQL[name], tuple(values)
 
@@ -4502,103 +5051,25 @@ class History:
     def drain(self) -> None:
         """Wait until nothing is pending."""
         if self.daemon and not self.holder:
-            wait_until(
-                "changes stay pending",
-                lambda: all(row.status != "pending" for row in self.wal()),
-                timeout=20,
-            )
+            wait_settled(self.db)
 
     # what must hold in the end
-
-    def wal(self) -> list[WalRow]:
-        return [WalRow(*row) for row in rows(self.db, WAL_SQL, self.prefix)]
 
     def finish(self) -> None:
         """Let everything come to rest."""
         self.start()
-        wait_until("a lease did not expire", lambda: all(map(self.expired, self.leases)), 20)
         self.drain()
+        wait_until("a lease did not expire", lambda: not leases(self.client))
+        wait_until("a lease did not expire", lambda: not leases(self.client), 60)
 
-    def check_mirror(self) -> None:
-        """Every recorded event is there once; of those that a resync skipped, what was left."""
-        self.recorder.sync()
-        history = self.recorder.history()
-
-        def expected() -> list[Event]:
-            return survivors(history, rows(self.db, RESYNCS_SQL, self.prefix))
-
-        with suppress(TimeoutError):
-            wait_until("", lambda: mirror_rows(self.db, self.prefix) == expected(), timeout=15)
-        assert mirror_rows(self.db, self.prefix) == expected()
-        live = [(kv.key, kv.value, kv.mod_revision) for kv in self.client.range(self.prefix).kvs]
-        assert rows(self.db, LIVE_SQL, self.prefix) == live
-
-    def check_outcomes(self) -> None:
-        """Every outcome is what the recorder saw, and what was applied is a success."""
-        history = self.recorder.history()
-        unknown = [range(old, new + 1) for old, new in rows(self.db, RESYNCS_SQL, self.prefix)]
-        wal = {row.id: row for row in self.wal()}
-        groups: dict[int, list[WalRow]] = {}
-        for row in wal.values():
-            groups.setdefault(row.txid, []).append(row)
-        claims: dict[tuple[int, bytes], set[int]] = {}
-        for group in groups.values():
-            if len(group) <= self.max_ops:
-                assert len({row.status for row in group}) == 1, group
-                reached = {row.result for row in group if row.status == "success"}
-                assert len(reached - {None}) <= 1, group  # None: deleted what was not there
-        for row in wal.values():
-            assert row.status in ("success", "conflict"), row
-            same = (row.key, row.status, row.result)  # of these the last one counts
-            last = max(r.id for r in groups[row.txid] if (r.key, r.status, r.result) == same)
-            if row.status == "conflict" or row.id != last:
-                continue
-            expected = expected_version(row, wal)
-            if row.value is None and not expected:
-                continue  # deleted what was not there
-            assert row.result is not None, row
-            claims.setdefault((row.result, row.key), set()).add(row.txid)
-            if not any(row.result in span for span in unknown):
-                assert Event(row.result, row.key, row.value) in history, row
-                assert version_before(history, row.key, row.result) == expected, row
-        assert all(len(owners) == 1 for owners in claims.values()), claims
-        for event in history:
-            known = not any(event.revision in span for span in unknown)
-            if known and event.value and event.value.startswith(b"s"):
-                assert event[:2] in claims, f"{event} was applied, but no row says so"
-
-
-def version_before(history: list[Event], key: bytes, revision: int) -> int:
-    """Return the mod_revision that a key had just before a revision, 0 for none."""
-    earlier = [event for event in history if event.key == key and event.revision < revision]
-    return earlier[-1].revision if earlier and earlier[-1].value is not None else 0
-
-
-def expected_version(row: WalRow, wal: dict[int, WalRow]) -> int:
-    """Return the version that a successful change was made on, 0 for none, as schema.sql says."""
-    on = wal.get(row.depends_on or 0)
-    if on and on.key == row.key and on.id < row.id:
-        if (on.txid, on.status, on.result) == (row.txid, row.status, row.result):
-            return expected_version(on, wal)
-        if on.status == "success":
-            return 0 if on.value is None else on.result or 0
-    return row.revision or 0
-
-
-def survivors(history: list[Event], resyncs: Iterable[Sequence[int]]) -> list[Event]:
-    """What a mirror has of a history where it copied the state at `new` instead of what came."""
-    result, position = [], 0
-    for old, new in resyncs:
-        result += [event for event in history if position < event.revision <= old]
-        before, after = ({e.key: e for e in history if e.revision <= r} for r in (old, new))
-        for key, event in after.items():
-            if event.value is not None and event.revision > old:
-                result.append(event)
-            elif event.value is None and key in before and before[key].value is not None:
-                result.append(Event(new, key, None))
-        position = new
-    result += [event for event in history if event.revision > position]
-    return sorted(result, key=lambda event: event[:2])
+    def check(self) -> None:
+        """Both sides hold the same, with the past that each can know; every outcome is true."""
+        assert_same(self.recorder, self.db, self.prefix, gaps=True)
+        wait_equal(self.db, self.client, self.prefix)
+        statuses = assert_outcomes(
+            self.recorder, self.db, whole=self.max_ops, compacted=self.compacted
+        )
+        assert set(statuses) <= {"success", "conflict"}, statuses
 
 
 STATEMENT_SQL = {
@@ -4607,6 +5078,11 @@ STATEMENT_SQL = {
     "delete": "SELECT etcd_delete(%s, %s)",
     "insert": "INSERT INTO etcd_wal (key, value, revision) VALUES (%s, %s, %s)",
     "insert_delete": "INSERT INTO etcd_wal (key, revision) VALUES (%s, %s)",
+    "insert_brief": "INSERT INTO etcd_wal (key, value, revision, ttl) VALUES (%s, %s, %s, '1 s')",
+    "force": "INSERT INTO etcd_wal (key, value, revision, force) VALUES (%s, %s, %s, true)",
+    "force_brief": "INSERT INTO etcd_wal (key, value, revision, force, ttl)"
+    " VALUES (%s, %s, %s, true, '1 s')",
+    "force_delete": "INSERT INTO etcd_wal (key, revision, force) VALUES (%s, %s, true)",
     "kv_insert": "INSERT INTO etcd_kv (key, value) VALUES (%s, %s)",
     "kv_update": "WITH new (key, value) AS (VALUES (%s, %s))"
     " UPDATE etcd_kv k SET value = new.value FROM new WHERE k.key = new.key",
@@ -4631,60 +5107,6 @@ END_SESSION_SQL = """
     SELECT pg_terminate_backend(pid) FROM pg_stat_activity
     WHERE datname = current_database() AND application_name LIKE 'etcd_fdw active%'
 """
-WAL_SQL = """
-    SELECT id, txid::text::bigint, convert_to(key, 'UTF8'),
-           coalesce(value_bytes, convert_to(value, 'UTF8')), revision, depends_on,
-           status, result_revision, error_message
-    FROM etcd_wal WHERE starts_with(key, %s) ORDER BY id
-"""
-RESYNCS_SQL = """
-    SELECT coalesce(target_revision, 0), source_revision FROM etcd_sync_event
-    WHERE operation IN ('snapshot', 'resync') AND prefix = %s ORDER BY id
-"""
-LIVE_SQL = """
-    SELECT convert_to(key, 'UTF8'), coalesce(value_bytes, convert_to(value, 'UTF8')), revision
-    FROM etcd_list(%s)
-"""
-
-
-@contextmanager
-def frozen_mirror(db: str) -> Iterator[None]:
-    """Nobody can write table etcd meanwhile: what etcd answers is not recorded."""
-    with closing(connect(db)) as conn, conn.cursor() as cur:
-        cur.execute("BEGIN; LOCK TABLE etcd IN SHARE MODE")
-        yield
-
-
-def kill_once_sent(running: Daemon, db: str, client: EtcdClient, sql: str, key: str) -> int:
-    """Ask for a change, kill the daemon before it can note that etcd took it; return where."""
-    with frozen_mirror(db):
-        rows(db, sql, key)
-        sent = wait_until("nothing was sent", lambda: client.get(key)).mod_revision
-        running.kill()
-    return int(sent)
-
-
-def outcomes(db: str, count: int) -> list[tuple[Any, ...]]:
-    """Wait until that many changes are done; return (status, result_revision) of each."""
-    sql = "SELECT status, result_revision FROM etcd_wal WHERE finished_at IS NOT NULL ORDER BY id"
-    return wait_until("changes stay pending", lambda: (r := rows(db, sql))[count - 1 :] and r)
-
-
-@pytest.mark.parametrize("then", ["", "delete", "put", "delete put"])
-def test_change_sent_before_a_crash_is_not_sent_again(then, daemon, db, prefix, etcd, recorder):
-    key = prefix + "a"
-    first = daemon()
-    with frozen_mirror(db):
-        rows(db, "SELECT etcd_set(%s, 'mine')", key)
-        sent = wait_until("nothing was sent", lambda: etcd.get(key))
-        first.kill()
-    for step in then.split():
-        etcd.delete(key) if step == "delete" else etcd.put(key, "theirs")
-    expected = etcd.get(key)
-    daemon()
-    assert outcomes(db, 1) == [("success", sent.mod_revision)]
-    assert etcd.get(key) == expected
-    assert_same(recorder, db, prefix)
 
 
 def test_stop_does_not_forget_what_was_sent_before_a_crash(daemon, db, prefix, etcd, etcd_address):
@@ -4718,8 +5140,7 @@ def test_ids_that_come_late_do_not_hide_what_was_sent_before_a_crash(daemon, db,
         sent = kill_once_sent(first, db, etcd, "SELECT etcd_set(%s, 'mine')", prefix + "x")
         for cur in late:
             cur.execute("COMMIT")
-    with closing(connect(db)) as conn, conn.cursor() as cur:
-        cur.execute("BEGIN; SELECT FROM etcd_wal WHERE id <= 9 FOR UPDATE")
+    with session(db, "BEGIN; SELECT FROM etcd_wal WHERE id <= 9 FOR UPDATE") as cur:
         second = daemon(*options)
         wait_until("no outcome is due", lambda: daemon_waits_on(db, "transactionid"))
         second.kill()
@@ -4730,8 +5151,7 @@ def test_ids_that_come_late_do_not_hide_what_was_sent_before_a_crash(daemon, db,
 def test_deletes_of_what_was_not_there_before_a_crash(daemon, db, prefix, etcd):
     daemon().stop()
     rows(db, "SELECT etcd_delete(key) FROM unnest(%s) key", [prefix + "a", prefix + "b"])
-    with closing(connect(db)) as conn, conn.cursor() as cur:
-        cur.execute("BEGIN; SELECT FROM etcd_wal FOR UPDATE")
+    with session(db, "BEGIN; SELECT FROM etcd_wal FOR UPDATE"):
         first = daemon()
         wait_until("no outcome is due", lambda: daemon_waits_on(db, "transactionid"))
         first.kill()
@@ -4788,7 +5208,7 @@ def test_rest_of_a_transaction_too_large_for_etcd_is_not_taken_for_a_whole_one(
     daemon().stop()
     rows(db, "INSERT INTO etcd_wal (key, value) SELECT key, 'x' FROM unnest(%s) key", keys)
     etcd.put(keys[-1], "theirs")
-    with closing(connect(db)) as conn, conn.cursor() as cur:
+    with session(db) as cur:
         cur.execute("BEGIN; SELECT FROM etcd_wal WHERE key = %s FOR UPDATE", (keys[-2],))
         options = "--max-txn-ops=7", "--batch-size=4"
         first = daemon(*options)
@@ -4798,7 +5218,7 @@ def test_rest_of_a_transaction_too_large_for_etcd_is_not_taken_for_a_whole_one(
     daemon()
     assert [status for status, _ in outcomes(db, 40)] == ["success"] * 39 + ["conflict"]
     split = "SELECT cardinality(split) FROM etcd_sync_state"
-    wait_until("it is not known to be done", lambda: scalar(db, split) == 0, 15)
+    wait_until("it is not known to be done", lambda: scalar(db, split) == 0)
 
 
 def test_rest_of_a_large_transaction_none_of_whose_outcomes_was_written(daemon, db, prefix, etcd):
@@ -4837,37 +5257,6 @@ def test_rest_of_a_transaction_of_too_many_bytes_is_not_taken_for_a_whole_one(
     assert [status for status, _ in outcomes(db, 3)] == ["conflict", "success", "success"]
 
 
-def test_rest_of_a_large_transaction_that_was_not_read_before_the_first_crash(
-    daemon, db, prefix, etcd
-):
-    first_keys = [f"{prefix}first{n}" for n in range(9)]
-    parts = [f"{prefix}part{n}" for n in range(7)]
-    options = "--batch-size=1", "--max-txn-ops=4"
-    daemon(*options).stop()
-    for key in first_keys:
-        rows(db, "SELECT etcd_set(%s, 'x')", key)
-    rows(db, "SELECT etcd_set(key, 'x') FROM unnest(%s) key", parts)
-    with frozen_mirror(db):
-        running = daemon(*options)
-        wait_until("nothing was sent", lambda: etcd.get(first_keys[7]))
-        running.kill()
-    assert etcd.get(parts[0]) is None
-    with closing(connect(db)) as conn, conn.cursor() as cur:
-        cur.execute("BEGIN; SELECT FROM etcd_wal WHERE id > 9 FOR UPDATE")
-        running = daemon(*options)
-        wait_until("the rest was not sent", lambda: etcd.get(parts[5]))
-        running.kill()
-    # as if it had been killed a moment later: three changes are written down
-    rows(
-        db,
-        "UPDATE etcd_wal SET status = 'success', finished_at = now(), result_revision = %s"
-        " WHERE id IN (10, 11, 12)",
-        etcd.get(parts[0]).mod_revision,
-    )
-    daemon(*options)
-    assert [status for status, _ in outcomes(db, 16)] == ["success"] * 16
-
-
 @pytest.mark.timeout(86400 if HISTORIES else 300)
 def test_random_histories(tmp_path, db, own_etcd):
     numbers = itertools.count(1)
@@ -4902,11 +5291,10 @@ def test_random_histories(tmp_path, db, own_etcd):
                 for name, *args in steps:
                     getattr(history, name)(*args)
                 history.finish()
-                history.check_mirror()
-                history.check_outcomes()
+                history.check()
             except BaseException:
                 print(f"── steps {steps}\n── recorded {history.recorder.history()}")
-                print("\n".join(f"── {row}" for row in history.wal()))
+                print(*wal_rows(db, prefix), sep="\n")
                 print(log_path.read_text())
                 raise
             finally:
@@ -5264,7 +5652,7 @@ def test_status_tells_an_instance_that_is_retrying(daemon, command, db, prefix, 
     alive = rf"pid {one.pid} on .* is alive, but has been retrying for .*s: etcd at "
     assert [re.match(alive, problem) is not None for problem in found["problems"]].count(True) == 1
     own_etcd.start()
-    one.wait_log(r"watching .*: connected again after \d+\.\ds$", after=mark, timeout=30)
+    one.wait_log(r"watching .*: connected again after \d+\.\ds$", after=mark)
     one.signal(signal.SIGUSR1)
     one.wait_log("reconnects 1, ")  # sessions that were lost, not attempts
     found = status_of(command, etcd=dsn)
@@ -5384,6 +5772,8 @@ def test_sync_asks_the_active_instance(daemon, command, db, prefix, etcd):
         " WHERE operation = 'sync'",
     ) == [("done", [prefix + "a"])]
     assert scalar(db, "SELECT key FROM etcd_sync_event WHERE operation = 'repair'") == prefix + "a"
+    # a temporary table that stays would stop autovacuum from freezing the database
+    assert scalar(db, "SELECT count(*) FROM pg_class WHERE relpersistence = 't'") == 0
     assert one.returncode is None
 
 
@@ -5395,7 +5785,7 @@ def test_sync_waits_for_the_one_that_takes_over(daemon, command, db, prefix):
     client = Daemon(one.log_path.with_name("sync.log"), *sync_arguments(one))
     client.wait_log("asked the active instance")
     one.kill()
-    assert client.wait_exit(30) == 0, client.log()
+    assert client.wait_exit() == 0, client.log()
     assert "in step at" in client.log()
 
 
@@ -5822,7 +6212,7 @@ class Late:
     def __del__(self): raise OSError("host=h password=s3cret")
 del [Late()][0]
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     lines = [json.loads(line) for line in done.stderr.splitlines()]
     assert sorted(line["message"] for line in lines) == [
         "internal error: OSError: host=h password=****",
@@ -6103,7 +6493,7 @@ def test_dismissed_changes_are_deleted_after_their_retention(daemon, command, db
     one = daemon(*FAST)
     insert = "INSERT INTO etcd_wal (key, value, revision) VALUES (%s, 'x', 1) RETURNING id"
     first, second, third = [queue(db, insert, f"{prefix}{n}") for n in range(3)]
-    wait_answered(db)
+    wait_settled(db)
     rows(db, "UPDATE etcd_wal SET finished_at = finished_at - interval '9 days'")
     rows(db, "SELECT etcd_dismiss(%s), etcd_dismiss(%s)", first, second)
     found = status_of(command)
@@ -6199,7 +6589,7 @@ def test_housekeeping_goes_through_everything_in_steps(daemon, db, prefix, etcd)
 
     # the latest of 10 keys and the live one; what others own; unstorable events are no audit
     with suppress(TimeoutError):
-        wait_until("not all deleted", lambda: left() == [(11, count, 3 * count)], 30)
+        wait_until("not all deleted", lambda: left() == [(11, count, 3 * count)])
     assert left() == [(11, count, 3 * count)]
     deleted = read_metrics(one)
     assert deleted['etcd_fdw_deleted_rows_total{table="etcd"}'] == count - 10
@@ -6394,12 +6784,12 @@ def test_supervisord_starts_restarts_and_stops_it(db, prefix, etcd, etcd_address
         # a path short enough for a socket
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         supervisord = stack.enter_context(Supervisord(directory, command))
-        pid = wait_until("not started", supervisord.running_pid, 20)
-        wait_until("not watching", lambda: "watching" in supervisord.log_path.read_text(), 20)
+        pid = wait_until("not started", supervisord.running_pid)
+        wait_until("not watching", lambda: "watching" in supervisord.log_path.read_text())
         etcd.put(prefix + "a", "1")
         wait_until("not mirrored", lambda: mirror_rows(db, prefix))
         os.kill(pid, signal.SIGKILL)
-        wait_until("not restarted", lambda: supervisord.running_pid() not in (0, pid), 20)
+        wait_until("not restarted", lambda: supervisord.running_pid() not in (0, pid))
         etcd.put(prefix + "b", "2")
         wait_until("not mirrored after a crash", lambda: len(mirror_rows(db, prefix)) == 2)
         assert supervisord.ask("stopProcess", "etcd_fdw")
@@ -6412,10 +6802,10 @@ def test_supervisord_starts_restarts_and_stops_it(db, prefix, etcd, etcd_address
 
 
 @pytest.mark.parametrize("fault", ["restart", "kill", "pause"])
-def test_etcd_goes_away_under_load(daemon, prefix, own_etcd, scene, fault):
+def test_etcd_goes_away_under_load(daemon, prefix, own_etcd, load, fault):
     running = daemon(*HASTE, etcd=etcd_dsn(own_etcd.endpoint, prefix) + HASTY_ETCD)
-    play = scene(own_etcd.endpoint)
-    play.traffic.wait_more(100)
+    play = load(own_etcd.endpoint)
+    play.run(100)
     mark = running.mark()
     if fault == "restart":
         own_etcd.restart()
@@ -6428,36 +6818,8 @@ def test_etcd_goes_away_under_load(daemon, prefix, own_etcd, scene, fault):
         running.wait_log(r"WARN .*retrying", after=running.mark())
         own_etcd.resume()
     play.wait_flow()
-    play.traffic.wait_more(50)
+    play.run(50)
     play.finish()
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(300)
-def test_etcd_paused_for_longer_than_the_defaults(daemon, prefix, own_etcd, scene):
-    running = daemon(etcd=etcd_dsn(own_etcd.endpoint, prefix))
-    play = scene(own_etcd.endpoint)
-    play.traffic.wait_more(100)
-    mark = running.mark()
-    own_etcd.pause()
-    for _ in range(3):
-        running.wait_log(r"WARN .*retrying", timeout=60, after=mark)
-        mark = running.mark()
-    own_etcd.resume()
-    play.wait_flow(timeout=90)
-    play.finish()
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(300)
-def test_silent_etcd_is_noticed_while_idle(daemon, db, prefix, own_etcd):
-    with Proxy(own_etcd.port) as proxy:
-        running = daemon(etcd=f"etcd://{proxy.endpoint},{own_etcd.endpoint}{prefix}")
-        proxy.stall()
-        running.wait_log("watching", timeout=60, after=running.mark())
-        with EtcdClient(own_etcd.endpoint) as client:
-            client.put(prefix + "a", "1")
-        wait_until("the put did not arrive", lambda: mirror_rows(db, prefix), 30)
 
 
 def leader_first(members: list[LocalEtcd]) -> list[LocalEtcd]:
@@ -6471,12 +6833,12 @@ def leader_first(members: list[LocalEtcd]) -> list[LocalEtcd]:
     return sorted(members, key=is_leader, reverse=True)
 
 
-def test_cluster_loses_leader_endpoint_and_majority(daemon, prefix, own_cluster, scene):
+def test_cluster_loses_leader_endpoint_and_majority(daemon, prefix, own_cluster, load):
     first, second, third = leader_first(own_cluster)
     hosts = ",".join(member.endpoint for member in (first, second, third))
     daemon(*HASTE, etcd=etcd_dsn(hosts, prefix) + HASTY_ETCD)
-    play = scene(third.endpoint)
-    play.traffic.wait_more(50)
+    play = load(third.endpoint)
+    play.run(50)
     first.kill()  # the leader, and the daemon's endpoint
     play.wait_flow()
     first.launch()
@@ -6486,7 +6848,7 @@ def test_cluster_loses_leader_endpoint_and_majority(daemon, prefix, own_cluster,
     first.kill()  # no majority
     second.resume()
     second.kill()
-    play.traffic.wait_more(0)
+    play.run(0)
     for member in (first, second):
         member.launch()
     for member in (first, second):
@@ -6495,80 +6857,48 @@ def test_cluster_loses_leader_endpoint_and_majority(daemon, prefix, own_cluster,
     play.finish()
 
 
-def test_black_holed_endpoint_is_left(daemon, prefix, own_etcd, scene):
+def test_black_holed_endpoint_is_left(daemon, prefix, own_etcd, load):
     with Proxy(own_etcd.port) as proxy:
         hosts = f"{proxy.endpoint},{own_etcd.endpoint}"
         running = daemon(*HASTE, etcd=etcd_dsn(hosts, prefix) + HASTY_ETCD)
-        play = scene(own_etcd.endpoint)
-        play.traffic.wait_more(50)
+        play = load(own_etcd.endpoint)
+        play.run(50)
         mark = running.mark()
         proxy.stall()
-        running.wait_log(f"watching .* at {own_etcd.endpoint}", timeout=20, after=mark)
+        running.wait_log(f"watching .* at {own_etcd.endpoint}", after=mark)
         play.wait_flow()
         play.finish()
 
 
-def test_network_of_etcd_fails_under_load(daemon, prefix, own_etcd, scene):
+def test_network_of_etcd_fails_under_load(daemon, prefix, own_etcd, load):
     with Proxy(own_etcd.port) as proxy:
         daemon(*HASTE, etcd=etcd_dsn(proxy.endpoint, prefix) + HASTY_ETCD)
-        assert_survives_network(proxy, scene(own_etcd.endpoint))
+        assert_survives_network(proxy, load(own_etcd.endpoint))
 
 
-def test_network_of_postgres_fails_under_load(daemon, db, scene):
+def test_network_of_postgres_fails_under_load(daemon, db, load):
     host = psycopg2.extensions.parse_dsn(db)
     with Proxy(int(host["port"])) as proxy:
         daemon(*HASTE, postgres=make_dsn(db, host="127.0.0.1", port=proxy.port))
-        assert_survives_network(proxy, scene())
+        assert_survives_network(proxy, load())
 
 
-def assert_survives_network(proxy: Proxy, play: Scene) -> None:
+def assert_survives_network(proxy: Proxy, play: Load) -> None:
     """Cut, stall, refuse, delay and throttle the daemon's connections under load."""
     for fault in (proxy.cut, proxy.cut, proxy.stall, proxy.refuse):
-        play.traffic.wait_more(30)
+        play.run(30)
         fault()
-        play.traffic.wait_more(100)
+        play.run(100)
         proxy.resume()
         play.wait_flow()
     proxy.delay(0.05)
-    play.traffic.wait_more(100)
+    play.run(100)
     proxy.resume()
     proxy.throttle(50_000)
-    play.traffic.wait_more(100)
+    play.run(100)
     proxy.resume()
     play.wait_flow()
     play.finish()
-
-
-def test_network_that_stalls_while_it_catches_up(daemon, db, prefix, etcd, etcd_address, recorder):
-    first = daemon()
-    sent = kill_once_sent(first, db, etcd, "SELECT etcd_set(%s, 'mine')", prefix + "a")
-    etcd.delete(prefix + "a")
-    with Proxy(etcd_port(etcd_address.endpoint)) as proxy:
-        proxy.delay(0.2)
-        daemon(etcd=etcd_dsn(proxy.endpoint, prefix))
-        # the watch is created after 0.4 s; what has passed comes up to 0.1 s later
-        threading.Event().wait(0.43)
-        proxy.stall()
-        threading.Event().wait(3 * etcd_fdw.QUIET_S)
-        proxy.delay(0)
-        proxy.resume()
-        assert outcomes(db, 1) == [("success", sent)]
-    assert etcd.get(prefix + "a") is None
-    assert_same(recorder, db, prefix)
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(300)
-def test_silent_postgres_is_noticed(daemon, db, scene):
-    host = psycopg2.extensions.parse_dsn(db)
-    with Proxy(int(host["port"])) as proxy:
-        dsn = make_dsn(db, host=f"127.0.0.1,{host['host']}", port=f"{proxy.port},{host['port']}")
-        daemon(*HASTE, postgres=dsn)
-        play = scene()
-        play.traffic.wait_more(50)
-        proxy.stall()
-        play.wait_flow(timeout=150)
-        play.finish(timeout=90)
 
 
 @pytest.fixture
@@ -6618,8 +6948,9 @@ def test_etcd_without_space_makes_changes_wait(daemon, db, prefix, small_etcd):
         client.call(client.kv.DeleteRange, request)  # which needs no space
         sql = "SELECT tombstone FROM etcd WHERE key = %s ORDER BY revision DESC LIMIT 1"
         wait_until("the mirror stands still", lambda: scalar(db, sql, prefix + "doomed"))
+        recorder.sync()
         make_room(client)
-        assert assert_outcomes_true(recorder, db) == {"success": 10}
+        assert assert_outcomes(recorder, db) == {"success": 10}
         assert_same(recorder, db, prefix)
         assert running.returncode is None
 
@@ -6662,11 +6993,11 @@ def test_compaction_while_stopped(daemon, db, prefix, own_etcd):
         client.compact(client.revision())
         running = daemon(*HASTE, etcd=dsn)
         running.wait_log(r"copied 3 keys .* \(2 new, 1 deleted\)")
-        assert_holds_what_etcd_holds(client, db, prefix)
+        wait_equal(db, client, prefix)
         gaps = scalar(db, "SELECT gaps::text FROM etcd_sync_state")
         assert gaps == f'{{"[{checkpoint + 1},{client.revision()})"}}'
         client.put(prefix + "after", "1")
-        assert_holds_what_etcd_holds(client, db, prefix)
+        wait_equal(db, client, prefix)
 
 
 def test_what_etcd_has_not_compacted_is_not_skipped(daemon, db, prefix, own_etcd):
@@ -6682,7 +7013,7 @@ def test_what_etcd_has_not_compacted_is_not_skipped(daemon, db, prefix, own_etcd
             client.delete(prefix + "deleted")
             client.compact(compacted)
             daemon(*HASTE, etcd=dsn)
-            assert_holds_what_etcd_holds(client, db, prefix)
+            wait_equal(db, client, prefix)
             recorder.sync()
             mirrored = [event for event in mirror_rows(db, prefix) if event.revision > compacted]
             assert mirrored == recorder.history()
@@ -6703,12 +7034,12 @@ def test_compaction_while_the_prefix_is_quiet(daemon, db, prefix, own_etcd):
         assert_same(recorder, db, prefix)
         for n in range(50):
             client.put(f"elsewhere/{n}", "1")
-        client.compact(client.revision())
+        client.compact(recorder.sync())
         client.delete(prefix + "a")
         assert_same(recorder, db, prefix)  # the watch goes on
         for n in range(50):
             client.put(f"elsewhere/{n}", "2")
-        client.compact(client.revision())
+        client.compact(recorder.sync())
         running.kill()
         daemon(*HASTE, etcd=dsn)  # copies again, which finds nothing
         client.put(prefix + "b", "2")
@@ -6727,24 +7058,24 @@ def test_compaction_while_it_copies(daemon, db, prefix, own_etcd):
         client.compact(client.revision())
         proxy.resume()
         running.wait_log("watching")
-        assert_holds_what_etcd_holds(client, db, prefix)
+        wait_equal(db, client, prefix)
         print(running.log())
 
 
-def test_compactions_and_kills_under_load(daemon, db, prefix, own_etcd, scene):
+def test_compactions_and_kills_under_load(daemon, db, prefix, own_etcd, load):
     dsn = etcd_dsn(own_etcd.endpoint, prefix)
     running = daemon(*HASTE, etcd=dsn)
-    play = scene(own_etcd.endpoint)
+    play = load(own_etcd.endpoint)
     for turn in range(6):
-        play.traffic.wait_more(40)
+        play.run(40)
         if turn % 2:
             running.kill()
-            play.traffic.wait_more(20)
-        play.client.compact(play.client.revision())
+            play.run(20)
+        play.compact()
         if turn % 2:
             running = daemon(*HASTE, etcd=dsn)
     play.wait_flow()
-    play.finish_with_gaps()
+    play.finish(gaps=True)
 
 
 def test_resync_that_another_instance_has_done_meanwhile(daemon, command, db, prefix, own_etcd):
@@ -6755,16 +7086,26 @@ def test_resync_that_another_instance_has_done_meanwhile(daemon, command, db, pr
         client.put(prefix + "a", "2")
         compacted = client.put(prefix + "a", "3")
         client.compact(compacted)
-        waiting = daemon("--retry-initial=9s", "--retry-max=9s", etcd=dsn, ready=False)
-        waiting.wait_log("copying again")
-        wait_until("its session goes on", lambda: scalar(db, SESSIONS) is None)
-        waiting.pause()  # it may wait for much less than 9 s, and sync take longer
-        mark = waiting.mark()
-        client.put(prefix + "a", "4")
-        assert command("sync", etcd=dsn).returncode == 0
-        waiting.resume()
-        waiting.wait_log("watching", after=mark, timeout=20)
-        assert "copied" not in waiting.log()
+        port = int(psycopg2.extensions.parse_dsn(db)["port"])
+        with Proxy(own_etcd.port) as to_etcd, Proxy(port) as to_postgres:
+            to_etcd.stall()
+            waiting = daemon(
+                *HASTE,
+                postgres=make_dsn(db, host="127.0.0.1", port=to_postgres.port),
+                etcd=etcd_dsn(to_etcd.endpoint, prefix) + "?dial_timeout=80s",
+                ready=False,
+            )
+            wait_until("it has no session", lambda: scalar(db, SESSIONS))
+            to_postgres.black_hole()  # for the next session
+            to_etcd.resume()
+            waiting.wait_log("copying again")
+            wait_until("its session goes on", lambda: scalar(db, SESSIONS) is None)
+            client.put(prefix + "a", "4")
+            assert command("sync", etcd=dsn).returncode == 0
+            to_postgres.resume()
+            to_postgres.cut()
+            waiting.wait_log("watching")
+            assert "copied" not in waiting.log()
 
 
 # ─ another timeline ─
@@ -6810,9 +7151,9 @@ def change_after_backup(client: EtcdClient, prefix: str, how: str) -> None:
         client.put(prefix + "a", "2")
 
 
-@pytest.mark.parametrize("passed", [False, True], ids=["behind", "passed"])
+@pytest.mark.parametrize("where", ["behind", "passed", "compacted"])
 @pytest.mark.parametrize("how", ["put", "delete", "create and delete"])
-def test_etcd_restored_from_a_backup(daemon, db, prefix, own_etcd, tmp_path, how, passed):
+def test_etcd_restored_from_a_backup(daemon, db, prefix, own_etcd, tmp_path, how, where):
     dsn = etcd_dsn(own_etcd.endpoint, prefix)
     with EtcdClient(own_etcd.endpoint) as client:
         client.put(prefix + "a", "1")
@@ -6828,8 +7169,10 @@ def test_etcd_restored_from_a_backup(daemon, db, prefix, own_etcd, tmp_path, how
         restore(own_etcd, tmp_path / "backup")
         own_etcd.start()
     with EtcdClient(own_etcd.endpoint) as client:  # the connection of the other may look alive
-        while passed and client.revision() <= checkpoint:
+        while where != "behind" and client.revision() < checkpoint + 5:
             client.put(prefix + "b", "other")
+        if where == "compacted":
+            client.compact(client.revision())
     assert_refused(daemon, db, dsn, prefix)
 
 
@@ -6860,37 +7203,6 @@ def test_etcd_restored_while_the_daemon_runs(daemon, db, prefix, own_etcd, tmp_p
     assert len(mirror_rows(db, prefix)) == 2
 
 
-def test_restored_and_compacted_beyond_the_checkpoint(daemon, db, prefix, own_etcd, tmp_path):
-    dsn = etcd_dsn(own_etcd.endpoint, prefix)
-    with EtcdClient(own_etcd.endpoint) as client:
-        client.put(prefix + "a", "1")
-        client.snapshot(tmp_path / "backup")
-        running = daemon(etcd=dsn)
-        revision = client.put(prefix + "a", "2")
-        wait_until("the put did not arrive", lambda: len(mirror_rows(db, prefix)) == 2)
-        running.stop()
-        own_etcd.stop()
-    restore(own_etcd, tmp_path / "backup")
-    own_etcd.start()
-    with EtcdClient(own_etcd.endpoint) as client:  # the other one's connection is gone
-        while client.revision() < revision + 5:
-            client.put(prefix + "b", "1")
-        client.compact(client.revision())
-    assert_refused(daemon, db, dsn, prefix)
-
-
-def test_another_cluster_at_the_same_address(daemon, db, prefix, own_etcd):
-    dsn = etcd_dsn(own_etcd.endpoint, prefix)
-    with EtcdClient(own_etcd.endpoint) as client:
-        client.put(prefix + "a", "1")
-        daemon(etcd=dsn).stop()
-    own_etcd.stop()
-    shutil.rmtree(own_etcd.data_dir)
-    own_etcd.args += ["--initial-cluster-token", "another"]
-    own_etcd.start()
-    assert_refused(daemon, db, dsn, prefix)
-
-
 # ─ much at once ─
 
 
@@ -6904,7 +7216,7 @@ def test_catch_up_of_large_values_with_slow_postgres(daemon, db, prefix, own_etc
                 client.put(f"{prefix}{n % 20}", str(n) * 700_000)
             proxy.throttle(30_000_000)
             running = daemon(etcd=dsn, postgres=make_dsn(db, host="127.0.0.1", port=proxy.port))
-            assert_same(recorder, db, prefix, timeout=30)
+            assert_same(recorder, db, prefix)
             print(f"peak: {peak_mib(running.pid):.0f} MiB")
             assert peak_mib(running.pid) < 250
 
@@ -6913,10 +7225,10 @@ def test_large_changes_wait_for_etcd_not_in_memory(daemon, db, prefix, own_etcd)
     dsn = etcd_dsn(own_etcd.endpoint, prefix)
     daemon(etcd=dsn).stop()
     sql = "SELECT etcd_set(%s || n %% 20, repeat(n::text, 350000)) FROM generate_series(10, 69) n"
-    with closing(connect(db)) as conn, conn.cursor() as cur:
+    with session(db) as cur:
         cur.execute(sql, (prefix,))
     running = daemon(etcd=dsn)
-    wait_answered(db, timeout=60)
+    wait_settled(db)
     print(f"peak: {peak_mib(running.pid):.0f} MiB")
     assert peak_mib(running.pid) < 250
     assert {row.status for row in wal_rows(db)} == {"success"}
@@ -6943,49 +7255,13 @@ def assert_catches_up(daemon, db, prefix, own_etcd, count: int) -> None:
             for n in range(40):  # responses far above gRPC's 4 MiB
                 client.put(f"{prefix}large/{n}", "x" * 500_000)
             running = daemon(etcd=dsn)
-            assert_same(recorder, db, prefix, timeout=60)
+            assert_same(recorder, db, prefix)
             print(f"peak: {peak_mib(running.pid):.0f} MiB")
             assert peak_mib(running.pid) < 250
 
 
 def test_catches_up_with_many_revisions(daemon, db, prefix, own_etcd):
     assert_catches_up(daemon, db, prefix, own_etcd, 5_000)
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(300)
-def test_silence_of_an_etcd_that_reads_what_it_has_to_tell(daemon, db, prefix, own_etcd):
-    dsn = etcd_dsn(own_etcd.endpoint, prefix)
-    with EtcdClient(own_etcd.endpoint) as client:
-        first = daemon(etcd=dsn)
-        kill_once_sent(first, db, client, "SELECT etcd_set(%s, 'mine')", prefix + "k")
-        client.delete(prefix + "k")
-        for _ in range(16000):
-            client.txn([client.put_op(f"{prefix}other/{i}", "x" * 64) for i in range(100)])
-        daemon(etcd=dsn)
-        finished = "SELECT count(*) FROM etcd_wal WHERE status <> 'pending'"
-        wait_until("the change stays pending", lambda: scalar(db, finished), 120)
-        assert client.get(prefix + "k") is None
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(300)
-def test_sync_waits_for_deletions_that_etcd_is_slow_to_tell(command, daemon, db, prefix, own_etcd):
-    dsn = etcd_dsn(own_etcd.endpoint, prefix)
-    with EtcdClient(own_etcd.endpoint) as client:
-        client.put(prefix + "a", "1")
-        daemon(etcd=dsn).stop()
-        for _ in range(9000):
-            client.txn([client.put_op(f"{prefix}other/{i}", "x" * 64) for i in range(100)])
-        client.delete(prefix, prefix=True)
-        assert command("sync", etcd=dsn).returncode == 0
-        assert scalar(db, "SELECT revision FROM etcd_sync_state") == client.revision()
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(300)
-def test_catches_up_with_100_000_revisions(daemon, db, prefix, own_etcd):
-    assert_catches_up(daemon, db, prefix, own_etcd, 100_000)
 
 
 # ─ the clock ─
@@ -7016,13 +7292,13 @@ def fake_clock(servers_directory) -> tuple[Path, dict[str, str]]:
     return clock, env
 
 
-def test_clock_steps_do_not_matter(daemon, scene, fake_clock):
+def test_clock_steps_do_not_matter(daemon, load, fake_clock):
     clock, env = fake_clock
     running = daemon(*HASTE, env=env)
-    play = scene()
+    play = load()
     for step in ("+400d", "-400d"):
         clock.write_text(step)
-        play.traffic.wait_more(50)
+        play.run(50)
         play.wait_flow()
     play.finish()
     assert "retrying" not in running.log()
@@ -7061,8 +7337,7 @@ def test_like_changes_after_a_crash_and_a_clock_set_back(daemon, prefix, etcd, f
     running = daemon(*HASTE, postgres=db)
     sent = kill_once_sent(running, db, etcd, insert, key)
     rows(db, insert, key)
-    with closing(connect(db)) as conn, conn.cursor() as cur:
-        cur.execute("BEGIN; SELECT FROM etcd_wal FOR UPDATE")
+    with session(db, "BEGIN; SELECT FROM etcd_wal FOR UPDATE"):
         running = daemon(*HASTE, postgres=db)
         wait_until("no outcome is due", lambda: daemon_waits_on(db, "transactionid"))
         running.kill()
@@ -7072,105 +7347,6 @@ def test_like_changes_after_a_crash_and_a_clock_set_back(daemon, prefix, etcd, f
 
 
 # ── faults: PostgreSQL ───────────────────────────────────────────────────────
-
-FAST = ("--retry-initial", "50ms", "--retry-max", "200ms", "--poll-interval", "500ms")
-
-
-class Load:
-    """Changes some keys of a prefix from both sides until it ends, whatever the servers do.
-
-    Every value is written once, so that what etcd tells can be held against etcd_wal.
-    """
-
-    def __init__(self, db: str, endpoint: str, prefix: str) -> None:
-        self.db, self.endpoint, self.prefix = db, endpoint, prefix
-        self.committed: list[int] = []  # ids of etcd_wal whose commit was confirmed
-        self.puts = 0  # confirmed by etcd
-        self._ended = threading.Event()
-        self._threads = [threading.Thread(target=t, daemon=True) for t in (self._etcd, self._sql)]
-        for thread in self._threads:
-            thread.start()
-
-    def _keys(self) -> Iterator[tuple[int, str]]:
-        for number in itertools.count():
-            if self._ended.wait(0.003):
-                return
-            yield number, f"{self.prefix}{number * 7 % 50}"
-
-    def _etcd(self) -> None:
-        with EtcdClient(self.endpoint, timeout=2) as client:
-            for number, key in self._keys():
-                with suppress(grpc.RpcError):
-                    if number % 10:
-                        client.put(key, f"etcd {number}")
-                        self.puts += 1
-                    else:
-                        client.delete(key)
-
-    def _sql(self) -> None:
-        conn = None
-        for number, key in self._keys():
-            try:
-                conn = conn or connect(self.db)
-                with conn.cursor() as cur:
-                    if number % 10:
-                        sql = "SELECT etcd_set(%s, %s) UNION ALL SELECT etcd_set(%s, %s)"
-                        cur.execute(sql, (key, f"sql {number}a", key + "x", f"sql {number}b"))
-                    else:
-                        cur.execute("SELECT etcd_delete(%s)", (key,))
-                    self.committed += [id_ for (id_,) in cur.fetchall()]
-            except psycopg2.Error:  # try with a new connection; servers may be away
-                if conn is not None:
-                    conn.close()
-                conn = None
-        if conn is not None:
-            conn.close()
-
-    def run(self, changes: int, timeout: float = 20.0) -> None:
-        """Wait until that many more changes were made on each side."""
-        puts, committed = self.puts + changes, len(self.committed) + changes
-        wait_until(
-            "the load makes no progress",
-            lambda: self.puts >= puts and len(self.committed) >= committed,
-            timeout,
-        )
-
-    def close(self) -> None:
-        self._ended.set()
-        for thread in self._threads:
-            thread.join(30)
-
-    def __enter__(self) -> Load:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-
-def assert_settled(load: Load, recorder: Recorder, timeout: float = 20.0) -> None:
-    """The mirror is right row for row, and each change that SQL made ended as etcd tells it did."""
-    load.close()
-
-    def pending() -> int:
-        with suppress(psycopg2.OperationalError):
-            return int(
-                scalar(load.db, "SELECT count(*) FROM etcd_wal WHERE status = 'pending'") or 0
-            )
-        return -1
-
-    wait_until("changes stay pending", lambda: pending() == 0, timeout)
-    assert_same(recorder, load.db, load.prefix, timeout=timeout)
-    wal = rows(load.db, "SELECT id, key, value, status, result_revision FROM etcd_wal")
-    assert set(load.committed) <= {row[0] for row in wal}, "committed changes are gone"
-    assert {row[3] for row in wal} <= {"success", "conflict"}
-    told = recorder.history()
-    values = [(e.key.decode(), (e.value or b"").decode(), e.revision) for e in told]
-    from_sql = {(key, value): r for key, value, r in values if value.startswith("sql ")}
-    assert from_sql, "no change from SQL came through"
-    assert from_sql == {(key, value): r for _, key, value, s, r in wal if value and s == "success"}
-    deletes = {(e.key.decode(), e.revision) for e in told if e.value is None}
-    deleted = [(key, r) for _, key, value, s, r in wal if not value and s == "success" and r]
-    assert set(deleted) <= deletes
 
 
 def crash(server: LocalPostgres) -> None:
@@ -7196,26 +7372,15 @@ def cancel_statements(server: LocalPostgres) -> None:
         rows(server.dsn(), sql)
 
 
-def test_nothing_is_lost_when_postgres_fails_under_load(
-    daemon, own_postgres, etcd_address, recorder, prefix
-):
+def test_nothing_is_lost_when_postgres_fails_under_load(daemon, own_postgres, load):
     started = daemon(*FAST, postgres=own_postgres.dsn())
-    with Load(own_postgres.dsn(), etcd_address.endpoint, prefix) as load:
-        for fault in (LocalPostgres.restart, crash, end_sessions, cancel_statements):
-            load.run(50)
-            fault(own_postgres)
-        load.run(50)
-        assert_settled(load, recorder)
+    play = load(postgres=own_postgres.dsn())
+    for fault in (LocalPostgres.restart, crash, end_sessions, cancel_statements):
+        play.run(50)
+        fault(own_postgres)
+    play.run(50)
+    play.finish()
     assert started.stop() == 0
-
-
-def daemon_waits_on(db: str, event: str) -> bool:
-    """Whether the daemon's session is in that wait event (pg_stat_activity)."""
-    sql = (
-        "SELECT count(*) FROM pg_stat_activity"
-        " WHERE application_name LIKE 'etcd_fdw%%' AND wait_event = %s"
-    )
-    return bool(scalar(db, sql, event))
 
 
 SLOW_INSERT = """
@@ -7240,29 +7405,29 @@ def test_immediate_shutdown_during_copy(daemon, own_postgres, etcd, recorder, pr
 
 
 @contextmanager
-def standby_of(primary: LocalPostgres) -> Iterator[LocalPostgres]:
-    """A streaming standby of a PostgreSQL, made from a copy while that one is stopped."""
-    standby = LocalPostgres()
-    try:
-        primary.stop()
-        shutil.copytree(primary.data_dir, standby.data_dir)
+def streaming_standby(primary: LocalPostgres) -> Iterator[tuple[LocalPostgres, Proxy, str]]:
+    """An asynchronous standby, the network that its stream takes, and a DSN of the two."""
+    primary.stop()
+    with ExitStack() as stack:
+        standby = LocalPostgres()
+        stack.callback(standby.close)
+        stream = stack.enter_context(Proxy(primary.port))
+        subprocess.run(["cp", "-a", primary.data_dir, standby.data_dir], check=True)
         primary.start()
         (standby.data_dir / "standby.signal").touch()
-        with (standby.data_dir / "postgresql.auto.conf").open("a") as settings:
-            settings.write(
-                f"primary_conninfo = 'host=127.0.0.1 port={primary.port} user=postgres'\n"
-            )
-        if account := standby.account:
-            for path in (standby.data_dir, *standby.data_dir.rglob("*")):
-                os.chown(path, account["user"], account["group"])
+        with (standby.data_dir / "postgresql.auto.conf").open("a") as file:
+            file.write(f"primary_conninfo = 'host=127.0.0.1 port={stream.port} user=postgres'\n")
         standby.start()
-        yield standby
-    finally:
-        standby.close()
+        both = f"127.0.0.1:{primary.port},127.0.0.1:{standby.port}"
+        yield (
+            standby,
+            stream,
+            f"postgresql://postgres@{both}/postgres?target_session_attrs=read-write",
+        )
 
 
 def test_status_on_a_standby(daemon, command, own_postgres, prefix):
-    with standby_of(own_postgres) as standby:
+    with streaming_standby(own_postgres) as (standby, _, _):
         one = daemon(postgres=own_postgres.dsn())
         copied = "SELECT 1 FROM etcd_sync_state WHERE heartbeat_at IS NOT NULL"
         wait_until(
@@ -7282,26 +7447,21 @@ def test_status_on_a_standby(daemon, command, own_postgres, prefix):
         assert (done.returncode, done.stdout) == (5, "no instance is active\n")
 
 
-def test_standby_is_promoted(daemon, own_postgres, etcd_address, recorder, prefix):
+def test_standby_is_promoted(daemon, own_postgres, load):
     """With a two-host DSN the daemon follows the role of primary, without a restart."""
     db = own_postgres.dsn()
-    with ExitStack() as stack:
-        standby = stack.enter_context(standby_of(own_postgres))
-        both = (
-            f"postgresql://postgres@127.0.0.1:{standby.port},127.0.0.1:{own_postgres.port}"
-            "/postgres?target_session_attrs=read-write"
-        )
+    with streaming_standby(own_postgres) as (standby, _, both):
         rows(db, "ALTER SYSTEM SET synchronous_standby_names = '*'")
         rows(db, "SELECT pg_reload_conf()")
         started = daemon(*FAST, postgres=both)
-        load = stack.enter_context(Load(both, etcd_address.endpoint, prefix))
-        load.run(100)
+        play = load(postgres=both)
+        play.run(100)
         mark = started.mark()
         own_postgres.kill()
         started.wait_log("retrying in", after=mark)
         rows(standby.dsn(), "SELECT pg_promote()")
-        load.run(100)
-        assert_settled(load, recorder)
+        play.run(100)
+        play.finish()
         assert started.returncode is None
 
 
@@ -7349,8 +7509,7 @@ def test_disk_full(daemon, own_postgres, small_disk, etcd, recorder, prefix):
 
 def test_lock_on_etcd_is_waited_for(daemon, db, etcd, recorder, prefix):
     started = daemon(*FAST)
-    with closing(connect(db)) as conn, conn.cursor() as cur:
-        cur.execute("BEGIN; LOCK TABLE etcd IN EXCLUSIVE MODE")
+    with session(db, "BEGIN; LOCK TABLE etcd IN EXCLUSIVE MODE") as cur:
         etcd.put(prefix + "a", "1")
         wait_until("the daemon does not wait", lambda: daemon_waits_on(db, "relation"))
         cur.execute("COMMIT")
@@ -7361,8 +7520,7 @@ def test_lock_on_etcd_is_waited_for(daemon, db, etcd, recorder, prefix):
 def test_lock_on_etcd_is_not_waited_for_for_ever(daemon, db, etcd, recorder, prefix):
     """Who waits in the lock queue holds up everybody behind: the DBA must get a chance."""
     started = daemon(*FAST, postgres=make_dsn(db, options="-clock_timeout=300ms"))
-    with closing(connect(db)) as conn, conn.cursor() as cur:
-        cur.execute("BEGIN; LOCK TABLE etcd IN EXCLUSIVE MODE")
+    with session(db, "BEGIN; LOCK TABLE etcd IN EXCLUSIVE MODE") as cur:
         etcd.put(prefix + "a", "1")
         started.wait_log(r"WARN .*lock timeout.*retrying")
         cur.execute("COMMIT")
@@ -7371,8 +7529,7 @@ def test_lock_on_etcd_is_not_waited_for_for_ever(daemon, db, etcd, recorder, pre
 
 def test_second_signal_ends_at_once_while_a_lock_is_waited_for(daemon, db, etcd, prefix):
     started = daemon(*FAST)
-    with closing(connect(db)) as conn, conn.cursor() as cur:
-        cur.execute("BEGIN; LOCK TABLE etcd IN EXCLUSIVE MODE")
+    with session(db, "BEGIN; LOCK TABLE etcd IN EXCLUSIVE MODE"):
         etcd.put(prefix + "a", "1")
         wait_until("the daemon does not wait", lambda: daemon_waits_on(db, "relation"))
         started.signal(signal.SIGTERM)
@@ -7395,7 +7552,7 @@ def test_timeouts_set_for_the_role_do_not_apply(daemon, db, etcd, recorder, pref
     for setting in ("statement_timeout", "idle_in_transaction_session_timeout"):
         rows(db, f"ALTER DATABASE {name} SET {setting} = '200ms'")
     started = daemon(*FAST)
-    with closing(connect(db)) as conn, conn.cursor() as cur:
+    with session(db) as cur:
         cur.execute("SET statement_timeout = 0")
         cur.execute(SLOW_INSERT)
     etcd.txn([etcd.put_op(f"{prefix}{n}", "1") for n in range(10)])
@@ -7417,7 +7574,7 @@ def test_crash_of_a_postgres_that_commits_asynchronously(daemon, prefix, etcd):
     with LocalPostgres(["-c", "synchronous_commit=off", "-c", "wal_writer_delay=10s"]) as server:
         db = server.dsn()
         daemon(*FAST, postgres=db)
-        with closing(connect(db)) as conn, conn.cursor() as cur:
+        with session(db) as cur:
             cur.execute("SET synchronous_commit = on")
             cur.execute("INSERT INTO etcd_wal (key, value) VALUES (%s, 'mine')", (prefix + "a",))
         sent = wait_until("nothing was sent", lambda: etcd.get(prefix + "a")).mod_revision
@@ -7513,37 +7670,13 @@ def test_read_only_database_is_waited_for(daemon, db, etcd, recorder, prefix):
     etcd.put(prefix + "a", "1")
     started.wait_log(r"WARN .*read-only transaction \(25006\); retrying")
     assert mirror_rows(db, prefix) == []
-    with closing(connect(db)) as conn, conn.cursor() as cur:
+    with session(db) as cur:
         cur.execute("SET default_transaction_read_only = off")
         cur.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
     assert_same(recorder, db, prefix)
 
 
 # ── faults: the daemon and its peers ─────────────────────────────────────────
-
-
-def assert_killed_at_random(daemon, scene, times: int, seed: int) -> None:
-    """SIGKILL the daemon again and again under load; compare everything in the end."""
-    dice = random.Random(seed)
-    running = daemon(*HASTE)
-    play = scene(seed=seed)
-    for _ in range(times):
-        threading.Event().wait(dice.uniform(0.1, 2.0))  # while it starts, or well into the load
-        running.kill()
-        running = daemon(*HASTE, ready=False)
-    play.wait_flow()
-    statuses = play.finish()
-    print(f"{times} kills: {play.traffic.etcd_changes} etcd changes, SQL changes {dict(statuses)}")
-
-
-def test_killed_at_random_moments(daemon, scene, seed):
-    assert_killed_at_random(daemon, scene, 5, seed)
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(600)
-def test_killed_at_random_moments_50_times(daemon, scene, seed):
-    assert_killed_at_random(daemon, scene, 50, seed)
 
 
 def test_delete_of_nothing_and_what_followed_it_before_a_crash(daemon, db, prefix, etcd, recorder):
@@ -7557,78 +7690,15 @@ def test_delete_of_nothing_and_what_followed_it_before_a_crash(daemon, db, prefi
         wait_until("the key was not deleted", lambda: recorder.history()[-1].revision > made)
         running.kill()
     daemon(*HASTE)
-    assert assert_outcomes_true(recorder, db) == {"success": 3}
+    assert assert_outcomes(recorder, db) == {"success": 3}
 
 
-def test_killed_between_etcd_txn_and_postgres_commit(daemon, db, prefix, etcd, recorder):
-    running = daemon(*HASTE)
-    keys = [f"{prefix}{n}" for n in range(20)]
-    with closing(connect(db)) as conn, conn.cursor() as cur:
-        cur.execute("SELECT etcd_set(k, 'sql-old-' || k) FROM unnest(%s) k", (keys,))
-        wait_answered(db)
-        cur.execute("SELECT etcd_set(k, 'sql-new-' || k) FROM unnest(%s) k", (keys[:10],))
-        with frozen_mirror(db):
-            wait_until("etcd has no change", lambda: etcd.get(keys[0]).version == 2)
-            # deletes and creations too, whose Txn waits behind
-            running.kill()
-        with frozen_mirror(db):
-            pass
-    daemon(*HASTE)
-    assert_same(recorder, db, prefix)
-    assert assert_outcomes_true(recorder, db) == {"success": 30}
-
-
-# sessions of this database that hold the lock of a prefix; that wait for a lock on a table
-ACTIVE_SQL = """
-    SELECT count(*) FROM pg_locks l JOIN pg_database d ON d.oid = l.database
-    WHERE l.locktype = 'advisory' AND l.granted AND d.datname = current_database()
-      AND l.mode = 'ExclusiveLock' AND l.classid <> 2379
-"""
+# the daemon waits for a lock on a table
 WAITING_SQL = """
     SELECT FROM pg_stat_activity
     WHERE datname = current_database() AND wait_event_type = 'Lock'
       AND application_name LIKE 'etcd_fdw active%'
 """
-
-
-@pytest.mark.parametrize("created_anew", [False, True])
-def test_created_then_deleted_while_away_is_not_created_again(
-    daemon, db, prefix, etcd, recorder, created_anew
-):
-    key, running = prefix + "a", daemon(*HASTE)
-    with frozen_mirror(db):
-        rows(db, "INSERT INTO etcd_wal (key, value) VALUES (%s, 'sql')", key)
-        created = wait_until("the key was not created", lambda: etcd.get(key)).mod_revision
-        running.kill()
-    etcd.delete(key)
-    if created_anew:
-        etcd.put(key, "etcd")
-    daemon(*HASTE)
-    assert outcomes(db, 1) == [("success", created)]
-    assert bool(etcd.get(key)) == created_anew
-    assert_same(recorder, db, prefix)
-
-
-def test_same_change_asked_for_twice_succeeds_once(daemon, db, prefix, etcd, recorder):
-    key, running = prefix + "a", daemon(*HASTE)
-    revision = etcd.put(key, "old")
-    wait_until("the put did not arrive", lambda: mirror_rows(db, prefix))
-    with frozen_mirror(db):
-        for _ in range(2):
-            sql = "INSERT INTO etcd_wal (key, value, revision) VALUES (%s, 'sql', %s)"
-            rows(db, sql, key, revision)
-        wait_until("etcd has no change", lambda: etcd.get(key).value == b"sql")
-        running.kill()
-    daemon(*HASTE)
-    assert assert_outcomes_true(recorder, db) == {"success": 1, "conflict": 1}
-
-
-def test_delete_of_nothing_that_was_overtaken_ends(daemon, db, prefix, etcd):
-    daemon(*HASTE).stop()
-    rows(db, "SELECT etcd_delete(%s)", prefix + "a")
-    revision = etcd.put(prefix + "a", "etcd")
-    daemon(*HASTE)
-    assert outcomes(db, 1) == [("conflict", revision)]
 
 
 def test_change_made_on_a_deletion_conflicts(daemon, db, prefix, etcd):
@@ -7642,18 +7712,18 @@ def test_change_made_on_a_deletion_conflicts(daemon, db, prefix, etcd):
     assert [status for status, _ in outcomes(db, 1)] == ["conflict"]
 
 
-def test_overlap_larger_than_a_batch_does_not_stall(daemon, db, prefix, etcd, recorder):
+def test_overlap_larger_than_a_batch_does_not_stall(daemon, db, prefix, etcd, recorder, heartless):
     daemon().stop()
     etcd.txn([etcd.put_op(f"{prefix}{n}", "1") for n in range(5)])
     daemon("--batch-size", "1").stop()
     etcd.put(prefix + "0", "2")
     etcd.put(prefix + "1", "2")
-    daemon("--batch-size", "1")
-    assert_same(recorder, db, prefix, timeout=8)  # well before the heartbeat wakes the loop
+    daemon("--batch-size", "1", script=heartless)
+    assert_same(recorder, db, prefix)
 
 
 def test_killed_while_it_creates_the_schema(daemon, db, prefix, recorder):
-    with closing(connect(db)) as conn, conn.cursor() as cur:
+    with session(db) as cur:
         # something that a statement in the middle of schema.sql has to wait for
         cur.execute("BEGIN; CREATE TABLE etcd_sync_event (n int)")
         running = daemon(*HASTE, ready=False)
@@ -7662,7 +7732,7 @@ def test_killed_while_it_creates_the_schema(daemon, db, prefix, recorder):
         cur.execute("ROLLBACK")
     daemon(*HASTE)
     rows(db, "SELECT etcd_set(%s, 'sql')", prefix + "a")
-    assert assert_outcomes_true(recorder, db) == {"success": 1}
+    assert assert_outcomes(recorder, db) == {"success": 1}
     assert_same(recorder, db, prefix)
 
 
@@ -7681,30 +7751,29 @@ def test_killed_while_it_copies(daemon, db, prefix, etcd, etcd_address, recorder
     assert_same(recorder, db, prefix)
 
 
-def test_standby_takes_over_and_nothing_is_done_twice(daemon, db, prefix, scene):
+def test_standby_takes_over_and_nothing_is_done_twice(daemon, db, prefix, load):
     first = daemon(*HASTE)
     others = [daemon(*HASTE, ready=False) for _ in range(2)]
     for other in others:
         other.wait_log("standing by")
-    play = scene()
-    play.traffic.wait_more(100)
+    play = load()
+    play.run(100)
     for victim in (first, None):
         victim = victim or next(one for one in others if "watching" in one.log())
         victim.kill()
         sql = f"SELECT FROM etcd_sync_state WHERE pid <> {victim.pid}"
         wait_until("nobody took over", partial(rows, db, sql))
-        holders = scalar(db, ACTIVE_SQL)
-        assert holders == 1, holders
+        assert len(lock_holders(db, prefix)) == 1
         play.wait_flow()
     play.finish()
 
 
-def test_killed_while_it_takes_over(daemon, db, scene):
+def test_killed_while_it_takes_over(daemon, db, load):
     first, second, third = daemon(*HASTE), *(daemon(*HASTE, ready=False) for _ in range(2))
     second.wait_log("standing by")
     third.wait_log("standing by")
-    play = scene()
-    play.traffic.wait_more(50)
+    play = load()
+    play.run(50)
     with frozen_mirror(db):
         first.kill()
         wait_until("nobody takes over", lambda: rows(db, WAITING_SQL))
@@ -7720,7 +7789,7 @@ def test_two_prefixes_side_by_side(daemon, db, prefix, etcd, etcd_address, recor
     for n in range(20):
         etcd.put(f"{prefix}{'ab'[n % 2]}/etcd/{n}", str(n))
         rows(db, "SELECT etcd_set(%s, %s)", f"{prefix}{'ab'[n % 2]}/sql/{n}", f"sql-{n}")
-    assert assert_outcomes_true(recorder, db) == {"success": 20}
+    assert assert_outcomes(recorder, db) == {"success": 20}
     assert_same(recorder, db, prefix)
 
 
@@ -7744,7 +7813,7 @@ def network(own_etcd: LocalEtcd) -> Iterator[Proxy]:
 def txns_answered(server: LocalEtcd) -> float:
     """How many Txns etcd has answered, those of clients that are gone among them."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(f"{server.health_url}/metrics", timeout=5) as answer:
+    with opener.open(f"{server.health_url}/metrics", timeout=WAIT_S) as answer:
         text = answer.read().decode()
     return sum(
         sample.value
@@ -7768,14 +7837,6 @@ def deliver(proxy: Proxy, server: LocalEtcd) -> None:
     wait_until("nothing arrived", lambda: txns_answered(server) > before)
 
 
-def became(db: str, key: str, timeout: float = 20.0) -> tuple[str, int | None]:
-    """Wait until the one change to a key is done; return (status, result_revision)."""
-    sql = "SELECT status, result_revision FROM etcd_wal WHERE key = %s AND status <> 'pending'"
-    found = wait_until(f"the change to {key} is pending", lambda: rows(db, sql, key), timeout)
-    status, revision = found[0]
-    return status, revision
-
-
 def apply_change(db: str, key: str) -> None:
     """Have the daemon apply a change; after that it has all that it needs to send the next."""
     rows(db, "SELECT etcd_set(%s, 'first')", key)
@@ -7790,32 +7851,23 @@ def in_transactions_of_their_own(db: str, insert: str) -> None:
 SET = "SELECT etcd_set(%s, 'mine')"
 
 
-def test_create_that_arrives_late_after_another_applied_it(
-    daemon, db, prefix, own_etcd, own_client, network
+@pytest.mark.parametrize("meanwhile", ["another applies it", "conflict", "reset"])
+def test_create_that_arrives_late(
+    daemon, command, db, prefix, own_etcd, own_client, network, meanwhile
 ):
-    key = prefix + "a"
+    key, dsn = prefix + "a", etcd_dsn(own_etcd.endpoint, prefix)
     first = daemon(*HASTE, etcd=etcd_dsn(network.endpoint, prefix))
     apply_change(db, prefix + "first")
     keep_back(network, db, SET, key)
     first.kill()
-    daemon(*HASTE, etcd=etcd_dsn(own_etcd.endpoint, prefix))
-    assert became(db, key) == ("success", own_client.get(key).mod_revision)
-    own_client.delete(key)
-    deliver(network, own_etcd)
-    assert own_client.get(key) is None
-
-
-def test_create_that_arrives_late_after_it_was_a_conflict(
-    daemon, db, prefix, own_etcd, own_client, network
-):
-    key = prefix + "a"
-    first = daemon(*HASTE, etcd=etcd_dsn(network.endpoint, prefix))
-    apply_change(db, prefix + "first")
-    keep_back(network, db, SET, key)
-    first.kill()
-    theirs = own_client.put(key, "theirs")
-    daemon(*HASTE, etcd=etcd_dsn(own_etcd.endpoint, prefix))
-    assert became(db, key) == ("conflict", theirs)
+    theirs = own_client.put(key, "theirs") if meanwhile == "conflict" else 0
+    if meanwhile == "reset":
+        done = command("sync", "--reset", "--yes", etcd=dsn)
+        assert done.returncode == 0, done.stderr
+    daemon(*HASTE, etcd=dsn)
+    ended = became(db, key)
+    held_now = own_client.get(key).mod_revision
+    assert ended == (("conflict", theirs) if theirs else ("success", held_now))
     own_client.delete(key)
     deliver(network, own_etcd)
     assert own_client.get(key) is None
@@ -7836,8 +7888,9 @@ def test_instance_that_thaws_sends_nothing_more(daemon, db, prefix, own_etcd, ow
         first.pause()
         network.resume()
         to_postgres.stall()
-        rows(db, "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE " + HOLDS_THE_LOCK)
-        wait_answered(db, timeout=60)
+        for pid in lock_holders(db, prefix):
+            rows(db, "SELECT pg_terminate_backend(%s)", pid)
+        wait_settled(db)
         assert {row.status for row in wal_rows(db)} == {"success"}
         own_client.delete(prefix, prefix=True)
         before, mark = txns_answered(own_etcd), first.mark()
@@ -7849,17 +7902,11 @@ def test_instance_that_thaws_sends_nothing_more(daemon, db, prefix, own_etcd, ow
         assert own_client.range(prefix).count == 0
 
 
-HOLDS_THE_LOCK = """
-    locktype = 'advisory' AND granted AND mode = 'ExclusiveLock' AND classid <> 2379
-    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-"""
-
-
 def test_bytes_that_stalled_beyond_the_timeout_arrive_late(
     daemon, db, prefix, own_etcd, own_client, network
 ):
     key = prefix + "a"
-    daemon(*HASTE, etcd=etcd_dsn(network.endpoint, prefix) + "?request_timeout=1s")
+    daemon(*HASTE, etcd=etcd_dsn(network.endpoint, prefix) + "?request_timeout=3s")
     apply_change(db, prefix + "first")
     keep_back(network, db, SET, key)
     assert became(db, key) == ("success", own_client.get(key).mod_revision)  # by new connections
@@ -7873,7 +7920,7 @@ def test_change_that_a_frozen_follower_got_before_it_thaws(daemon, db, prefix, o
     key = prefix + "a"
     with EtcdClient(leader.endpoint) as client, Proxy(follower.port) as proxy:
         hosts = f"{proxy.endpoint},{leader.endpoint}"
-        daemon(*HASTE, etcd=etcd_dsn(hosts, prefix) + "?dial_timeout=1s&request_timeout=1s")
+        daemon(*HASTE, etcd=etcd_dsn(hosts, prefix) + "?dial_timeout=2s&request_timeout=3s")
         apply_change(db, prefix + "first")
         before = txns_answered(follower)
         follower.pause()
@@ -7920,19 +7967,14 @@ def test_lost_answer_behind_much_that_others_did(daemon, db, prefix):
             client.txn([client.put_op(f"_other/{n}", "") for n in range(20_000)])
         with slowed(server):
             daemon(etcd=dsn)
-            assert became(db, key, 60) == ("success", sent)
+            assert became(db, key) == ("success", sent)
         assert client.get(key) is None
 
 
 def test_lost_answer_to_an_update_that_etcd_has_compacted(daemon, db, prefix, own_etcd, own_client):
     key, dsn = prefix + "a", etcd_dsn(own_etcd.endpoint, prefix)
     own_client.put(key, "old")
-    first = daemon(etcd=dsn)
-    with frozen_mirror(db):
-        rows(db, SET, key)
-        wait_until("nothing was sent", lambda: own_client.get(key).value == b"mine")
-        sent = own_client.get(key).mod_revision
-        first.kill()
+    sent = kill_once_sent(daemon(etcd=dsn), db, own_client, SET, key)
     own_client.put(key, "theirs")
     own_client.compact(own_client.revision())
     daemon(etcd=dsn)
@@ -7954,28 +7996,6 @@ def test_like_value_of_others_is_no_success(daemon, db, prefix, own_etcd, own_cl
     assert became(db, key) == ("conflict", like)
     deliver(network, own_etcd)
     assert own_client.get(key).mod_revision == like
-
-
-@contextmanager
-def streaming_standby(primary: LocalPostgres) -> Iterator[tuple[LocalPostgres, Proxy, str]]:
-    """An asynchronous standby, the network that its stream takes, and a DSN of the two."""
-    primary.stop()
-    with ExitStack() as stack:
-        standby = LocalPostgres()
-        stack.callback(standby.close)
-        stream = stack.enter_context(Proxy(primary.port))
-        subprocess.run(["cp", "-a", primary.data_dir, standby.data_dir], check=True)
-        primary.start()
-        (standby.data_dir / "standby.signal").touch()
-        with (standby.data_dir / "postgresql.auto.conf").open("a") as file:
-            file.write(f"primary_conninfo = 'host=127.0.0.1 port={stream.port} user=postgres'\n")
-        standby.start()
-        both = f"127.0.0.1:{primary.port},127.0.0.1:{standby.port}"
-        yield (
-            standby,
-            stream,
-            f"postgresql://postgres@{both}/postgres?target_session_attrs=read-write",
-        )
 
 
 def wait_replicated(primary: LocalPostgres, standby: LocalPostgres) -> None:
@@ -8008,17 +8028,6 @@ def test_failover_to_a_standby_that_lacks_the_outcome(daemon, prefix, own_postgr
         assert etcd.get(key) is None
 
 
-def assert_each_is_one_event(recorder: Recorder, *dbs: str) -> None:
-    """Every change in these databases is a success, and one event at its revision."""
-    recorder.sync()
-    told = collections.defaultdict(list)
-    for event in recorder.history():
-        told[event.value].append(event[:2])
-    for row in (row for db in dbs for row in wal_rows(db, recorder.prefix.decode())):
-        assert row.status == "success", row
-        assert told[row.value] == [(row.result_revision, row.key)], row
-
-
 def test_ids_used_again_after_a_failover_are_other_changes(
     daemon, prefix, own_postgres, etcd, recorder
 ):
@@ -8033,29 +8042,28 @@ def test_ids_used_again_after_a_failover_are_other_changes(
         stream.stall()
         in_transactions_of_their_own(db, insert.format(prefix, "lost"))
         running = daemon(*FAST, postgres=both)
-        wait_answered(db)
+        wait_settled(db)
         lost = {(row.id, row.txid) for row in wal_rows(db)}
         etcd.delete(prefix, prefix=True)
         running.pause()
         fail_over(own_postgres, standby)
-        in_transactions_of_their_own(standby.dsn(), insert.format(prefix, "new"))
+        in_transactions_of_their_own(standby.dsn(), insert.format(prefix, "sql"))
         assert {(row.id, row.txid) for row in wal_rows(standby.dsn())} == lost
         running.resume()
-        wait_answered(standby.dsn())
-        assert_each_is_one_event(recorder, standby.dsn())
+        assert assert_outcomes(recorder, standby.dsn()) == {"success": 100}
 
 
 KILLS = int(os.environ.get("ETCD_FDW_TEST_KILLS", "20"))
 
 
-def assert_exact_after_kills(daemon, prefix, own_etcd, network, scene, times: int) -> None:
+@pytest.mark.timeout(300 + 10 * KILLS)
+def test_killed_at_random_moments_with_late_bytes(daemon, prefix, own_etcd, network, load, seed):
     """SIGKILL the daemon again and again under load; some of what it sent arrives late."""
-    dice = random.Random(seed := random.randrange(10**6))
-    print(f"seed {seed}")
+    dice = random.Random(seed)
     start = partial(daemon, *HASTE, etcd=etcd_dsn(network.endpoint, prefix) + HASTY_ETCD)
     running, late = start(), 0
-    play = scene(own_etcd.endpoint, seed=seed)
-    for _ in range(times):
+    play = load(own_etcd.endpoint, seed=seed)
+    for _ in range(KILLS):
         threading.Event().wait(dice.uniform(0.1, 1.5))  # while it starts, or well into the load
         if dice.random() < 0.5:
             late += bool(network.held)
@@ -8066,44 +8074,334 @@ def assert_exact_after_kills(daemon, prefix, own_etcd, network, scene, times: in
             threading.Event().wait(dice.uniform(0.0, 0.2))
         running.kill()
         running = start(ready=False)
-    play.wait_flow(timeout=60)
+    play.wait_flow()
     network.release()
-    play.wait_flow(timeout=60)
-    statuses = play.finish(timeout=60)
-    print(f"{times} kills, {late} with late bytes, SQL changes {dict(statuses)}; differences: 0")
-
-
-@pytest.mark.timeout(300)
-def test_killed_at_random_moments_with_late_bytes(daemon, prefix, own_etcd, network, scene):
-    assert_exact_after_kills(daemon, prefix, own_etcd, network, scene, KILLS)
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(1200)
-def test_killed_at_random_moments_with_late_bytes_200_times(
-    daemon, prefix, own_etcd, network, scene
-):
-    assert_exact_after_kills(daemon, prefix, own_etcd, network, scene, 200)
+    play.wait_flow()
+    print(f"{KILLS} kills, {late} with late bytes, SQL changes {dict(play.finish())}")
 
 
 def test_backlog_of_refused_changes_shrinks_although_it_is_killed(
     daemon, db, prefix, own_etcd, own_client
 ):
-    dsn, pending = etcd_dsn(own_etcd.endpoint, prefix), "SELECT count(*) FROM etcd_wal WHERE "
+    dsn = etcd_dsn(own_etcd.endpoint, prefix)
+    pending = "SELECT count(*) FROM etcd_wal WHERE status = 'pending'"
     daemon(*HASTE, etcd=dsn).stop()
     values = f"'{prefix}' || n %% 10, n, 1 + n %% 1000"
     insert = f"INSERT INTO etcd_wal (key, value, revision) VALUES ({values});".replace("%%", "%")
-    in_transactions_of_their_own(db, f"FOR n IN 1..8000 LOOP {insert}")
-    left = [8000]
+    in_transactions_of_their_own(db, f"FOR n IN 1..3000 LOOP {insert}")
+    left = [3000]
     while left[-1]:
         own_client.put("_elsewhere", "")
-        running = daemon(*HASTE, etcd=dsn)
-        threading.Event().wait(1)
+        running = daemon(*HASTE, "--batch-size=1000", etcd=dsn)
+        wait_until("it does not shrink", lambda: scalar(db, pending) < left[-1])
         running.kill()
-        left.append(scalar(db, pending + "status = 'pending'"))
-        assert left[-1] < left[-2] or not left[-1], left
-    assert len(left) > 2, f"that was no backlog: {left}"
+        left.append(scalar(db, pending))
+    print(f"left after each kill: {left}")
     assert own_client.range(prefix).count == 0
+
+
+# ─ leases ─
+
+
+def ask(db: str, key: str, value: str | None = "mine", **columns: Any) -> int:
+    """Insert a change with more columns, such as ttl or force; return its id."""
+    given = {"key": key, "value": value, **columns}
+    sql = f"INSERT INTO etcd_wal ({', '.join(given)}) VALUES %s RETURNING id"
+    return int(scalar(db, sql, tuple(given.values())))
+
+
+def granted_ttl(client: EtcdClient, lease: int) -> int:
+    request = etcdrpc.LeaseTimeToLiveRequest(ID=lease)
+    return int(client.call(client.leases.LeaseTimeToLive, request).grantedTTL)
+
+
+def test_key_with_a_ttl_expires_and_becomes_a_tombstone(daemon, db, prefix, etcd, recorder):
+    daemon()
+    key = prefix + "a"
+    status, revision, _ = outcome(db, ask(db, key, ttl="1 second"))
+    assert status == "success"
+    wait_until("it does not expire", lambda: etcd.get(key) is None)
+    assert_same(recorder, db, prefix)
+    sql = "SELECT revision, tombstone FROM etcd WHERE key = %s ORDER BY revision"
+    put, expired = rows(db, sql, key)
+    assert put == (revision, False)
+    assert expired[1]
+
+
+def test_changes_of_one_transaction_with_the_same_ttl_share_a_lease(daemon, db, prefix, etcd):
+    daemon()
+    insert = """
+        INSERT INTO etcd_wal (key, value, ttl)
+        SELECT %s || i, 'x', (ARRAY['299.2 seconds', '10 minutes', NULL])[1 + i %% 3]::interval
+        FROM generate_series(1, 9) i
+    """
+    for number in range(2):
+        rows(db, insert, f"{prefix}{number}/")
+    assert wait_settled(db) == ["success"] * 18
+    found = collections.Counter(kv.lease for kv in etcd.range(prefix).kvs)
+    assert found.pop(0) == 6
+    assert sorted(found.values()) == [3, 3, 3, 3]
+    assert sorted(granted_ttl(etcd, lease) for lease in found) == [300, 300, 600, 600]
+
+
+def test_lease_is_renewed_kept_and_taken_off(daemon, db, prefix, etcd):
+    daemon()
+    key = prefix + "a"
+    revision: int | None = None
+
+    def lease_after(ttl: str | None) -> int:
+        nonlocal revision
+        status, revision, _ = outcome(db, ask(db, key, revision=revision, ttl=ttl))
+        assert status == "success"
+        return int(etcd.get(key).lease)
+
+    first = lease_after("5 minutes")
+    assert first
+    assert lease_after(None) == first
+    renewed = lease_after("5 minutes")
+    assert renewed not in (0, first)
+    assert lease_after("0") == 0
+    assert lease_after(None) == 0
+
+
+def test_lease_of_a_key_that_a_transaction_changes_more_than_once(daemon, db, prefix, etcd):
+    daemon()
+    insert = "INSERT INTO etcd_wal (key, value, ttl) VALUES "
+    kept, gone = prefix + "kept", prefix + "gone"
+    rows(db, insert + "(%s, '1', '1 hour'), (%s, '2', null)", kept, kept)
+    rows(db, insert + "(%s, '1', '1 hour'), (%s, null, null), (%s, '2', null)", *[gone] * 3)
+    assert wait_settled(db) == ["success"] * 5
+    assert etcd.get(kept).lease
+    assert etcd.get(gone).lease == 0
+
+
+@pytest.mark.parametrize("ttl", ["-1 second", "300 years"])
+def test_ttl_that_etcd_has_no_lease_for_fails(daemon, db, prefix, etcd, ttl):
+    daemon()
+    status, revision, message = outcome(db, ask(db, prefix + "a", ttl=ttl))
+    assert (status, revision) == ("failed", None)
+    assert message is not None and "ttl" in message
+    assert etcd.get(prefix + "a") is None
+    apply_change(db, prefix + "b")
+
+
+def slow_grant(network: Proxy, db: str, client: EtcdClient, key: str) -> int:
+    """Ask for a change with a ttl; return its lease, of which the daemon does not know yet."""
+    before = leases(client)
+    network.delay(3)
+    ask(db, key, ttl="2 seconds")
+    (lease,) = wait_until("no lease was granted", lambda: leases(client) - before)
+    return lease
+
+
+def test_lease_that_runs_out_on_the_way_is_granted_anew(
+    daemon, db, prefix, own_etcd, own_client, network
+):
+    key = prefix + "a"
+    daemon(etcd=etcd_dsn(network.endpoint, prefix) + "?request_timeout=60s")
+    apply_change(db, prefix + "first")
+    own_client.revoke(slow_grant(network, db, own_client, key))
+    network.resume()
+    status, revision = became(db, key)
+    assert status == "success"
+    recorded = own_client.range(key, revision=revision).kvs
+    assert [kv.mod_revision for kv in recorded] == [revision]
+    assert recorded[0].lease
+
+
+def test_crash_between_grant_and_put_leaves_a_lease_that_expires(
+    daemon, db, prefix, own_etcd, own_client, network
+):
+    key = prefix + "a"
+    first = daemon(etcd=etcd_dsn(network.endpoint, prefix) + "?request_timeout=60s")
+    apply_change(db, prefix + "first")
+    left = slow_grant(network, db, own_client, key)
+    first.kill()
+    assert own_client.get(key) is None
+    daemon(etcd=etcd_dsn(own_etcd.endpoint, prefix))
+    status, revision = became(db, key)
+    assert status == "success"
+    assert own_client.range(key, revision=revision).kvs[0].lease != left
+    wait_until("it does not expire", lambda: left not in leases(own_client))
+
+
+def test_lost_answer_to_a_put_with_a_lease(daemon, db, prefix, own_etcd, own_client):
+    key, dsn = prefix + "a", etcd_dsn(own_etcd.endpoint, prefix)
+    sql = "INSERT INTO etcd_wal (key, value, ttl) VALUES (%s, 'mine', '1 hour')"
+    sent = kill_once_sent(daemon(etcd=dsn), db, own_client, sql, key)
+    lease = own_client.get(key).lease
+    daemon(etcd=dsn)
+    assert became(db, key) == ("success", sent)
+    assert own_client.get(key).lease == lease
+    assert leases(own_client) == {lease}
+
+
+# ─ forced changes ─
+
+
+def forced(db: str, id_: int) -> tuple[str, int | None, int | None]:
+    """Wait until a change is done; return its status, result_revision, replaced_revision."""
+    status, revision, _ = outcome(db, id_)
+    return status, revision, scalar(db, "SELECT replaced_revision FROM etcd_wal WHERE id = %s", id_)
+
+
+def revision_of(client: EtcdClient, key: str) -> int:
+    return int(client.get(key).mod_revision)
+
+
+@pytest.mark.parametrize("login", [False, True], ids=["no login", "login"])
+def test_forced_changes_apply_whatever_etcd_holds(daemon, db, secure_etcd, login):
+    with secure_etcd.enable_auth() if login else EtcdClient(secure_etcd.endpoint) as client:
+        daemon("--audit", "all", etcd=secure_etcd.dsn())
+        theirs = client.put("/t/a", "theirs")
+        change = ask(db, "/t/a", force=True)
+        assert forced(db, change) == ("success", mine := revision_of(client, "/t/a"), theirs)
+        assert client.get("/t/a").value == b"mine"
+        # made on a version that never was
+        stale = ask(db, "/t/a", "again", revision=7_000_000, force=True)
+        assert forced(db, stale) == ("success", revision_of(client, "/t/a"), mine)
+        new = ask(db, "/t/new", revision=5, force=True)
+        assert forced(db, new) == ("success", revision_of(client, "/t/new"), None)
+        there = revision_of(client, "/t/new")
+        status, revision, replaced = forced(db, ask(db, "/t/new", None, force=True))
+        assert (status, replaced) == ("success", there)
+        assert client.get("/t/new") is None
+        assert client.revision() == revision
+        assert forced(db, ask(db, "/t/new", None, force=True)) == ("success", None, None)
+        sql = "SELECT details FROM etcd_sync_event WHERE details ->> 'wal_id' = %s"
+        details = scalar(db, sql, str(change))
+        assert (details["forced"], details["replaced_revision"]) == (True, theirs)
+
+
+@pytest.mark.parametrize("ttl", [None, "0", "1 hour"])
+def test_lease_of_a_key_that_is_overwritten_by_force(daemon, db, prefix, etcd, ttl):
+    daemon()
+    lease = etcd.grant(3600)
+    etcd.put(prefix + "leased", "theirs", lease)
+    etcd.put(prefix + "plain", "theirs")
+    for key in ("leased", "plain", "new"):
+        assert outcome(db, ask(db, prefix + key, ttl=ttl, force=True))[0] == "success"
+    found = [etcd.get(prefix + key).lease for key in ("leased", "plain", "new")]
+    if ttl == "1 hour":
+        assert len({0, lease, *found}) == 5
+    else:
+        assert found == [0 if ttl else lease, 0, 0]
+
+
+def test_strict_change_beats_forced_ones_of_its_transaction(daemon, db, prefix, etcd):
+    daemon()
+    insert = "INSERT INTO etcd_wal (key, value, revision, force) VALUES (%s, %s, %s, %s)"
+    a, b = prefix + "a", prefix + "b"
+    theirs = etcd.put(a, "theirs"), etcd.put(b, "theirs")
+
+    def both(revision: int) -> list[tuple[Any, ...]]:
+        with closing(connect(db)) as conn, conn.cursor() as cur:
+            cur.execute("BEGIN")
+            cur.execute(insert, (a, "mine", 1, True))
+            cur.execute(insert, (b, "mine", revision, False))
+            cur.execute("COMMIT")
+        wait_settled(db)
+        sql = "SELECT status, result_revision, replaced_revision FROM etcd_wal ORDER BY id DESC"
+        return rows(db, sql + " LIMIT 2")[::-1]
+
+    assert both(1) == [("conflict", theirs[1], None)] * 2
+    assert (revision_of(etcd, a), revision_of(etcd, b)) == theirs
+    done = both(theirs[1])
+    mine = revision_of(etcd, a)
+    assert done == [("success", mine, theirs[0]), ("success", mine, None)]
+    assert revision_of(etcd, b) == mine
+
+
+def test_key_is_forced_if_any_of_its_changes_in_the_transaction_is(daemon, db, prefix, etcd):
+    daemon()
+    theirs = etcd.put(prefix + "a", "theirs")
+    insert = "INSERT INTO etcd_wal (key, value, force) VALUES (%s, '1', true), (%s, '2', false)"
+    rows(db, insert, prefix + "a", prefix + "a")
+    assert wait_settled(db) == ["success"] * 2
+    assert etcd.get(prefix + "a").value == b"2"
+    assert rows(db, "SELECT replaced_revision FROM etcd_wal ORDER BY id") == [(theirs,), (None,)]
+
+
+def test_forced_changes_to_a_key_keep_their_order(daemon, db, prefix, etcd, recorder):
+    daemon().stop()
+    theirs = etcd.put(prefix + "a", "theirs")
+    beaten = ask(db, prefix + "a", "beaten")
+    ids = [ask(db, prefix + "a", str(n), depends_on=beaten, force=n != 5) for n in range(10)]
+    daemon()
+    found = [forced(db, id_) for id_ in (beaten, *ids)]
+    assert [status for status, *_ in found] == ["conflict", *["success"] * 5, "conflict"] + [
+        "success"
+    ] * 4
+    applied = [item for item in found if item[0] == "success"]
+    assert [replaced for *_, replaced in applied] == [theirs, *(item[1] for item in applied[:-1])]
+    assert etcd.get(prefix + "a").value == b"9"
+    assert_same(recorder, db, prefix)
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_lost_answer_to_forced_changes(daemon, db, prefix, own_etcd, own_client, compacted):
+    a, b, c = (prefix + name for name in "abc")
+    theirs = [own_client.put(key, "old") for key in (a, b)]
+    dsn = etcd_dsn(own_etcd.endpoint, prefix)
+    first = daemon(*HASTE, etcd=dsn)
+    values = "(%s, 'mine', true), (%s, NULL, true), (%s, NULL, true) RETURNING id"
+    with frozen_mirror(db):
+        insert = "INSERT INTO etcd_wal (key, value, force) VALUES "
+        put, delete, nothing = (i for (i,) in rows(db, insert + values, a, b, c))
+        wait_until("nothing was sent", lambda: own_client.get(a).value == b"mine")
+        sent = revision_of(own_client, a)
+        first.kill()
+    later = own_client.put(a, "theirs")
+    if compacted:
+        own_client.compact(later)
+    daemon(*HASTE, etcd=dsn)
+    assert forced(db, put) == ("success", sent, None if compacted else theirs[0])
+    assert forced(db, delete) == ("success", sent, None if compacted else theirs[1])
+    if not compacted:
+        assert forced(db, nothing) == ("success", None, None)
+    assert outcome(db, nothing)[0] == "success"
+    assert revision_of(own_client, a) == later
+
+
+def test_forced_change_that_arrives_late_undoes_nothing(
+    daemon, db, prefix, own_etcd, own_client, network
+):
+    key = prefix + "a"
+    first = daemon(*HASTE, etcd=etcd_dsn(network.endpoint, prefix))
+    apply_change(db, prefix + "first")
+    keep_back(
+        network, db, "INSERT INTO etcd_wal (key, value, force) VALUES (%s, 'mine', true)", key
+    )
+    first.kill()
+    daemon(*HASTE, etcd=etcd_dsn(own_etcd.endpoint, prefix))
+    assert became(db, key) == ("success", revision_of(own_client, key))
+    theirs = own_client.put(key, "theirs")
+    deliver(network, own_etcd)
+    assert revision_of(own_client, key) == theirs
+
+
+@pytest.mark.parametrize("login", [False, True], ids=["no login", "login"])
+def test_forced_transactions_around_the_largest_size_arrive(daemon, db, secure_etcd, login):
+    """A forced change is a level deeper, which a transaction gives a change for."""
+    limit = 128  # the server's
+    with secure_etcd.enable_auth() if login else EtcdClient(secure_etcd.endpoint) as client:
+        daemon("--max-txn-ops", str(limit), etcd=secure_etcd.dsn()).stop()
+        whole = (limit - 4) // 2 if login else limit - 4
+        sizes = [*range(whole - 2, whole + 3), limit, 3 * limit]
+        insert = """
+            INSERT INTO etcd_wal (key, value, revision, ttl, force)
+            SELECT '/t/' || %s || '/' || n, 'x', 77, (ARRAY['1 hour'::interval])[n %% 3], true
+            FROM generate_series(1, %s) n
+        """
+        for size in sizes:
+            rows(db, insert, size, size)
+        daemon("--max-txn-ops", str(limit), etcd=secure_etcd.dsn())
+        assert wait_settled(db) == ["success"] * sum(sizes)
+        assert client.range("/t/").count == sum(sizes)
+        sql = "SELECT count(*), count(DISTINCT result_revision) FROM etcd_wal GROUP BY txid"
+        assert {count for count, parts in rows(db, sql) if parts == 1} == {
+            size for size in sizes if size <= whole
+        }
 
 
 # ─ who may write what ─
@@ -8148,7 +8446,7 @@ def test_large_change_waits_until_the_receipt_beside_it_is_short(own_etcd):
     with closing(etcd_fdw.Etcd(target, own_etcd.endpoint)) as etcd:
         receipts = etcd_fdw.Receipts(etcd, "mirror")
         unsettled = [etcd_fdw.Sent(1, "1@1," * 15_000, "")]
-        pipeline = etcd_fdw.Pipeline(etcd, etcd_fdw.Waker(), 0, unsettled)
+        pipeline = etcd_fdw.Pipeline(etcd_fdw.Waker(), 0, unsettled)
         row = outbox_row(1, "/x/large", 1, value="x" * 1_560_000)
         change = etcd_fdw.OutboxTransaction([row])
         change.resolve()
@@ -8269,7 +8567,7 @@ def test_change_that_met_the_limit_of_etcds_space_is_applied_once(daemon, db, pr
         EtcdClient(small_etcd.endpoint) as client,
         Recorder(client, prefix, client.revision() + 1) as recorder,
     ):
-        insert = "INSERT INTO etcd_wal (key, value) VALUES (%s, %s || repeat('x', 100000))"
+        insert = "INSERT INTO etcd_wal (key, value) VALUES (%s, 'sql' || %s || repeat('x', 100000))"
         tried = "SELECT status FROM etcd_wal WHERE status <> 'pending' OR retry_count > 0"
         for n in range(1, 100):
             rows(db, insert, f"{prefix}{n}", str(n))
@@ -8280,9 +8578,9 @@ def test_change_that_met_the_limit_of_etcds_space_is_applied_once(daemon, db, pr
             rows(db, insert, f"{prefix}{n}", str(n))
         request = etcdrpc.DeleteRangeRequest(key=prefix.encode(), range_end=prefix_end(prefix))
         assert client.call(client.kv.DeleteRange, request).deleted > 20
+        recorder.sync()
         make_room(client)
-        wait_answered(db, timeout=60)
-        assert_each_is_one_event(recorder, db)
+        assert set(assert_outcomes(recorder, db)) == {"success"}
 
 
 def test_reset_after_a_crash_applies_nothing_again(daemon, command, db, prefix, etcd):
@@ -8294,23 +8592,6 @@ def test_reset_after_a_crash_applies_nothing_again(daemon, command, db, prefix, 
     daemon()
     assert became(db, key) == ("success", sent)
     assert etcd.get(key) is None
-
-
-def test_create_that_arrives_late_after_a_reset(
-    daemon, command, db, prefix, own_etcd, own_client, network
-):
-    key, dsn = prefix + "a", etcd_dsn(own_etcd.endpoint, prefix)
-    first = daemon(*HASTE, etcd=etcd_dsn(network.endpoint, prefix))
-    apply_change(db, prefix + "first")
-    keep_back(network, db, SET, key)
-    first.kill()
-    done = command("sync", "--reset", "--yes", etcd=dsn)
-    assert done.returncode == 0, done.stderr
-    daemon(*HASTE, etcd=dsn)
-    assert became(db, key) == ("success", own_client.get(key).mod_revision)
-    own_client.delete(key)
-    deliver(network, own_etcd)
-    assert own_client.get(key) is None
 
 
 def test_backup_of_etcd_tells_which_pending_changes_it_has(
@@ -8348,6 +8629,7 @@ def copied(postgres_dsn: str, db: str) -> Iterator[Callable[[], str]]:
     name = psycopg2.extensions.parse_dsn(db)["dbname"]
 
     def copy() -> str:
+        close_sessions()
         sessions = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s"
         wait_until("it is in use", lambda: not scalar(postgres_dsn, sessions, name))
         rows(postgres_dsn, f"CREATE DATABASE {name}_copy TEMPLATE {name}")
@@ -8369,7 +8651,7 @@ def test_copy_of_the_database_does_no_harm(daemon, command, db, prefix, copied, 
     def change() -> None:
         turn = next(turns)
         for side, dsn in sides.items():
-            rows(dsn, "SELECT etcd_set(%s, %s)", f"{prefix}{side}/{turn}", f"{side} {turn}")
+            rows(dsn, "SELECT etcd_set(%s, %s)", f"{prefix}{side}/{turn}", f"sql {side} {turn}")
 
     def told() -> bool:
         change()  # each of them hears of the other when it has something to send
@@ -8381,7 +8663,7 @@ def test_copy_of_the_database_does_no_harm(daemon, command, db, prefix, copied, 
             for line in of_one
         )
 
-    wait_until("neither says anything of the other", told, 30)
+    wait_until("neither says anything of the other", told)
     for one in running:
         assert one.stop() == 0
     done = command("sync", "--reset", "--yes", postgres=sides["copy"])
@@ -8389,10 +8671,8 @@ def test_copy_of_the_database_does_no_harm(daemon, command, db, prefix, copied, 
     running = [daemon(*HASTE, postgres=dsn) for dsn in sides.values()]
     for _ in range(20):
         change()
-    for dsn in sides.values():
-        wait_answered(dsn)
+    assert set(assert_outcomes(recorder, *sides.values())) == {"success"}
     assert "ERROR" not in "".join(one.log() for one in running)
-    assert_each_is_one_event(recorder, *sides.values())
 
 
 def dsn_name(dsn: str) -> str:
@@ -8493,10 +8773,6 @@ def tls_dsn(server: LocalEtcd, ca: Path, files: tuple[Path, Path] | None = None)
     """The --etcd-dsn for the prefix /t/."""
     client = f"&cert={files[0]}&key={files[1]}" if files else ""
     return f"etcd://{server.endpoint}/t/?ca={ca}{client}"
-
-
-def arrives(db: str, key: str) -> Callable[[], bool]:
-    return lambda: bool(scalar(db, "SELECT count(*) FROM etcd WHERE key = %s", key))
 
 
 def test_tls_with_client_certificates_that_are_replaced(daemon, db, tmp_path):
@@ -8606,13 +8882,6 @@ def secure_etcd() -> Iterator[SecureEtcd]:
         yield server
 
 
-def wait_status(db: str, change: int, status: str) -> str:
-    """Wait until the change has that status; return its error_message."""
-    sql = "SELECT status = %s, error_message FROM etcd_wal WHERE id = %s"
-    wait_until(f"change {change} is no {status}", lambda: scalar(db, sql, status, change))
-    return str(rows(db, sql, status, change)[0][1])
-
-
 def test_etcd_user_who_may_touch_the_prefix_alone(daemon, db, secure_etcd):
     with secure_etcd.enable_auth() as root:
         for key in ("/s", "/t", "/t/a", "/t0"):
@@ -8684,7 +8953,7 @@ def test_expired_token_is_renewed_in_place(daemon, db):
         next(pages)
 
         message = "the tokens did not expire"
-        wait_until(message, lambda: server.log().count("deleted a simple token") >= 4, 20)
+        wait_until(message, lambda: server.log().count("deleted a simple token") >= 4)
         wait_status(db, scalar(db, "SELECT etcd_set('/t/b', '2')"), "success")
         with EtcdClient(server.endpoint, "fdw", "secret") as client:
             client.put("/t/c", "3")
@@ -8692,12 +8961,6 @@ def test_expired_token_is_renewed_in_place(daemon, db):
         assert scalar(db, SESSIONS) == sessions
         assert "WARN" not in started.log()
         assert sum(len(page.kvs) for page in pages) == 100 - 16
-
-
-SESSIONS = """
-SELECT array_agg((pid, backend_start)::text) FROM pg_stat_activity
-WHERE application_name LIKE 'etcd_fdw%' AND datname = current_database()
-"""
 
 
 def test_auth_is_switched_on_and_the_password_changed_while_running(daemon, db, secure_etcd):
@@ -9032,7 +9295,7 @@ class PatroniMember:
             "etcd3": {"host": etcd.endpoint, **user},
             "restapi": {"listen": self.api, "connect_address": self.api},
             "bootstrap": {
-                "dcs": {"ttl": 5, "loop_wait": 1, "retry_timeout": 2},
+                "dcs": {"ttl": 15, "loop_wait": 2, "retry_timeout": 6},
                 "initdb": [{"encoding": "UTF8"}, {"locale": "C"}, "no-sync"],
             },
             "postgresql": {
@@ -9126,7 +9389,7 @@ def leader_of(members: Sequence[PatroniMember]) -> PatroniMember | None:
     return next((member for member in members if member.ask("primary") == 200), None)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_patroni_cluster_is_mirrored_through_restart_and_failover(
     daemon, db, etcd_address, etcd, patroni
 ):
@@ -9135,27 +9398,27 @@ def test_patroni_cluster_is_mirrored_through_restart_and_failover(
     with Recorder(etcd, prefix, etcd.revision() + 1) as recorder:
         first = daemon(**servers)
         members[0].start()
-        wait_until("Patroni made no cluster", lambda: leader_of(members), 60)
+        wait_until("Patroni made no cluster", lambda: leader_of(members))
         members[1].start()
-        wait_until("pg2 is no replica", lambda: members[1].ask("replica") == 200, 60)
+        wait_until("pg2 is no replica", lambda: members[1].ask("replica") == 200)
 
         first.kill()
         body = {"leader": "pg1", "candidate": "pg2"}
         assert members[0].ask("switchover", body) == 200
-        wait_until("no switchover", lambda: leader_of(members) is members[1], 30)
+        wait_until("no switchover", lambda: leader_of(members) is members[1])
         second = daemon(**servers)
 
-        wait_until("pg1 does not follow", lambda: members[0].ask("replica") == 200, 60)
+        wait_until("pg1 does not follow", lambda: members[0].ask("replica") == 200)
         members[1].kill()  # the lock goes when its lease expires
-        wait_until("no failover", lambda: leader_of(members) is members[0], 30)
+        wait_until("no failover", lambda: leader_of(members) is members[0])
         assert second.stop() == 0
         third = daemon(**servers)
         assert_same(recorder, db, prefix)
         leaders = [row[2] for row in rows(db, LEADERS_SQL, prefix)]
-        assert [name for name, _ in itertools.groupby(leaders)] in (
-            ["pg1", "(nobody)", "pg2", "(nobody)", "pg1"],
-            ["pg1", "pg2", "(nobody)", "pg1"],
-        )
+        told = [e.value for e in recorder.history() if e.key.decode() == prefix + "leader"]
+        assert leaders == [value.decode() if value else "(nobody)" for value in told]
+        inaugurations = iter(leaders)  # in between nobody may lead, or a busy machine elect again
+        assert all(name in inaugurations for name in ("pg1", "pg2", "(nobody)", "pg1"))
         assert third.returncode is None
 
 
@@ -9269,7 +9532,7 @@ def test_demo_shows_everything_and_cleans_up(tmp_path, end):
         os.chmod(home, 0o755)  # PostgreSQL is another user
         demo = Daemon(tmp_path / "demo.log", "demo", env={**environ, "TMPDIR": home})
         try:
-            demo.wait_log("until you press Ctrl-C", timeout=60)
+            demo.wait_log("until you press Ctrl-C")
             shown = demo.log()
             dsn = demo.wait_log(r"psql (\S+)")[1]
             for line in readme_block("demo output").splitlines():
@@ -9287,11 +9550,69 @@ def test_demo_shows_everything_and_cleans_up(tmp_path, end):
 
 
 # ── soak ─────────────────────────────────────────────────────────────────────
+#
+# pytest -m soak: what takes minutes, or as long as you let it.
 
 
-@pytest.mark.soak
+@pytest.mark.timeout(300)
+def test_etcd_paused_for_longer_than_the_defaults(daemon, prefix, own_etcd, load):
+    running = daemon(etcd=etcd_dsn(own_etcd.endpoint, prefix))
+    play = load(own_etcd.endpoint)
+    play.run(100)
+    mark = running.mark()
+    own_etcd.pause()
+    for _ in range(3):
+        running.wait_log(r"WARN .*retrying", after=mark)
+        mark = running.mark()
+    own_etcd.resume()
+    play.wait_flow()
+    play.finish()
+
+
+@pytest.mark.timeout(300)
+def test_silent_etcd_is_noticed_while_idle(daemon, db, prefix, own_etcd):
+    with Proxy(own_etcd.port) as proxy:
+        running = daemon(etcd=f"etcd://{proxy.endpoint},{own_etcd.endpoint}{prefix}")
+        proxy.stall()
+        running.wait_log("watching", after=running.mark())
+        with EtcdClient(own_etcd.endpoint) as client:
+            client.put(prefix + "a", "1")
+        wait_until("the put did not arrive", lambda: mirror_rows(db, prefix))
+
+
+@pytest.mark.timeout(300)
+def test_silent_postgres_is_noticed(daemon, db, load):
+    host = psycopg2.extensions.parse_dsn(db)
+    with Proxy(int(host["port"])) as proxy:
+        dsn = make_dsn(db, host=f"127.0.0.1,{host['host']}", port=f"{proxy.port},{host['port']}")
+        daemon(*HASTE, postgres=dsn)
+        play = load()
+        play.run(50)
+        proxy.stall()
+        play.wait_flow()
+        play.finish()
+
+
+@pytest.mark.timeout(300)
+def test_sync_waits_for_deletions_that_etcd_is_slow_to_tell(command, daemon, db, prefix, own_etcd):
+    dsn = etcd_dsn(own_etcd.endpoint, prefix)
+    with EtcdClient(own_etcd.endpoint) as client:
+        client.put(prefix + "a", "1")
+        daemon(etcd=dsn).stop()
+        for _ in range(9000):
+            client.txn([client.put_op(f"{prefix}other/{i}", "x" * 64) for i in range(100)])
+        client.delete(prefix, prefix=True)
+        assert command("sync", etcd=dsn).returncode == 0
+        assert scalar(db, "SELECT revision FROM etcd_sync_state") == client.revision()
+
+
+@pytest.mark.timeout(300)
+def test_catches_up_with_100_000_revisions(daemon, db, prefix, own_etcd):
+    assert_catches_up(daemon, db, prefix, own_etcd, 100_000)
+
+
 @pytest.mark.timeout(0)
-def test_soak(daemon, db, prefix, own_etcd, scene, seed):
+def test_soak(daemon, db, prefix, own_etcd, load, seed):
     """Load in both directions and random faults for ETCD_FDW_SOAK_S seconds (1200)."""
     seconds = float(os.environ.get("ETCD_FDW_SOAK_S", "1200"))
     dice = random.Random(seed)
@@ -9304,7 +9625,7 @@ def test_soak(daemon, db, prefix, own_etcd, scene, seed):
             etcd=etcd_dsn(to_etcd.endpoint, prefix) + HASTY_ETCD,
         )
         running = [start(), start(ready=False)]
-        play = scene(own_etcd.endpoint, seed=seed)
+        play = load(own_etcd.endpoint, seed=seed)
         counts: collections.Counter[str] = collections.Counter()
 
         def kill_daemon() -> None:
@@ -9314,7 +9635,7 @@ def test_soak(daemon, db, prefix, own_etcd, scene, seed):
         def fail_network() -> None:
             proxy = dice.choice([to_etcd, to_postgres])
             dice.choice([proxy.cut, proxy.stall, proxy.refuse])()
-            play.traffic.wait_more(dice.randrange(200))
+            play.run(dice.randrange(200))
             proxy.resume()
 
         def bytes_arrive_late() -> None:  # those of the last time
@@ -9338,32 +9659,32 @@ def test_soak(daemon, db, prefix, own_etcd, scene, seed):
             rows(db, sql)
 
         def compact() -> None:
-            play.client.compact(play.client.revision())
+            play.compact()
 
         def lock_mirror() -> None:
             with frozen_mirror(db):
-                play.traffic.wait_more(dice.randrange(100))
+                play.run(dice.randrange(100))
 
         faults: list[Callable[[], None]] = [kill_daemon, fail_network, pause_etcd, compact]
         faults += [bytes_arrive_late]
         faults += [own_etcd.restart, kill_etcd, terminate_backends, lock_mirror]
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            play.traffic.wait_more(dice.randrange(200), timeout=90)
+            play.run(dice.randrange(200))
             fault = dice.choice(faults)
             with suppress(grpc.RpcError):
                 fault()
             counts[fault.__name__] += 1
             if sum(counts.values()) % 5 == 0:
-                play.wait_flow(timeout=90)
+                play.wait_flow()
         to_etcd.release()
-        play.wait_flow(timeout=90)
-        statuses = play.finish_with_gaps(timeout=120)
+        play.wait_flow()
+        statuses = play.finish(gaps=True)
     print(f"{seconds:.0f} s, faults: {dict(counts)}; etcd changes:")
-    print(f"{play.traffic.etcd_changes}; SQL changes: {dict(statuses)}; differences: 0")
+    print(f"{play.etcd_changes}; SQL changes: {dict(statuses)}; differences: 0")
 
 
-# ── benchmark ────────────────────────────────────────────────────────────────
+# ── bench ────────────────────────────────────────────────────────────────────
 #
 # pytest -m bench -s: each measurement has servers of its own, with the defaults of PostgreSQL
 # (fsync and synchronous_commit on) and of etcd. Load and bare clients are processes of their own.
@@ -9408,11 +9729,6 @@ class Helper:
         """Return what the function returned."""
         assert self.conn.poll(timeout), "a helper of the benchmark does not answer"
         return self.conn.recv()
-
-
-def random_text(size: int) -> bytes:
-    """Return text that does not compress well."""
-    return base64.b64encode(os.urandom(size))[:size]
 
 
 def put_load(
@@ -9508,7 +9824,7 @@ def bare_txns(
     yield
     began = time.monotonic()
     for number in range(txns):
-        answer = send(made[number] if made else request(), timeout=60)
+        answer = send(made[number] if made else request())
         assert made or all(one.response_txn.succeeded for one in answer.responses)
         revision = answer.header.revision
     return began, time.monotonic()
@@ -9583,7 +9899,7 @@ class Bench:
         dsn = etcd_dsn(self.etcd.endpoint, prefix)
         daemon = Daemon(self.log_dir / f"daemon{next(self.names)}.log", "-p", db, "-e", dsn, *args)
         self.stack.callback(daemon.kill)
-        daemon.wait_log("watching", 300)
+        daemon.wait_log("watching")
         return daemon
 
     def watched_load(
@@ -9918,7 +10234,7 @@ def bench_first_copy(bench: Bench) -> None:
         bench.client.put("elsewhere", "")
         bench.client.compact(bench.client.revision())
         daemon = bench.daemon(prefix, db)
-        daemon.wait_log("copied", 300)
+        daemon.wait_log("copied")
         note = f"{peak_mib(daemon.pid):.0f} MiB resident at most"
         rate = query(conn, sql, "resync", count)
         bench.add(Figure(f"resync of {count:,} unchanged keys", float(rate), "keys/s", bare, note))
@@ -10078,9 +10394,24 @@ MEASUREMENTS = [
 ]
 
 
-@pytest.mark.bench
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("measure", MEASUREMENTS, ids=lambda m: m.__name__[6:])
 def test_benchmark(measure, figures, tmp_path):
     with ExitStack() as stack:
         measure(Bench(figures, tmp_path, stack))
+
+
+# ── markers ──────────────────────────────────────────────────────────────────
+
+
+def mark_sections() -> None:
+    """Mark each test by its banner up to the first : , or and, such as faults, for pytest -m."""
+    marker = ""
+    for line in Path(__file__).read_text(encoding="utf-8").splitlines():
+        if banner := re.match(r"# ── (.+?)(?::|,| and | ─).*─$", line):
+            marker = banner[1].lower().replace(" ", "_")
+        elif test := re.match(r"def (test_\w+)", line):
+            getattr(pytest.mark, marker)(globals()[test[1]])
+
+
+mark_sections()

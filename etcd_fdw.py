@@ -130,7 +130,6 @@ OUTCOME_CHANNEL = "etcd_outcome"  # payload: <lowest id>-<highest id> of a batch
 CONTROL_CHANNEL = "etcd_fdw_control"  # payload: id of a row of etcd_sync_event
 
 RESERVED = b"etcd_fdw/"  # where the daemon keeps its own keys in etcd; no mirror sees them
-TTL_MAX_S = 9_000_000_000  # of a lease in etcd
 KEY_MAX_BYTES = 2600  # a btree tuple holds 2704 bytes: key, revision, headers
 TXN_MAX_BYTES = 1 << 20  # etcd refuses requests above 1.5 MiB by default
 MESSAGE_MAX_BYTES = 32 << 20  # of an answer; with gRPC's 4 MiB a larger one fails for ever
@@ -343,7 +342,6 @@ ETCD_MESSAGES: list[tuple[str, type[EtcdFdwError]]] = [
     ("Received message larger than max", TooLarge),  # C core, here
     ("key is not provided", Rejected),
     ("requested lease not found", LeaseNotFound),
-    ("too large lease TTL", Rejected),
     ("key not found", Rejected),
     ("invalid auth token", TokenExpired),
     ("revision of auth store is old", TokenExpired),
@@ -3573,9 +3571,6 @@ class Outbox:
         for transaction in group_rows(rows, limits, self.split):
             if any(key.encode().startswith(RESERVED) for key in transaction.keys):
                 self.fail(transaction, Rejected(f"keys below {RESERVED.decode()} are reserved"))
-            elif any(row.ttl and not 0 < row.ttl <= TTL_MAX_S for row in transaction.rows):
-                limit = f"a ttl must not be negative, nor above {TTL_MAX_S} seconds"
-                self.fail(transaction, Rejected(limit))
             else:
                 self.queue.add(transaction)
 

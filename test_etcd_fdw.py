@@ -8246,16 +8246,6 @@ def test_lease_of_a_key_that_a_transaction_changes_more_than_once(daemon, db, pr
     assert etcd.get(gone).lease == 0
 
 
-@pytest.mark.parametrize("ttl", ["-1 second", "300 years"])
-def test_ttl_that_etcd_has_no_lease_for_fails(daemon, db, prefix, etcd, ttl):
-    daemon()
-    status, revision, message = outcome(db, ask(db, prefix + "a", ttl=ttl))
-    assert (status, revision) == ("failed", None)
-    assert message is not None and "ttl" in message
-    assert etcd.get(prefix + "a") is None
-    apply_change(db, prefix + "b")
-
-
 def slow_grant(network: Proxy, db: str, client: EtcdClient, key: str) -> int:
     """Ask for a change with a ttl; return its lease, of which the daemon does not know yet."""
     before = leases(client)

@@ -720,15 +720,18 @@ BEGIN
         END IF;
     END IF;
 
-    -- Who may not use ttl and force can still do without.
-    IF p_ttl IS NULL AND p_force IS NOT TRUE THEN
-        INSERT INTO etcd_wal (key, value, value_bytes, revision, depends_on, retry_of)
-        VALUES (p_key, p_value, p_value_bytes, nullif(v_current, 0), v_pending, p_retry_of)
+    -- Who may not force, or not set a ttl, can still do without: INSERT is checked column by column.
+    IF p_force THEN
+        INSERT INTO etcd_wal (key, value, value_bytes, retry_of, ttl, force)
+        VALUES (p_key, p_value, p_value_bytes, p_retry_of, p_ttl, true)
+        RETURNING id INTO v_id;
+    ELSIF p_ttl IS NOT NULL THEN
+        INSERT INTO etcd_wal (key, value, value_bytes, revision, depends_on, retry_of, ttl)
+        VALUES (p_key, p_value, p_value_bytes, nullif(v_current, 0), v_pending, p_retry_of, p_ttl)
         RETURNING id INTO v_id;
     ELSE
-        INSERT INTO etcd_wal (key, value, value_bytes, revision, depends_on, retry_of, ttl, force)
-        VALUES (p_key, p_value, p_value_bytes, nullif(v_current, 0), v_pending, p_retry_of,
-                p_ttl, p_force IS TRUE)
+        INSERT INTO etcd_wal (key, value, value_bytes, revision, depends_on, retry_of)
+        VALUES (p_key, p_value, p_value_bytes, nullif(v_current, 0), v_pending, p_retry_of)
         RETURNING id INTO v_id;
     END IF;
 
@@ -1253,6 +1256,9 @@ $$;
 --     GRANT SELECT ON etcd, etcd_wal, etcd_sync_state, etcd_status TO app;
 --     GRANT INSERT (key, value, value_bytes, revision, depends_on, retry_of, ttl, force) ON etcd_wal TO app;
 --     GRANT SELECT, INSERT, UPDATE, DELETE ON etcd_kv TO app;
+--
+-- Leave out force, or force and ttl, for one that must not use them: 42501 if it does, all else works. Who
+-- calls etcd_wait needs SELECT as here.
 --
 -- One that only reads: the first two lines of these, and SELECT on etcd_kv. Who may call etcd_dismiss needs
 -- one more, which lets it hide conflicts and failures from everybody: GRANT UPDATE (dismissed_at) ON etcd_wal.

@@ -4464,6 +4464,7 @@ FINISH_1 = """
     UPDATE etcd_wal SET status = 'conflict', result_revision = 7, error_message = 'theirs',
         finished_at = now() WHERE id = 1
 """
+SLEEPING = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
 ADVANCE = "UPDATE etcd_sync_state SET revision = revision + 1 WHERE prefix = '/a/'"
 
 
@@ -4508,10 +4509,20 @@ def test_waiting_works_where_no_daemon_is_active(schema: str) -> None:
     rows(schema, "SELECT etcd_set('/a/1', 'v')")
     with ThreadPoolExecutor() as pool:
         waiter = pool.submit(rows, schema, "SELECT * FROM etcd_wait(1, '90 s')")
-        sleeping = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
-        wait_until("nobody waits", lambda: scalar(schema, sleeping))
+        wait_until("nobody waits", lambda: scalar(schema, SLEEPING))
         rows(schema, FINISH_1)
         assert waiter.result(timeout=60) == [("conflict", 7, "theirs")]
+
+
+def test_waiting_works_on_a_standby(own_postgres: LocalPostgres) -> None:
+    db = own_postgres.dsn()
+    rows(db, SCHEMA_SQL)
+    covers(db, "/a/", 1, 9)
+    with streaming_standby(own_postgres) as (standby, _, _), ThreadPoolExecutor() as pool:
+        waiter = pool.submit(scalar, standby.dsn(), "SELECT etcd_wait_revision(10, '90 s')")
+        wait_until("nobody waits", lambda: scalar(standby.dsn(), SLEEPING))
+        rows(db, ADVANCE)
+        assert waiter.result(timeout=90) == 10
 
 
 def test_waiting_leaves_nothing_behind(schema: str) -> None:

@@ -127,7 +127,6 @@ SCHEMA_VERSION = 4
 SCHEMA_FILE = Path(__file__).resolve().with_name("schema.sql")
 CHANGES_CHANNEL = "etcd_changes"
 OUTCOME_CHANNEL = "etcd_outcome"  # payload: <lowest id>-<highest id> of a batch of outcomes
-CONTROL_CHANNEL = "etcd_fdw_control"  # payload: id of a row of etcd_sync_event
 
 RESERVED = b"etcd_fdw/"  # where the daemon keeps its own keys in etcd; no mirror sees them
 KEY_MAX_BYTES = 2600  # a btree tuple holds 2704 bytes: key, revision, headers
@@ -1392,7 +1391,7 @@ SET tcp_user_timeout = 30000;
 SELECT pid, backend_start::text, pg_notification_queue_usage()
 FROM pg_stat_activity WHERE pid = pg_backend_pid();
 """
-LISTEN_SQL = "LISTEN etcd_changes; LISTEN etcd_fdw_control;"  # which no standby takes
+LISTEN_SQL = "LISTEN etcd_changes;"  # which no standby takes
 LIBPQ_DEFAULTS = {
     "connect_timeout": "10",
     "keepalives_idle": "10",
@@ -1530,7 +1529,6 @@ class Postgres:
         except psycopg2.Error as exc:
             raise postgres_error(exc) from exc
         self.conn.autocommit = True  # a statement by itself, unless inside transaction()
-        self.requests: set[int] = set()  # ids of etcd_sync_event that were notified
         with self.cursor() as cur:
             cur.execute(LISTEN_SQL * listen + SESSION_SQL)
             self.backend: tuple[int, str] = cur.fetchone()[:2]  # this session in pg_stat_activity
@@ -1591,9 +1589,6 @@ class Postgres:
         except psycopg2.Error as exc:
             raise postgres_error(exc, self.conn.notices) from exc
         found = bool(self.conn.notifies)
-        for note in self.conn.notifies:
-            if note.channel == CONTROL_CHANNEL and re.fullmatch("[0-9]{1,18}", note.payload):
-                self.requests.add(int(note.payload))
         self.conn.notifies.clear()
         return found
 
@@ -3776,7 +3771,7 @@ difference AS MATERIALIZED (
     FULL JOIN (SELECT e.*
                FROM (SELECT key, pg_catalog.max(revision) AS revision FROM etcd
                      WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %(after)s)
-                       AND revision <= %(checkpoint)s
+                       AND revision <= %(at)s
                      GROUP BY key) l
                JOIN etcd e ON e.key = l.key AND e.revision = l.revision
                WHERE NOT e.tombstone) m ON m.key = s.key
@@ -3785,17 +3780,24 @@ difference AS MATERIALIZED (
 )
 """
 COUNT_DIFFERENCES = """
-SELECT kind, pg_catalog.count(*), (pg_catalog.array_agg(key ORDER BY key))[1:10]
-FROM difference GROUP BY kind
+SELECT kind, pg_catalog.max(n), pg_catalog.array_agg(key ORDER BY n) FILTER (WHERE n <= 10)
+FROM (SELECT kind, key, pg_catalog.row_number() OVER (PARTITION BY kind ORDER BY key) AS n
+      FROM difference) d
+GROUP BY kind
+"""
+KEEP_STATE_SQL = "SELECT FROM etcd_sync_state WHERE prefix = %(prefix)s FOR KEY SHARE"
+PRUNED_SQL = """
+SELECT coalesce(pg_catalog.max(pruned_revision), 0::bigint) FROM etcd_sync_state
+WHERE prefix = %(prefix)s
 """
 COMPARE_SQL = f"WITH {DIFFERENCE} {COUNT_DIFFERENCES}"
 REPAIR_SQL = f"""
 WITH {DIFFERENCE}, deleted AS (
     DELETE FROM etcd e USING difference d
-    WHERE e.key = d.key AND e.revision > d.revision AND e.revision <= %(checkpoint)s
+    WHERE e.key = d.key AND e.revision > d.revision AND e.revision <= %(at)s
 ), put AS (
     INSERT INTO etcd (key, value, value_bytes, revision, tombstone, lease)
-    SELECT key, value, value_bytes, coalesce(revision, %(checkpoint)s), revision IS NULL, lease
+    SELECT key, value, value_bytes, coalesce(revision, %(at)s), revision IS NULL, lease
     FROM difference
     ON CONFLICT (key, revision) DO UPDATE
     SET value = excluded.value, value_bytes = excluded.value_bytes,
@@ -3803,7 +3805,7 @@ WITH {DIFFERENCE}, deleted AS (
 ), noted AS (
     INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, source_revision,
                                  target_system, target_revision)
-    SELECT %(prefix)s, 'repair', kind, key, 'etcd', coalesce(revision, %(checkpoint)s),
+    SELECT %(prefix)s, 'repair', kind, key, 'etcd', coalesce(revision, %(at)s),
            'postgresql', mirror_revision
     FROM difference
 )
@@ -3821,17 +3823,20 @@ def compare(
 ) -> dict[str, Any]:
     """Compare the mirror at the checkpoint with etcd then, or at another revision (0: now).
 
-    The summary is what validate --format json prints. repair: make the mirror the same.
+    The summary is what validate --format json prints.  repair: make the mirror the same; an
+    active instance is not disturbed, as it writes only what comes after its checkpoint.
     Raises Compacted.
     """
     with postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
-        # housekeeping may delete what has been superseded since the checkpoint
-        cur.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         staged = load_staging(postgres, etcd, checkpoint if at is None else at, progress)
-        arguments = {**postgres.bounds, "checkpoint": checkpoint}
-        cur.execute(REPAIR_SQL if repair else COMPARE_SQL, arguments)
+        cur.execute(KEEP_STATE_SQL, postgres.bounds)  # it is not reset meanwhile
+        cur.execute(REPAIR_SQL if repair else COMPARE_SQL, {**postgres.bounds, "at": checkpoint})
         found = {kind: {"count": count, "first": first} for kind, count, first in cur}
         cur.execute("DROP TABLE etcd_staging")
+        # housekeeping may have deleted what was superseded since the checkpoint
+        cur.execute(PRUNED_SQL, postgres.bounds)
+        if cur.fetchone()[0] > checkpoint:
+            raise Compacted
     return {
         "revision": checkpoint,
         "keys": staged.keys,
@@ -3860,6 +3865,31 @@ def compare_at_checkpoint(
         if count_differences(summary):
             raise
         return summary
+
+
+def compare_up_to(
+    postgres: Postgres, etcd: Etcd, checkpoint: int, goal: int, **options: Any
+) -> dict[str, Any] | None:
+    """Repair the mirror; the summary, or None if it lacks what etcd held at the goal.
+
+    The store's revision says little about a prefix, as others move it too.  So while the
+    checkpoint is below the goal, what both hold is compared.  Raises Compacted.
+    """
+    summary = compare_at_checkpoint(postgres, etcd, checkpoint, repair=True, **options)
+    if repaired := count_differences(summary):
+        log.warning(
+            "the mirror was not what etcd held at revision %(revision)d: repaired %(repaired)s",
+            revision=checkpoint,
+            repaired=describe(repaired, "difference"),
+        )
+    if checkpoint < goal:
+        try:
+            lacking = compare(postgres, etcd, checkpoint, at=goal, **options)
+        except Compacted:
+            lacking = compare(postgres, etcd, checkpoint, at=0, **options)
+        if count_differences(lacking):
+            return None
+    return summary
 
 
 # ── session and engine ─────────────────────────────────────────────────────────
@@ -3996,18 +4026,6 @@ class Chore(Timer):
         return max(HOUSEKEEPING_S, min(age_s / 20, 3600))
 
 
-OPEN_REQUESTS_SQL = """
-SELECT id, (details->>'revision')::bigint AS revision FROM etcd_sync_event
-WHERE id = ANY (%(ids)s::bigint[]) AND prefix = %(prefix)s AND operation = 'sync'
-  AND status = 'requested'
-"""
-ANSWER_SQL = """
-UPDATE etcd_sync_event
-SET status = %(status)s, details = %(details)s, duration = clock_timestamp() - ts
-WHERE id = %(id)s
-"""
-
-
 class Session:
     """One connected life of the engine: from the lock to the first lost connection.
 
@@ -4097,7 +4115,6 @@ class Session:
         self.wait(self.deadline())
         self.note_lag()
         self.engine.attend()
-        self.answer_requests()
         worked = self.push()
         worked |= self.write()
         if worked:
@@ -4262,77 +4279,6 @@ class Session:
         self.engine.summarise()
         return SUMMARY_S
 
-    # ─ sync and validate --fix ─
-
-    def answer_requests(self) -> None:
-        """Compare and repair if sync or validate --fix asks for it, once the mirror is there.
-
-        Raises Compacted; whoever asked, asks the next session again.
-        """
-        notified, self.postgres.requests = self.postgres.requests, set()
-        if not notified:
-            return
-        for request in self.postgres.query(OPEN_REQUESTS_SQL, ids=int_array(notified)):
-            status, details = "done", None
-            try:
-                details = self.bring_in_step(request["revision"] or 0)
-            except PostgresUnavailable as exc:  # if it is gone, the answer fails as well
-                status, details = "failed", {"message": str(exc)}
-            if details is None:  # whoever asked, asks again until there is an answer
-                continue
-            answer = {"id": request["id"], "status": status}
-            with self.postgres.cursor() as cur:
-                cur.execute(ANSWER_SQL, {**answer, "details": psycopg2.extras.Json(details)})
-
-    def bring_in_step(self, goal: int) -> dict[str, Any] | None:
-        """Repair the mirror, if it has all that etcd held at a revision; else None: not yet.
-
-        The store's revision says little about a prefix: other prefixes move it too.  So while
-        the checkpoint is below the goal, what both hold is compared.  Raises Compacted if etcd
-        no longer knows what it held at the checkpoint, and holds something else now.
-        """
-        intake, checkpoint = self.mirror.intake, self.mirror.checkpoint
-        assert intake is not None
-        if intake.behind():
-            return None
-        try:
-            summary = self.repair()
-        except Compacted as exc:
-            if time.monotonic() < intake.heard_at + LAG_LIMIT_S:
-                return None  # the watch may yet bring the difference, and a newer checkpoint
-            raise Compacted(revision=0) from exc
-        if checkpoint < goal:
-            try:
-                lacking = compare(self.postgres, self.etcd, checkpoint, at=goal)
-            except Compacted:
-                lacking = compare(self.postgres, self.etcd, checkpoint, at=0)
-            if count_differences(lacking):
-                return None
-        log.info(
-            "compared %(keys)d keys with etcd at revision %(revision)d",
-            keys=summary["keys"],
-            revision=checkpoint,
-        )
-        return summary
-
-    def repair(self) -> dict[str, Any]:
-        """Make the mirror at the checkpoint what etcd held then; what follows, the watch brings.
-
-        Raises Compacted if etcd no longer knows.
-        """
-        checkpoint = self.mirror.checkpoint
-        self.mirror.shown_at = time.monotonic()
-        summary = compare_at_checkpoint(
-            self.postgres, self.etcd, checkpoint, repair=True, progress=self.mirror.on_page
-        )
-        if repaired := count_differences(summary):
-            log.warning(
-                "the mirror was not what etcd held at revision %(revision)d: repaired %(repaired)s",
-                revision=checkpoint,
-                repaired=describe(repaired, "difference"),
-            )
-        return summary
-
 
 MIRRORING = "mirroring"
 COPY_REMEDY = (
@@ -4398,7 +4344,6 @@ class Engine:
         self.connected = False  # ever
         self.established_at: float | None = None  # when this session's loop began to turn
         self.lost_at: float | None = None  # when the last one was lost
-        self.comparison: dict[str, Any] | None = None  # the summary, for sync
 
     # ─ one session after another ─
 
@@ -4412,6 +4357,11 @@ class Engine:
             }
             MetricsServer(self.config.metrics_address, answers)
         self.guard.listen()
+        self.work()
+        log.info("stopped")
+
+    def work(self) -> None:
+        """Run one session after another. Raises EtcdFdwError where retrying makes no sense."""
         give_up_at = time.monotonic() + self.config.startup_timeout
         while not self.guard.stopping:
             try:
@@ -4439,7 +4389,6 @@ class Engine:
                 if not (self.connected or renewable):
                     raise
                 self.retry(exc)
-        log.info("stopped")
 
     def session(self) -> None:
         """Connect, lock, schema, and work until asked to stop or a connection is lost."""
@@ -5100,28 +5049,14 @@ def status(config: Config, given: Mapping[str, Any]) -> int:
 
 
 class PassSession(Session):
-    """A session that ends once both sides are in step."""
-
-    def __init__(self, engine: Engine, postgres: Postgres, etcd: Etcd) -> None:
-        super().__init__(engine, postgres, etcd)
-        self.compare_at = 0.0  # monotonic
+    """A session that ends once it has nothing left to do."""
 
     def finished(self) -> bool:
-        """Whether nothing is left to do, and the mirror was compared and repaired."""
-        if super().finished():
-            return True
-        if self.dirty or (self.outbox and not self.outbox.idle()):
-            return False
-        started = time.monotonic()
-        if started >= self.compare_at:
-            self.engine.comparison = self.bring_in_step(self.etcd.header.revision)
-            # a fraction of the time, as the watch needs some to bring what is missing
-            self.compare_at = time.monotonic() + max(QUIET_S, 2 * (time.monotonic() - started))
-        return self.engine.comparison is not None
-
-    def deadline(self) -> float:
-        """As above, and when to compare again."""
-        return min(super().deadline(), max(self.compare_at, time.monotonic() + 0.05))
+        """Whether no change is pending, and the watch has nothing more to tell."""
+        intake, outbox = self.mirror.intake, self.outbox
+        assert intake is not None
+        at_rest = not (self.dirty or intake.behind()) and (outbox is None or outbox.idle())
+        return super().finished() or at_rest
 
     def pause_outbox(self, error: EtcdFdwError) -> None:
         """Raise the error: it takes longer than anybody waits for a command."""
@@ -5134,7 +5069,7 @@ DELETE FROM etcd WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %
 
 
 class OnePass(Engine):
-    """An engine for one session that ends by itself. Raises LockHeld if there is an active one."""
+    """An engine for sessions that end by themselves. Raises LockHeld where another is active."""
 
     session_type = PassSession
 
@@ -5143,7 +5078,7 @@ class OnePass(Engine):
         self.reset = reset
 
     def session(self) -> None:
-        """Work until both sides are in step."""
+        """Work until nothing is left to do."""
         super().session()
         raise Stopped
 
@@ -5182,16 +5117,10 @@ class OnePass(Engine):
         """Not a reason to try for ever."""
 
 
-REQUEST_SQL = f"""
-INSERT INTO etcd_sync_event (prefix, operation, status, details)
-VALUES (%(prefix)s, 'sync', 'requested', pg_catalog.jsonb_build_object('revision', %(revision)s))
-RETURNING id, (SELECT pg_catalog.max(w.id) FROM etcd_wal w WHERE {PENDING}) AS last
-"""
-PROGRESS_SQL = f"""
-SELECT status, details,
-       (SELECT pg_catalog.count(*) FROM etcd_wal w WHERE w.id <= %(last)s AND {PENDING}) AS pending,
-       (SELECT revision FROM etcd_sync_state WHERE prefix = %(prefix)s) AS checkpoint
-FROM etcd_sync_event WHERE id = %(id)s
+LAST_PENDING_SQL = f"SELECT pg_catalog.max(id) AS last FROM etcd_wal WHERE {PENDING}"
+WAITS_SQL = f"""
+SELECT pg_catalog.count(*) AS pending, pg_catalog.pg_notify('{CHANGES_CHANNEL}', '')
+FROM etcd_wal WHERE id <= %(last)s AND {PENDING}
 """
 # Changes of one transaction are tried again together.
 RETRY_TOGETHER_SQL = """
@@ -5203,65 +5132,73 @@ GROUP BY txid ORDER BY pg_catalog.min(id)
 """
 
 
-def ask_active(config: Config) -> dict[str, Any]:
-    """Have the active instance compare and repair; wait until it has done that, and all else
-    that there is to do now on either side.
+class Goal:
+    """All that there is to do on either side as a sync begins, by whichever instance does it."""
 
-    Returns the summary of its comparison. Raises EtcdFdwError if it does not get on.
-    """
-    engine = Engine(config)
-    engine.guard.start()
-    with closing(engine.connect_etcd()) as etcd:
-        goal = etcd.header.revision
-    with closing(Postgres(config, engine.guard)) as postgres:
-        request = postgres.query(REQUEST_SQL, revision=goal)[0]
-        log.info("asked the active instance to sync: request %(id)d", request)
-        seen: Any = None
-        moved_at, pause_s = time.monotonic(), 0.1
-        while True:
-            rows, holder = postgres.query(PROGRESS_SQL, **request), postgres.holder()
-            if not rows:
-                raise EtcdFdwError("somebody has deleted the request: run it again")
-            found = rows[0]
-            if found["status"] == "failed":
-                raise EtcdFdwError(f"the active instance could not: {found['details']['message']}")
-            if found["status"] == "done" and not found["pending"]:
-                details: dict[str, Any] = found["details"]
-                return details
-            if (found, holder) != seen:
-                seen, moved_at = (found, holder), time.monotonic()
-            if time.monotonic() > moved_at + (SYNC_LIMIT_S if holder else STOP_LIMIT_S):
-                raise EtcdFdwError("the active instance does not get on: see status, try again")
-            # it may not have been there yet, or have started anew
-            postgres.query(
-                "SELECT pg_catalog.pg_notify(%(channel)s, %(id)s::text)",
-                channel=CONTROL_CHANNEL,
-                **request,
-            )
-            pause_s = min(1.5 * pause_s, 5.0)  # comparing all keeps it busy
-            engine.pause(pause_s)
+    def __init__(self, revision: int) -> None:
+        self.revision = revision  # of etcd
+        self.last: int | None = None  # id of the last pending change
+        self.seen: Any = None
+        self.moved_at = time.monotonic()  # when that was last another
+        self.pause_s = 0.1  # before the next look
+
+    def reached(self, postgres: Postgres, etcd: Etcd) -> dict[str, Any] | None:
+        """Compare and repair once nothing is pending; the summary, None if it is not there yet.
+
+        Raises EtcdFdwError if the active instance does not get on.
+        """
+        state, pending = postgres.state() if postgres.schema_version() else None, 0
+        if state:
+            if self.last is None:
+                self.last = postgres.query(LAST_PENDING_SQL)[0]["last"] or 0
+            pending = postgres.query(WAITS_SQL, last=self.last)[0]["pending"]
+        holder, now = postgres.holder(), time.monotonic()
+        seen = state and state.revision, pending, holder
+        if seen != self.seen:
+            self.seen, self.moved_at = seen, now
+        if now > self.moved_at + (SYNC_LIMIT_S if holder else STOP_LIMIT_S):
+            raise EtcdFdwError("the active instance does not get on: see status, try again")
+        self.pause_s = min(1.5 * self.pause_s, 5.0)
+        if not state or pending:
+            return None
+        try:
+            return compare_up_to(postgres, etcd, state.revision, self.revision)
+        except Compacted:
+            # the watch may bring the difference yet; else its next session copies again
+            if holder and now > self.moved_at + LAG_LIMIT_S:
+                postgres.query("SELECT pg_catalog.pg_terminate_backend(%(pid)s)", **holder)
+            return None
 
 
 def bring_in_step(config: Config, reset: bool = False) -> dict[str, Any]:
-    """Bring both sides in step, through the active instance if there is one; the comparison."""
+    """Bring both sides in step, through the active instance if there is one; the comparison.
+
+    Raises EtcdFdwError if that instance does not get on.
+    """
     engine = OnePass(config, reset)
-    try:
-        engine.run()
-    except LockHeld:
-        if reset:
-            raise EtcdFdwError("an instance is active: stop it, then reset the mirror") from None
-        return ask_active(config)
-    if engine.comparison is None:
-        raise EtcdFdwError("stopped before both sides were in step: run it again")
-    new = engine.counters
-    log.info(
-        "mirrored %(events)s, applied %(applied)s, %(conflicts)d in conflict, %(failures)d failed",
-        events=describe(new.events, "event"),
-        applied=describe(new.applied, "change"),
-        conflicts=new.conflicts,
-        failures=new.failures,
-    )
-    return engine.comparison
+    engine.guard.listen()
+    with closing(engine.connect_etcd()) as etcd:
+        goal = Goal(etcd.header.revision)
+    waiting = False
+    while True:
+        try:
+            engine.work()
+        except LockHeld as exc:
+            if reset:
+                raise EtcdFdwError("an instance is active: stop it, then reset the mirror") from exc
+            if not waiting:
+                log.info("waiting for the active instance")
+            waiting = True
+        if engine.guard.stopping:
+            raise EtcdFdwError("stopped before both sides were in step: run it again")
+        with (
+            closing(Postgres(config, engine.guard)) as postgres,
+            closing(engine.connect_etcd()) as etcd,
+        ):
+            if summary := goal.reached(postgres, etcd):
+                engine.summarise()
+                return summary
+        engine.pause(goal.pause_s)
 
 
 def retry_failed(config: Config) -> None:

@@ -293,7 +293,7 @@ COMMENT ON TABLE  etcd_sync_event IS
     'Audit trail of etcd_fdw: conflicts, failures, resyncs, takeovers; with --audit all every change.';
 COMMENT ON COLUMN etcd_sync_event.prefix IS 'mirrored prefix that it belongs to';
 COMMENT ON COLUMN etcd_sync_event.operation IS
-    'what happened: change, mirror, snapshot, resync, takeover, sync, repair, reset';
+    'what happened: change, mirror, snapshot, resync, takeover, repair, reset';
 COMMENT ON COLUMN etcd_sync_event.key IS 'null if it concerns the whole prefix, or if the key is no text';
 COMMENT ON COLUMN etcd_sync_event.source_system IS 'where it came from: etcd or postgresql';
 COMMENT ON COLUMN etcd_sync_event.target_system IS 'where it was to go: etcd or postgresql';

@@ -5778,14 +5778,14 @@ def test_sync_without_a_daemon_does_one_pass_both_ways(command, db, prefix, etcd
     rows(db, "SELECT etcd_set(%s, 'from sql')", prefix + "c")
     done = command("sync")
     assert done.returncode == 0, done.stderr
-    assert "mirrored 6 events, applied 1 change, 0 in conflict, 0 failed" in done.stderr
+    assert re.search(r"mirrored 6 events up to .*; applied 1 change, 0 in conflict", done.stderr)
     assert etcd.get(prefix + "c").value == b"from sql"
     assert_same(recorder, db, prefix)
     assert scalar(db, "SELECT pid FROM etcd_sync_state") is None
     assert comparison_of(command)["keys"] == 2
 
 
-def test_sync_asks_the_active_instance(daemon, command, db, prefix, etcd):
+def test_sync_beside_the_active_instance(daemon, command, db, prefix, etcd):
     one = daemon("--poll-interval", "1h")
     etcd.put(prefix + "a", "1")
     wait_until("not mirrored", lambda: mirror_rows(db, prefix))
@@ -5794,21 +5794,16 @@ def test_sync_asks_the_active_instance(daemon, command, db, prefix, etcd):
     rows(db, "UPDATE etcd SET value = 'wrong' WHERE key = %s", prefix + "a")
     done = command("sync")
     assert done.returncode == 0, done.stderr
-    assert "compared 1 key, repaired 1 difference, nothing pending" in done.stdout
+    assert "compared 2 keys, repaired 1 difference, nothing pending" in done.stdout
     assert etcd.get(prefix + "b").value == b"unnoticed"
     assert scalar(db, "SELECT value FROM etcd_get(%s)", prefix + "a") == "1"
-    assert rows(
-        db,
-        "SELECT status, details->'different'->'first' FROM etcd_sync_event"
-        " WHERE operation = 'sync'",
-    ) == [("done", [prefix + "a"])]
     assert scalar(db, "SELECT key FROM etcd_sync_event WHERE operation = 'repair'") == prefix + "a"
     # a temporary table that stays would stop autovacuum from freezing the database
     assert scalar(db, "SELECT count(*) FROM pg_class WHERE relpersistence = 't'") == 0
     assert one.returncode is None
 
 
-def test_sync_says_why_the_active_instance_could_not(daemon, command, db, prefix, etcd):
+def test_sync_says_why_it_cannot_repair(daemon, command, db, prefix, etcd):
     one = daemon()
     etcd.put(prefix + "a", random_text(5_000))
     etcd.put(prefix + "b", "1")
@@ -5816,8 +5811,8 @@ def test_sync_says_why_the_active_instance_could_not(daemon, command, db, prefix
     rows(db, "UPDATE etcd SET value = 'wrong' WHERE key = %s", prefix + "a")
     rows(db, "CREATE INDEX somebody_s ON etcd (value)")
     done = command("sync")
-    assert done.returncode == 4
-    assert "the active instance could not: PostgreSQL: index row size" in done.stderr
+    assert done.returncode == 2
+    assert "etcd_fdw: PostgreSQL: index row size" in done.stderr
     rows(db, "DROP INDEX somebody_s")
     assert command("sync").returncode == 0
     wait_equal(db, etcd, prefix)
@@ -5830,21 +5825,10 @@ def test_sync_waits_for_the_one_that_takes_over(daemon, command, db, prefix):
     two = daemon(ready=False)
     two.wait_log("standing by")
     client = Daemon(one.log_path.with_name("sync.log"), *sync_arguments(one))
-    client.wait_log("asked the active instance")
+    client.wait_log("waiting for the active instance")
     one.kill()
     assert client.wait_exit() == 0, client.log()
     assert "in step at" in client.log()
-
-
-def test_sync_whose_request_is_deleted_says_so(daemon, command, db, prefix):
-    one = daemon()
-    one.pause()
-    client = Daemon(one.log_path.with_name("sync.log"), *sync_arguments(one))
-    client.wait_log("asked the active instance")
-    rows(db, "DELETE FROM etcd_sync_event")
-    assert client.wait_exit() == 4
-    assert "somebody has deleted the request" in client.log()
-    one.resume()
 
 
 def sync_arguments(one: Daemon) -> list[str]:
@@ -7198,8 +7182,13 @@ def change_after_backup(client: EtcdClient, prefix: str, how: str) -> None:
         client.put(prefix + "a", "2")
 
 
-@pytest.mark.parametrize("where", ["behind", "passed", "compacted"])
-@pytest.mark.parametrize("how", ["put", "delete", "create and delete"])
+@pytest.mark.parametrize(
+    ("how", "where"),
+    [
+        *itertools.product(["put", "delete", "create and delete"], ["behind", "passed"]),
+        *itertools.product(["put", "delete"], ["compacted"]),  # else nothing is left to tell it by
+    ],
+)
 def test_etcd_restored_from_a_backup(daemon, db, prefix, own_etcd, tmp_path, how, where):
     dsn = etcd_dsn(own_etcd.endpoint, prefix)
     with EtcdClient(own_etcd.endpoint) as client:

@@ -38,15 +38,15 @@ How they are kept
 
 Sections
   etcd3 on today's protobuf, errors, values, pure helpers
-  options         one field of Config for each; the parsers of their values
-  waker and signals, metrics and health
+  options         one field of Config for each; the parsers of their values; who sets them
+  log, waker and signals, metrics and health
   PostgreSQL side a session: connect, lock, schema, transactions
   etcd side       a client; pages of a snapshot; the watch thread
   mirror          an event's way into table etcd: Intake, Batch, Mirror
   outbox          a row's way from etcd_wal to etcd and back: Queue, Txn, Pipeline, Outbox
   comparison      both sides at one revision, for validate, sync and repairs
   session, engine the loop and its clock; one session after another; what outlives them
-  throw-away servers, commands, command line
+  commands; throw-away servers and the demo; command line
 
 Exit codes: 0 clean stop or success · 1 configuration · 2 PostgreSQL or etcd unreachable ·
 3 permission or authentication · 4 a person is needed · 5 differences found, or unhealthy.
@@ -1140,6 +1140,8 @@ class Guard(threading.Thread):
     def listen(self) -> None:
         """Take signals from now on, and those that came before. Call from the main thread."""
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        while signal.sigpending() & set(SIGNALS):
+            self._take_signal()
         threading.Thread(target=self._take_signals, name="signals", daemon=True).start()
         self.start()
 
@@ -1174,15 +1176,18 @@ class Guard(threading.Thread):
 
     def _take_signals(self) -> None:
         while True:
-            number = signal.sigwait(SIGNALS)
-            if number not in (signal.SIGTERM, signal.SIGINT):
-                self.requests.add(number)
-            elif self.stop_by is None:
-                self.notifier.tell(STOPPING=1, STATUS="stopping")
-                self.stop_by = time.monotonic() + STOP_LIMIT_S
-            else:
-                os._exit(0)  # asked twice; a crash at any point loses nothing
-            self.waker.wake()
+            self._take_signal()
+
+    def _take_signal(self) -> None:
+        number = signal.sigwait(SIGNALS)
+        if number not in (signal.SIGTERM, signal.SIGINT):
+            self.requests.add(number)
+        elif self.stop_by is None:
+            self.notifier.tell(STOPPING=1, STATUS="stopping")
+            self.stop_by = time.monotonic() + STOP_LIMIT_S
+        else:
+            os._exit(0)  # asked twice; a crash at any point loses nothing
+        self.waker.wake()
 
     def _enforce(self, now: float) -> None:
         if self.stop_by is not None and now > self.stop_by + 1:
@@ -5251,6 +5256,7 @@ def bring_in_step(config: Config, reset: bool = False) -> dict[str, Any]:
     except LockHeld:
         if reset:
             raise EtcdFdwError("an instance is active: stop it, then reset the mirror") from None
+        take_signals(signal.SIG_DFL, signal.SIGINT, signal.SIGTERM)  # there is nothing to end well
         return ask_active(config)
     if engine.comparison is None:
         raise EtcdFdwError("stopped before both sides were in step: run it again")

@@ -130,7 +130,6 @@ OUTCOME_CHANNEL = "etcd_outcome"  # payload: <lowest id>-<highest id> of a batch
 CONTROL_CHANNEL = "etcd_fdw_control"  # payload: id of a row of etcd_sync_event
 
 RESERVED = b"etcd_fdw/"  # where the daemon keeps its own keys in etcd; no mirror sees them
-TTL_MAX_S = 9_000_000_000  # of a lease in etcd
 KEY_MAX_BYTES = 2600  # a btree tuple holds 2704 bytes: key, revision, headers
 TXN_MAX_BYTES = 1 << 20  # etcd refuses requests above 1.5 MiB by default
 MESSAGE_MAX_BYTES = 32 << 20  # of an answer; with gRPC's 4 MiB a larger one fails for ever
@@ -343,7 +342,6 @@ ETCD_MESSAGES: list[tuple[str, type[EtcdFdwError]]] = [
     ("Received message larger than max", TooLarge),  # C core, here
     ("key is not provided", Rejected),
     ("requested lease not found", LeaseNotFound),
-    ("too large lease TTL", Rejected),
     ("key not found", Rejected),
     ("invalid auth token", TokenExpired),
     ("revision of auth store is old", TokenExpired),
@@ -3578,9 +3576,6 @@ class Outbox:
         for transaction in group_rows(rows, limits, self.split):
             if any(key.encode().startswith(RESERVED) for key in transaction.keys):
                 self.fail(transaction, Rejected(f"keys below {RESERVED.decode()} are reserved"))
-            elif any(row.ttl and not 0 < row.ttl <= TTL_MAX_S for row in transaction.rows):
-                limit = f"a ttl must not be negative, nor above {TTL_MAX_S} seconds"
-                self.fail(transaction, Rejected(limit))
             else:
                 self.queue.add(transaction)
 
@@ -4013,7 +4008,7 @@ WHERE id = ANY (%(ids)s::bigint[]) AND prefix = %(prefix)s AND operation = 'sync
 """
 ANSWER_SQL = """
 UPDATE etcd_sync_event
-SET status = 'done', details = %(details)s, duration = clock_timestamp() - ts
+SET status = %(status)s, details = %(details)s, duration = clock_timestamp() - ts
 WHERE id = %(id)s
 """
 
@@ -4283,12 +4278,16 @@ class Session:
         if not notified:
             return
         for request in self.postgres.query(OPEN_REQUESTS_SQL, ids=int_array(notified)):
-            summary = self.bring_in_step(request["revision"] or 0)
-            if summary is None:  # whoever asked, asks again until there is an answer
+            status, details = "done", None
+            try:
+                details = self.bring_in_step(request["revision"] or 0)
+            except PostgresUnavailable as exc:  # if it is gone, the answer fails as well
+                status, details = "failed", {"message": str(exc)}
+            if details is None:  # whoever asked, asks again until there is an answer
                 continue
+            answer = {"id": request["id"], "status": status}
             with self.postgres.cursor() as cur:
-                details = psycopg2.extras.Json(summary)
-                cur.execute(ANSWER_SQL, {"id": request["id"], "details": details})
+                cur.execute(ANSWER_SQL, {**answer, "details": psycopg2.extras.Json(details)})
 
     def bring_in_step(self, goal: int) -> dict[str, Any] | None:
         """Repair the mirror, if it has all that etcd held at a revision; else None: not yet.

@@ -3,7 +3,24 @@
 The servers come from ETCD_FDW_TEST_POSTGRES_DSN and ETCD_FDW_TEST_ETCD_DSN if set, else they are
 started from the binaries that etcd_fdw.find_program finds (ETCD_FDW_TEST_POSTGRES_BIN and
 ETCD_FDW_TEST_ETCD_BIN name directories, to choose a version). Each test has a database and a key
-prefix of its own.
+prefix of its own. The sections, each of which is also a marker (pytest -m faults):
+
+harness             servers, clients, the program; what etcd told (Recorder) held against the mirror
+                    (assert_same) and the outcomes (assert_outcomes); a network that fails (Proxy);
+                    changes from both sides (Load)
+command_line        arguments, environment, exit codes, log lines, dry run
+etcd_to_postgresql  the mirror and the first copy
+postgresql_to_etcd  changes and their outcomes
+sql_interface       schema.sql, mostly without the daemon
+random_histories    what may happen, in any order; crashes at chosen moments
+status              the commands status, sync, validate and config
+metrics             metrics, signals, supervision, housekeeping, notifications
+faults              of etcd and the network, of PostgreSQL, of the daemon and its peers
+exactly_once        bytes that arrive late, failovers, leases, forced changes, copies and backups
+security            TLS, logins, grants, passwords in messages
+patroni             a Patroni cluster
+demo                the demo, README.md and the files of the package
+soak, bench         what takes minutes, and what measures; left out unless asked for
 """
 
 from __future__ import annotations
@@ -3662,9 +3679,9 @@ def test_functions_cannot_be_hijacked_by_search_path(schema: str) -> None:
 
 SHADOWED_TYPES = (
     "text", "name", "integer", "bigint", "boolean", "timestamptz", "bytea", "text[]", "int8range",
-    "int8range[]", "anyelement", "anyarray", "oid", "regclass",
+    "int8range[]", "anyelement", "anyarray", "oid", "regclass", "double precision", "interval",
+    "xid8", "jsonb", "uuid", "numeric",
 )  # fmt: skip
-DAEMON_TYPES = (*SHADOWED_TYPES, "double precision", "interval", "xid8", "jsonb", "uuid", "numeric")
 SHADOWED_OPERATORS = (
     "=", "<>", "<", "<=", ">", ">=", "+", "-", "*", "&", "||", "<@", "@>", "~~", "~",
 )  # fmt: skip
@@ -3676,17 +3693,17 @@ CALLED_SQL = r"""
 """
 
 
-def shadow(db: str, role: str, calls: str, types: Sequence[str] = SHADOWED_TYPES) -> None:
+def shadow(db: str, role: str, calls: str) -> None:
     """As a role that may create objects in the schema, define functions and operators with the
     names of all that are called: an argument's type may fit better than that of pg_catalog's."""
     body = "LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION $$shadow ran as %$$, current_user; END'"
     statements = []
     for name, arity in rows(db, CALLED_SQL, calls):
-        some = types if arity < 3 else types[:5]
+        some = SHADOWED_TYPES if arity < 3 else SHADOWED_TYPES[:5]
         for arguments in itertools.product(some, repeat=min(arity, 3)):
             signature = f'public."{name}"({", ".join(arguments)})'
             statements.append(f"CREATE FUNCTION {signature} RETURNS bigint {body}")
-    for left, right in itertools.product(types, repeat=2):
+    for left, right in itertools.product(SHADOWED_TYPES, repeat=2):
         signature = f"public.shadow({left}, {right})"
         statements.append(f"CREATE FUNCTION {signature} RETURNS boolean {body}")
         statements += [
@@ -3778,7 +3795,7 @@ def test_code_of_others_never_runs_with_the_rights_of_the_daemon(
     db = own_postgres.dsn()
     rows(db, SCHEMA_SQL)
     rows(db, "CREATE ROLE other LOGIN")
-    shadow(db, "other", SCHEMA_SQL + SCRIPT.read_text(encoding="utf-8"), DAEMON_TYPES)
+    shadow(db, "other", SCHEMA_SQL + SCRIPT.read_text(encoding="utf-8"))
     etcd.put(prefix + "old", "1")
     one = daemon(*FAST, "--audit=all", postgres=db)
     etcd.txn([etcd.put_op(prefix + "old", "2"), etcd.put_op(prefix + "new", b"\xff")])
@@ -5775,6 +5792,22 @@ def test_sync_asks_the_active_instance(daemon, command, db, prefix, etcd):
     # a temporary table that stays would stop autovacuum from freezing the database
     assert scalar(db, "SELECT count(*) FROM pg_class WHERE relpersistence = 't'") == 0
     assert one.returncode is None
+
+
+def test_sync_says_why_the_active_instance_could_not(daemon, command, db, prefix, etcd):
+    one = daemon()
+    etcd.put(prefix + "a", random_text(5_000))
+    etcd.put(prefix + "b", "1")
+    wait_equal(db, etcd, prefix)
+    rows(db, "UPDATE etcd SET value = 'wrong' WHERE key = %s", prefix + "a")
+    rows(db, "CREATE INDEX somebody_s ON etcd (value)")
+    done = command("sync")
+    assert done.returncode == 4
+    assert "the active instance could not: PostgreSQL: index row size" in done.stderr
+    rows(db, "DROP INDEX somebody_s")
+    assert command("sync").returncode == 0
+    wait_equal(db, etcd, prefix)
+    assert "retrying" not in one.log()
 
 
 def test_sync_waits_for_the_one_that_takes_over(daemon, command, db, prefix):
@@ -8071,6 +8104,44 @@ def test_ids_used_again_after_a_failover_are_other_changes(
         assert assert_outcomes(recorder, standby.dsn()) == {"success": 100}
 
 
+def test_comparison_sees_what_is_not_true(daemon, db, prefix, load, monkeypatch):
+    """Of an outcome that is told otherwise, or of a deletion that nobody made."""
+    daemon(*HASTE)
+    play = load()
+    play.run(50)
+    play.finish()
+    true = wal_rows(db, prefix)
+    bases = {row.depends_on for row in true}
+    one = next(
+        row
+        for row in true
+        if (row.status, row.ttl, row.force) == ("success", None, False)
+        and row.value is not None
+        and row.id not in bases
+        and not play.recorder.leases[row.result_revision or 0, row.key]
+        and [other.txid for other in true].count(row.txid) == 1
+    )
+    falsified: list[tuple[dict[str, Any], str]] = [
+        ({"status": "conflict"}, "nobody claims"),
+        ({"result_revision": 1}, "etcd tells b'nothing' of"),
+        ({"value": b"sql-other"}, "etcd tells b'sql-"),
+        ({"revision": 1, "depends_on": None}, "made on 1, applied on"),
+        ({"force": True, "replaced_revision": 1}, "replaced"),
+        ({"ttl": timedelta(hours=1)}, "lease 0 after 0"),
+        ({"txid": true[-1].txid, "id": 0}, "in parts"),
+    ]
+    for lie, said in falsified:
+        told = [row._replace(**lie) if row is one else row for row in true]
+        monkeypatch.setitem(globals(), "wal_rows", lambda *_, told=told: told)
+        with pytest.raises(AssertionError, match=said):
+            assert_outcomes(play.recorder, db, load=play)
+    monkeypatch.undo()
+    play.unsure = 0
+    play.deleted.clear()
+    with pytest.raises(AssertionError, match="nobody claims the deletes"):
+        assert_outcomes(play.recorder, db, load=play)
+
+
 KILLS = int(os.environ.get("ETCD_FDW_TEST_KILLS", "20"))
 
 
@@ -8191,16 +8262,6 @@ def test_lease_of_a_key_that_a_transaction_changes_more_than_once(daemon, db, pr
     assert wait_settled(db) == ["success"] * 5
     assert etcd.get(kept).lease
     assert etcd.get(gone).lease == 0
-
-
-@pytest.mark.parametrize("ttl", ["-1 second", "300 years"])
-def test_ttl_that_etcd_has_no_lease_for_fails(daemon, db, prefix, etcd, ttl):
-    daemon()
-    status, revision, message = outcome(db, ask(db, prefix + "a", ttl=ttl))
-    assert (status, revision) == ("failed", None)
-    assert message is not None and "ttl" in message
-    assert etcd.get(prefix + "a") is None
-    apply_change(db, prefix + "b")
 
 
 def slow_grant(network: Proxy, db: str, client: EtcdClient, key: str) -> int:

@@ -385,7 +385,8 @@ def etcd_error(exc: grpc.RpcError, endpoint: str) -> EtcdFdwError:
     kind = kind or ETCD_CODES.get(exc.code(), EtcdUnavailable)
     # without what gRPC says around it: the endpoint once more, and its own states
     details = re.sub(r"failed to connect to all addresses; last error: |UNKNOWN: ", "", details)
-    details = re.sub(r"\bipv[46]:\S+: |Stream removed \(|\(GOAWAY received.*", "", details)
+    details = re.sub(r"Stream removed \((.*)\)", r"\1", details)
+    details = re.sub(r"\bipv[46]:\S+: | \(GOAWAY received.*", "", details)
     return kind(f"etcd at {endpoint}: {details}")
 
 

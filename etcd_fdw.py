@@ -38,15 +38,15 @@ How they are kept
 
 Sections
   etcd3 on today's protobuf, errors, values, pure helpers
-  options         one field of Config for each; the parsers of their values
-  waker and signals, metrics and health
+  options         one field of Config for each; the parsers of their values; who sets them
+  log, waker and signals, metrics and health
   PostgreSQL side a session: connect, lock, schema, transactions
   etcd side       a client; pages of a snapshot; the watch thread
   mirror          an event's way into table etcd: Intake, Batch, Mirror
   outbox          a row's way from etcd_wal to etcd and back: Queue, Txn, Pipeline, Outbox
   comparison      both sides at one revision, for validate, sync and repairs
   session, engine the loop and its clock; one session after another; what outlives them
-  throw-away servers, commands, command line
+  commands; throw-away servers and the demo; command line
 
 Exit codes: 0 clean stop or success · 1 configuration · 2 PostgreSQL or etcd unreachable ·
 3 permission or authentication · 4 a person is needed · 5 differences found, or unhealthy.
@@ -384,7 +384,8 @@ def etcd_error(exc: grpc.RpcError, endpoint: str) -> EtcdFdwError:
     kind = kind or ETCD_CODES.get(exc.code(), EtcdUnavailable)
     # without what gRPC says around it: the endpoint once more, and its own states
     details = re.sub(r"failed to connect to all addresses; last error: |UNKNOWN: ", "", details)
-    details = re.sub(r"\bipv[46]:\S+: |Stream removed \(|\(GOAWAY received.*", "", details)
+    details = re.sub(r"Stream removed \((.*)\)", r"\1", details)
+    details = re.sub(r"\bipv[46]:\S+: | \(GOAWAY received.*", "", details)
     return kind(f"etcd at {endpoint}: {details}")
 
 
@@ -1137,6 +1138,8 @@ class Guard(threading.Thread):
     def listen(self) -> None:
         """Take signals from now on, and those that came before. Call from the main thread."""
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        while signal.sigpending() & set(SIGNALS):
+            self._take_signal()
         threading.Thread(target=self._take_signals, name="signals", daemon=True).start()
         self.start()
 
@@ -1171,15 +1174,18 @@ class Guard(threading.Thread):
 
     def _take_signals(self) -> None:
         while True:
-            number = signal.sigwait(SIGNALS)
-            if number not in (signal.SIGTERM, signal.SIGINT):
-                self.requests.add(number)
-            elif self.stop_by is None:
-                self.notifier.tell(STOPPING=1, STATUS="stopping")
-                self.stop_by = time.monotonic() + STOP_LIMIT_S
-            else:
-                os._exit(0)  # asked twice; a crash at any point loses nothing
-            self.waker.wake()
+            self._take_signal()
+
+    def _take_signal(self) -> None:
+        number = signal.sigwait(SIGNALS)
+        if number not in (signal.SIGTERM, signal.SIGINT):
+            self.requests.add(number)
+        elif self.stop_by is None:
+            self.notifier.tell(STOPPING=1, STATUS="stopping")
+            self.stop_by = time.monotonic() + STOP_LIMIT_S
+        else:
+            os._exit(0)  # asked twice; a crash at any point loses nothing
+        self.waker.wake()
 
     def _enforce(self, now: float) -> None:
         if self.stop_by is not None and now > self.stop_by + 1:
@@ -3861,7 +3867,7 @@ def compare_at_checkpoint(
     try:
         return compare(postgres, etcd, checkpoint, **options)
     except Compacted:
-        summary = compare(postgres, etcd, checkpoint, at=0)
+        summary = compare(postgres, etcd, checkpoint, **{**options, "at": 0, "repair": False})
         if count_differences(summary):
             raise
         return summary
@@ -3882,13 +3888,9 @@ def compare_up_to(
             revision=checkpoint,
             repaired=describe(repaired, "difference"),
         )
-    if checkpoint < goal:
-        try:
-            lacking = compare(postgres, etcd, checkpoint, at=goal, **options)
-        except Compacted:
-            lacking = compare(postgres, etcd, checkpoint, at=0, **options)
-        if count_differences(lacking):
-            return None
+    # what came to the prefix after the goal moves the checkpoint past it
+    if checkpoint < goal and count_differences(compare(postgres, etcd, checkpoint, 0, **options)):
+        return None
     return summary
 
 
@@ -5142,7 +5144,9 @@ class Goal:
         self.moved_at = time.monotonic()  # when that was last another
         self.pause_s = 0.1  # before the next look
 
-    def reached(self, postgres: Postgres, etcd: Etcd) -> dict[str, Any] | None:
+    def reached(
+        self, postgres: Postgres, etcd: Etcd, progress: Callable[[int, int], None]
+    ) -> dict[str, Any] | None:
         """Compare and repair once nothing is pending; the summary, None if it is not there yet.
 
         Raises EtcdFdwError if the active instance does not get on.
@@ -5162,7 +5166,7 @@ class Goal:
         if not state or pending:
             return None
         try:
-            return compare_up_to(postgres, etcd, state.revision, self.revision)
+            return compare_up_to(postgres, etcd, state.revision, self.revision, progress=progress)
         except Compacted:
             # the watch may bring the difference yet; else its next session copies again
             if holder and now > self.moved_at + LAG_LIMIT_S:
@@ -5192,10 +5196,11 @@ def bring_in_step(config: Config, reset: bool = False) -> dict[str, Any]:
         if engine.guard.stopping:
             raise EtcdFdwError("stopped before both sides were in step: run it again")
         with (
+            suppress(Stopped),
             closing(Postgres(config, engine.guard)) as postgres,
             closing(engine.connect_etcd()) as etcd,
         ):
-            if summary := goal.reached(postgres, etcd):
+            if summary := goal.reached(postgres, etcd, lambda *_: engine.check_stop()):
                 engine.summarise()
                 return summary
         engine.pause(goal.pause_s)

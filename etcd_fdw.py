@@ -130,7 +130,6 @@ OUTCOME_CHANNEL = "etcd_outcome"  # payload: <lowest id>-<highest id> of a batch
 CONTROL_CHANNEL = "etcd_fdw_control"  # payload: id of a row of etcd_sync_event
 
 RESERVED = b"etcd_fdw/"  # where the daemon keeps its own keys in etcd; no mirror sees them
-TTL_MAX_S = 9_000_000_000  # of a lease in etcd
 KEY_MAX_BYTES = 2600  # a btree tuple holds 2704 bytes: key, revision, headers
 TXN_MAX_BYTES = 1 << 20  # etcd refuses requests above 1.5 MiB by default
 MESSAGE_MAX_BYTES = 32 << 20  # of an answer; with gRPC's 4 MiB a larger one fails for ever
@@ -343,7 +342,6 @@ ETCD_MESSAGES: list[tuple[str, type[EtcdFdwError]]] = [
     ("Received message larger than max", TooLarge),  # C core, here
     ("key is not provided", Rejected),
     ("requested lease not found", LeaseNotFound),
-    ("too large lease TTL", Rejected),
     ("key not found", Rejected),
     ("invalid auth token", TokenExpired),
     ("revision of auth store is old", TokenExpired),
@@ -370,9 +368,14 @@ def masked(text: str) -> str:
 
     Where a password ends is not always sure: rather too much of the text goes than too little.
     """
-    text = re.sub(r"(://[^\s/?#@:]*:)\S*@", r"\1****@", text)
-    value = r"(?:'(?:[^'\\]|\\.)*'|(?:[^\s&\\]|\\.|&(?![\w%]+=))*)"
-    return re.sub(rf"([\w%]+)(\s*=\s*){value}", mask_parameter, text)
+    text = re.sub(r"(://[^\s/?#@:]*:).*@", r"\1****@", text, flags=re.DOTALL)
+    value = r"(?:'(?:[^'\\]|\\.)*'|(?:(?![\s&][\w%]+\s*=)(?:\\.|.))*)"  # up to another name
+    return re.sub(rf"([\w%]+)(\s*=\s*){value}", mask_parameter, text, flags=re.DOTALL)
+
+
+def hide_dsn(text: str) -> str:
+    """The text up to what may be a DSN that cannot be read, or stands where none belongs."""
+    return re.sub(r"(://|password).*", r"\1****", text, flags=re.IGNORECASE | re.DOTALL)
 
 
 def etcd_error(exc: grpc.RpcError, endpoint: str) -> EtcdFdwError:
@@ -730,11 +733,11 @@ def check_files(given: Mapping[str, Any]) -> None:
     try:
         if ca:
             context.load_verify_locations(ca)
-        wrong = f"cert, key: no certificate in {cert!r}, or not its unencrypted key in {key!r}"
+        wrong = f"cert, key: no certificate in {cert!r}, or not its key in {key!r}"
         if cert:
             context.load_cert_chain(cert, key, password="")  # never ask on the terminal
     except (ssl.SSLError, OSError):
-        raise ValueError(f"{wrong} (PEM format)") from None
+        raise ValueError(f"{wrong} (PEM, not encrypted)") from None
 
 
 def unescape(text: str, what: str) -> str:
@@ -921,7 +924,7 @@ def read_config_file(path: str) -> dict[str, str]:
     try:
         root = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)
     except OSError as exc:
-        raise ConfigurationError(f"--config: cannot read {masked(path)}: {exc.strerror}") from exc
+        raise ConfigurationError(f"--config: cannot read {hide_dsn(path)}: {exc.strerror}") from exc
     except (yaml.YAMLError, UnicodeDecodeError) as exc:
         # the whole message would quote the line, and with it perhaps a password
         mark = getattr(exc, "problem_mark", None)
@@ -935,7 +938,7 @@ def read_config_file(path: str) -> dict[str, str]:
     for node, value in root.value if root else ():
         where, key = f"{path}, line {node.start_mark.line + 1}", str(node.value).replace("_", "-")
         if key not in names:
-            raise ConfigurationError(f"{where}: unknown option {masked(key)!r}")
+            raise ConfigurationError(f"{where}: unknown option {hide_dsn(key)!r}")
         if not isinstance(value, yaml.ScalarNode) or value.tag == "tag:yaml.org,2002:null":
             raise ConfigurationError(f"{where}: {key}: expected a single value")
         if names[key] in found:
@@ -954,7 +957,7 @@ def parse_setting(option: Option, setting: Setting) -> Any:
         return option.parse(setting.text)
     except ValueError as exc:
         # only what parses DSNs never quotes them
-        message = str(exc) if option.required else masked(str(exc))
+        message = str(exc) if option.required else hide_dsn(str(exc))
         raise ConfigurationError(f"{setting.source}: {message}") from None
 
 
@@ -3568,9 +3571,6 @@ class Outbox:
         for transaction in group_rows(rows, limits, self.split):
             if any(key.encode().startswith(RESERVED) for key in transaction.keys):
                 self.fail(transaction, Rejected(f"keys below {RESERVED.decode()} are reserved"))
-            elif any(row.ttl and not 0 < row.ttl <= TTL_MAX_S for row in transaction.rows):
-                limit = f"a ttl must not be negative, nor above {TTL_MAX_S} seconds"
-                self.fail(transaction, Rejected(limit))
             else:
                 self.queue.add(transaction)
 
@@ -4003,7 +4003,7 @@ WHERE id = ANY (%(ids)s::bigint[]) AND prefix = %(prefix)s AND operation = 'sync
 """
 ANSWER_SQL = """
 UPDATE etcd_sync_event
-SET status = 'done', details = %(details)s, duration = clock_timestamp() - ts
+SET status = %(status)s, details = %(details)s, duration = clock_timestamp() - ts
 WHERE id = %(id)s
 """
 
@@ -4273,12 +4273,16 @@ class Session:
         if not notified:
             return
         for request in self.postgres.query(OPEN_REQUESTS_SQL, ids=int_array(notified)):
-            summary = self.bring_in_step(request["revision"] or 0)
-            if summary is None:  # whoever asked, asks again until there is an answer
+            status, details = "done", None
+            try:
+                details = self.bring_in_step(request["revision"] or 0)
+            except PostgresUnavailable as exc:  # if it is gone, the answer fails as well
+                status, details = "failed", {"message": str(exc)}
+            if details is None:  # whoever asked, asks again until there is an answer
                 continue
+            answer = {"id": request["id"], "status": status}
             with self.postgres.cursor() as cur:
-                details = psycopg2.extras.Json(summary)
-                cur.execute(ANSWER_SQL, {"id": request["id"], "details": details})
+                cur.execute(ANSWER_SQL, {**answer, "details": psycopg2.extras.Json(details)})
 
     def bring_in_step(self, goal: int) -> dict[str, Any] | None:
         """Repair the mirror, if it has all that etcd held at a revision; else None: not yet.
@@ -4968,6 +4972,8 @@ def problems_of(found: Mapping[str, Any]) -> Iterator[str]:
         yield "no instance is active"
     elif "checkpoint" not in found:
         yield "the first copy is not done"
+    elif found["pid"] is None:
+        yield f"no instance is active, or one just starts: {show_holder(found)} holds the lock"
     elif (found["heartbeat_age_s"] or 0) > HEARTBEAT_LIMIT_S:
         yield f"the last heartbeat was {show_age(found['heartbeat_age_s'])} ago"
     if found.get("lag_revisions"):
@@ -5018,13 +5024,17 @@ def show_status(found: Mapping[str, Any], timed: bool) -> str:
     return "\n".join(shown)
 
 
+def show_holder(found: Mapping[str, Any]) -> str:
+    """Who has the lock of the prefix, be it an instance or not."""
+    return "backend {pid} of role {role}, {application_name},".format_map(found["holder"])
+
+
 def show_instances(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The lines about who is active and who stands by."""
     if not found["locked"] and not is_retrying(found):
         yield "active", "nobody"
     elif found.get("pid") is None:
-        who = "backend {pid} of role {role}, {application_name}".format_map(found["holder"])
-        yield "active", f"starting, or not an instance at all: the lock is held by {who}"
+        yield "active", f"nobody, or one just starts: {show_holder(found)} holds the lock"
     else:
         since, age = utc(found["started_at"].timestamp()), show_age(found["heartbeat_age_s"])
         who = f"pid {found['pid']} on {found['host']}, version {found['version']}"
@@ -5865,20 +5875,21 @@ class DemoStage:
         sys.stdout.flush()
         return rows
 
+    def exists(self, where: str) -> bool:
+        """Whether there is such a row, without showing it."""
+        with self.connection.cursor() as cur:
+            cur.execute(f"SELECT FROM {where}")
+            return bool(cur.rowcount)
+
     def arrived(self, value: str) -> None:
         """Wait for a value in the mirror."""
-        wait_until(f"{value} has not arrived", lambda: self.count("etcd WHERE value = %s", value))
+        where = f"etcd WHERE value = '{value}'"
+        wait_until(f"{value} has not arrived", lambda: self.exists(where))
 
     def finished(self) -> None:
         """Wait until no change is pending."""
-        pending = "etcd_wal WHERE status = 'pending'"
-        wait_until("a change is still pending", lambda: not self.count(pending))
-
-    def count(self, what: str, *arguments: str) -> int:
-        """How many rows there are, without showing it."""
-        with self.connection.cursor() as cur:
-            cur.execute(f"SELECT pg_catalog.count(*) FROM {what}", arguments)
-            return int(cur.fetchone()[0])
+        where = "etcd_wal WHERE status = 'pending'"
+        wait_until("a change is still pending", lambda: not self.exists(where))
 
 
 # ── command line ───────────────────────────────────────────────────────────────
@@ -5906,7 +5917,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """Raises ConfigurationError."""
-        raise ConfigurationError(f"{masked(message)}; see {self.prog} --help")
+        raise ConfigurationError(f"{hide_dsn(message)}; see {self.prog} --help")
 
 
 def build_parser() -> Parser:

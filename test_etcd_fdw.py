@@ -2202,7 +2202,7 @@ def test_queue_keeps_the_order_of_each_key_and_each_key_once_in_a_txn(transactio
         queue.add(etcd_fdw.OutboxTransaction(rows))
     sent = []
     while txn := queue.take(etcd_fdw.Limits(max_ops, False)):
-        keys = [change.key for transaction in txn for change in transaction.changes]
+        keys = [change.key for transaction in txn for change in transaction.changes.values()]
         assert len(set(keys)) == len(keys)
         widest = max(len(transaction.changes) for transaction in txn)
         assert len(txn) == 1 or 1 + len(txn) + widest + 1 <= max_ops
@@ -8180,16 +8180,6 @@ def test_lease_of_a_key_that_a_transaction_changes_more_than_once(daemon, db, pr
     assert wait_settled(db) == ["success"] * 5
     assert etcd.get(kept).lease
     assert etcd.get(gone).lease == 0
-
-
-@pytest.mark.parametrize("ttl", ["-1 second", "300 years"])
-def test_ttl_that_etcd_has_no_lease_for_fails(daemon, db, prefix, etcd, ttl):
-    daemon()
-    status, revision, message = outcome(db, ask(db, prefix + "a", ttl=ttl))
-    assert (status, revision) == ("failed", None)
-    assert message is not None and "ttl" in message
-    assert etcd.get(prefix + "a") is None
-    apply_change(db, prefix + "b")
 
 
 def slow_grant(network: Proxy, db: str, client: EtcdClient, key: str) -> int:

@@ -67,6 +67,7 @@ import ast
 import asyncio
 import bisect
 import collections
+import gc
 import http
 import importlib
 import importlib.util
@@ -143,6 +144,7 @@ LONG_STATEMENT_LIMIT_S = 3600.0  # applying the schema, merging a snapshot
 STEADY_S = 2.0  # a session that lasted so long was no failed attempt
 EVENT_LIMIT_S = 30.0  # a change that etcd took comes back through the watch by then
 STOP_LIMIT_S = 10.0
+GC_THRESHOLD = 50_000  # with Python's 700 it takes a third of the time that changes take
 PIPELINE_DEPTH = 8  # Txns prepared for etcd, so that it need not wait for PostgreSQL
 RECEIPT_MAX_BYTES = 64 << 10  # of what a receipt says of the Txns before its own, about
 CONFLICTS_SHOWN = 10  # a minute; the rest is counted
@@ -2731,43 +2733,20 @@ class OutboxTransaction:
     def __init__(self, rows: list[OutboxRow]) -> None:
         self.read_at = time.monotonic()
         self.rows = rows
-        self.keys = {row.key for row in rows}
-        self.forced = {row.key for row in rows if row.force}
-        self.size = 150 * len(rows)  # of the request, about
+        self.keys: set[str] = set()
+        self.forced: set[str] = set()
+        self.size = 0  # of the request, about
         for row in rows:
+            self.keys.add(row.key)
             value = len(row.value or row.value_bytes or "")
-            self.size += 4 * len(row.key) + value * (2 if row.force and row.ttl is None else 1)
-        self.changes: list[Change] = []
+            self.size += 150 + 4 * len(row.key) + value
+            if row.force:
+                self.forced.add(row.key)
+                self.size += value  # see Txn.force
+        self.changes: dict[str, Change] = {}
         self.waits = 0
         self.followers: list[OutboxTransaction] = []
         self.versions: dict[int, int] = {}  # of keys, after the rows that it depends on
-
-    def resolve(self) -> None:
-        """Decide for each key on the version that the change is made on; the last one counts."""
-        own: dict[int, int] = {}
-        changes: dict[str, Change] = {}
-        for row in self.rows:
-            on = row.depends_on
-            if on in own:
-                expected = own[on]
-            elif on in self.versions:
-                expected = self.versions[on]
-            elif row.dependency_status == "success":
-                expected = row.dependency_revision or 0
-            else:
-                expected = row.revision or 0
-            own[row.id] = expected
-            before, ttl = changes.get(row.key), row.ttl
-            if before and ttl is None:  # the lease that the key has by then
-                ttl = 0 if before.value is None else before.ttl
-            forced = row.key in self.forced
-            changes[row.key] = Change(row.key.encode(), expected, row.data, ttl, forced)
-        self.changes = list(changes.values())
-
-    @property
-    def strict(self) -> list[Change]:
-        """The changes that are made on a version; one that etcd does not hold beats all."""
-        return [change for change in self.changes if not change.forced]
 
     @property
     def width(self) -> int:
@@ -2779,13 +2758,35 @@ class OutboxTransaction:
 
     def fits(self, limits: Limits) -> bool:
         """Whether etcd takes it in one piece."""
-        allowed = limits.allow(1, len(self.keys), self.width)
-        return allowed and self.size <= TXN_MAX_BYTES
+        return limits.allow(1, len(self.keys), self.width) and self.size <= TXN_MAX_BYTES
+
+    def resolve(self) -> None:
+        """Decide for each key on the version that the change is made on; the last one counts."""
+        versions = self.versions  # and of the transaction's own rows, those that they are made on
+        for row in self.rows:
+            expected: int | None = row.revision or 0
+            if row.depends_on is not None:
+                if row.depends_on in versions:
+                    expected = versions[row.depends_on]
+                elif row.dependency_status == "success":
+                    expected = row.dependency_revision or 0
+            versions[row.id] = expected or 0
+            before, ttl = self.changes.get(row.key), row.ttl
+            if before and ttl is None:  # the lease that the key has by then
+                ttl = 0 if before.value is None else before.ttl
+            forced = row.key in self.forced
+            self.changes[row.key] = Change(row.key.encode(), expected, row.data, ttl, forced)
+
+    @property
+    def strict(self) -> list[Change]:
+        """The changes that are made on a version; one that etcd does not hold beats all."""
+        return [change for change in self.changes.values() if not change.forced]
 
     def replaced(self, versions: Iterable[int | None]) -> None:
         """Note what the forced changes, in order, have replaced."""
-        found = iter(versions)
-        self.changes = [c._replace(expected=next(found)) if c.forced else c for c in self.changes]
+        forced = [(key, change) for key, change in self.changes.items() if change.forced]
+        for (key, change), version in zip(forced, versions):
+            self.changes[key] = change._replace(expected=version)
 
 
 def group_rows(
@@ -2801,13 +2802,13 @@ def group_rows(
         by_txid.setdefault(row.txid, []).append(row)
     found: list[OutboxTransaction] = []
     for txid, members in by_txid.items():
-        whole, more = OutboxTransaction(members), len(members) > 1
-        if more and not (len(members) <= limits.largest() and whole.fits(limits)):
-            split.add(txid)
-        if txid in split:
-            found.extend(OutboxTransaction([row]) for row in members)
-        else:
-            found.append(whole)
+        if txid not in split and len(members) <= limits.largest():
+            whole = OutboxTransaction(members)
+            if len(members) == 1 or whole.fits(limits):
+                found.append(whole)
+                continue
+        split.add(txid)
+        found.extend(OutboxTransaction([row]) for row in members)
     return found
 
 
@@ -2827,6 +2828,10 @@ class Queue:
         self.dependents: dict[int, list[OutboxTransaction]] = {}  # by row that they depend on
         self.ready: collections.deque[OutboxTransaction] = collections.deque()
 
+    def expect(self, rows: Iterable[OutboxRow]) -> None:
+        """Note that rows were read."""
+        self.versions.update(dict.fromkeys((row.id for row in rows), None))
+
     def add(self, transaction: OutboxTransaction) -> None:
         """Have a transaction wait for those that must go before it."""
         self.waiting[transaction.rows[0].id] = transaction
@@ -2843,12 +2848,11 @@ class Queue:
 
     def depend(self, transaction: OutboxTransaction) -> None:
         """Find what its rows depend on among the rows that were read before."""
-        own = {row.id for row in transaction.rows}
         for row in transaction.rows:
             on = row.depends_on
-            if on is None or on in own or row.dependency_status != "pending":
+            if on is None or row.dependency_status != "pending" or row.key in transaction.forced:
                 continue
-            if row.key in transaction.forced:
+            if any(other.id == on for other in transaction.rows):
                 continue
             version = self.versions.get(on)
             if version is None:
@@ -3014,7 +3018,7 @@ def refusal_event(outcome: Outcome) -> SynchronizationEvent:
     )
 
 
-def conflict_message(changes: Sequence[Change], current: Sequence[int]) -> str:
+def conflict_message(changes: Sequence[Change], current: Sequence[int | None]) -> str:
     """Which keys were beaten, and by what."""
     beaten = [
         f"{change.key.decode()} is "
@@ -3193,32 +3197,35 @@ class Txn:
         self.future: Any = None
         self._leases: dict[tuple[str, int], Any] = {}  # futures by transaction and ttl
         self._puts: list[tuple[Any, Any]] = []  # that lack the id of a lease, with its future
-        equal, mod = etcdrpc.Compare.EQUAL, etcdrpc.Compare.MOD
         self.request = txn = etcdrpc.TxnRequest()
         if self.guarded:
             for transaction in transactions:
-                for change in transaction.changes:
+                for change in transaction.changes.values():
                     txn.failure.add().request_put.key = change.key
             txn = txn.success.add().request_txn
-        txn.compare.add(result=equal, target=mod, key=receipts.owner, mod_revision=fence)
+        txn.compare.add(target=etcdrpc.Compare.MOD, key=receipts.owner, mod_revision=fence)
         txn.failure.add().request_range.key = receipts.owner
         self._receipt = txn.success.add().request_put
         self._receipt.key = receipts.receipt
         for number, transaction in enumerate(transactions):
             nested = txn.success.add().request_txn
-            txid = transaction.rows[0].txid
-            for change in transaction.changes:
-                key, operation = change.key, nested.success.add()
-                if change.forced:
-                    self.force(operation.request_txn, change, txid)
-                    continue
-                nested.compare.add(result=equal, target=mod, key=key, mod_revision=change.expected)
-                self.make(operation, change, bool(change.expected), txid)
-                look = nested.failure.add().request_range
-                look.key, look.keys_only = key, True
+            self.fill(nested, transaction)
             refusal = nested.failure.add().request_put
             refusal.key = b"%srefused/%d" % (receipts.key, number)
             refusal.value = format_rows(transaction.rows).encode()
+
+    def fill(self, nested: Any, transaction: OutboxTransaction) -> None:
+        """Have a nested transaction make changes, or tell which versions etcd holds instead."""
+        txid, mod = transaction.rows[0].txid, etcdrpc.Compare.MOD
+        for change in transaction.changes.values():
+            key, operation = change.key, nested.success.add()
+            if change.forced:
+                self.force(operation.request_txn, change, txid)
+                continue
+            nested.compare.add(target=mod, key=key, mod_revision=change.expected)
+            self.make(operation, change, bool(change.expected), txid)
+            look = nested.failure.add().request_range
+            look.key, look.keys_only = key, True
 
     def force(self, nested: Any, change: Change, txid: str) -> None:
         """Have a nested transaction make a change whatever etcd holds, and tell what that was."""
@@ -3273,20 +3280,29 @@ class Txn:
             response = response.responses[0].response_txn
         return response
 
+    def told(self, answer: Any) -> Iterator[tuple[OutboxTransaction, bool, list[int]]]:
+        """Of each transaction, whether etcd applied it, and the versions that it tells.
+
+        Those that the forced changes replaced, or if it was refused, of the others' keys.
+        """
+        for transaction, item in zip(self.transactions, answer.responses[1:]):
+            nested = item.response_txn
+            looks: Iterable[Any] = ()
+            if not nested.succeeded:
+                looks = nested.responses[:-1]
+            elif transaction.forced:
+                pairs = zip(transaction.changes.values(), nested.responses)
+                # if the key was not there, the answer is that of a put, which tells no version
+                looks = [r.response_txn.responses[0] for change, r in pairs if change.forced]
+            found = [look.response_range.kvs for look in looks]
+            versions = [kvs[0].mod_revision if kvs else 0 for kvs in found]
+            yield transaction, nested.succeeded, versions
+
     def refused(self, answer: Any) -> str:
         """The rows that etcd refused, as in a receipt."""
         items = answer.responses[1:]
         failed = [t for t, i in zip(self.transactions, items) if not i.response_txn.succeeded]
         return format_rows(row for transaction in failed for row in transaction.rows)
-
-
-def replaced_versions(transaction: OutboxTransaction, answers: Sequence[Any]) -> Iterator[int]:
-    """What etcd answers that forced changes have replaced, in order; 0 for nothing."""
-    for change, answer in zip(transaction.changes, answers):
-        if change.forced:
-            forced = answer.response_txn
-            kvs = forced.responses[0].response_range.kvs if forced.succeeded else ()
-            yield kvs[0].mod_revision if kvs else 0
 
 
 class Pipeline:
@@ -3372,11 +3388,6 @@ class Pipeline:
                 self._unsettled.popleft()
         self._send()
 
-    def drop(self) -> None:
-        """Forget what was not sent yet."""
-        with self._lock:
-            self._unsent.clear()
-
     def close(self) -> None:
         """Send nothing any more."""
         with self._lock:
@@ -3391,10 +3402,7 @@ ROW_COLUMNS = """
     w.id, (extract(epoch FROM w.ts)::float8 * 1000000::float8)::bigint, w.key, w.value,
     w.value_bytes, w.revision, w.txid::text, d.id, d.status,
     CASE WHEN d.value IS NULL AND d.value_bytes IS NULL THEN 0 ELSE d.result_revision END,
-    CASE WHEN w.ttl >= '0'::interval
-             THEN least(pg_catalog.ceil(extract(epoch FROM w.ttl)::float8), 1e12::float8)::bigint
-         WHEN w.ttl IS NOT NULL THEN -1 END,
-    w.force
+    pg_catalog.ceil(extract(epoch FROM w.ttl)::float8)::bigint, w.force
 """
 DEPENDENCY = """
 LEFT JOIN LATERAL (
@@ -3442,12 +3450,16 @@ HAS_PENDING_SQL = f"SELECT EXISTS (SELECT FROM etcd_wal WHERE {PENDING}) AS foun
 
 
 class Acknowledged(NamedTuple):
-    """What etcd answered to a Txn, until PostgreSQL has it."""
+    """What became of changes, until PostgreSQL has it."""
 
-    revision: int
-    mirrored: bool  # whether the watch will bring something at this revision
+    revision: int  # of the Txn, 0: there is none
     outcomes: list[Outcome]
     at: float  # monotonic
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether the watch will bring something at this revision."""
+        return any(o.status == "success" and o.revision is not None for o in self.outcomes)
 
 
 class Outbox:
@@ -3472,7 +3484,6 @@ class Outbox:
         self.retired = False  # nothing more is read or sent, but what was sent is settled
         self.queue = Queue()
         self.acknowledged: collections.deque[Acknowledged] = collections.deque()
-        self.failed: list[Outcome] = []
         self.token_renewed = False
         self.recover(sent)
 
@@ -3485,34 +3496,21 @@ class Outbox:
         with self.postgres.cursor() as cur:
             cur.execute(SENT_SQL, {"ids": ids, "prefix": self.postgres.prefix})
             found = {row[0]: OutboxRow(*row) for row in cur}
-        limits, settled = self.limits(), 0
+        settled = 0
         for item, rows in zip(sent, queued):
             there = [found[i] for i in sorted(rows) if i in found]
             there = [row for row in there if row.queued_at == rows[row.id]]
             refused = parse_rows(item.refused)
-            transactions = group_rows(
-                [row for row in there if row.id in refused], limits, self.split
-            )
+            beaten = [row for row in there if row.id in refused]
             applied = OutboxTransaction([row for row in there if row.id not in refused])
-            outcomes: list[Outcome] = []
-            for transaction in (applied, *transactions):
-                self.queue.versions.update(
-                    dict.fromkeys((row.id for row in transaction.rows), None)
-                )
+            transactions = [applied, *group_rows(beaten, self.limits(), self.split)]
+            self.queue.expect(there)
+            for transaction in transactions:
                 self.queue.depend(transaction)
                 transaction.resolve()
-            forced = [change.key for change in applied.changes if change.forced]
-            applied.replaced([self.version_at(key, item.revision - 1) for key in forced])
-            outcomes += self.applied(applied, item.revision)
-            for transaction in transactions:
-                current = []
-                for change in transaction.strict:
-                    version = self.version_at(change.key, item.revision)
-                    current.append(self.version_at(change.key) or 0 if version is None else version)
-                outcomes += self.refused(transaction, current)
-            moves = any(change.moves for change in applied.changes)
-            self.acknowledged.append(Acknowledged(item.revision, moves, outcomes, time.monotonic()))
-            settled += len(outcomes)
+            told = [(t, t is applied, self.told(t, t is applied, item)) for t in transactions]
+            self.note(item.revision, told)
+            settled += len(there)
         # whatever is left of these transactions was not sent with the rest
         self.split.update(row.txid for row in found.values())
         if settled:
@@ -3520,6 +3518,14 @@ class Outbox:
                 "etcd's receipts tell what became of %(changes)s sent before",
                 changes=describe(settled, "change"),
             )
+
+    def told(self, transaction: OutboxTransaction, applied: bool, sent: Sent) -> list[int | None]:
+        """As Txn.told(), from what etcd still knows; None: it has compacted that."""
+        changes = transaction.changes.values()
+        if applied:
+            return [self.version_at(c.key, sent.revision - 1) for c in changes if c.forced]
+        found = [(c.key, self.version_at(c.key, sent.revision)) for c in transaction.strict]
+        return [self.version_at(key) if version is None else version for key, version in found]
 
     def version_at(self, key: bytes, revision: int = 0) -> int | None:
         """The mod_revision that a key had at a revision, or has; 0 for none, None: compacted."""
@@ -3555,7 +3561,7 @@ class Outbox:
 
     def unwritten(self) -> int:
         """How many changes wait for the mirror."""
-        return len(self.failed) + sum(len(item.outcomes) for item in self.acknowledged)
+        return sum(len(item.outcomes) for item in self.acknowledged)
 
     def has_room(self) -> bool:
         """Whether more changes may be read although those that were wait for one another."""
@@ -3568,9 +3574,9 @@ class Outbox:
         """Queue pending rows that were not read yet."""
         limits = self.limits()
         rows, self.all_read = self.pending(self.engine.config.batch_size, limits.largest())
-        self.queue.versions.update(dict.fromkeys((row.id for row in rows), None))
+        self.queue.expect(rows)
         for transaction in group_rows(rows, limits, self.split):
-            if any(key.encode().startswith(RESERVED) for key in transaction.keys):
+            if any(key.startswith(RESERVED.decode()) for key in transaction.keys):
                 self.fail(transaction, Rejected(f"keys below {RESERVED.decode()} are reserved"))
             else:
                 self.queue.add(transaction)
@@ -3621,17 +3627,21 @@ class Outbox:
         if not answer.succeeded:
             raise self.fenced(answer.responses[0].response_range.kvs)
         self.token_renewed = False
-        revision, outcomes, moves = answer.header.revision, [], False
-        for transaction, item in zip(txn.transactions, answer.responses[1:]):
-            if item.response_txn.succeeded:
-                transaction.replaced(replaced_versions(transaction, item.response_txn.responses))
+        self.note(answer.header.revision, txn.told(answer))
+
+    def note(
+        self, revision: int, told: Iterable[tuple[OutboxTransaction, bool, Sequence[int | None]]]
+    ) -> None:
+        """Keep the outcomes of the transactions of a Txn; see Txn.told()."""
+        outcomes: list[Outcome] = []
+        for transaction, applied, versions in told:
+            if applied:
+                if versions:
+                    transaction.replaced(versions)
                 outcomes += self.applied(transaction, revision)
-                moves = moves or any(change.moves for change in transaction.changes)
-                continue
-            ranges = (look.response_range.kvs for look in item.response_txn.responses[:-1])
-            current = [kvs[0].mod_revision if kvs else 0 for kvs in ranges]
-            outcomes += self.refused(transaction, current)
-        self.acknowledged.append(Acknowledged(revision, moves, outcomes, time.monotonic()))
+            else:
+                outcomes += self.refused(transaction, versions)
+        self.acknowledged.append(Acknowledged(revision, outcomes, time.monotonic()))
 
     def fenced(self, owner: Sequence[Any]) -> Fenced:
         """The error that says who sends in place of this session."""
@@ -3648,10 +3658,9 @@ class Outbox:
 
     def applied(self, transaction: OutboxTransaction, revision: int) -> list[Outcome]:
         """The outcomes of a transaction that etcd took at a revision."""
-        changes = {change.key.decode(): change for change in transaction.changes}
         outcomes = []
         for row in transaction.rows:
-            change = changes[row.key]
+            change = transaction.changes[row.key]
             reached = revision if change.moves else None
             replaced = change.expected or None if row.force else None
             outcomes.append(
@@ -3660,7 +3669,9 @@ class Outbox:
             self.queue.answered(row.id, 0 if change.value is None else revision)
         return outcomes
 
-    def refused(self, transaction: OutboxTransaction, current: Sequence[int]) -> list[Outcome]:
+    def refused(
+        self, transaction: OutboxTransaction, current: Sequence[int | None]
+    ) -> list[Outcome]:
         """The outcomes of a transaction one of whose keys etcd has at another version."""
         strict = transaction.strict
         message = conflict_message(strict, current)
@@ -3668,7 +3679,7 @@ class Outbox:
         first = transaction.rows[0]
         key, revision = next(iter(beaten_at.items()), (first.key, None))
         self.engine.conflicts.note(first.id, key, revision, message)
-        newest = max(beaten_at.values(), default=0)
+        newest = max((now or 0 for now in beaten_at.values()), default=0)
         outcomes = []
         for row in transaction.rows:
             revision = beaten_at.get(row.key) or newest or None
@@ -3681,11 +3692,13 @@ class Outbox:
     def fail(self, transaction: OutboxTransaction, error: EtcdFdwError) -> None:
         """Note that etcd will never take a transaction."""
         log.warning("change %(id)d failed: %(error)s", id=transaction.rows[0].id, error=error)
+        outcomes = []
         for row in transaction.rows:
-            self.failed.append(
+            outcomes.append(
                 Outcome(row.id, row.key, "failed", None, str(error), transaction.read_at)
             )
             self.queue.answered(row.id, REFUSED)
+        self.acknowledged.append(Acknowledged(0, outcomes, time.monotonic()))
 
     def unanswered(self, txn: Txn, error: EtcdFdwError) -> None:
         """Deal with a Txn that etcd refused as a whole; raises if it may have applied it."""
@@ -3725,14 +3738,15 @@ class Outbox:
         Those of a Txn are written together and in order, so that one number tells which
         receipts are settled.
         """
-        outcomes, self.failed, receipt = self.failed, [], 0
+        outcomes: list[Outcome] = []
+        receipt = 0
         while self.acknowledged:
             first = self.acknowledged[0]
             if first.mirrored and first.revision > checkpoint:
                 break
             self.acknowledged.popleft()
             outcomes += first.outcomes
-            receipt = first.revision
+            receipt = max(receipt, first.revision)
         if self.idle():
             self.split.clear()
         return Outcomes(outcomes, receipt, self.split)
@@ -3755,7 +3769,7 @@ class Outbox:
 
     def settled(self) -> bool:
         """Whether nothing is on its way that is worth a wait."""
-        return not (self.pipeline or self.acknowledged or self.failed)
+        return not (self.pipeline or self.acknowledged)
 
     def idle(self) -> bool:
         """Whether no pending row is left."""
@@ -4101,7 +4115,7 @@ class Session:
         if stop_by is None:
             return False
         if self.outbox:
-            self.outbox.pipeline.drop()
+            self.outbox.retire()
         return self.outbox is None or self.outbox.settled() or time.monotonic() > stop_by
 
     def close(self) -> None:
@@ -4351,6 +4365,8 @@ class Engine:
 
     def run(self) -> None:
         """Keep both sides in step. Raises EtcdFdwError where retrying makes no sense."""
+        # what is on its way is thousands of objects, which are freed without the collector
+        gc.set_threshold(GC_THRESHOLD)
         if self.config.metrics_address:
             answers = {
                 "/metrics": lambda: (200, exposition(self.metrics)),

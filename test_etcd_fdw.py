@@ -2216,7 +2216,7 @@ def test_queue_keeps_the_order_of_each_key_and_each_key_once_in_a_txn(transactio
         queue.add(etcd_fdw.OutboxTransaction(rows))
     sent = []
     while txn := queue.take(etcd_fdw.Limits(max_ops, False)):
-        keys = [change.key for transaction in txn for change in transaction.changes]
+        keys = [change.key for transaction in txn for change in transaction.changes.values()]
         assert len(set(keys)) == len(keys)
         widest = max(len(transaction.changes) for transaction in txn)
         assert len(txn) == 1 or 1 + len(txn) + widest + 1 <= max_ops

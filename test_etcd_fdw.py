@@ -9494,6 +9494,64 @@ def test_troubleshooting_has_every_warning_and_error():
         assert words in text, message
 
 
+class LocalCoreDns(etcd_fdw.LocalServer):
+    """A CoreDNS that answers for the zone local.example from an etcd's keys below /skydns."""
+
+    host = "127.0.0.2"  # free_port keeps the UDP port of its number on 127.0.0.1
+
+    def __init__(self, program: str, endpoint: str) -> None:
+        super().__init__()
+        self.program, self.corefile = program, self.directory / "Corefile"
+        etcd = f"etcd {{\n path /skydns\n endpoint http://{endpoint}\n }}"
+        zone = f"local.example:{self.port} {{\n bind {self.host}\n {etcd}\n}}\n"
+        self.corefile.write_text(zone)
+
+    def command(self) -> list[str]:
+        return [self.program, "-conf", str(self.corefile)]
+
+    def is_ready(self) -> bool:
+        with suppress(OSError):
+            self.ask("local.example")
+            return True
+        return False
+
+    def ask(self, name: str) -> str:
+        """Ask for the address of a name, as `dig +short` does; '' if there is none."""
+        labels = b"".join(bytes([len(label)]) + label.encode() for label in name.split("."))
+        with socket.socket(type=socket.SOCK_DGRAM) as sock:
+            sock.settimeout(5)
+            sock.connect((self.host, self.port))
+            header = struct.pack(">6H", 1, 0x100, 1, 0, 0, 0)  # one question, for a resolver
+            sock.send(header + labels + b"\0" + struct.pack(">2H", 1, 1))  # A, IN
+            answer = sock.recv(4096)
+        _, flags, _, answers, others, _ = struct.unpack_from(">6H", answer)
+        assert flags & 0xF in (0, 3), f"{name}: response code {flags & 0xF}"  # 3: no such name
+        assert (answers, others) in ((1, 0), (0, 1)), f"{name}: {answers} and {others} records"
+        return socket.inet_ntoa(answer[-4:]) if answers else ""
+
+
+def test_dns_from_sql_answers_as_readme_shows(daemon, db, own_etcd):
+    """CoreDNS's etcd plugin and SQL share the keys."""
+    directory = os.environ.get("ETCD_FDW_TEST_COREDNS_BIN")
+    program = shutil.which("coredns", path=directory)
+    if not program:
+        pytest.skip("needs CoreDNS: bash .ci/servers coredns-1.15.0, ETCD_FDW_TEST_COREDNS_BIN")
+    daemon(etcd=etcd_dsn(own_etcd.endpoint, "/skydns/"))
+    steps = re.findall(r"^(\$ dig|app=>) (.*)\n((?:(?!\$|app=>).*\n)*)", readme_block("dns"), re.M)
+    assert len(steps) >= 6
+    with LocalCoreDns(program, own_etcd.endpoint) as dns:
+        for kind, command, shown in steps:
+            if kind == "app=>":
+                values = [row[-1] for row in rows(db, command)]
+                assert shown == "" or values == re.findall(r"\| ({.*})$", shown, re.M)
+                wait_settled(db)
+            else:
+                name = command.split()[-1]
+                wait_until(
+                    f"{name} is not {shown!r}", lambda: dns.ask(name) == shown.strip(), 20
+                )
+
+
 def test_requirements_are_those_of_the_script_block():
     lines = SCRIPT.with_name("requirements.txt").read_text().splitlines()
     required = {line.strip() for line in lines if line.strip() and not line.startswith("#")}

@@ -65,6 +65,7 @@ import hypothesis
 import psycopg2
 import psycopg2.errors
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
@@ -9530,26 +9531,162 @@ class LocalCoreDns(etcd_fdw.LocalServer):
         return socket.inet_ntoa(answer[-4:]) if answers else ""
 
 
-def test_dns_from_sql_answers_as_readme_shows(daemon, db, own_etcd):
-    """CoreDNS's etcd plugin and SQL share the keys."""
-    directory = os.environ.get("ETCD_FDW_TEST_COREDNS_BIN")
-    program = shutil.which("coredns", path=directory)
+@pytest.fixture
+def coredns_program() -> str:
+    program = shutil.which("coredns", path=os.environ.get("ETCD_FDW_TEST_COREDNS_BIN"))
     if not program:
-        pytest.skip("needs CoreDNS: bash .ci/servers coredns-1.15.0, ETCD_FDW_TEST_COREDNS_BIN")
+        pytest.skip(
+            "needs CoreDNS: ETCD_FDW_TEST_COREDNS_BIN, from bash .ci/servers coredns-1.15.0"
+        )
+    return program
+
+
+def test_dns_from_sql_answers_as_readme_shows(coredns_program, daemon, db, own_etcd):
+    """CoreDNS's etcd plugin and SQL share the keys."""
     daemon(etcd=etcd_dsn(own_etcd.endpoint, "/skydns/"))
     steps = re.findall(r"^(\$ dig|app=>) (.*)\n((?:(?!\$|app=>).*\n)*)", readme_block("dns"), re.M)
     assert len(steps) >= 6
-    with LocalCoreDns(program, own_etcd.endpoint) as dns:
+    with LocalCoreDns(coredns_program, own_etcd.endpoint) as dns:
         for kind, command, shown in steps:
             if kind == "app=>":
-                values = [row[-1] for row in rows(db, command)]
+                values = [row[-1] for row in rows(db, command) if row[-1]]
                 assert shown == "" or values == re.findall(r"\| ({.*})$", shown, re.M)
                 wait_settled(db)
             else:
-                name = command.split()[-1]
+                wait_for_address(dns, command.split()[-1], shown.strip())
+
+
+def wait_for_address(dns: LocalCoreDns, name: str, address: str) -> None:
+    wait_until(f"{name} is not {address!r}", lambda: dns.ask(name) == address, 20)
+
+
+def test_metrics_of_the_readme_exist():
+    """A rule or panel on a metric that is not there never fires, and never says so."""
+    counters = etcd_fdw.Counters()
+    families = text_string_to_metric_families(
+        etcd_fdw.exposition(etcd_fdw.Metrics("/config/", counters))
+    )
+    known = {sample.name for family in families for sample in family.samples}
+    known |= {"etcd_fdw_pending_changes", "etcd_fdw_oldest_pending_seconds"}  # once they are known
+    panels = README.read_text().partition("<!-- panels -->")[2].partition("\n\n")[0]
+    named = set(re.findall(r"\betcd_fdw_\w+", readme_block("alerts") + panels))
+    assert len(named) >= 8
+    assert named <= known
+
+
+def test_uninstalling_as_readme_says_leaves_nothing(db):
+    before = "SELECT relname FROM pg_class UNION ALL SELECT proname FROM pg_proc ORDER BY 1"
+    found = rows(db, before)
+    rows(db, SCHEMA_SQL)
+    assert rows(db, before) != found
+    rows(db, readme_block("uninstall"))
+    assert rows(db, before) == found
+
+
+FOLLOWER = """
+import sys
+{code}
+
+def note(cur, *change):
+    cur.execute("INSERT INTO followed VALUES (%s, %s, %s, %s)", change)
+
+follow(sys.argv[1], sys.argv[2], note)
+"""
+
+
+def test_follower_of_the_readme_takes_each_change_once(daemon, db, prefix, etcd, tmp_path):
+    """Also when it is killed, when its connection breaks, and while it is away."""
+    daemon("--notify-channel", "etcd_mirrored")
+    rows(db, "CREATE TABLE followed (revision bigint, key text, value text, deleted boolean)")
+    program = tmp_path / "follower.py"
+    program.write_text(FOLLOWER.format(code=readme_block("follower")))
+    command = [sys.executable, str(program), db, prefix]
+    mirrored = "SELECT revision, key, value, tombstone FROM etcd ORDER BY revision, key"
+    followed = "SELECT revision, key, value, deleted FROM followed ORDER BY revision, key"
+    count = 0
+
+    def change() -> None:
+        """Three revisions of two keys, the last a deletion."""
+        nonlocal count
+        for _ in range(2):
+            count += 1
+            etcd.txn([etcd.put_op(f"{prefix}{key}", f"{count}") for key in "ab"])
+        etcd.delete(f"{prefix}a")
+
+    def all_followed() -> bool:
+        found = rows(db, mirrored)
+        return len(found) == count // 2 * 5 and rows(db, followed) == found
+
+    for _ in range(3):
+        with subprocess.Popen(command, env=clean_environ()) as follower:
+            try:
                 wait_until(
-                    f"{name} is not {shown!r}", lambda: dns.ask(name) == shown.strip(), 20
+                    "it does not start", lambda: scalar(db, "SELECT to_regclass('follower')")
                 )
+                change()
+                wait_until("not all was followed", all_followed, 30)
+                rows(
+                    db,
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                    " WHERE datname = current_database() AND query LIKE '%follower%'"
+                    " AND pid <> pg_backend_pid()",
+                )
+                change()
+                wait_until("not all was followed after a lost connection", all_followed, 30)
+                assert follower.poll() is None
+            finally:
+                follower.kill()
+        change()
+
+
+COMPOSE = SCRIPT.with_name("docker-compose.test.yml")
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({"ETCD_FDW_LOG_LEVEL": "loud"}, 0),  # 1, configuration
+        ({"ETCD_FDW_STARTUP_TIMEOUT": "0s"}, 2),  # nobody listens
+    ],
+)
+def test_container_stays_down_where_a_person_is_needed(environ, expected):
+    """The policy on-failure starts it again after every exit code but 0."""
+    assert run_as_in_the_container(environ).wait(60) == expected
+
+
+def test_container_stops_in_good_order(db, etcd_address, prefix):
+    servers = {"ETCD_FDW_POSTGRES_DSN": db, "ETCD_FDW_ETCD_DSN": etcd_address.dsn(prefix)}
+    container = run_as_in_the_container(servers)
+    try:
+        mirrors = "SELECT count(*) FROM etcd_sync_state WHERE pid IS NOT NULL"
+        wait_until(
+            "it makes no tables", lambda: scalar(db, "SELECT to_regclass('etcd_sync_state')"), 60
+        )
+        wait_until("it does not start", lambda: scalar(db, mirrors))
+        container.terminate()
+        assert container.wait(30) == 0
+        assert not scalar(db, mirrors)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(container.pid, signal.SIGKILL)
+
+
+def run_as_in_the_container(environ: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start the script as docker-compose.test.yml does, with nothing that would answer."""
+    service = yaml.safe_load(COMPOSE.read_text())["services"]["etcd_fdw"]
+    assert service["restart"] == "on-failure"
+    nobody = {
+        "ETCD_FDW_POSTGRES_DSN": f"postgresql://postgres@{NO_ONE}/postgres",
+        "ETCD_FDW_ETCD_DSN": f"etcd://{NO_ONE}/",
+    }
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.Popen(
+        [part.replace("$$", "$") for part in service["command"]],
+        cwd=SCRIPT.parent,
+        env=clean_environ({**nobody, **environ, "PATH": path}),
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def test_requirements_are_those_of_the_script_block():

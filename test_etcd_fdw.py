@@ -9495,7 +9495,7 @@ def test_troubleshooting_has_every_warning_and_error():
         assert words in text, message
 
 
-class LocalCoreDns(etcd_fdw.LocalServer):
+class LocalCoreDns(Breakable):
     """A CoreDNS that answers for the zone local.example from an etcd's keys below /skydns."""
 
     host = "127.0.0.2"  # free_port keeps the UDP port of its number on 127.0.0.1
@@ -9557,7 +9557,7 @@ def test_dns_from_sql_answers_as_readme_shows(coredns_program, daemon, db, own_e
 
 
 def wait_for_address(dns: LocalCoreDns, name: str, address: str) -> None:
-    wait_until(f"{name} is not {address!r}", lambda: dns.ask(name) == address, 20)
+    wait_until(f"{name} is not {address!r}", lambda: dns.ask(name) == address)
 
 
 def test_metrics_of_the_readme_exist():
@@ -9600,7 +9600,8 @@ def test_follower_of_the_readme_takes_each_change_once(daemon, db, prefix, etcd,
     rows(db, "CREATE TABLE followed (revision bigint, key text, value text, deleted boolean)")
     program = tmp_path / "follower.py"
     program.write_text(FOLLOWER.format(code=readme_block("follower")))
-    command = [sys.executable, str(program), db, prefix]
+    dsn = make_dsn(db, application_name="follower")
+    command = [sys.executable, str(program), dsn, prefix]
     mirrored = "SELECT revision, key, value, tombstone FROM etcd ORDER BY revision, key"
     followed = "SELECT revision, key, value, deleted FROM followed ORDER BY revision, key"
     count = 0
@@ -9624,15 +9625,11 @@ def test_follower_of_the_readme_takes_each_change_once(daemon, db, prefix, etcd,
                     "it does not start", lambda: scalar(db, "SELECT to_regclass('follower')")
                 )
                 change()
-                wait_until("not all was followed", all_followed, 30)
-                rows(
-                    db,
-                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-                    " WHERE datname = current_database() AND query LIKE '%follower%'"
-                    " AND pid <> pg_backend_pid()",
-                )
+                wait_until("not all was followed", all_followed)
+                end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                assert rows(db, f"{end} WHERE application_name = 'follower'")
                 change()
-                wait_until("not all was followed after a lost connection", all_followed, 30)
+                wait_until("not all was followed after a lost connection", all_followed)
                 assert follower.poll() is None
             finally:
                 follower.kill()
@@ -9651,7 +9648,7 @@ COMPOSE = SCRIPT.with_name("docker-compose.test.yml")
 )
 def test_container_stays_down_where_a_person_is_needed(environ, expected):
     """The policy on-failure starts it again after every exit code but 0."""
-    assert run_as_in_the_container(environ).wait(60) == expected
+    assert run_as_in_the_container(environ).wait(WAIT_S) == expected
 
 
 def test_container_stops_in_good_order(db, etcd_address, prefix):
@@ -9660,11 +9657,11 @@ def test_container_stops_in_good_order(db, etcd_address, prefix):
     try:
         mirrors = "SELECT count(*) FROM etcd_sync_state WHERE pid IS NOT NULL"
         wait_until(
-            "it makes no tables", lambda: scalar(db, "SELECT to_regclass('etcd_sync_state')"), 60
+            "it makes no tables", lambda: scalar(db, "SELECT to_regclass('etcd_sync_state')")
         )
         wait_until("it does not start", lambda: scalar(db, mirrors))
         container.terminate()
-        assert container.wait(30) == 0
+        assert container.wait(WAIT_S) == 0
         assert not scalar(db, mirrors)
     finally:
         with suppress(ProcessLookupError):

@@ -82,6 +82,7 @@ import hypothesis
 import psycopg2
 import psycopg2.errors
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
@@ -9553,6 +9554,197 @@ def test_troubleshooting_has_every_warning_and_error():
     for message in messages:
         words = max(re.split(r"%(?:\(\w+\))?[.\d]*[a-z]", message), key=len).strip(" :;,")
         assert words in text, message
+
+
+class LocalCoreDns(Breakable):
+    """A CoreDNS that answers for the zone local.example from an etcd's keys below /skydns."""
+
+    host = "127.0.0.2"  # free_port keeps the UDP port of its number on 127.0.0.1
+
+    def __init__(self, program: str, endpoint: str) -> None:
+        super().__init__()
+        self.program, self.corefile = program, self.directory / "Corefile"
+        etcd = f"etcd {{\n path /skydns\n endpoint http://{endpoint}\n }}"
+        zone = f"local.example:{self.port} {{\n bind {self.host}\n {etcd}\n}}\n"
+        self.corefile.write_text(zone)
+
+    def command(self) -> list[str]:
+        return [self.program, "-conf", str(self.corefile)]
+
+    def is_ready(self) -> bool:
+        with suppress(OSError):
+            self.ask("local.example")
+            return True
+        return False
+
+    def ask(self, name: str) -> str:
+        """Ask for the address of a name, as `dig +short` does; '' if there is none."""
+        labels = b"".join(bytes([len(label)]) + label.encode() for label in name.split("."))
+        with socket.socket(type=socket.SOCK_DGRAM) as sock:
+            sock.settimeout(5)
+            sock.connect((self.host, self.port))
+            header = struct.pack(">6H", 1, 0x100, 1, 0, 0, 0)  # one question, for a resolver
+            sock.send(header + labels + b"\0" + struct.pack(">2H", 1, 1))  # A, IN
+            answer = sock.recv(4096)
+        _, flags, _, answers, others, _ = struct.unpack_from(">6H", answer)
+        assert flags & 0xF in (0, 3), f"{name}: response code {flags & 0xF}"  # 3: no such name
+        assert (answers, others) in ((1, 0), (0, 1)), f"{name}: {answers} and {others} records"
+        return socket.inet_ntoa(answer[-4:]) if answers else ""
+
+
+@pytest.fixture
+def coredns_program() -> str:
+    program = shutil.which("coredns", path=os.environ.get("ETCD_FDW_TEST_COREDNS_BIN"))
+    if not program:
+        pytest.skip(
+            "needs CoreDNS: ETCD_FDW_TEST_COREDNS_BIN, from bash .ci/servers coredns-1.15.0"
+        )
+    return program
+
+
+def test_dns_from_sql_answers_as_readme_shows(coredns_program, daemon, db, own_etcd):
+    """CoreDNS's etcd plugin and SQL share the keys."""
+    daemon(etcd=etcd_dsn(own_etcd.endpoint, "/skydns/"))
+    steps = re.findall(r"^(\$ dig|app=>) (.*)\n((?:(?!\$|app=>).*\n)*)", readme_block("dns"), re.M)
+    assert len(steps) >= 6
+    with LocalCoreDns(coredns_program, own_etcd.endpoint) as dns:
+        for kind, command, shown in steps:
+            if kind == "app=>":
+                values = [row[-1] for row in rows(db, command) if row[-1]]
+                assert shown == "" or values == re.findall(r"\| ({.*})$", shown, re.M)
+                wait_settled(db)
+            else:
+                wait_for_address(dns, command.split()[-1], shown.strip())
+
+
+def wait_for_address(dns: LocalCoreDns, name: str, address: str) -> None:
+    wait_until(f"{name} is not {address!r}", lambda: dns.ask(name) == address)
+
+
+def test_metrics_of_the_readme_exist():
+    """A rule or panel on a metric that is not there never fires, and never says so."""
+    counters = etcd_fdw.Counters()
+    families = text_string_to_metric_families(
+        etcd_fdw.exposition(etcd_fdw.Metrics("/config/", counters))
+    )
+    known = {sample.name for family in families for sample in family.samples}
+    known |= {"etcd_fdw_pending_changes", "etcd_fdw_oldest_pending_seconds"}  # once they are known
+    panels = README.read_text().partition("<!-- panels -->")[2].partition("\n\n")[0]
+    named = set(re.findall(r"\betcd_fdw_\w+", readme_block("alerts") + panels))
+    assert len(named) >= 8
+    assert named <= known
+
+
+def test_uninstalling_as_readme_says_leaves_nothing(db):
+    before = "SELECT relname FROM pg_class UNION ALL SELECT proname FROM pg_proc ORDER BY 1"
+    found = rows(db, before)
+    rows(db, SCHEMA_SQL)
+    assert rows(db, before) != found
+    rows(db, readme_block("uninstall"))
+    assert rows(db, before) == found
+
+
+FOLLOWER = """
+import sys
+{code}
+
+def note(cur, *change):
+    cur.execute("INSERT INTO followed VALUES (%s, %s, %s, %s)", change)
+
+follow(sys.argv[1], sys.argv[2], note)
+"""
+
+
+def test_follower_of_the_readme_takes_each_change_once(daemon, db, prefix, etcd, tmp_path):
+    """Also when it is killed, when its connection breaks, and while it is away."""
+    daemon("--notify-channel", "etcd_mirrored")
+    rows(db, "CREATE TABLE followed (revision bigint, key text, value text, deleted boolean)")
+    program = tmp_path / "follower.py"
+    program.write_text(FOLLOWER.format(code=readme_block("follower")))
+    dsn = make_dsn(db, application_name="follower")
+    command = [sys.executable, str(program), dsn, prefix]
+    mirrored = "SELECT revision, key, value, tombstone FROM etcd ORDER BY revision, key"
+    followed = "SELECT revision, key, value, deleted FROM followed ORDER BY revision, key"
+    count = 0
+
+    def change() -> None:
+        """Three revisions of two keys, the last a deletion."""
+        nonlocal count
+        for _ in range(2):
+            count += 1
+            etcd.txn([etcd.put_op(f"{prefix}{key}", f"{count}") for key in "ab"])
+        etcd.delete(f"{prefix}a")
+
+    def all_followed() -> bool:
+        found = rows(db, mirrored)
+        return len(found) == count // 2 * 5 and rows(db, followed) == found
+
+    for _ in range(3):
+        with subprocess.Popen(command, env=clean_environ()) as follower:
+            try:
+                wait_until(
+                    "it does not start", lambda: scalar(db, "SELECT to_regclass('follower')")
+                )
+                change()
+                wait_until("not all was followed", all_followed)
+                end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                assert rows(db, f"{end} WHERE application_name = 'follower'")
+                change()
+                wait_until("not all was followed after a lost connection", all_followed)
+                assert follower.poll() is None
+            finally:
+                follower.kill()
+        change()
+
+
+COMPOSE = SCRIPT.with_name("docker-compose.test.yml")
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({"ETCD_FDW_LOG_LEVEL": "loud"}, 0),  # 1, configuration
+        ({"ETCD_FDW_STARTUP_TIMEOUT": "0s"}, 2),  # nobody listens
+    ],
+)
+def test_container_stays_down_where_a_person_is_needed(environ, expected):
+    """The policy on-failure starts it again after every exit code but 0."""
+    assert run_as_in_the_container(environ).wait(WAIT_S) == expected
+
+
+def test_container_stops_in_good_order(db, etcd_address, prefix):
+    servers = {"ETCD_FDW_POSTGRES_DSN": db, "ETCD_FDW_ETCD_DSN": etcd_address.dsn(prefix)}
+    container = run_as_in_the_container(servers)
+    try:
+        mirrors = "SELECT count(*) FROM etcd_sync_state WHERE pid IS NOT NULL"
+        wait_until(
+            "it makes no tables", lambda: scalar(db, "SELECT to_regclass('etcd_sync_state')")
+        )
+        wait_until("it does not start", lambda: scalar(db, mirrors))
+        container.terminate()
+        assert container.wait(WAIT_S) == 0
+        assert not scalar(db, mirrors)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(container.pid, signal.SIGKILL)
+
+
+def run_as_in_the_container(environ: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start the script as docker-compose.test.yml does, with nothing that would answer."""
+    service = yaml.safe_load(COMPOSE.read_text())["services"]["etcd_fdw"]
+    assert service["restart"] == "on-failure"
+    nobody = {
+        "ETCD_FDW_POSTGRES_DSN": f"postgresql://postgres@{NO_ONE}/postgres",
+        "ETCD_FDW_ETCD_DSN": f"etcd://{NO_ONE}/",
+    }
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.Popen(
+        [part.replace("$$", "$") for part in service["command"]],
+        cwd=SCRIPT.parent,
+        env=clean_environ({**nobody, **environ, "PATH": path}),
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 def test_requirements_are_those_of_the_script_block():

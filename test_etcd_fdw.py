@@ -8110,6 +8110,8 @@ def test_comparison_sees_what_is_not_true(daemon, db, prefix, load, monkeypatch)
         and not play.recorder.leases[row.result_revision or 0, row.key]
         and [other.txid for other in true].count(row.txid) == 1
     )
+    elsewhere = (row for row in true if row.status == "success" and row.result_revision)
+    another = next(row for row in elsewhere if row.result_revision != one.result_revision)
     falsified: list[tuple[dict[str, Any], str]] = [
         ({"status": "conflict"}, "nobody claims"),
         ({"result_revision": 1}, "etcd tells b'nothing' of"),
@@ -8117,7 +8119,7 @@ def test_comparison_sees_what_is_not_true(daemon, db, prefix, load, monkeypatch)
         ({"revision": 1, "depends_on": None}, "made on 1, applied on"),
         ({"force": True, "replaced_revision": 1}, "replaced"),
         ({"ttl": timedelta(hours=1)}, "lease 0 after 0"),
-        ({"txid": true[-1].txid, "id": 0}, "in parts"),
+        ({"txid": another.txid, "id": 0}, "in parts"),
     ]
     for lie, said in falsified:
         told = [row._replace(**lie) if row is one else row for row in true]

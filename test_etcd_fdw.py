@@ -9646,6 +9646,21 @@ def test_uninstalling_as_readme_says_leaves_nothing(db):
     assert rows(db, before) == found
 
 
+def test_going_back_as_readme_says_leaves_a_schema_that_can_be_upgraded(db):
+    rows(db, SCHEMA_SQL)
+    columns = (
+        "SELECT table_name, column_name FROM information_schema.columns WHERE table_name ~ 'etcd'"
+    )
+    new = set(rows(db, columns))
+    rows(db, readme_block("rollback"))
+    assert not rows(db, "SELECT FROM pg_proc WHERE proname = 'etcd_schema_version'")
+    assert ("etcd", "lease") not in set(rows(db, columns))
+    # what version 3 applies, as far as an upgrade asks
+    rows(db, "CREATE FUNCTION etcd_schema_version() RETURNS int LANGUAGE sql AS 'SELECT 3'")
+    rows(db, SCHEMA_SQL)
+    assert set(rows(db, columns)) == new
+
+
 FOLLOWER = """
 import sys
 {code}

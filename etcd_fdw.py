@@ -149,7 +149,7 @@ PIPELINE_DEPTH = 8  # Txns prepared for etcd, so that it need not wait for Postg
 RECEIPT_MAX_BYTES = 64 << 10  # of what a receipt says of the Txns before its own, about
 CONFLICTS_SHOWN = 10  # a minute; the rest is counted
 STANDBY_POLL_S = 1.0
-LISTEN_S = 0.5  # a watch that has told nothing new by then has nothing to tell
+STATUS_WATCH_S = 0.5  # a watch that has told nothing new by then has nothing to tell
 LAG_LIMIT_S = 3.0  # an active instance has mirrored a change by then
 HEARTBEAT_LIMIT_S = 60.0  # then it is stuck, or copying very much
 PENDING_LIMIT_S = 60.0
@@ -1237,7 +1237,7 @@ class Metrics:
             self.apply_counts[bisect.bisect_left(APPLY_BUCKETS_S, took)] += 1
             self.apply_s += took
 
-    def at_rest(self, caught_up: bool) -> None:
+    def note_caught_up(self, caught_up: bool) -> None:
         """Note whether the mirror has caught up now."""
         if caught_up or self.caught_up:
             self.caught_up_at = time.monotonic()
@@ -1467,7 +1467,7 @@ SELECT pg_catalog.count(*),
        coalesce(extract(epoch FROM clock_timestamp() - pg_catalog.min(ts))::float8, 0::float8)
 FROM etcd_wal WHERE {PENDING}
 """
-STRAY_SQL = """
+PENDING_OUTSIDE_SQL = """
 SELECT pg_catalog.count(*) AS pending_outside,
        extract(epoch FROM clock_timestamp() - pg_catalog.min(ts))::float8
            AS oldest_outside_age_s
@@ -1774,9 +1774,9 @@ class Postgres:
             count, oldest_s = cur.fetchone()
         return count, oldest_s
 
-    def strays(self) -> int:
+    def pending_outside(self) -> int:
         """How many pending changes lie outside every mirrored prefix."""
-        return int(self.query(STRAY_SQL)[0]["pending_outside"])
+        return int(self.query(PENDING_OUTSIDE_SQL)[0]["pending_outside"])
 
     def is_standby(self) -> bool:
         """Whether the server only replays what another one writes."""
@@ -2358,7 +2358,7 @@ class Mirror:
         self.checkpoint = 0
         self.generation: int | None = None  # None: no lock is held
         self.intake: Intake | None = None  # None: not watching yet
-        self.careful = False  # PostgreSQL refused a plain COPY: go through the staging table
+        self.via_staging = False  # PostgreSQL refused a plain COPY: go through the staging table
         self.written_at = self.shown_at = time.monotonic()  # shown: how far a copy is
 
     # ─ start ─
@@ -2404,16 +2404,16 @@ class Mirror:
         Raises Compacted.
         """
         engine = self.engine
-        engine.enter("copying")
+        engine.set_state("copying")
         started = self.shown_at = time.monotonic()
         try:
-            staged = load_staging(self.postgres, self.etcd, at, self.on_page)
+            staged = load_staging(self.postgres, self.etcd, at, self.show_progress)
         except Compacted as exc:  # once more, meanwhile; the current state will be there longer
             raise Compacted(revision=0) from exc
         old = state.revision if state else None
         with engine.counting(), self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
             put, deleted = self.merge_staging(cur, staged.revision)
-            self.reach(cur, staged.revision, old)
+            self.set_checkpoint(cur, staged.revision, old)
             cur.execute("DROP TABLE etcd_staging")
             event = SynchronizationEvent(
                 operation="snapshot" if state is None else "resync",
@@ -2445,12 +2445,12 @@ class Mirror:
 
     def fill_in_leases(self, checkpoint: int) -> None:
         """Note the leases of the keys that an earlier version mirrored. Raises Compacted."""
-        self.engine.enter("copying")
+        self.engine.set_state("copying")
         with self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
-            load_staging(self.postgres, self.etcd, checkpoint, self.on_page)
+            load_staging(self.postgres, self.etcd, checkpoint, self.show_progress)
             cur.execute(LEASES_SQL, {"prefix": self.postgres.prefix})
 
-    def on_page(self, keys: int, total: int) -> None:
+    def show_progress(self, keys: int, total: int) -> None:
         """Say now and then how far a copy is. Raises Stopped."""
         if time.monotonic() > self.shown_at + PROGRESS_S:
             self.shown_at = time.monotonic()
@@ -2474,7 +2474,7 @@ class Mirror:
         cur.execute(TOMBSTONES_SQL, {**self.postgres.bounds, "revision": revision})
         return put, cur.rowcount
 
-    def reach(self, cur: Any, revision: int, old: int | None) -> None:
+    def set_checkpoint(self, cur: Any, revision: int, old: int | None) -> None:
         """Set the checkpoint after merge_staging(). Raises PostgresUnavailable if it has moved."""
         cur.execute("SELECT key FROM etcd_staging ORDER BY revision DESC LIMIT 1")
         row = cur.fetchone()
@@ -2521,9 +2521,9 @@ class Mirror:
             try:
                 self.write_once(batch, outcomes)
             except CopyRefused:
-                if self.careful:
+                if self.via_staging:
                     raise
-                self.careful = True
+                self.via_staging = True
                 self.write_once(batch, outcomes)
         if generation is not None:
             with self.postgres.cursor() as cur:
@@ -2540,7 +2540,7 @@ class Mirror:
         """One attempt of write()."""
         config = self.engine.config
         with self.postgres.transaction() as cur:
-            if self.careful:
+            if self.via_staging:
                 cur.execute(STAGING_SQL)
                 copy_in(cur, "etcd_staging", batch.rows.values())
                 cur.execute(FROM_STAGING_SQL)
@@ -4130,12 +4130,12 @@ class Session:
         """Wait for work and do some of each kind."""
         self.wait(self.deadline())
         self.note_lag()
-        self.engine.attend()
+        self.engine.handle_signals()
         worked = self.push()
         worked |= self.write()
         if worked:
             self.engine.waker.wake()  # one may have made room for the other
-        self.watch_is_alive()
+        self.check_watch()
         now = time.monotonic()
         for timer in self.timers:
             if now >= timer.due_at:
@@ -4172,7 +4172,7 @@ class Session:
         assert intake is not None
         self.engine.guard.turned_at = time.monotonic()
         metrics.checkpoint, metrics.etcd_revision = self.mirror.checkpoint, intake.store_revision
-        metrics.at_rest(not intake.behind())
+        metrics.note_caught_up(not intake.behind())
 
     def push(self) -> bool:
         """Take etcd's answers, and send what is pending; whether there was any of it."""
@@ -4244,7 +4244,7 @@ class Session:
                 self.outbox.written(outcomes)
         return bool(news or batch.events)  # what the mirror has already: there may be more behind
 
-    def watch_is_alive(self) -> None:
+    def check_watch(self) -> None:
         """Raises EtcdUnavailable if the watch says nothing although it has something to tell."""
         intake = self.mirror.intake
         assert intake is not None
@@ -4262,13 +4262,13 @@ class Session:
     def poll(self) -> float:
         """Look for pending changes even if no notification came."""
         self.dirty = True
-        strays = self.postgres.strays()
-        if strays > self.engine.strays:
+        pending_outside = self.postgres.pending_outside()
+        if pending_outside > self.engine.pending_outside:
             log.warning(
                 "%(changes)s outside every mirrored prefix: left alone",
-                changes=describe(strays, "pending change"),
+                changes=describe(pending_outside, "pending change"),
             )
-        self.engine.strays = strays
+        self.engine.pending_outside = pending_outside
         return self.engine.config.poll_interval
 
     def heartbeat(self) -> float:
@@ -4282,10 +4282,10 @@ class Session:
         """Bring the gauges of pending changes up to date."""
         started = time.monotonic()
         if self.engine.config.metrics_address:
-            self.look_at_pending()
+            self.count_pending()
         return max(HEARTBEAT_S, 50 * (time.monotonic() - started))  # long only if very many are
 
-    def look_at_pending(self) -> None:
+    def count_pending(self) -> None:
         """Count pending changes."""
         metrics = self.engine.metrics
         metrics.pending, metrics.oldest_pending_s = self.postgres.pending_gauges()
@@ -4350,12 +4350,12 @@ class Engine:
         self.metrics = Metrics(config.etcd_dsn.prefix, self.counters)
         self.conflicts = ConflictLog()
         self.current: Session | None = None  # the one whose loop turns
-        self.host = 0  # index of the etcd endpoint that answered last
+        self.host_index = 0  # index of the etcd endpoint that answered last
         self.resync: int | None = None  # the next session starts with a snapshot at, 0: now
         self.fragment = False  # the next session's watch asks for small responses
-        self.strays = 0
+        self.pending_outside = 0
         self.backend: tuple[int, str] | None = None  # of the last session that had the lock
-        self.away = ""  # the server that the last attempts failed at
+        self.failed_side = ""  # the server that the last attempts failed at
         self.attempt = 0
         self.connected = False  # ever
         self.established_at: float | None = None  # when this session's loop began to turn
@@ -4448,7 +4448,7 @@ class Engine:
                 )
                 self.connected = waiting = True
                 postgres.name_session("standby")
-                self.enter("standing by")
+                self.set_state("standing by")
                 self.guard.notifier.tell(READY=1)
                 self.resync = None  # the other one sees to it
             self.pause(STANDBY_POLL_S)
@@ -4465,14 +4465,14 @@ class Engine:
         target = replace(target, dial_timeout=min(target.dial_timeout, limit_s))
         errors = []
         for turn in range(len(hosts)):
-            index = (self.host + turn) % len(hosts)
+            index = (self.host_index + turn) % len(hosts)
             try:
                 etcd = Etcd(target, hosts[index])
             except EtcdUnavailable as exc:
                 errors.append(str(exc))
                 self.check_stop()
                 continue
-            self.host = index
+            self.host_index = index
             return etcd
         raise EtcdUnavailable("; ".join(errors))
 
@@ -4492,7 +4492,7 @@ class Engine:
         log.info(text, **facts, revision=session.mirror.checkpoint)
         self.current = session
         self.connected, self.established_at, self.lost_at = True, now, None
-        self.enter(MIRRORING)
+        self.set_state(MIRRORING)
         self.guard.notifier.tell(READY=1)
 
     def disconnected(self) -> None:
@@ -4500,23 +4500,23 @@ class Engine:
         if self.current:
             self.summarise()
         self.current, self.metrics.active = None, False
-        self.metrics.at_rest(False)
+        self.metrics.note_caught_up(False)
 
     def retry(self, error: EtcdFdwError, quiet: bool = False) -> None:
         """Wait before the next session; a first expired token is nothing to wait for long."""
         text, now = str(error), time.monotonic()
         side = "postgresql" if text.startswith("PostgreSQL") else "etcd"
         self.metrics.connected[side] = False
-        self.enter(f"{side} is away")
+        self.set_state(f"{side} is away")
         lasted_s = 0.0
         if self.established_at is not None:
             lasted_s = now - self.established_at
             self.metrics.reconnects[side] += 1
             self.counters.reconnects += 1
             self.lost_at = now
-        if lasted_s > STEADY_S or side != self.away:
+        if lasted_s > STEADY_S or side != self.failed_side:
             self.attempt = 0
-        self.established_at, self.away = None, side
+        self.established_at, self.failed_side = None, side
         self.attempt += 1
         delay = backoff(self.attempt, self.config.retry_initial, self.config.retry_max)
         level, remedy = logging.WARNING, ""
@@ -4541,7 +4541,7 @@ class Engine:
             timeout = min(max(0.0, deadline - time.monotonic()), HEARTBEAT_S)
             wait_for_any(timeout, self.waker)
             self.waker.drain()
-            self.attend()
+            self.handle_signals()
 
     # ─ counters ─
 
@@ -4588,11 +4588,11 @@ class Engine:
     def check_stop(self) -> None:
         """Attend to signals. Raises Stopped if the process was asked to stop."""
         self.guard.turned_at = time.monotonic()
-        self.attend()
+        self.handle_signals()
         if self.guard.stopping:
             raise Stopped
 
-    def attend(self) -> None:
+    def handle_signals(self) -> None:
         """Do what signals asked for."""
         requests = self.guard.requests
         while requests:
@@ -4632,7 +4632,7 @@ class Engine:
         """Log in one line how it goes."""
         m = self.metrics
         if self.current:
-            self.current.look_at_pending()
+            self.current.count_pending()
         sides = {k: "connected" if yes else "not connected" for k, yes in m.connected.items()}
         facts: dict[str, Any] = {**vars(self.counters), **sides}
         log.info(
@@ -4652,7 +4652,7 @@ class Engine:
 
     # ─ health ─
 
-    def enter(self, state: str) -> None:
+    def set_state(self, state: str) -> None:
         """Say what the process does from now on."""
         self.metrics.state = state
         self.guard.notifier.tell(STATUS=state)
@@ -4829,7 +4829,7 @@ def revisions_after(etcd: Etcd, checkpoint: int, waker: Waker) -> list[int]:
     found: set[int] = set()
     if etcd.header.revision <= checkpoint:
         return []
-    watch, deadline = Watch(etcd, checkpoint + 1, waker), time.monotonic() + LISTEN_S
+    watch, deadline = Watch(etcd, checkpoint + 1, waker), time.monotonic() + STATUS_WATCH_S
     try:
         while time.monotonic() < deadline:
             wait_for_any(max(0.0, deadline - time.monotonic()), waker)
@@ -4853,7 +4853,7 @@ def postgres_status(postgres: Postgres) -> dict[str, Any]:
     facts["standbys"] = postgres.query(STANDBYS_SQL)
     if facts["schema_version"]:
         facts.update(next(iter(postgres.query(STATUS_SQL)), {}))
-        facts.update(postgres.query(STRAY_SQL)[0])
+        facts.update(postgres.query(PENDING_OUTSIDE_SQL)[0])
         facts["refusals"] = postgres.query(REFUSALS_SQL)
         facts.update(keys=None, revisions=None)
         with suppress(PostgresUnavailable):  # it takes too long
@@ -5972,7 +5972,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
 }
 
 
-def last_words(config: Config | None, message: str, exit_code: int) -> int:
+def report_failure(config: Config | None, message: str, exit_code: int) -> int:
     """Say why the program ends; returns the exit code."""
     if config and config.log_format == "json":  # whoever reads objects reads nothing else
         log.error("%(error)s", error=message, exit_code=exit_code)
@@ -6011,16 +6011,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped:
         return 0
     except EtcdFdwError as exc:
-        return last_words(config, one_line(exc), exc.exit_code)
+        return report_failure(config, one_line(exc), exc.exit_code)
     except KeyboardInterrupt:
         return 130
     except OSError as exc:
-        return last_words(config, one_line(exc), 4)
+        return report_failure(config, one_line(exc), 4)
     except Exception as exc:  # noqa: BLE001  a bug, or something that nobody has thought of
         where = traceback.extract_tb(exc.__traceback__)[-1]
         message = masked(f"{type(exc).__name__}: {one_line(exc)}")
         log.debug("%s", masked(traceback.format_exc()))
-        return last_words(config, f"internal error: {message} (line {where.lineno})", 4)
+        return report_failure(config, f"internal error: {message} (line {where.lineno})", 4)
 
 
 if __name__ == "__main__":

@@ -6315,7 +6315,7 @@ def test_lines_about_a_lost_session_come_in_order(daemon, own_postgres, prefix):
     rows(own_postgres.dsn(), "SELECT etcd_set(%s, 'x')", prefix + "a")
     wait_settled(own_postgres.dsn())
     own_postgres.restart()
-    one.wait_log("connected again", 30)
+    one.wait_log("connected again")
     one.stop()
     lines = [line.partition("Z ")[2] for line in one.log().splitlines()]
     lost = lines.index(next(line for line in lines if line.startswith("WARN")))

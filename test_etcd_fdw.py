@@ -10613,6 +10613,35 @@ def bench_notify(bench: Bench) -> None:
         bench.add(Figure(f"32 sessions, {what}", 32 * each / (ended - began), "commits/s"))
 
 
+def bench_waiting(bench: Bench) -> None:
+    """How long after the commit of an outcome etcd_wait returns, one change after another."""
+    rows(bench.postgres.dsn(), "ALTER SYSTEM SET track_commit_timestamp = on")
+    bench.postgres.restart()
+    prefix, db, conn = bench.setting()
+    bench.daemon(prefix, db)
+    query(
+        conn,
+        """
+        CREATE FUNCTION waited(p_id bigint) RETURNS float8 LANGUAGE plpgsql AS $$
+        DECLARE v_returned timestamptz;
+        BEGIN
+            PERFORM etcd_wait(p_id);
+            v_returned := clock_timestamp();
+            RETURN extract(epoch FROM v_returned - (
+                SELECT pg_xact_commit_timestamp(xmin) FROM etcd_wal WHERE id = p_id));
+        END $$; SELECT 1
+        """,
+    )
+    samples, whole = [], []
+    for n in range(scaled(1000)):
+        began = time.monotonic()
+        change = query(conn, "SELECT etcd_set(%s, %s)", f"{prefix}{n % 10}", str(n))
+        samples.append(query(conn, "SELECT waited(%s)", change))
+        whole.append(time.monotonic() - began)
+    bench.add(*percentiles("etcd_wait after the commit of the outcome", samples))
+    bench.add(*percentiles("etcd_set and etcd_wait", whole))
+
+
 def bench_backlog(bench: Bench) -> None:
     """Pending changes that wait for the program to start: does it slow down as they grow?"""
     for size in (10, 1000, 100_000, 1_000_000):
@@ -10667,6 +10696,7 @@ MEASUREMENTS = [
     bench_reads,
     bench_idle,
     bench_notify,
+    bench_waiting,
     bench_backlog,
     bench_batch_size,
 ]

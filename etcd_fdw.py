@@ -3040,13 +3040,13 @@ def format_rows(rows: Iterable[OutboxRow]) -> str:
     """'17-116@1763980800123456,118@…': runs of ids that were queued at the same time."""
     runs: list[str] = []
     first = last = at = -1
-    for id_, queued_at in sorted([(row.id, row.queued_at) for row in rows]):
-        if id_ == last + 1 and queued_at == at:
-            runs[-1] = f"{first}-{id_}@{at}"
+    for row in sorted(rows):
+        if row.id == last + 1 and row.queued_at == at:
+            runs[-1] = f"{first}-{row.id}@{at}"
         else:
-            first, at = id_, queued_at
-            runs.append(f"{id_}@{at}")
-        last = id_
+            first, at = row.id, row.queued_at
+            runs.append(f"{first}@{at}")
+        last = row.id
     return ",".join(runs)
 
 
@@ -3168,19 +3168,6 @@ class Txn:
     The leases that it puts with are granted meanwhile, one for each ttl in a transaction.
     Those that come to nothing expire by themselves.
     """
-
-    __slots__ = (
-        "_leases",
-        "_puts",
-        "_receipt",
-        "alone",
-        "etcd",
-        "future",
-        "guarded",
-        "request",
-        "rows",
-        "transactions",
-    )
 
     def __init__(
         self,
@@ -3609,18 +3596,16 @@ class Outbox:
 
     def receive(self) -> bool:
         """Take etcd's answers; whether there was any. Raises what ends the outbox."""
-        txn = self.pipeline.take()
-        if txn is None:
-            return False
-        while txn is not None:
+        worked = False
+        while txn := self.pipeline.take():
+            worked = True
             try:
                 answer = txn.answer()
             except grpc.RpcError as exc:
                 self.unanswered(txn, etcd_error(exc, self.receipts.etcd.endpoint))
             else:
                 self.acknowledge(txn, answer)
-            txn = self.pipeline.take()
-        return True
+        return worked
 
     def acknowledge(self, txn: Txn, answer: Any) -> None:
         """Keep what became of a Txn's changes. Raises Fenced."""
@@ -3663,10 +3648,10 @@ class Outbox:
             change = transaction.changes[row.key]
             reached = revision if change.moves else None
             replaced = change.expected or None if row.force else None
+            version = 0 if change.value is None else revision
             outcomes.append(
-                Outcome(row.id, row.key, "success", reached, None, transaction.read_at, replaced)
+                self.outcome(transaction, row, "success", reached, None, version, replaced)
             )
-            self.queue.answered(row.id, 0 if change.value is None else revision)
         return outcomes
 
     def refused(
@@ -3680,39 +3665,45 @@ class Outbox:
         key, revision = next(iter(beaten_at.items()), (first.key, None))
         self.engine.conflicts.note(first.id, key, revision, message)
         newest = max((now or 0 for now in beaten_at.values()), default=0)
-        outcomes = []
-        for row in transaction.rows:
-            revision = beaten_at.get(row.key) or newest or None
-            outcomes.append(
-                Outcome(row.id, row.key, "conflict", revision, message, transaction.read_at)
-            )
-            self.queue.answered(row.id, REFUSED)
-        return outcomes
+        beaten = [beaten_at.get(row.key) or newest or None for row in transaction.rows]
+        return [
+            self.outcome(transaction, row, "conflict", revision, message)
+            for row, revision in zip(transaction.rows, beaten)
+        ]
 
     def fail(self, transaction: OutboxTransaction, error: EtcdFdwError) -> None:
         """Note that etcd will never take a transaction."""
         log.warning("change %(id)d failed: %(error)s", id=transaction.rows[0].id, error=error)
-        outcomes = []
-        for row in transaction.rows:
-            outcomes.append(
-                Outcome(row.id, row.key, "failed", None, str(error), transaction.read_at)
-            )
-            self.queue.answered(row.id, REFUSED)
+        rows, message = transaction.rows, str(error)
+        outcomes = [self.outcome(transaction, row, "failed", None, message) for row in rows]
         self.acknowledged.append(Acknowledged(0, outcomes, time.monotonic()))
+
+    def outcome(
+        self,
+        transaction: OutboxTransaction,
+        row: OutboxRow,
+        status: str,
+        revision: int | None,
+        message: str | None,
+        version: int = REFUSED,
+        replaced: int | None = None,
+    ) -> Outcome:
+        """The outcome of a row; what depends on it may go on, as its key's version is known."""
+        self.queue.answered(row.id, version)
+        read_at = transaction.read_at
+        return Outcome(row.id, row.key, status, revision, message, read_at, replaced)
 
     def unanswered(self, txn: Txn, error: EtcdFdwError) -> None:
         """Deal with a Txn that etcd refused as a whole; raises if it may have applied it."""
         transactions = txn.transactions
-        if isinstance(error, TokenExpired) and not self.token_renewed:
+        renewed = isinstance(error, TokenExpired) and not self.token_renewed
+        if renewed:
             self.token_renewed = True
             self.receipts.etcd.authenticate()
-            self.send(transactions, alone=txn.alone, first=True)
-        elif isinstance(error, LeaseNotFound):  # it took its time; the next one is granted now
-            self.send(transactions, alone=txn.alone, first=True)
+        if renewed or isinstance(error, LeaseNotFound):
+            self.send(transactions, alone=txn.alone, first=True)  # with leases of just now
         elif isinstance(error, (Rejected, PermissionDenied)):
-            if isinstance(
-                error, PermissionDenied
-            ):  # is it the keys of the changes, or the receipt?
+            if isinstance(error, PermissionDenied):  # for the keys of changes, or the receipt?
                 with self.receipts.grant_named():
                     self.receipts.etcd.check_write(self.receipts.key, self.receipts.range_end)
             middle = len(transactions) // 2

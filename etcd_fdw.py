@@ -2115,568 +2115,6 @@ class Watch(threading.Thread):
         self.join(STOP_LIMIT_S)
 
 
-# ── mirror: the watch's way into table etcd ────────────────────────────────────
-
-
-class Intake:
-    """Puts the responses of the watch together to whole revisions.
-
-    The first `whole` of its events are of revisions that are complete; with all of them the
-    mirror is at revision `reached`.  `created` once etcd has confirmed the watch; `ended` once
-    etcd has cancelled it, which is final; `replaying` while etcd sends what is past.
-    """
-
-    def __init__(self, etcd: Etcd, watch: Watch) -> None:
-        self.endpoint = etcd.endpoint
-        self.watch = watch
-        self.events: list[Any] = []
-        self.whole = 0
-        self.bytes = 0  # of these events, about
-        self.reached = 0
-        self.store_revision = etcd.header.revision  # newest one of the whole store heard of
-        self.heard_at = time.monotonic()
-        self.replaying = True  # etcd sends the past in portions: there may be more of it
-        self.created = False
-        self.ended: EtcdFdwError | None = None
-
-    def take(self, batch_size: int) -> tuple[list[Any], int]:
-        """About batch_size events of whole revisions, and the revision that they bring it to.
-
-        Raises what ended the watch, after the mirror has all that came before.
-        """
-        # one revision may be larger than a batch, and come in many fragments
-        while not self.whole or (self.whole < batch_size and self.bytes < BATCH_BYTES):
-            response = None if self.ended else self.watch.take()
-            if response is None:
-                break
-            self.receive(response)
-        if self.ended and not self.whole:
-            raise self.ended
-        end = batch_size
-        if self.bytes > BATCH_BYTES:
-            end = min(end, max(1, self.whole * BATCH_BYTES // self.bytes))
-        while end < self.whole and same_revision(self.events[end - 1], self.events[end]):
-            end += 1
-        if end >= self.whole:
-            end, revision = self.whole, self.reached
-        else:
-            revision = self.events[end - 1].kv.mod_revision
-        taken = self.events[:end]
-        self.bytes -= self.bytes * end // max(1, len(self.events))
-        del self.events[:end]
-        self.whole -= end
-        return taken, revision
-
-    def receive(self, response: Any) -> None:
-        """Keep the events of a response, or what else it says."""
-        self.heard_at = time.monotonic()
-        revision = response.header.revision
-        self.store_revision = max(self.store_revision, revision)
-        if response.canceled:
-            self.ended = self.cancellation(response)
-        elif response.created:
-            self.created = True
-        elif not response.events:  # a progress notification: nothing happened up to here
-            self.replaying = False
-            self.reached = revision
-        else:
-            self.events.extend(response.events)
-            self.bytes += response.ByteSize()
-            last = self.events[-1]
-            # while it replays the past, etcd names the store's revision, far ahead of the events
-            self.replaying = last.kv.mod_revision < revision
-            self.whole = len(self.events)
-            if getattr(response, "fragment", False):  # its last revision may go on in the next
-                while self.whole and same_revision(self.events[self.whole - 1], last):
-                    self.whole -= 1
-            if self.whole:
-                self.reached = self.events[self.whole - 1].kv.mod_revision
-
-    def cancellation(self, response: Any) -> EtcdFdwError:
-        """The error that a cancelled watch is. It is always final, but the stream lives on."""
-        if response.compact_revision:
-            return Compacted(revision=response.compact_revision)
-        reason = response.cancel_reason or "no reason given"
-        kind = TokenExpired if "permission denied" in reason else EtcdUnavailable
-        return kind(f"etcd at {self.endpoint}: watch cancelled: {reason}")
-
-    def behind(self) -> bool:
-        """Whether there is something to mirror, or may be soon."""
-        self.replaying = self.replaying and time.monotonic() < self.heard_at + QUIET_S
-        return self.replaying or bool(self.events) or self.watch.waiting()
-
-
-def same_revision(event: Any, other: Any) -> bool:
-    """Whether two events are of one etcd transaction."""
-    return bool(event.kv.mod_revision == other.kv.mod_revision)
-
-
-class Batch:
-    """What one PostgreSQL transaction brings into the mirror.
-
-    All rows are above the last checkpoint, and with them the mirror is complete up to `checkpoint`.
-    """
-
-    def __init__(self, checkpoint: int) -> None:
-        self.rows: dict[tuple[bytes, int], bytes] = {}  # one etcd Txn may put and delete a key
-        self.unstorable: list[KeyValueRecord] = []
-        self.checkpoint = checkpoint
-        self.last_key: str | None = None
-        self.events = 0  # that were looked at
-
-    def add(self, events: Sequence[Any], reached: int) -> None:
-        """Add the events above the checkpoint, and move that to the revision reached."""
-        rows, after, key = self.rows, self.checkpoint, None
-        for event in events:
-            kv = event.kv
-            revision = kv.mod_revision
-            if revision <= after or kv.key.startswith(RESERVED):
-                continue
-            value = None if event.type == DELETE else kv.value
-            if not is_storable(kv.key):
-                self.unstorable.append(KeyValueRecord(kv.key, value, revision))
-                continue
-            key = kv.key
-            rows[key, revision] = copy_row(key, value, revision, kv.lease)
-        if key is not None:
-            self.last_key = key.decode()
-        self.checkpoint = max(after, reached)
-        self.events += len(events)
-
-
-COPY_SQL = """
-COPY {} (key, value, value_bytes, revision, tombstone, lease) FROM STDIN (FORMAT binary)
-"""
-# The lock of the new generation is taken before anybody can know of it; whoever took it all the
-# same must not hold up the mirror.
-CHECKPOINT_SQL = """
-UPDATE etcd_sync_state
-SET revision = %(revision)s, last_key = coalesce(%(last_key)s, last_key),
-    receipt = greatest(receipt, %(receipt)s), split = coalesce(%(split)s::xid8[], split),
-    etcd_revision = greatest(etcd_revision, %(etcd_revision)s), generation = generation + 1,
-    updated_at = now(), heartbeat_at = now(),
-    events = events + %(events)s, applied = applied + %(applied)s,
-    conflicts = conflicts + %(conflicts)s, failures = failures + %(failures)s,
-    resyncs = resyncs + %(resyncs)s, reconnects = reconnects + %(reconnects)s,
-    unstorable = unstorable + %(unstorable)s
-WHERE prefix = %(prefix)s AND revision = %(old)s
-RETURNING generation, pg_catalog.pg_try_advisory_lock(_etcd_generation_lock(prefix, generation))
-"""
-WAKE_SQL = """
-SELECT pg_catalog.pg_advisory_unlock(_etcd_generation_lock(%(prefix)s, %(generation)s))
-"""
-AUDIT_EVENTS_SQL = """
-INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, source_revision,
-                             target_system, target_revision)
-SELECT %(prefix)s, 'mirror', 'success', key, 'etcd', revision, 'postgresql', revision
-FROM ROWS FROM (pg_catalog.unnest(%(keys)s::text[]), pg_catalog.unnest(%(revisions)s::bigint[]))
-     AS r (key, revision)
-"""
-# It is dropped after use, or emptied with each heartbeat: autovacuum does not freeze temporary
-# tables, and an old one holds up the whole database's transaction ids.
-STAGING_SQL = """
-CREATE TEMPORARY TABLE IF NOT EXISTS etcd_staging (
-    key text COLLATE "C", value text, value_bytes bytea, revision bigint, tombstone boolean,
-    lease bigint);
-TRUNCATE etcd_staging
-"""
-# A row that is there already may lack its lease: versions before 2.1 did not mirror that.
-FROM_STAGING_SQL = """
-INSERT INTO etcd AS e (key, value, value_bytes, revision, tombstone, lease)
-SELECT key, value, value_bytes, revision, tombstone, lease FROM etcd_staging
-ON CONFLICT (key, revision) DO UPDATE SET lease = excluded.lease
-WHERE e.lease IS DISTINCT FROM excluded.lease
-"""
-LEASES_SQL = """
-UPDATE etcd e SET lease = s.lease FROM etcd_staging s
-WHERE e.key = s.key AND e.revision = s.revision AND s.lease IS NOT NULL;
-UPDATE etcd_sync_state SET unrepaired = false WHERE prefix = %(prefix)s;
-DROP TABLE etcd_staging
-"""
-CONTRADICTION_SQL = """
-SELECT s.key FROM etcd_staging s JOIN etcd e USING (key)
-WHERE e.revision > s.revision AND e.revision <= %(revision)s
-   OR e.revision = s.revision
-  AND (s.value, s.value_bytes, s.tombstone) IS DISTINCT FROM (e.value, e.value_bytes, e.tombstone)
-LIMIT 1
-"""
-TOMBSTONES_SQL = """
-INSERT INTO etcd (key, revision, tombstone)
-SELECT m.key, %(revision)s, true
-FROM (SELECT DISTINCT ON (key) key, tombstone FROM etcd
-      WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %(after)s)
-        AND revision <= %(revision)s
-      ORDER BY key DESC, revision DESC) m
-WHERE NOT m.tombstone AND NOT EXISTS (SELECT FROM etcd_staging s WHERE s.key = m.key)
-"""
-NEW_STATE_SQL = """
-INSERT INTO etcd_sync_state (prefix, cluster_id, first_revision, revision, last_key)
-VALUES (%(prefix)s, %(cluster_id)s, %(revision)s, %(revision)s, %(last_key)s)
-"""
-RESYNC_STATE_SQL = """
-UPDATE etcd_sync_state
-SET gaps = gaps OPERATOR(pg_catalog.||) CASE WHEN revision + 1 < %(revision)s
-        THEN ARRAY[pg_catalog.int8range(revision + 1, %(revision)s::bigint)]
-        ELSE '{}'::int8range[] END,
-    revision = %(revision)s, last_key = %(last_key)s, updated_at = now(), unrepaired = false
-WHERE prefix = %(prefix)s AND revision = %(old)s
-"""
-AS_OF_SQL = """
-SELECT revision, coalesce(value_bytes, pg_catalog.convert_to(value, 'UTF8')) FROM etcd
-WHERE key = %(key)s AND revision <= %(revision)s ORDER BY revision DESC LIMIT 1
-"""
-
-
-class Staged(NamedTuple):
-    """What load_staging() has brought."""
-
-    revision: int
-    keys: int
-    unstorable: list[KeyValueRecord]
-
-
-def copy_in(cur: Any, table: str, rows: Iterable[bytes]) -> None:
-    """COPY rows made by copy_row() into etcd or its staging table."""
-    data = b"".join((COPY_HEADER, *rows, COPY_TRAILER))
-    cur.copy_expert(COPY_SQL.format(table), io.BytesIO(data), size=1 << 18)
-
-
-def load_staging(
-    postgres: Postgres, etcd: Etcd, revision: int, progress: Callable[[int, int], None]
-) -> Staged:
-    """Copy the prefix as it was at a revision (0: now) into the staging table.
-
-    progress is called with the number of keys that are there, and of all. Raises Compacted.
-    """
-    keys = 0
-    unstorable: list[KeyValueRecord] = []
-    with postgres.cursor() as cur:
-        cur.execute(STAGING_SQL)
-    for page in etcd.pages(revision):
-        revision = revision or page.header.revision
-        rows = []
-        for kv in page.kvs:
-            if kv.key.startswith(RESERVED):
-                continue
-            if is_storable(kv.key):
-                rows.append(copy_row(kv.key, kv.value, kv.mod_revision, kv.lease))
-            else:
-                unstorable.append(KeyValueRecord(kv.key, kv.value, kv.mod_revision))
-        with postgres.cursor() as cur:
-            copy_in(cur, "etcd_staging", rows)
-        keys += len(rows)
-        progress(keys, keys + page.count - len(page.kvs))
-    with postgres.cursor() as cur:
-        cur.execute("ANALYZE etcd_staging")
-    return Staged(revision, keys, unstorable)
-
-
-class Mirror:
-    """Brings what happens in etcd into table etcd, together with the outcomes of changes.
-
-    At the checkpoint the mirror is exactly what etcd held.  Rows, checkpoint, counters and
-    outcomes are one PostgreSQL transaction, so a crash undoes all or none of them.  Each such
-    transaction begins a generation, whose lock this session holds until the next one is
-    committed: that wakes whoever waits for it in etcd_wait().
-
-    First check_timeline(), if there is a mirror; then snapshot(), if there is none or etcd has
-    compacted what comes next; from watch() on next_batch() and write(), again and again.
-    """
-
-    def __init__(self, engine: Engine, postgres: Postgres, etcd: Etcd) -> None:
-        self.engine = engine
-        self.postgres = postgres
-        self.etcd = etcd
-        self.checkpoint = 0
-        self.generation: int | None = None  # None: no lock is held
-        self.intake: Intake | None = None  # None: not watching yet
-        self.via_staging = False  # PostgreSQL refused a plain COPY: go through the staging table
-        self.written_at = self.shown_at = time.monotonic()  # shown: how far a copy is
-
-    # ─ start ─
-
-    def check_timeline(self, state: SyncState) -> None:
-        """Make sure that etcd is still what the mirror is a mirror of. Raises AnotherTimeline."""
-        check_cluster(self.etcd, state)
-        # a restored backup keeps its cluster id, and may have gone past the checkpoint since
-        last = state.last_key and self.as_of(state.last_key, state.revision)
-        if not state.last_key or not last:
-            return
-        self.check_key(state.last_key, state.revision)
-        if last[1] is None:  # another cluster lacks the key as well: compare what was deleted
-            self.check_key(state.last_key, last[0] - 1)
-
-    def check_key(self, key: str, revision: int) -> None:
-        """Make sure that a key was in etcd what it is in the mirror. Raises AnotherTimeline."""
-        try:
-            found = self.etcd.range(key.encode(), revision=revision).kvs
-        except Compacted:
-            return  # the watch will end the same way, and the snapshot compares everything
-        mirrored = self.as_of(key, revision)
-        if mirrored is None:
-            return  # housekeeping has deleted that version
-        actual = (found[0].mod_revision, found[0].value) if found else None
-        if actual != (mirrored if mirrored[1] is not None else None):
-            raise another_timeline(
-                self.postgres.prefix,
-                f"key {key} at revision {revision} is not in etcd what it is in the mirror",
-            )
-
-    def as_of(self, key: str, revision: int) -> tuple[int, bytes | None] | None:
-        """Revision and value (None: deleted) that the mirror has for a key at a revision."""
-        with self.postgres.cursor() as cur:
-            cur.execute(AS_OF_SQL, {"key": key, "revision": revision})
-            row = cur.fetchone()
-        return row and (row[0], None if row[1] is None else bytes(row[1]))
-
-    def snapshot(self, state: SyncState | None, at: int) -> None:
-        """Copy the prefix as it is at one revision, 0: now; the checkpoint is then that revision.
-
-        Constant memory: pages go to a staging table, and are merged in one transaction.
-        Raises Compacted.
-        """
-        engine = self.engine
-        engine.set_state("copying")
-        started = self.shown_at = time.monotonic()
-        try:
-            staged = load_staging(self.postgres, self.etcd, at, self.show_progress)
-        except Compacted as exc:
-            # compacted while it was read: start over with the newest, which stays for longest
-            raise Compacted(revision=0) from exc
-        old = state.revision if state else None
-        with engine.counting(), self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
-            put, deleted = self.merge_staging(cur, staged.revision)
-            self.set_checkpoint(cur, staged.revision, old)
-            cur.execute("DROP TABLE etcd_staging")
-            event = SynchronizationEvent(
-                operation="snapshot" if state is None else "resync",
-                status="done",
-                source_system="etcd",
-                source_revision=staged.revision,
-                target_system="postgresql",
-                target_revision=old,
-                duration_s=time.monotonic() - started,
-                details={"keys": staged.keys, "put": put, "deleted": deleted},
-            )
-            self.postgres.record_events(cur, [event])
-            events = [unstorable_event(r) for r in staged.unstorable]
-            engine.counters.unstorable += self.postgres.record_events(cur, events, again=True)
-            engine.counters.resyncs += state is not None
-            self.advance(cur, staged.revision, Batch(staged.revision), Outcomes())
-            if channel := engine.config.notify_channel:
-                self.postgres.notify(cur, channel, (old or 0) + 1, staged.revision)
-        warn_of_unstorable(staged.unstorable)
-        log.info(
-            "copied %(keys)d keys from etcd to PostgreSQL at revision %(revision)d"
-            " (%(new)d new, %(deleted)d deleted) in %(seconds).2fs",
-            keys=staged.keys,
-            revision=staged.revision,
-            new=put,
-            deleted=deleted,
-            seconds=time.monotonic() - started,
-        )
-
-    def fill_in_leases(self, checkpoint: int) -> None:
-        """Note the leases of the keys that an earlier version mirrored. Raises Compacted."""
-        self.engine.set_state("copying")
-        with self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
-            load_staging(self.postgres, self.etcd, checkpoint, self.show_progress)
-            cur.execute(LEASES_SQL, {"prefix": self.postgres.prefix})
-
-    def show_progress(self, keys: int, total: int) -> None:
-        """Say now and then how far a copy is. Raises Stopped."""
-        if time.monotonic() > self.shown_at + PROGRESS_S:
-            self.shown_at = time.monotonic()
-            log.info("copying from etcd: %(done)d of %(total)d keys", done=keys, total=total)
-        self.engine.check_stop()
-
-    def merge_staging(self, cur: Any, revision: int) -> tuple[int, int]:
-        """Bring the mirror from the staging table to a revision; rows put, tombstones written.
-
-        Raises AnotherTimeline if the mirror has something else at the same revision, or newer.
-        """
-        cur.execute(CONTRADICTION_SQL, {"revision": revision})
-        found = cur.fetchone()
-        if found:
-            raise another_timeline(
-                self.postgres.prefix,
-                f"key {found[0]} has another history in the mirror than in etcd",
-            )
-        cur.execute(FROM_STAGING_SQL)
-        put = cur.rowcount
-        cur.execute(TOMBSTONES_SQL, {**self.postgres.bounds, "revision": revision})
-        return put, cur.rowcount
-
-    def set_checkpoint(self, cur: Any, revision: int, old: int | None) -> None:
-        """Set the checkpoint after merge_staging(). Raises PostgresUnavailable if it has moved."""
-        cur.execute("SELECT key FROM etcd_staging ORDER BY revision DESC LIMIT 1")
-        row = cur.fetchone()
-        arguments = {
-            "prefix": self.postgres.prefix,
-            "cluster_id": self.etcd.cluster_id,
-            "revision": revision,
-            "old": old,
-            "last_key": row and row[0],
-        }
-        if old is None:
-            # another instance may just be adding a prefix that overlaps
-            cur.execute("LOCK TABLE etcd_sync_state IN SHARE ROW EXCLUSIVE MODE")
-            self.postgres.refuse_overlap(cur)
-        cur.execute(NEW_STATE_SQL if old is None else RESYNC_STATE_SQL, arguments)
-        if cur.rowcount != 1:
-            raise checkpoint_moved()
-
-    def watch(self, checkpoint: int, fragment: bool) -> None:
-        """Begin to watch at the checkpoint."""
-        self.checkpoint = checkpoint
-        # at the checkpoint, not after it: etcd before 3.4.36 and 3.5.18 silently drops a
-        # delete at the compacted revision, and the overlap makes it say "compacted" instead
-        watch = Watch(self.etcd, checkpoint, self.engine.waker, fragment)
-        self.intake = Intake(self.etcd, watch)
-
-    # ─ an event's way ─
-
-    def next_batch(self) -> Batch:
-        """What the watch has brought, up to the size of a batch. Raises what ended the watch."""
-        assert self.intake is not None
-        batch = Batch(self.checkpoint)
-        batch.add(*self.intake.take(self.engine.config.batch_size))
-        return batch
-
-    def write(self, batch: Batch, outcomes: Outcomes) -> None:
-        """Rows, checkpoint, counters and outcomes in one transaction."""
-        started = time.monotonic()
-        generation = self.generation
-        with self.engine.counting() as counters:
-            counters.events += len(batch.rows)
-            counters.unstorable += len(batch.unstorable)
-            outcomes.count(counters)
-            try:
-                self.write_once(batch, outcomes)
-            except CopyRefused:
-                if self.via_staging:
-                    raise
-                self.via_staging = True
-                self.write_once(batch, outcomes)
-        if generation is not None:
-            with self.postgres.cursor() as cur:
-                cur.execute(WAKE_SQL, {"prefix": self.postgres.prefix, "generation": generation})
-        warn_of_unstorable(batch.unstorable)
-        self.checkpoint = batch.checkpoint
-        self.written_at = time.monotonic()
-        if self.intake and batch.events:
-            # the silence that ends the replay begins now: the loop did not read meanwhile
-            self.intake.heard_at = self.written_at
-        if batch.rows or outcomes.list:
-            self.engine.metrics.batch_done((o.read_at for o in outcomes.list), started)
-
-    def write_once(self, batch: Batch, outcomes: Outcomes) -> None:
-        """One attempt of write()."""
-        config = self.engine.config
-        with self.postgres.transaction() as cur:
-            if self.via_staging:
-                cur.execute(STAGING_SQL)
-                copy_in(cur, "etcd_staging", batch.rows.values())
-                cur.execute(FROM_STAGING_SQL)
-            elif batch.rows:
-                copy_in(cur, "etcd", batch.rows.values())
-            if batch.unstorable:
-                self.postgres.record_events(cur, [unstorable_event(r) for r in batch.unstorable])
-            outcomes.record(self.postgres, cur, config.audit == "all")
-            if config.audit == "all" and batch.rows:
-                keys, revisions = zip(*((key.decode(), revision) for key, revision in batch.rows))
-                arguments = {"keys": list(keys), "revisions": int_array(revisions)}
-                cur.execute(AUDIT_EVENTS_SQL, {"prefix": self.postgres.prefix, **arguments})
-            if config.notify_channel and batch.rows:
-                (_, first), (_, last) = next(iter(batch.rows)), next(reversed(batch.rows))
-                self.postgres.notify(cur, config.notify_channel, first, last)
-            # what only mirrors need not be durable: rows and checkpoint are lost together
-            if not outcomes.list:
-                cur.execute("SET LOCAL synchronous_commit = off")
-            self.advance(cur, self.checkpoint, batch, outcomes)
-
-    def advance(self, cur: Any, old: int, batch: Batch, outcomes: Outcomes) -> None:
-        """Move the checkpoint, add to the counters, begin a generation.
-
-        Raises PostgresUnavailable if the checkpoint has been moved by somebody else.
-        """
-        intake = self.intake
-        arguments = {
-            "prefix": self.postgres.prefix,
-            "old": old,
-            "revision": batch.checkpoint,
-            "last_key": batch.last_key,
-            "receipt": outcomes.receipt,
-            "split": None if outcomes.split is None else int_array(map(int, outcomes.split)),
-            "etcd_revision": intake.store_revision if intake else self.etcd.header.revision,
-            **vars(self.engine.uncounted()),
-        }
-        cur.execute(CHECKPOINT_SQL, arguments)
-        if cur.rowcount != 1:
-            raise checkpoint_moved()
-        self.generation = cur.fetchone()[0]
-
-    def close(self) -> None:
-        """End the watch."""
-        if self.intake:
-            self.intake.watch.stop()
-
-
-def checkpoint_moved() -> PostgresUnavailable:
-    """The error for a checkpoint that is not where this session has left it."""
-    return PostgresUnavailable("PostgreSQL: another writer has moved the checkpoint: starting over")
-
-
-def check_cluster(etcd: Etcd, state: SyncState) -> None:
-    """Make sure that etcd can be what the mirror is a mirror of. Raises AnotherTimeline."""
-    prefix, header = etcd.target.prefix, etcd.header
-    if state.cluster_id != etcd.cluster_id:
-        raise another_timeline(
-            prefix, f"it is of cluster {state.cluster_id}, this is {etcd.cluster_id}"
-        )
-    if header.revision < state.revision:
-        raise another_timeline(
-            prefix, f"it is at revision {state.revision}, etcd only at {header.revision}"
-        )
-
-
-def another_timeline(prefix: str, reason: str) -> AnotherTimeline:
-    """The error that says why the mirror cannot go on, and what to do."""
-    return AnotherTimeline(
-        f"the mirror of {prefix or 'the whole key space'!r} belongs to another etcd timeline:"
-        f" {reason}; nothing was changed; if etcd is right, drop this mirror and copy again"
-        ' with the command "sync --reset"'
-    )
-
-
-def unstorable_event(record: KeyValueRecord) -> SynchronizationEvent:
-    """The audit row of an event that the mirror cannot hold; it has all its bytes."""
-    return SynchronizationEvent(
-        operation="mirror",
-        status="unstorable",
-        key=record.key.replace(b"\0", b"\\x00").decode("utf-8", "backslashreplace"),
-        source_system="etcd",
-        source_revision=record.revision,
-        target_system="postgresql",
-        details={
-            "key_hex": record.key.hex(),
-            "value_hex": None if record.value is None else record.value.hex(),
-        },
-    )
-
-
-def warn_of_unstorable(records: Sequence[KeyValueRecord]) -> None:
-    """Report what the mirror cannot hold."""
-    if records:
-        log.warning(
-            "cannot mirror %(events)s whose key is not text of up to %(bytes)d bytes: recorded in"
-            " etcd_sync_event, revision %(revision)d",
-            events=describe(len(records), "event"),
-            bytes=KEY_MAX_BYTES,
-            revision=records[-1].revision,
-        )
-
-
 # ── outbox: etcd_wal's way to etcd and back ────────────────────────────────────
 
 
@@ -3808,6 +3246,568 @@ class Outbox:
     def idle(self) -> bool:
         """Whether no pending row is left."""
         return self.all_read and not self.queue.versions
+
+
+# ── mirror: the watch's way into table etcd ────────────────────────────────────
+
+
+class Intake:
+    """Puts the responses of the watch together to whole revisions.
+
+    The first `whole` of its events are of revisions that are complete; with all of them the
+    mirror is at revision `reached`.  `created` once etcd has confirmed the watch; `ended` once
+    etcd has cancelled it, which is final; `replaying` while etcd sends what is past.
+    """
+
+    def __init__(self, etcd: Etcd, watch: Watch) -> None:
+        self.endpoint = etcd.endpoint
+        self.watch = watch
+        self.events: list[Any] = []
+        self.whole = 0
+        self.bytes = 0  # of these events, about
+        self.reached = 0
+        self.store_revision = etcd.header.revision  # newest one of the whole store heard of
+        self.heard_at = time.monotonic()
+        self.replaying = True  # etcd sends the past in portions: there may be more of it
+        self.created = False
+        self.ended: EtcdFdwError | None = None
+
+    def take(self, batch_size: int) -> tuple[list[Any], int]:
+        """About batch_size events of whole revisions, and the revision that they bring it to.
+
+        Raises what ended the watch, after the mirror has all that came before.
+        """
+        # one revision may be larger than a batch, and come in many fragments
+        while not self.whole or (self.whole < batch_size and self.bytes < BATCH_BYTES):
+            response = None if self.ended else self.watch.take()
+            if response is None:
+                break
+            self.receive(response)
+        if self.ended and not self.whole:
+            raise self.ended
+        end = batch_size
+        if self.bytes > BATCH_BYTES:
+            end = min(end, max(1, self.whole * BATCH_BYTES // self.bytes))
+        while end < self.whole and same_revision(self.events[end - 1], self.events[end]):
+            end += 1
+        if end >= self.whole:
+            end, revision = self.whole, self.reached
+        else:
+            revision = self.events[end - 1].kv.mod_revision
+        taken = self.events[:end]
+        self.bytes -= self.bytes * end // max(1, len(self.events))
+        del self.events[:end]
+        self.whole -= end
+        return taken, revision
+
+    def receive(self, response: Any) -> None:
+        """Keep the events of a response, or what else it says."""
+        self.heard_at = time.monotonic()
+        revision = response.header.revision
+        self.store_revision = max(self.store_revision, revision)
+        if response.canceled:
+            self.ended = self.cancellation(response)
+        elif response.created:
+            self.created = True
+        elif not response.events:  # a progress notification: nothing happened up to here
+            self.replaying = False
+            self.reached = revision
+        else:
+            self.events.extend(response.events)
+            self.bytes += response.ByteSize()
+            last = self.events[-1]
+            # while it replays the past, etcd names the store's revision, far ahead of the events
+            self.replaying = last.kv.mod_revision < revision
+            self.whole = len(self.events)
+            if getattr(response, "fragment", False):  # its last revision may go on in the next
+                while self.whole and same_revision(self.events[self.whole - 1], last):
+                    self.whole -= 1
+            if self.whole:
+                self.reached = self.events[self.whole - 1].kv.mod_revision
+
+    def cancellation(self, response: Any) -> EtcdFdwError:
+        """The error that a cancelled watch is. It is always final, but the stream lives on."""
+        if response.compact_revision:
+            return Compacted(revision=response.compact_revision)
+        reason = response.cancel_reason or "no reason given"
+        kind = TokenExpired if "permission denied" in reason else EtcdUnavailable
+        return kind(f"etcd at {self.endpoint}: watch cancelled: {reason}")
+
+    def behind(self) -> bool:
+        """Whether there is something to mirror, or may be soon."""
+        self.replaying = self.replaying and time.monotonic() < self.heard_at + QUIET_S
+        return self.replaying or bool(self.events) or self.watch.waiting()
+
+
+def same_revision(event: Any, other: Any) -> bool:
+    """Whether two events are of one etcd transaction."""
+    return bool(event.kv.mod_revision == other.kv.mod_revision)
+
+
+class Batch:
+    """What one PostgreSQL transaction brings into the mirror.
+
+    All rows are above the last checkpoint, and with them the mirror is complete up to `checkpoint`.
+    """
+
+    def __init__(self, checkpoint: int) -> None:
+        self.rows: dict[tuple[bytes, int], bytes] = {}  # one etcd Txn may put and delete a key
+        self.unstorable: list[KeyValueRecord] = []
+        self.checkpoint = checkpoint
+        self.last_key: str | None = None
+        self.events = 0  # that were looked at
+
+    def add(self, events: Sequence[Any], reached: int) -> None:
+        """Add the events above the checkpoint, and move that to the revision reached."""
+        rows, after, key = self.rows, self.checkpoint, None
+        for event in events:
+            kv = event.kv
+            revision = kv.mod_revision
+            if revision <= after or kv.key.startswith(RESERVED):
+                continue
+            value = None if event.type == DELETE else kv.value
+            if not is_storable(kv.key):
+                self.unstorable.append(KeyValueRecord(kv.key, value, revision))
+                continue
+            key = kv.key
+            rows[key, revision] = copy_row(key, value, revision, kv.lease)
+        if key is not None:
+            self.last_key = key.decode()
+        self.checkpoint = max(after, reached)
+        self.events += len(events)
+
+
+COPY_SQL = """
+COPY {} (key, value, value_bytes, revision, tombstone, lease) FROM STDIN (FORMAT binary)
+"""
+# The lock of the new generation is taken before anybody can know of it; whoever took it all the
+# same must not hold up the mirror.
+CHECKPOINT_SQL = """
+UPDATE etcd_sync_state
+SET revision = %(revision)s, last_key = coalesce(%(last_key)s, last_key),
+    receipt = greatest(receipt, %(receipt)s), split = coalesce(%(split)s::xid8[], split),
+    etcd_revision = greatest(etcd_revision, %(etcd_revision)s), generation = generation + 1,
+    updated_at = now(), heartbeat_at = now(),
+    events = events + %(events)s, applied = applied + %(applied)s,
+    conflicts = conflicts + %(conflicts)s, failures = failures + %(failures)s,
+    resyncs = resyncs + %(resyncs)s, reconnects = reconnects + %(reconnects)s,
+    unstorable = unstorable + %(unstorable)s
+WHERE prefix = %(prefix)s AND revision = %(old)s
+RETURNING generation, pg_catalog.pg_try_advisory_lock(_etcd_generation_lock(prefix, generation))
+"""
+WAKE_SQL = """
+SELECT pg_catalog.pg_advisory_unlock(_etcd_generation_lock(%(prefix)s, %(generation)s))
+"""
+AUDIT_EVENTS_SQL = """
+INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, source_revision,
+                             target_system, target_revision)
+SELECT %(prefix)s, 'mirror', 'success', key, 'etcd', revision, 'postgresql', revision
+FROM ROWS FROM (pg_catalog.unnest(%(keys)s::text[]), pg_catalog.unnest(%(revisions)s::bigint[]))
+     AS r (key, revision)
+"""
+# It is dropped after use, or emptied with each heartbeat: autovacuum does not freeze temporary
+# tables, and an old one holds up the whole database's transaction ids.
+STAGING_SQL = """
+CREATE TEMPORARY TABLE IF NOT EXISTS etcd_staging (
+    key text COLLATE "C", value text, value_bytes bytea, revision bigint, tombstone boolean,
+    lease bigint);
+TRUNCATE etcd_staging
+"""
+# A row that is there already may lack its lease: versions before 2.1 did not mirror that.
+FROM_STAGING_SQL = """
+INSERT INTO etcd AS e (key, value, value_bytes, revision, tombstone, lease)
+SELECT key, value, value_bytes, revision, tombstone, lease FROM etcd_staging
+ON CONFLICT (key, revision) DO UPDATE SET lease = excluded.lease
+WHERE e.lease IS DISTINCT FROM excluded.lease
+"""
+LEASES_SQL = """
+UPDATE etcd e SET lease = s.lease FROM etcd_staging s
+WHERE e.key = s.key AND e.revision = s.revision AND s.lease IS NOT NULL;
+UPDATE etcd_sync_state SET unrepaired = false WHERE prefix = %(prefix)s;
+DROP TABLE etcd_staging
+"""
+CONTRADICTION_SQL = """
+SELECT s.key FROM etcd_staging s JOIN etcd e USING (key)
+WHERE e.revision > s.revision AND e.revision <= %(revision)s
+   OR e.revision = s.revision
+  AND (s.value, s.value_bytes, s.tombstone) IS DISTINCT FROM (e.value, e.value_bytes, e.tombstone)
+LIMIT 1
+"""
+TOMBSTONES_SQL = """
+INSERT INTO etcd (key, revision, tombstone)
+SELECT m.key, %(revision)s, true
+FROM (SELECT DISTINCT ON (key) key, tombstone FROM etcd
+      WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %(after)s)
+        AND revision <= %(revision)s
+      ORDER BY key DESC, revision DESC) m
+WHERE NOT m.tombstone AND NOT EXISTS (SELECT FROM etcd_staging s WHERE s.key = m.key)
+"""
+NEW_STATE_SQL = """
+INSERT INTO etcd_sync_state (prefix, cluster_id, first_revision, revision, last_key)
+VALUES (%(prefix)s, %(cluster_id)s, %(revision)s, %(revision)s, %(last_key)s)
+"""
+RESYNC_STATE_SQL = """
+UPDATE etcd_sync_state
+SET gaps = gaps OPERATOR(pg_catalog.||) CASE WHEN revision + 1 < %(revision)s
+        THEN ARRAY[pg_catalog.int8range(revision + 1, %(revision)s::bigint)]
+        ELSE '{}'::int8range[] END,
+    revision = %(revision)s, last_key = %(last_key)s, updated_at = now(), unrepaired = false
+WHERE prefix = %(prefix)s AND revision = %(old)s
+"""
+AS_OF_SQL = """
+SELECT revision, coalesce(value_bytes, pg_catalog.convert_to(value, 'UTF8')) FROM etcd
+WHERE key = %(key)s AND revision <= %(revision)s ORDER BY revision DESC LIMIT 1
+"""
+
+
+class Staged(NamedTuple):
+    """What load_staging() has brought."""
+
+    revision: int
+    keys: int
+    unstorable: list[KeyValueRecord]
+
+
+def copy_in(cur: Any, table: str, rows: Iterable[bytes]) -> None:
+    """COPY rows made by copy_row() into etcd or its staging table."""
+    data = b"".join((COPY_HEADER, *rows, COPY_TRAILER))
+    cur.copy_expert(COPY_SQL.format(table), io.BytesIO(data), size=1 << 18)
+
+
+def load_staging(
+    postgres: Postgres, etcd: Etcd, revision: int, progress: Callable[[int, int], None]
+) -> Staged:
+    """Copy the prefix as it was at a revision (0: now) into the staging table.
+
+    progress is called with the number of keys that are there, and of all. Raises Compacted.
+    """
+    keys = 0
+    unstorable: list[KeyValueRecord] = []
+    with postgres.cursor() as cur:
+        cur.execute(STAGING_SQL)
+    for page in etcd.pages(revision):
+        revision = revision or page.header.revision
+        rows = []
+        for kv in page.kvs:
+            if kv.key.startswith(RESERVED):
+                continue
+            if is_storable(kv.key):
+                rows.append(copy_row(kv.key, kv.value, kv.mod_revision, kv.lease))
+            else:
+                unstorable.append(KeyValueRecord(kv.key, kv.value, kv.mod_revision))
+        with postgres.cursor() as cur:
+            copy_in(cur, "etcd_staging", rows)
+        keys += len(rows)
+        progress(keys, keys + page.count - len(page.kvs))
+    with postgres.cursor() as cur:
+        cur.execute("ANALYZE etcd_staging")
+    return Staged(revision, keys, unstorable)
+
+
+class Mirror:
+    """Brings what happens in etcd into table etcd, together with the outcomes of changes.
+
+    At the checkpoint the mirror is exactly what etcd held.  Rows, checkpoint, counters and
+    outcomes are one PostgreSQL transaction, so a crash undoes all or none of them.  Each such
+    transaction begins a generation, whose lock this session holds until the next one is
+    committed: that wakes whoever waits for it in etcd_wait().
+
+    First check_timeline(), if there is a mirror; then snapshot(), if there is none or etcd has
+    compacted what comes next; from watch() on next_batch() and write(), again and again.
+    """
+
+    def __init__(self, engine: Engine, postgres: Postgres, etcd: Etcd) -> None:
+        self.engine = engine
+        self.postgres = postgres
+        self.etcd = etcd
+        self.checkpoint = 0
+        self.generation: int | None = None  # None: no lock is held
+        self.intake: Intake | None = None  # None: not watching yet
+        self.via_staging = False  # PostgreSQL refused a plain COPY: go through the staging table
+        self.written_at = self.shown_at = time.monotonic()  # shown: how far a copy is
+
+    # ─ start ─
+
+    def check_timeline(self, state: SyncState) -> None:
+        """Make sure that etcd is still what the mirror is a mirror of. Raises AnotherTimeline."""
+        check_cluster(self.etcd, state)
+        # a restored backup keeps its cluster id, and may have gone past the checkpoint since
+        last = state.last_key and self.as_of(state.last_key, state.revision)
+        if not state.last_key or not last:
+            return
+        self.check_key(state.last_key, state.revision)
+        if last[1] is None:  # another cluster lacks the key as well: compare what was deleted
+            self.check_key(state.last_key, last[0] - 1)
+
+    def check_key(self, key: str, revision: int) -> None:
+        """Make sure that a key was in etcd what it is in the mirror. Raises AnotherTimeline."""
+        try:
+            found = self.etcd.range(key.encode(), revision=revision).kvs
+        except Compacted:
+            return  # the watch will end the same way, and the snapshot compares everything
+        mirrored = self.as_of(key, revision)
+        if mirrored is None:
+            return  # housekeeping has deleted that version
+        actual = (found[0].mod_revision, found[0].value) if found else None
+        if actual != (mirrored if mirrored[1] is not None else None):
+            raise another_timeline(
+                self.postgres.prefix,
+                f"key {key} at revision {revision} is not in etcd what it is in the mirror",
+            )
+
+    def as_of(self, key: str, revision: int) -> tuple[int, bytes | None] | None:
+        """Revision and value (None: deleted) that the mirror has for a key at a revision."""
+        with self.postgres.cursor() as cur:
+            cur.execute(AS_OF_SQL, {"key": key, "revision": revision})
+            row = cur.fetchone()
+        return row and (row[0], None if row[1] is None else bytes(row[1]))
+
+    def snapshot(self, state: SyncState | None, at: int) -> None:
+        """Copy the prefix as it is at one revision, 0: now; the checkpoint is then that revision.
+
+        Constant memory: pages go to a staging table, and are merged in one transaction.
+        Raises Compacted.
+        """
+        engine = self.engine
+        engine.set_state("copying")
+        started = self.shown_at = time.monotonic()
+        try:
+            staged = load_staging(self.postgres, self.etcd, at, self.show_progress)
+        except Compacted as exc:
+            # compacted while it was read: start over with the newest, which stays for longest
+            raise Compacted(revision=0) from exc
+        old = state.revision if state else None
+        with engine.counting(), self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
+            put, deleted = self.merge_staging(cur, staged.revision)
+            self.set_checkpoint(cur, staged.revision, old)
+            cur.execute("DROP TABLE etcd_staging")
+            event = SynchronizationEvent(
+                operation="snapshot" if state is None else "resync",
+                status="done",
+                source_system="etcd",
+                source_revision=staged.revision,
+                target_system="postgresql",
+                target_revision=old,
+                duration_s=time.monotonic() - started,
+                details={"keys": staged.keys, "put": put, "deleted": deleted},
+            )
+            self.postgres.record_events(cur, [event])
+            events = [unstorable_event(r) for r in staged.unstorable]
+            engine.counters.unstorable += self.postgres.record_events(cur, events, again=True)
+            engine.counters.resyncs += state is not None
+            self.advance(cur, staged.revision, Batch(staged.revision), Outcomes())
+            if channel := engine.config.notify_channel:
+                self.postgres.notify(cur, channel, (old or 0) + 1, staged.revision)
+        warn_of_unstorable(staged.unstorable)
+        log.info(
+            "copied %(keys)d keys from etcd to PostgreSQL at revision %(revision)d"
+            " (%(new)d new, %(deleted)d deleted) in %(seconds).2fs",
+            keys=staged.keys,
+            revision=staged.revision,
+            new=put,
+            deleted=deleted,
+            seconds=time.monotonic() - started,
+        )
+
+    def fill_in_leases(self, checkpoint: int) -> None:
+        """Note the leases of the keys that an earlier version mirrored. Raises Compacted."""
+        self.engine.set_state("copying")
+        with self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
+            load_staging(self.postgres, self.etcd, checkpoint, self.show_progress)
+            cur.execute(LEASES_SQL, {"prefix": self.postgres.prefix})
+
+    def show_progress(self, keys: int, total: int) -> None:
+        """Say now and then how far a copy is. Raises Stopped."""
+        if time.monotonic() > self.shown_at + PROGRESS_S:
+            self.shown_at = time.monotonic()
+            log.info("copying from etcd: %(done)d of %(total)d keys", done=keys, total=total)
+        self.engine.check_stop()
+
+    def merge_staging(self, cur: Any, revision: int) -> tuple[int, int]:
+        """Bring the mirror from the staging table to a revision; rows put, tombstones written.
+
+        Raises AnotherTimeline if the mirror has something else at the same revision, or newer.
+        """
+        cur.execute(CONTRADICTION_SQL, {"revision": revision})
+        found = cur.fetchone()
+        if found:
+            raise another_timeline(
+                self.postgres.prefix,
+                f"key {found[0]} has another history in the mirror than in etcd",
+            )
+        cur.execute(FROM_STAGING_SQL)
+        put = cur.rowcount
+        cur.execute(TOMBSTONES_SQL, {**self.postgres.bounds, "revision": revision})
+        return put, cur.rowcount
+
+    def set_checkpoint(self, cur: Any, revision: int, old: int | None) -> None:
+        """Set the checkpoint after merge_staging(). Raises PostgresUnavailable if it has moved."""
+        cur.execute("SELECT key FROM etcd_staging ORDER BY revision DESC LIMIT 1")
+        row = cur.fetchone()
+        arguments = {
+            "prefix": self.postgres.prefix,
+            "cluster_id": self.etcd.cluster_id,
+            "revision": revision,
+            "old": old,
+            "last_key": row and row[0],
+        }
+        if old is None:
+            # another instance may just be adding a prefix that overlaps
+            cur.execute("LOCK TABLE etcd_sync_state IN SHARE ROW EXCLUSIVE MODE")
+            self.postgres.refuse_overlap(cur)
+        cur.execute(NEW_STATE_SQL if old is None else RESYNC_STATE_SQL, arguments)
+        if cur.rowcount != 1:
+            raise checkpoint_moved()
+
+    def watch(self, checkpoint: int, fragment: bool) -> None:
+        """Begin to watch at the checkpoint."""
+        self.checkpoint = checkpoint
+        # at the checkpoint, not after it: etcd before 3.4.36 and 3.5.18 silently drops a
+        # delete at the compacted revision, and the overlap makes it say "compacted" instead
+        watch = Watch(self.etcd, checkpoint, self.engine.waker, fragment)
+        self.intake = Intake(self.etcd, watch)
+
+    # ─ an event's way ─
+
+    def next_batch(self) -> Batch:
+        """What the watch has brought, up to the size of a batch. Raises what ended the watch."""
+        assert self.intake is not None
+        batch = Batch(self.checkpoint)
+        batch.add(*self.intake.take(self.engine.config.batch_size))
+        return batch
+
+    def write(self, batch: Batch, outcomes: Outcomes) -> None:
+        """Rows, checkpoint, counters and outcomes in one transaction."""
+        started = time.monotonic()
+        generation = self.generation
+        with self.engine.counting() as counters:
+            counters.events += len(batch.rows)
+            counters.unstorable += len(batch.unstorable)
+            outcomes.count(counters)
+            try:
+                self.write_once(batch, outcomes)
+            except CopyRefused:
+                if self.via_staging:
+                    raise
+                self.via_staging = True
+                self.write_once(batch, outcomes)
+        if generation is not None:
+            with self.postgres.cursor() as cur:
+                cur.execute(WAKE_SQL, {"prefix": self.postgres.prefix, "generation": generation})
+        warn_of_unstorable(batch.unstorable)
+        self.checkpoint = batch.checkpoint
+        self.written_at = time.monotonic()
+        if self.intake and batch.events:
+            # the silence that ends the replay begins now: the loop did not read meanwhile
+            self.intake.heard_at = self.written_at
+        if batch.rows or outcomes.list:
+            self.engine.metrics.batch_done((o.read_at for o in outcomes.list), started)
+
+    def write_once(self, batch: Batch, outcomes: Outcomes) -> None:
+        """One attempt of write()."""
+        config = self.engine.config
+        with self.postgres.transaction() as cur:
+            if self.via_staging:
+                cur.execute(STAGING_SQL)
+                copy_in(cur, "etcd_staging", batch.rows.values())
+                cur.execute(FROM_STAGING_SQL)
+            elif batch.rows:
+                copy_in(cur, "etcd", batch.rows.values())
+            if batch.unstorable:
+                self.postgres.record_events(cur, [unstorable_event(r) for r in batch.unstorable])
+            outcomes.record(self.postgres, cur, config.audit == "all")
+            if config.audit == "all" and batch.rows:
+                keys, revisions = zip(*((key.decode(), revision) for key, revision in batch.rows))
+                arguments = {"keys": list(keys), "revisions": int_array(revisions)}
+                cur.execute(AUDIT_EVENTS_SQL, {"prefix": self.postgres.prefix, **arguments})
+            if config.notify_channel and batch.rows:
+                (_, first), (_, last) = next(iter(batch.rows)), next(reversed(batch.rows))
+                self.postgres.notify(cur, config.notify_channel, first, last)
+            # what only mirrors need not be durable: rows and checkpoint are lost together
+            if not outcomes.list:
+                cur.execute("SET LOCAL synchronous_commit = off")
+            self.advance(cur, self.checkpoint, batch, outcomes)
+
+    def advance(self, cur: Any, old: int, batch: Batch, outcomes: Outcomes) -> None:
+        """Move the checkpoint, add to the counters, begin a generation.
+
+        Raises PostgresUnavailable if the checkpoint has been moved by somebody else.
+        """
+        intake = self.intake
+        arguments = {
+            "prefix": self.postgres.prefix,
+            "old": old,
+            "revision": batch.checkpoint,
+            "last_key": batch.last_key,
+            "receipt": outcomes.receipt,
+            "split": None if outcomes.split is None else int_array(map(int, outcomes.split)),
+            "etcd_revision": intake.store_revision if intake else self.etcd.header.revision,
+            **vars(self.engine.uncounted()),
+        }
+        cur.execute(CHECKPOINT_SQL, arguments)
+        if cur.rowcount != 1:
+            raise checkpoint_moved()
+        self.generation = cur.fetchone()[0]
+
+    def close(self) -> None:
+        """End the watch."""
+        if self.intake:
+            self.intake.watch.stop()
+
+
+def checkpoint_moved() -> PostgresUnavailable:
+    """The error for a checkpoint that is not where this session has left it."""
+    return PostgresUnavailable("PostgreSQL: another writer has moved the checkpoint: starting over")
+
+
+def check_cluster(etcd: Etcd, state: SyncState) -> None:
+    """Make sure that etcd can be what the mirror is a mirror of. Raises AnotherTimeline."""
+    prefix, header = etcd.target.prefix, etcd.header
+    if state.cluster_id != etcd.cluster_id:
+        raise another_timeline(
+            prefix, f"it is of cluster {state.cluster_id}, this is {etcd.cluster_id}"
+        )
+    if header.revision < state.revision:
+        raise another_timeline(
+            prefix, f"it is at revision {state.revision}, etcd only at {header.revision}"
+        )
+
+
+def another_timeline(prefix: str, reason: str) -> AnotherTimeline:
+    """The error that says why the mirror cannot go on, and what to do."""
+    return AnotherTimeline(
+        f"the mirror of {prefix or 'the whole key space'!r} belongs to another etcd timeline:"
+        f" {reason}; nothing was changed; if etcd is right, drop this mirror and copy again"
+        ' with the command "sync --reset"'
+    )
+
+
+def unstorable_event(record: KeyValueRecord) -> SynchronizationEvent:
+    """The audit row of an event that the mirror cannot hold; it has all its bytes."""
+    return SynchronizationEvent(
+        operation="mirror",
+        status="unstorable",
+        key=record.key.replace(b"\0", b"\\x00").decode("utf-8", "backslashreplace"),
+        source_system="etcd",
+        source_revision=record.revision,
+        target_system="postgresql",
+        details={
+            "key_hex": record.key.hex(),
+            "value_hex": None if record.value is None else record.value.hex(),
+        },
+    )
+
+
+def warn_of_unstorable(records: Sequence[KeyValueRecord]) -> None:
+    """Report what the mirror cannot hold."""
+    if records:
+        log.warning(
+            "cannot mirror %(events)s whose key is not text of up to %(bytes)d bytes: recorded in"
+            " etcd_sync_event, revision %(revision)d",
+            events=describe(len(records), "event"),
+            bytes=KEY_MAX_BYTES,
+            revision=records[-1].revision,
+        )
 
 
 # ── comparison of both sides ───────────────────────────────────────────────────

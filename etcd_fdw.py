@@ -21,7 +21,8 @@ Promises
   1. Nothing is lost, nothing is done twice: every revision that etcd still has reaches `etcd`
      exactly once, every committed `etcd_wal` row is applied at most once and ends as success,
      conflict or failed, and that is what happened, whatever dies when.
-  2. etcd wins: a change is applied only if etcd still holds the version it was made on.
+  2. etcd wins: a change is applied only if etcd still holds the version it was made on, unless
+     it is forced.
   3. A PostgreSQL transaction arrives as one etcd transaction, if etcd takes its size.
   4. At checkpoint R the rows of `etcd` with revision <= R are what etcd held at R.
   5. It recovers by itself, and stops only where going on would destroy data.
@@ -31,22 +32,32 @@ How they are kept
     transaction, so a crash undoes all or none; the watch then starts again at the checkpoint.
   - A change is sent as compare-and-swap on the key's mod_revision, behind a fence: a key that
     says who sends.  A session makes itself the owner before it sends, so what was sent before
-    and arrives later fails.  A receipt that every Txn puts tells what became of it (Receipts).
+    and arrives later fails.  Every Txn puts a receipt, which tells what became of it.
   - One session-level advisory lock per prefix: one instance is active, the others stand by.
   - Any lost connection ends the session.  Start, crash, failover and partition are one path:
     connect, lock, schema, check the cluster, snapshot if needed, watch, loop.
 
-Sections
-  etcd3 on today's protobuf, errors, values, pure helpers
+Sections; none calls what stands below it, but for the Engine that many are given
+  etcd3 on today's protobuf
+  errors          what a server's message means; masked() hides passwords
+  values, pure helpers
   options         one field of Config for each; the parsers of their values; who sets them
-  log, waker and signals, metrics and health
-  PostgreSQL side a session: connect, lock, schema, transactions
-  etcd side       a client; pages of a snapshot; the watch thread
-  mirror          an event's way into table etcd: Intake, Batch, Mirror
-  outbox          a row's way from etcd_wal to etcd and back: Queue, Txn, Pipeline, Outbox
+  log
+  waker, signals  Guard takes signals, and limits every wait for PostgreSQL
+  metrics         exposition() prints what Counters and Metrics count; /metrics, /healthz, /readyz
+  PostgreSQL side a session: connect, locks, schema, transactions
+  etcd side       a client and its token; pages of a snapshot; the watch thread
+  outbox          a row's way from etcd_wal to etcd and back: OutboxTransaction decides on the
+                  versions to compare, Queue orders, Txn puts compares, changes and leases together,
+                  Pipeline sends, Outbox takes answers and settles lost ones by the Receipts
+  mirror          an event's way into table etcd: Intake, Batch, Mirror; the snapshot; each commit
+                  begins a generation, which wakes etcd_wait()
   comparison      both sides at one revision, for validate, sync and repairs
-  session, engine the loop and its clock; one session after another; what outlives them
-  commands; throw-away servers and the demo; command line
+  housekeeping    deletes what the retentions say from etcd, etcd_wal and etcd_sync_event
+  session         one connection to both sides, and its loop
+  engine          session after session: standby, backoff, a snapshot after a compaction, signals
+  commands        start, dry run, status, sync, validate, config
+  throw-away servers and the demo; command line
 
 Exit codes: 0 clean stop or success · 1 configuration · 2 PostgreSQL or etcd unreachable ·
 3 permission or authentication · 4 a person is needed · 5 differences found, or unhealthy.
@@ -57,7 +68,8 @@ from __future__ import annotations
 import os
 import signal
 
-# Those that come while this is loaded, which takes half a second, wait for whoever takes them.
+# Loading takes half a second. Signals that come meanwhile stay pending until Guard or
+# take_signals() takes them.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -138,21 +150,21 @@ BATCH_BYTES = 4 << 20  # of values in one PostgreSQL transaction, or read from e
 PAGE_BYTES = 2 << 20  # what a snapshot page aims at
 # First and largest number of keys in a page: etcd counts all that follow for every one of them.
 PAGE_KEYS = (16, 20000)
-STATEMENT_LIMIT_S = 60.0  # an answer from PostgreSQL that takes longer will not come
-CONNECT_LEAST_S = 2.0  # what a server has to answer at first, however short the start-up may be
+STATEMENT_LIMIT_S = 60.0  # for PostgreSQL's answer; then the connection counts as lost
+CONNECT_LEAST_S = 2.0  # for a new connection, however short --startup-timeout is
 LONG_STATEMENT_LIMIT_S = 3600.0  # applying the schema, merging a snapshot
 STEADY_S = 2.0  # a session that lasted so long was no failed attempt
-EVENT_LIMIT_S = 30.0  # a change that etcd took comes back through the watch by then
+EVENT_LIMIT_S = 30.0  # for the watch to bring a change that etcd acknowledged
 STOP_LIMIT_S = 10.0
 GC_THRESHOLD = 50_000  # with Python's 700 it takes a third of the time that changes take
 PIPELINE_DEPTH = 8  # Txns prepared for etcd, so that it need not wait for PostgreSQL
 RECEIPT_MAX_BYTES = 64 << 10  # of what a receipt says of the Txns before its own, about
 CONFLICTS_SHOWN = 10  # a minute; the rest is counted
 STANDBY_POLL_S = 1.0
-STATUS_WATCH_S = 0.5  # a watch that has told nothing new by then has nothing to tell
-LAG_LIMIT_S = 3.0  # an active instance has mirrored a change by then
-HEARTBEAT_LIMIT_S = 60.0  # then it is stuck, or copying very much
-PENDING_LIMIT_S = 60.0
+STATUS_WATCH_S = 0.5  # for the watch of status to bring what the mirror lacks
+LAG_LIMIT_S = 3.0  # for an active instance to mirror a change before it counts as behind
+HEARTBEAT_LIMIT_S = 60.0  # an older heartbeat is a problem: stuck, or copying very much
+PENDING_LIMIT_S = 60.0  # a change that has been pending for longer is a problem
 SYNC_LIMIT_S = 300.0  # sync gives up when the active instance has not got on for so long
 HEARTBEAT_S = 10.0
 SUMMARY_S = 60.0
@@ -167,7 +179,6 @@ METRICS_TIMEOUT_S = 10.0  # for a client that says nothing
 APPLY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 T = TypeVar("T")
-ServerT = TypeVar("ServerT", bound="LocalServer")
 
 
 class Log(logging.LoggerAdapter):  # type: ignore[type-arg]
@@ -269,7 +280,7 @@ class EtcdUnavailable(Unavailable):
 class Fenced(EtcdUnavailable):
     """another session sends changes for this mirror"""
 
-    copy = False  # whether it works for another database
+    copy = False  # whether that session works for another database, so one is a copy of the other
 
 
 class NoSpace(EtcdUnavailable):
@@ -303,7 +314,7 @@ class Compacted(EtcdFdwError):
 
     def __init__(self, message: str = "", revision: int | None = None) -> None:
         super().__init__(message)
-        self.revision = revision  # to copy at, 0: the current one; None: a watch will tell
+        self.revision = revision  # to copy at, 0: the current one; None: the next watch tells it
 
 
 class Rejected(EtcdFdwError):
@@ -336,7 +347,7 @@ class Stopped(EtcdFdwError):
 ETCD_MESSAGES: list[tuple[str, type[EtcdFdwError]]] = [
     ("required revision has been compacted", Compacted),
     ("database space exceeded", NoSpace),
-    ("too many requests", NoSpace),  # raft is behind: as passing, and as far from the reads
+    ("too many requests", NoSpace),  # raft is behind: passes by itself, and reads go on
     ("request is too large", Rejected),
     ("too many operations", Rejected),
     ("grpc: received message larger than max", Rejected),  # Go, on the server
@@ -359,7 +370,7 @@ ETCD_CODES: dict[Any, type[EtcdFdwError]] = {
 
 
 def mask_parameter(match: re.Match[str]) -> str:
-    """A name and its value as they were given, unless it is a password's."""
+    """A parameter with its value, masked if it is a password."""
     secret = urllib.parse.unquote(match[1]).endswith("password")  # also sslpassword
     return f"{match[1]}{match[2]}****" if secret else match[0]
 
@@ -375,16 +386,16 @@ def masked(text: str) -> str:
 
 
 def hide_dsn(text: str) -> str:
-    """The text up to what may be a DSN that cannot be read, or stands where none belongs."""
+    """The text cut off where a DSN may begin; for DSNs that masked() may not understand."""
     return re.sub(r"(://|password).*", r"\1****", text, flags=re.IGNORECASE | re.DOTALL)
 
 
 def etcd_error(exc: grpc.RpcError, endpoint: str) -> EtcdFdwError:
-    """The kind of error that a failed etcd call is; what nobody knows is EtcdUnavailable."""
+    """The kind of error that a failed etcd call is; an unknown one is EtcdUnavailable."""
     details = masked(exc.details() or "no details")
     kind = next((kind for text, kind in ETCD_MESSAGES if text in details), None)
     kind = kind or ETCD_CODES.get(exc.code(), EtcdUnavailable)
-    # without what gRPC says around it: the endpoint once more, and its own states
+    # gRPC repeats the endpoint, and adds its own states
     details = re.sub(r"failed to connect to all addresses; last error: |UNKNOWN: ", "", details)
     details = re.sub(r"Stream removed \((.*)\)", r"\1", details)
     details = re.sub(r"\bipv[46]:\S+: | \(GOAWAY received.*", "", details)
@@ -401,8 +412,8 @@ POSTGRES_CODES: dict[str, type[EtcdFdwError]] = {
     "42": EtcdFdwError,
     "XX": EtcdFdwError,
 }
-# libpq gives no SQLSTATE for a failed connection, only the server's message, nor where it is
-# libpq itself that finds a value wrong.
+# By message, where there is no SQLSTATE: libpq gives none if a connection fails, nor if it finds
+# a value of the DSN wrong itself.
 POSTGRES_LOGIN_MESSAGES = re.compile(
     "authentication failed|no pg_hba.conf entry|no password supplied|permission denied|"
     "requires a valid client certificate|is not permitted to log in|"
@@ -425,7 +436,7 @@ def postgres_error(exc: psycopg2.Error, notices: Sequence[str] = ()) -> EtcdFdwE
     message = str(exc.diag.message_primary or exc)
     if not code and notices and notices[-1].startswith("FATAL:"):
         message = notices[-1].partition(":")[2]
-    message = re.sub(r"\n\t.*", "", message)  # where libpq explains what it has said
+    message = re.sub(r"\n\t.*", "", message)  # libpq's hints, such as "Is the server running"
     message = masked(message.strip()) or type(exc).__name__
     kind: type[EtcdFdwError] = PostgresUnavailable
     for length in (5, 2):
@@ -493,7 +504,10 @@ class SynchronizationEvent:
 
 @dataclass
 class Counters:
-    """What happened since the process started, but for what etcd_sync_state counts for good."""
+    """What happened since the process started; etcd_sync_state adds it up over all processes.
+
+    What a transaction writes is counted within Engine.counting(): a failed one counts nothing.
+    """
 
     events: int = 0
     applied: int = 0
@@ -1024,7 +1038,7 @@ def set_up_logging(config: Config) -> None:
 
 
 def log_unexpected(failed: Any) -> None:
-    """Log what nobody has caught; failed is what threading and sys tell their hooks."""
+    """Log an exception that nothing caught; failed: the argument of threading's and sys's hooks."""
     error = masked(one_line(failed.exc_value)) if failed.exc_value else ""
     log.error("internal error: %(type)s: %(error)s", type=failed.exc_type.__name__, error=error)
 
@@ -1072,9 +1086,9 @@ class Waker:
 
 
 class SystemdNotifier:
-    """Tells systemd how it goes, or whoever set NOTIFY_SOCKET; without that it does nothing.
+    """Sends readiness, status and the watchdog's pings to systemd, or whoever set NOTIFY_SOCKET.
 
-    Source: sd_notify(3).
+    Does nothing without that.  `ready` is whether READY was sent.  Source: sd_notify(3).
     """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
@@ -1119,6 +1133,8 @@ class Guard(threading.Thread):
 
     libpq cannot be interrupted from Python: its socket is shut down instead, and the loop
     sees a lost connection.  The signals are blocked in every thread; one more waits for them.
+    It only records them: SIGTERM and SIGINT set stop_by, which Session.finished() and
+    Engine.check_stop() obey; the others wait in `requests` for Engine.handle_signals().
     """
 
     def __init__(self, waker: Waker) -> None:
@@ -1128,7 +1144,7 @@ class Guard(threading.Thread):
         self.stop_by: float | None = None  # monotonic; set once asked to stop
         self.requests: set[int] = set()  # other signals, for the loop to take
         self.started_at = time.time()
-        self.turned_at = time.monotonic()  # when the loop was last seen to go on
+        self.turned_at = time.monotonic()  # when the loop last went on
         self._lock = threading.Lock()
         self._limit: tuple[int, float] | None = None  # file descriptor, deadline
 
@@ -1161,7 +1177,7 @@ class Guard(threading.Thread):
     def stuck_s(self) -> float:
         """Seconds since the loop went on if that is too long, else 0. Safe from any thread."""
         with self._lock:
-            if self._limit:  # PostgreSQL is working, and this thread sees to it that it ends
+            if self._limit:  # waiting for PostgreSQL, which _enforce() ends in time
                 return 0.0
         silent = time.monotonic() - self.turned_at
         return silent if silent > STUCK_S else 0.0
@@ -1186,7 +1202,7 @@ class Guard(threading.Thread):
             self.notifier.tell(STOPPING=1, STATUS="stopping")
             self.stop_by = time.monotonic() + STOP_LIMIT_S
         else:
-            os._exit(0)  # asked twice; a crash at any point loses nothing
+            os._exit(0)  # the second time; a crash at any point loses nothing
         self.waker.wake()
 
     def _enforce(self, now: float) -> None:
@@ -1205,7 +1221,10 @@ class Guard(threading.Thread):
 
 
 class Metrics:
-    """What the process tells of itself. The loop writes; other threads only read."""
+    """What the process measures besides Counters, for exposition(), /readyz and SIGUSR1.
+
+    The loop writes; other threads only read.
+    """
 
     def __init__(self, prefix: str, counters: Counters) -> None:
         self.prefix = prefix
@@ -1227,13 +1246,13 @@ class Metrics:
         self.apply_counts = [0] * (len(APPLY_BUCKETS_S) + 1)
         self.apply_s = 0.0
 
-    def batch_done(self, outcomes: Sequence[Outcome], started: float) -> None:
-        """Count one transaction that wrote these outcomes and began at started (monotonic)."""
+    def batch_done(self, read_at: Iterable[float], started: float) -> None:
+        """Count a transaction that began at started, and wrote outcomes of changes read_at then."""
         now = time.monotonic()
         self.batches += 1
         self.batch_s += now - started
-        for outcome in outcomes:
-            took = now - outcome.read_at
+        for at in read_at:
+            took = now - at
             self.apply_counts[bisect.bisect_left(APPLY_BUCKETS_S, took)] += 1
             self.apply_s += took
 
@@ -1244,11 +1263,11 @@ class Metrics:
         self.caught_up = caught_up
 
     def lag_s(self) -> float:
-        """Seconds since the mirror had all that etcd had told."""
+        """Seconds since the mirror had all that the watch had brought."""
         return 0.0 if self.caught_up else time.monotonic() - self.caught_up_at
 
     def lag_revisions(self) -> int:
-        """Revisions of the store that the mirror does not have, most of them perhaps not its."""
+        """Revisions of the store above the checkpoint; those of other prefixes count, too."""
         return 0 if self.caught_up else max(0, self.etcd_revision - self.checkpoint)
 
 
@@ -1371,12 +1390,12 @@ class MetricsServer:
 
 # ── PostgreSQL side ────────────────────────────────────────────────────────────
 
-# The guard sets the limits, so the server's must not end a long merge or an idle session.
-# But whoever waits in a lock queue holds up all behind, and must not do so for ever.
+# Guard limits each statement, so the server's limits must not end a long merge or an idle session.
+# Only lock_timeout stays: who waits for a lock on a table holds up all that queue behind.
 # Keepalives find a vanished peer, and so free the lock, within about 30 s; a killed peer is
 # noticed even while its last statement runs, where PostgreSQL (14 and later) can.
-# Statistics of a queue are always wrong: it was empty, or full, when they were taken.  So each
-# query asks for the order of the one index that fits, and the session does not sort.
+# Statistics of a queue are always wrong: it was empty, or full, when they were taken.  So the
+# session does not sort, which leaves each query the one index with the order that it asks for.
 # A queue of notifications that was full stays so until somebody asks how full it is.
 SESSION_SQL = """
 SELECT pg_catalog.set_config(name, '0', false) FROM pg_settings
@@ -1517,9 +1536,11 @@ class SyncState(NamedTuple):
 
 
 class Postgres:
-    """One PostgreSQL session: notifications, the lock, and transactions.
+    """One PostgreSQL session: notifications, transactions, and the lock once try_lock() has it.
 
-    Every method raises the errors of postgres_error().
+    Every wait is limited: connecting to 10 s (connect_timeout) unless the DSN says else, a
+    statement by Guard, a lock on a table to 30 s (SESSION_SQL).  After an error of these the
+    session is over.  Every method raises the errors of postgres_error().
     """
 
     def __init__(self, config: Config, guard: Guard, listen: bool = True) -> None:
@@ -1549,7 +1570,7 @@ class Postgres:
     def refuse_shared(self, dsn: str) -> None:
         """Raises ConfigurationError behind a pooler that gives one session to several clients."""
         if self.conn.get_backend_pid() == self.backend[0]:
-            return  # no pooler, which would make up a process id of its own
+            return  # directly connected: a pooler reports a process id of its own making
         with suppress(psycopg2.Error), closing(psycopg2.connect(dsn, connect_timeout=5)) as other:
             with self.guard.limit(other.fileno(), CONNECT_LEAST_S), other.cursor() as cur:
                 cur.execute("SELECT pg_catalog.pg_backend_pid() = %s", self.backend[:1])
@@ -1605,7 +1626,7 @@ class Postgres:
         with self.cursor() as cur:
             cur.execute(LOCK_SQL, {"prefix": self.prefix})
             locked = cur.fetchone()[0]
-        if locked is None:  # current_schema() is
+        if locked is None:  # because current_schema() is null
             raise self.no_schema()
         return bool(locked)
 
@@ -1627,7 +1648,7 @@ class Postgres:
     def end_backend(self, pid: int, since: str) -> None:
         """End a session that this process has given up, but that still holds the lock.
 
-        Something in between may keep its connection to the server, and say nothing.
+        A proxy may keep its connection to the server open, so that this does not notice.
         """
         holder = self.holder()
         if holder and holder["pid"] == pid:
@@ -1724,7 +1745,7 @@ class Postgres:
         return SyncState(*row) if row else None
 
     def activate(self, error: str | None = None) -> None:
-        """Say in etcd_sync_state that this process is the active one, and what keeps it off."""
+        """Say in etcd_sync_state that this process is active, and which error it retries after."""
         identity = {
             "prefix": self.prefix,
             "host": socket.gethostname(),
@@ -1742,7 +1763,7 @@ class Postgres:
             cur.execute(DEACTIVATE_SQL, {"prefix": self.prefix})
 
     def notify(self, cur: Any, channel: str, first: int, last: int) -> None:
-        """Tell whoever listens of a range, once the transaction is committed."""
+        """NOTIFY the channel of a range, once the transaction is committed."""
         cur.execute("SELECT pg_catalog.pg_notify(%s, %s)", (channel, f"{first}-{last}"))
 
     def record_events(
@@ -1835,7 +1856,12 @@ def with_hint(error: EtcdFdwError) -> EtcdFdwError:
 
 
 class Etcd:
-    """A client of one etcd member. Every method raises the errors of etcd_error()."""
+    """A client of one etcd member. Every method raises the errors of etcd_error().
+
+    With a user name, `metadata` has the token.  etcd forgets it after a while: call() and pages()
+    then authenticate() and ask again, as does Outbox for a Txn; a watch ends with TokenExpired,
+    and the next session has a new one.
+    """
 
     def __init__(self, target: EtcdTarget, host: str) -> None:
         self.target = target
@@ -1846,7 +1872,7 @@ class Etcd:
         if target.server_name:
             options.append(("grpc.ssl_target_name_override", target.server_name))
         try:
-            # somebody may just be replacing them, and for a wrong key gRPC aborts the process
+            # again, as files may have been replaced since: gRPC aborts the process for a wrong key
             check_files(vars(target))
             self.client = etcd3.client(
                 host=name,
@@ -1863,7 +1889,7 @@ class Etcd:
         self.kv = etcdrpc.KVStub(self.client.channel)
         self.lease = etcdrpc.LeaseStub(self.client.channel)
         try:
-            # by stub: etcd3 would pass the token in a way that needs TLS
+            # not by etcd3, which passes the token as call credentials: those need TLS
             self.authenticate(target.dial_timeout)
             self.header = self.range(
                 self.key, self.range_end, target.dial_timeout, limit=1, keys_only=True
@@ -1919,7 +1945,7 @@ class Etcd:
         self.client.close()
 
     def call(self, method: Any, request: Any, timeout: float | None = None) -> Any:
-        """A call's response; with a new token if etcd knows the old one no more."""
+        """A call's response; a second try has a new token if that has expired."""
         timeout = timeout or self.target.request_timeout
         for last_try in (False, True):
             try:
@@ -1987,7 +2013,7 @@ class Etcd:
             except grpc.RpcError as exc:
                 error = etcd_error(exc, self.endpoint)
                 if isinstance(error, TokenExpired) and not renewed:
-                    renewed = True  # the taker of the last page took its time
+                    renewed = True  # it expired while the last page was being stored
                     self.authenticate()
                 elif isinstance(error, TooLarge) and limit > 1:
                     limit = max(1, limit // 8)
@@ -2010,7 +2036,7 @@ class Watch(threading.Thread):
     """Reads the watch stream into a bounded queue. All decisions are the loop's.
 
     fragment: have etcd split responses above about 2 MiB. It does so in a time that grows with
-    the square of the events in each: 90,000 small ones keep it busy for 24 s instead of 1 s.
+    the square of the events in each: 24 s instead of 1 s for 90,000 small ones.
     """
 
     def __init__(
@@ -2049,7 +2075,7 @@ class Watch(threading.Thread):
             error: Exception = EtcdUnavailable(f"etcd at {self._endpoint}: the watch stream ended")
         except grpc.RpcError as exc:
             error = etcd_error(exc, self._endpoint)
-        except Exception as exc:  # noqa: BLE001  whatever it is, the loop must hear of it
+        except Exception as exc:  # noqa: BLE001  the loop decides, whatever it is
             error = exc
         self._put(error, 0)
 
@@ -2087,560 +2113,6 @@ class Watch(threading.Thread):
         with self._room:
             self._room.notify()
         self.join(STOP_LIMIT_S)
-
-
-# ── mirror: the watch's way into table etcd ────────────────────────────────────
-
-
-class Intake:
-    """Puts the responses of the watch together to whole revisions.
-
-    Created once etcd has confirmed the watch; ended once etcd has cancelled it, which is final.
-    The first `whole` of its events are of revisions that are complete; with all of them the
-    mirror is at revision `reached`.
-    """
-
-    def __init__(self, etcd: Etcd, watch: Watch) -> None:
-        self.endpoint = etcd.endpoint
-        self.watch = watch
-        self.events: list[Any] = []
-        self.whole = 0
-        self.bytes = 0  # of these events, about
-        self.reached = 0
-        self.store_revision = etcd.header.revision  # newest one of the whole store heard of
-        self.heard_at = time.monotonic()
-        self.replaying = True  # etcd sends the past in portions, and there may be more of it
-        self.created = False
-        self.ended: EtcdFdwError | None = None
-
-    def take(self, batch_size: int) -> tuple[list[Any], int]:
-        """About batch_size events of whole revisions, and the revision that they bring it to.
-
-        Raises what ended the watch, after the mirror has all that came before.
-        """
-        # one revision may be larger than a batch, and come in many fragments
-        while not self.whole or (self.whole < batch_size and self.bytes < BATCH_BYTES):
-            response = None if self.ended else self.watch.take()
-            if response is None:
-                break
-            self.receive(response)
-        if self.ended and not self.whole:
-            raise self.ended
-        end = batch_size
-        if self.bytes > BATCH_BYTES:
-            end = min(end, max(1, self.whole * BATCH_BYTES // self.bytes))
-        while end < self.whole and same_revision(self.events[end - 1], self.events[end]):
-            end += 1
-        if end >= self.whole:
-            end, revision = self.whole, self.reached
-        else:
-            revision = self.events[end - 1].kv.mod_revision
-        taken = self.events[:end]
-        self.bytes -= self.bytes * end // max(1, len(self.events))
-        del self.events[:end]
-        self.whole -= end
-        return taken, revision
-
-    def receive(self, response: Any) -> None:
-        """Keep what a response has."""
-        self.heard_at = time.monotonic()
-        revision = response.header.revision
-        self.store_revision = max(self.store_revision, revision)
-        if response.canceled:
-            self.ended = self.cancellation(response)
-        elif response.created:
-            self.created = True
-        elif not response.events:  # a progress notification: nothing happened up to here
-            self.replaying = False
-            self.reached = revision
-        else:
-            self.events.extend(response.events)
-            self.bytes += response.ByteSize()
-            last = self.events[-1]
-            # while it replays the past, etcd names the store's revision, far ahead of the events
-            self.replaying = last.kv.mod_revision < revision
-            self.whole = len(self.events)
-            if getattr(response, "fragment", False):  # its last revision may go on in the next
-                while self.whole and same_revision(self.events[self.whole - 1], last):
-                    self.whole -= 1
-            if self.whole:
-                self.reached = self.events[self.whole - 1].kv.mod_revision
-
-    def cancellation(self, response: Any) -> EtcdFdwError:
-        """The error that a cancelled watch is. It is always final, but the stream lives on."""
-        if response.compact_revision:
-            return Compacted(revision=response.compact_revision)
-        reason = response.cancel_reason or "no reason given"
-        kind = TokenExpired if "permission denied" in reason else EtcdUnavailable
-        return kind(f"etcd at {self.endpoint}: watch cancelled: {reason}")
-
-    def behind(self) -> bool:
-        """Whether there is something to mirror, or may be soon."""
-        self.replaying = self.replaying and time.monotonic() < self.heard_at + QUIET_S
-        return self.replaying or bool(self.events) or self.watch.waiting()
-
-
-def same_revision(event: Any, other: Any) -> bool:
-    """Whether two events are of one etcd transaction."""
-    return bool(event.kv.mod_revision == other.kv.mod_revision)
-
-
-class Batch:
-    """What one PostgreSQL transaction brings into the mirror."""
-
-    def __init__(self, checkpoint: int) -> None:
-        self.rows: dict[tuple[bytes, int], bytes] = {}  # one etcd Txn may put and delete a key
-        self.unstorable: list[KeyValueRecord] = []
-        self.checkpoint = checkpoint
-        self.last_key: str | None = None
-        self.events = 0  # that were looked at
-
-    def add(self, events: Sequence[Any], reached: int) -> None:
-        """Add the events above the checkpoint, and move that to the revision reached."""
-        rows, after, key = self.rows, self.checkpoint, None
-        for event in events:
-            kv = event.kv
-            revision = kv.mod_revision
-            if revision <= after or kv.key.startswith(RESERVED):
-                continue
-            value = None if event.type == DELETE else kv.value
-            if not is_storable(kv.key):
-                self.unstorable.append(KeyValueRecord(kv.key, value, revision))
-                continue
-            key = kv.key
-            rows[key, revision] = copy_row(key, value, revision, kv.lease)
-        if key is not None:
-            self.last_key = key.decode()
-        self.checkpoint = max(after, reached)
-        self.events += len(events)
-
-
-COPY_SQL = """
-COPY {} (key, value, value_bytes, revision, tombstone, lease) FROM STDIN (FORMAT binary)
-"""
-# The lock of the new generation is taken before anybody can know of it; whoever took it all the
-# same must not hold up the mirror.
-CHECKPOINT_SQL = """
-UPDATE etcd_sync_state
-SET revision = %(revision)s, last_key = coalesce(%(last_key)s, last_key),
-    receipt = greatest(receipt, %(receipt)s), split = coalesce(%(split)s::xid8[], split),
-    etcd_revision = greatest(etcd_revision, %(etcd_revision)s), generation = generation + 1,
-    updated_at = now(), heartbeat_at = now(),
-    events = events + %(events)s, applied = applied + %(applied)s,
-    conflicts = conflicts + %(conflicts)s, failures = failures + %(failures)s,
-    resyncs = resyncs + %(resyncs)s, reconnects = reconnects + %(reconnects)s,
-    unstorable = unstorable + %(unstorable)s
-WHERE prefix = %(prefix)s AND revision = %(old)s
-RETURNING generation, pg_catalog.pg_try_advisory_lock(_etcd_generation_lock(prefix, generation))
-"""
-WAKE_SQL = """
-SELECT pg_catalog.pg_advisory_unlock(_etcd_generation_lock(%(prefix)s, %(generation)s))
-"""
-AUDIT_EVENTS_SQL = """
-INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, source_revision,
-                             target_system, target_revision)
-SELECT %(prefix)s, 'mirror', 'success', key, 'etcd', revision, 'postgresql', revision
-FROM ROWS FROM (pg_catalog.unnest(%(keys)s::text[]), pg_catalog.unnest(%(revisions)s::bigint[]))
-     AS r (key, revision)
-"""
-# It is dropped after use, or emptied with each heartbeat: autovacuum does not freeze temporary
-# tables, and an old one holds up the whole database's transaction ids.
-STAGING_SQL = """
-CREATE TEMPORARY TABLE IF NOT EXISTS etcd_staging (
-    key text COLLATE "C", value text, value_bytes bytea, revision bigint, tombstone boolean,
-    lease bigint);
-TRUNCATE etcd_staging
-"""
-# A row that is there already may lack its lease: versions before 2.1 did not mirror that.
-FROM_STAGING_SQL = """
-INSERT INTO etcd AS e (key, value, value_bytes, revision, tombstone, lease)
-SELECT key, value, value_bytes, revision, tombstone, lease FROM etcd_staging
-ON CONFLICT (key, revision) DO UPDATE SET lease = excluded.lease
-WHERE e.lease IS DISTINCT FROM excluded.lease
-"""
-LEASES_SQL = """
-UPDATE etcd e SET lease = s.lease FROM etcd_staging s
-WHERE e.key = s.key AND e.revision = s.revision AND s.lease IS NOT NULL;
-UPDATE etcd_sync_state SET unrepaired = false WHERE prefix = %(prefix)s;
-DROP TABLE etcd_staging
-"""
-CONTRADICTION_SQL = """
-SELECT s.key FROM etcd_staging s JOIN etcd e USING (key)
-WHERE e.revision > s.revision AND e.revision <= %(revision)s
-   OR e.revision = s.revision
-  AND (s.value, s.value_bytes, s.tombstone) IS DISTINCT FROM (e.value, e.value_bytes, e.tombstone)
-LIMIT 1
-"""
-TOMBSTONES_SQL = """
-INSERT INTO etcd (key, revision, tombstone)
-SELECT m.key, %(revision)s, true
-FROM (SELECT DISTINCT ON (key) key, tombstone FROM etcd
-      WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %(after)s)
-        AND revision <= %(revision)s
-      ORDER BY key DESC, revision DESC) m
-WHERE NOT m.tombstone AND NOT EXISTS (SELECT FROM etcd_staging s WHERE s.key = m.key)
-"""
-NEW_STATE_SQL = """
-INSERT INTO etcd_sync_state (prefix, cluster_id, first_revision, revision, last_key)
-VALUES (%(prefix)s, %(cluster_id)s, %(revision)s, %(revision)s, %(last_key)s)
-"""
-RESYNC_STATE_SQL = """
-UPDATE etcd_sync_state
-SET gaps = gaps OPERATOR(pg_catalog.||) CASE WHEN revision + 1 < %(revision)s
-        THEN ARRAY[pg_catalog.int8range(revision + 1, %(revision)s::bigint)]
-        ELSE '{}'::int8range[] END,
-    revision = %(revision)s, last_key = %(last_key)s, updated_at = now(), unrepaired = false
-WHERE prefix = %(prefix)s AND revision = %(old)s
-"""
-AS_OF_SQL = """
-SELECT revision, coalesce(value_bytes, pg_catalog.convert_to(value, 'UTF8')) FROM etcd
-WHERE key = %(key)s AND revision <= %(revision)s ORDER BY revision DESC LIMIT 1
-"""
-
-
-class Staged(NamedTuple):
-    """What load_staging() has brought."""
-
-    revision: int
-    keys: int
-    unstorable: list[KeyValueRecord]
-
-
-def copy_in(cur: Any, table: str, rows: Iterable[bytes]) -> None:
-    """COPY rows made by copy_row() into etcd or its staging table."""
-    data = b"".join((COPY_HEADER, *rows, COPY_TRAILER))
-    cur.copy_expert(COPY_SQL.format(table), io.BytesIO(data), size=1 << 18)
-
-
-def load_staging(
-    postgres: Postgres, etcd: Etcd, revision: int, progress: Callable[[int, int], None]
-) -> Staged:
-    """Copy the prefix as it was at a revision (0: now) into the staging table.
-
-    progress is called with the number of keys that are there, and of all. Raises Compacted.
-    """
-    keys = 0
-    unstorable: list[KeyValueRecord] = []
-    with postgres.cursor() as cur:
-        cur.execute(STAGING_SQL)
-    for page in etcd.pages(revision):
-        revision = revision or page.header.revision
-        rows = []
-        for kv in page.kvs:
-            if kv.key.startswith(RESERVED):
-                continue
-            if is_storable(kv.key):
-                rows.append(copy_row(kv.key, kv.value, kv.mod_revision, kv.lease))
-            else:
-                unstorable.append(KeyValueRecord(kv.key, kv.value, kv.mod_revision))
-        with postgres.cursor() as cur:
-            copy_in(cur, "etcd_staging", rows)
-        keys += len(rows)
-        progress(keys, keys + page.count - len(page.kvs))
-    with postgres.cursor() as cur:
-        cur.execute("ANALYZE etcd_staging")
-    return Staged(revision, keys, unstorable)
-
-
-class Mirror:
-    """Brings what happens in etcd into table etcd, together with the outcomes of changes.
-
-    At the checkpoint the mirror is exactly what etcd held.  Rows, checkpoint, counters and
-    outcomes are one PostgreSQL transaction, so a crash undoes all or none of them.  Each such
-    transaction begins a generation, whose lock this session holds until the next one is
-    committed: that wakes whoever waits for it in etcd_wait().
-    """
-
-    def __init__(self, engine: Engine, postgres: Postgres, etcd: Etcd) -> None:
-        self.engine = engine
-        self.postgres = postgres
-        self.etcd = etcd
-        self.checkpoint = 0
-        self.generation: int | None = None  # None: no lock is held
-        self.intake: Intake | None = None  # None: not watching yet
-        self.via_staging = False  # PostgreSQL refused a plain COPY: go through the staging table
-        self.written_at = self.shown_at = time.monotonic()  # shown: how far a copy is
-
-    # ─ start ─
-
-    def check_timeline(self, state: SyncState) -> None:
-        """Make sure that etcd is still what the mirror is a mirror of. Raises AnotherTimeline."""
-        check_cluster(self.etcd, state)
-        # a restored backup keeps its cluster id, and may have gone past the checkpoint since
-        last = state.last_key and self.as_of(state.last_key, state.revision)
-        if not state.last_key or not last:
-            return
-        self.check_key(state.last_key, state.revision)
-        if last[1] is None:  # that it is not there says little
-            self.check_key(state.last_key, last[0] - 1)
-
-    def check_key(self, key: str, revision: int) -> None:
-        """Make sure that a key was in etcd what it is in the mirror. Raises AnotherTimeline."""
-        try:
-            found = self.etcd.range(key.encode(), revision=revision).kvs
-        except Compacted:
-            return  # the watch will say so too, and the snapshot compares everything
-        mirrored = self.as_of(key, revision)
-        if mirrored is None:
-            return  # housekeeping has deleted that version
-        actual = (found[0].mod_revision, found[0].value) if found else None
-        if actual != (mirrored if mirrored[1] is not None else None):
-            raise another_timeline(
-                self.postgres.prefix,
-                f"key {key} at revision {revision} is not in etcd what it is in the mirror",
-            )
-
-    def as_of(self, key: str, revision: int) -> tuple[int, bytes | None] | None:
-        """Revision and value (None: deleted) that the mirror has for a key at a revision."""
-        with self.postgres.cursor() as cur:
-            cur.execute(AS_OF_SQL, {"key": key, "revision": revision})
-            row = cur.fetchone()
-        return row and (row[0], None if row[1] is None else bytes(row[1]))
-
-    def snapshot(self, state: SyncState | None, at: int) -> None:
-        """Copy the prefix as it is at one revision, 0: now; the checkpoint is then that revision.
-
-        Constant memory: pages go to a staging table, and are merged in one transaction.
-        Raises Compacted.
-        """
-        engine = self.engine
-        engine.set_state("copying")
-        started = self.shown_at = time.monotonic()
-        try:
-            staged = load_staging(self.postgres, self.etcd, at, self.show_progress)
-        except Compacted as exc:  # once more, meanwhile; the current state will be there longer
-            raise Compacted(revision=0) from exc
-        old = state.revision if state else None
-        with engine.counting(), self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
-            put, deleted = self.merge_staging(cur, staged.revision)
-            self.set_checkpoint(cur, staged.revision, old)
-            cur.execute("DROP TABLE etcd_staging")
-            event = SynchronizationEvent(
-                operation="snapshot" if state is None else "resync",
-                status="done",
-                source_system="etcd",
-                source_revision=staged.revision,
-                target_system="postgresql",
-                target_revision=old,
-                duration_s=time.monotonic() - started,
-                details={"keys": staged.keys, "put": put, "deleted": deleted},
-            )
-            self.postgres.record_events(cur, [event])
-            events = [unstorable_event(r) for r in staged.unstorable]
-            engine.counters.unstorable += self.postgres.record_events(cur, events, again=True)
-            engine.counters.resyncs += state is not None
-            self.advance(cur, staged.revision, Batch(staged.revision), Outcomes())
-            if channel := engine.config.notify_channel:
-                self.postgres.notify(cur, channel, (old or 0) + 1, staged.revision)
-        warn_of_unstorable(staged.unstorable)
-        log.info(
-            "copied %(keys)d keys from etcd to PostgreSQL at revision %(revision)d"
-            " (%(new)d new, %(deleted)d deleted) in %(seconds).2fs",
-            keys=staged.keys,
-            revision=staged.revision,
-            new=put,
-            deleted=deleted,
-            seconds=time.monotonic() - started,
-        )
-
-    def fill_in_leases(self, checkpoint: int) -> None:
-        """Note the leases of the keys that an earlier version mirrored. Raises Compacted."""
-        self.engine.set_state("copying")
-        with self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
-            load_staging(self.postgres, self.etcd, checkpoint, self.show_progress)
-            cur.execute(LEASES_SQL, {"prefix": self.postgres.prefix})
-
-    def show_progress(self, keys: int, total: int) -> None:
-        """Say now and then how far a copy is. Raises Stopped."""
-        if time.monotonic() > self.shown_at + PROGRESS_S:
-            self.shown_at = time.monotonic()
-            log.info("copying from etcd: %(done)d of %(total)d keys", done=keys, total=total)
-        self.engine.check_stop()
-
-    def merge_staging(self, cur: Any, revision: int) -> tuple[int, int]:
-        """Bring the mirror from the staging table to a revision; rows put, tombstones written.
-
-        Raises AnotherTimeline if the mirror has something else at the same revision, or newer.
-        """
-        cur.execute(CONTRADICTION_SQL, {"revision": revision})
-        found = cur.fetchone()
-        if found:
-            raise another_timeline(
-                self.postgres.prefix,
-                f"key {found[0]} has another history in the mirror than in etcd",
-            )
-        cur.execute(FROM_STAGING_SQL)
-        put = cur.rowcount
-        cur.execute(TOMBSTONES_SQL, {**self.postgres.bounds, "revision": revision})
-        return put, cur.rowcount
-
-    def set_checkpoint(self, cur: Any, revision: int, old: int | None) -> None:
-        """Set the checkpoint after merge_staging(). Raises PostgresUnavailable if it has moved."""
-        cur.execute("SELECT key FROM etcd_staging ORDER BY revision DESC LIMIT 1")
-        row = cur.fetchone()
-        arguments = {
-            "prefix": self.postgres.prefix,
-            "cluster_id": self.etcd.cluster_id,
-            "revision": revision,
-            "old": old,
-            "last_key": row and row[0],
-        }
-        if old is None:
-            # two prefixes that overlap may be new at the same time
-            cur.execute("LOCK TABLE etcd_sync_state IN SHARE ROW EXCLUSIVE MODE")
-            self.postgres.refuse_overlap(cur)
-        cur.execute(NEW_STATE_SQL if old is None else RESYNC_STATE_SQL, arguments)
-        if cur.rowcount != 1:
-            raise checkpoint_moved()
-
-    def watch(self, checkpoint: int, fragment: bool) -> None:
-        """Begin to watch at the checkpoint."""
-        self.checkpoint = checkpoint
-        # at the checkpoint, not after it: etcd before 3.4.36 and 3.5.18 silently drops a
-        # delete at the compacted revision, and the overlap makes it say "compacted" instead
-        watch = Watch(self.etcd, checkpoint, self.engine.waker, fragment)
-        self.intake = Intake(self.etcd, watch)
-
-    # ─ an event's way ─
-
-    def next_batch(self) -> Batch:
-        """What the watch has brought, up to the size of a batch. Raises what ended the watch."""
-        assert self.intake is not None
-        batch = Batch(self.checkpoint)
-        batch.add(*self.intake.take(self.engine.config.batch_size))
-        return batch
-
-    def write(self, batch: Batch, outcomes: Outcomes) -> None:
-        """Rows, checkpoint, counters and outcomes in one transaction."""
-        started = time.monotonic()
-        generation = self.generation
-        with self.engine.counting() as counters:
-            counters.events += len(batch.rows)
-            counters.unstorable += len(batch.unstorable)
-            outcomes.count(counters)
-            try:
-                self.write_once(batch, outcomes)
-            except CopyRefused:
-                if self.via_staging:
-                    raise
-                self.via_staging = True
-                self.write_once(batch, outcomes)
-        if generation is not None:
-            with self.postgres.cursor() as cur:
-                cur.execute(WAKE_SQL, {"prefix": self.postgres.prefix, "generation": generation})
-        warn_of_unstorable(batch.unstorable)
-        self.checkpoint = batch.checkpoint
-        self.written_at = time.monotonic()
-        if self.intake and batch.events:
-            self.intake.heard_at = self.written_at  # that took time; there may be more by now
-        if batch.rows or outcomes.list:
-            self.engine.metrics.batch_done(outcomes.list, started)
-
-    def write_once(self, batch: Batch, outcomes: Outcomes) -> None:
-        """One attempt of write()."""
-        config = self.engine.config
-        with self.postgres.transaction() as cur:
-            if self.via_staging:
-                cur.execute(STAGING_SQL)
-                copy_in(cur, "etcd_staging", batch.rows.values())
-                cur.execute(FROM_STAGING_SQL)
-            elif batch.rows:
-                copy_in(cur, "etcd", batch.rows.values())
-            if batch.unstorable:
-                self.postgres.record_events(cur, [unstorable_event(r) for r in batch.unstorable])
-            outcomes.record(self.postgres, cur, config.audit == "all")
-            if config.audit == "all" and batch.rows:
-                keys, revisions = zip(*((key.decode(), revision) for key, revision in batch.rows))
-                arguments = {"keys": list(keys), "revisions": int_array(revisions)}
-                cur.execute(AUDIT_EVENTS_SQL, {"prefix": self.postgres.prefix, **arguments})
-            if config.notify_channel and batch.rows:
-                (_, first), (_, last) = next(iter(batch.rows)), next(reversed(batch.rows))
-                self.postgres.notify(cur, config.notify_channel, first, last)
-            # what only mirrors need not be durable: rows and checkpoint are lost together
-            if not outcomes.list:
-                cur.execute("SET LOCAL synchronous_commit = off")
-            self.advance(cur, self.checkpoint, batch, outcomes)
-
-    def advance(self, cur: Any, old: int, batch: Batch, outcomes: Outcomes) -> None:
-        """Move the checkpoint, add to the counters, begin a generation.
-
-        Raises PostgresUnavailable if the checkpoint has been moved by somebody else.
-        """
-        intake = self.intake
-        arguments = {
-            "prefix": self.postgres.prefix,
-            "old": old,
-            "revision": batch.checkpoint,
-            "last_key": batch.last_key,
-            "receipt": outcomes.receipt,
-            "split": None if outcomes.split is None else int_array(map(int, outcomes.split)),
-            "etcd_revision": intake.store_revision if intake else self.etcd.header.revision,
-            **vars(self.engine.uncounted()),
-        }
-        cur.execute(CHECKPOINT_SQL, arguments)
-        if cur.rowcount != 1:
-            raise checkpoint_moved()
-        self.generation = cur.fetchone()[0]
-
-    def close(self) -> None:
-        """End the watch."""
-        if self.intake:
-            self.intake.watch.stop()
-
-
-def checkpoint_moved() -> PostgresUnavailable:
-    """The error for a checkpoint that is not where this session has left it."""
-    return PostgresUnavailable("PostgreSQL: another writer has moved the checkpoint: starting over")
-
-
-def check_cluster(etcd: Etcd, state: SyncState) -> None:
-    """Make sure that etcd can be what the mirror is a mirror of. Raises AnotherTimeline."""
-    prefix, header = etcd.target.prefix, etcd.header
-    if state.cluster_id != etcd.cluster_id:
-        raise another_timeline(
-            prefix, f"it is of cluster {state.cluster_id}, this is {etcd.cluster_id}"
-        )
-    if header.revision < state.revision:
-        raise another_timeline(
-            prefix, f"it is at revision {state.revision}, etcd only at {header.revision}"
-        )
-
-
-def another_timeline(prefix: str, reason: str) -> AnotherTimeline:
-    """The error that says why the mirror cannot go on, and what to do."""
-    return AnotherTimeline(
-        f"the mirror of {prefix or 'the whole key space'!r} belongs to another etcd timeline:"
-        f" {reason}; nothing was changed; if etcd is right, drop this mirror and copy again"
-        ' with the command "sync --reset"'
-    )
-
-
-def unstorable_event(record: KeyValueRecord) -> SynchronizationEvent:
-    """The audit row of an event that the mirror cannot hold; it has all its bytes."""
-    return SynchronizationEvent(
-        operation="mirror",
-        status="unstorable",
-        key=record.key.replace(b"\0", b"\\x00").decode("utf-8", "backslashreplace"),
-        source_system="etcd",
-        source_revision=record.revision,
-        target_system="postgresql",
-        details={
-            "key_hex": record.key.hex(),
-            "value_hex": None if record.value is None else record.value.hex(),
-        },
-    )
-
-
-def warn_of_unstorable(records: Sequence[KeyValueRecord]) -> None:
-    """Report what the mirror cannot hold."""
-    if records:
-        log.warning(
-            "cannot mirror %(events)s whose key is not text of up to %(bytes)d bytes: recorded in"
-            " etcd_sync_event, revision %(revision)d",
-            events=describe(len(records), "event"),
-            bytes=KEY_MAX_BYTES,
-            revision=records[-1].revision,
-        )
 
 
 # ── outbox: etcd_wal's way to etcd and back ────────────────────────────────────
@@ -3767,6 +3239,568 @@ class Outbox:
         return self.all_read and not self.queue.versions
 
 
+# ── mirror: the watch's way into table etcd ────────────────────────────────────
+
+
+class Intake:
+    """Puts the responses of the watch together to whole revisions.
+
+    The first `whole` of its events are of revisions that are complete; with all of them the
+    mirror is at revision `reached`.  `created` once etcd has confirmed the watch; `ended` once
+    etcd has cancelled it, which is final; `replaying` while etcd sends what is past.
+    """
+
+    def __init__(self, etcd: Etcd, watch: Watch) -> None:
+        self.endpoint = etcd.endpoint
+        self.watch = watch
+        self.events: list[Any] = []
+        self.whole = 0
+        self.bytes = 0  # of these events, about
+        self.reached = 0
+        self.store_revision = etcd.header.revision  # newest one of the whole store heard of
+        self.heard_at = time.monotonic()
+        self.replaying = True  # etcd sends the past in portions: there may be more of it
+        self.created = False
+        self.ended: EtcdFdwError | None = None
+
+    def take(self, batch_size: int) -> tuple[list[Any], int]:
+        """About batch_size events of whole revisions, and the revision that they bring it to.
+
+        Raises what ended the watch, after the mirror has all that came before.
+        """
+        # one revision may be larger than a batch, and come in many fragments
+        while not self.whole or (self.whole < batch_size and self.bytes < BATCH_BYTES):
+            response = None if self.ended else self.watch.take()
+            if response is None:
+                break
+            self.receive(response)
+        if self.ended and not self.whole:
+            raise self.ended
+        end = batch_size
+        if self.bytes > BATCH_BYTES:
+            end = min(end, max(1, self.whole * BATCH_BYTES // self.bytes))
+        while end < self.whole and same_revision(self.events[end - 1], self.events[end]):
+            end += 1
+        if end >= self.whole:
+            end, revision = self.whole, self.reached
+        else:
+            revision = self.events[end - 1].kv.mod_revision
+        taken = self.events[:end]
+        self.bytes -= self.bytes * end // max(1, len(self.events))
+        del self.events[:end]
+        self.whole -= end
+        return taken, revision
+
+    def receive(self, response: Any) -> None:
+        """Keep the events of a response, or what else it says."""
+        self.heard_at = time.monotonic()
+        revision = response.header.revision
+        self.store_revision = max(self.store_revision, revision)
+        if response.canceled:
+            self.ended = self.cancellation(response)
+        elif response.created:
+            self.created = True
+        elif not response.events:  # a progress notification: nothing happened up to here
+            self.replaying = False
+            self.reached = revision
+        else:
+            self.events.extend(response.events)
+            self.bytes += response.ByteSize()
+            last = self.events[-1]
+            # while it replays the past, etcd names the store's revision, far ahead of the events
+            self.replaying = last.kv.mod_revision < revision
+            self.whole = len(self.events)
+            if getattr(response, "fragment", False):  # its last revision may go on in the next
+                while self.whole and same_revision(self.events[self.whole - 1], last):
+                    self.whole -= 1
+            if self.whole:
+                self.reached = self.events[self.whole - 1].kv.mod_revision
+
+    def cancellation(self, response: Any) -> EtcdFdwError:
+        """The error that a cancelled watch is. It is always final, but the stream lives on."""
+        if response.compact_revision:
+            return Compacted(revision=response.compact_revision)
+        reason = response.cancel_reason or "no reason given"
+        kind = TokenExpired if "permission denied" in reason else EtcdUnavailable
+        return kind(f"etcd at {self.endpoint}: watch cancelled: {reason}")
+
+    def behind(self) -> bool:
+        """Whether there is something to mirror, or may be soon."""
+        self.replaying = self.replaying and time.monotonic() < self.heard_at + QUIET_S
+        return self.replaying or bool(self.events) or self.watch.waiting()
+
+
+def same_revision(event: Any, other: Any) -> bool:
+    """Whether two events are of one etcd transaction."""
+    return bool(event.kv.mod_revision == other.kv.mod_revision)
+
+
+class Batch:
+    """What one PostgreSQL transaction brings into the mirror.
+
+    All rows are above the last checkpoint, and with them the mirror is complete up to `checkpoint`.
+    """
+
+    def __init__(self, checkpoint: int) -> None:
+        self.rows: dict[tuple[bytes, int], bytes] = {}  # one etcd Txn may put and delete a key
+        self.unstorable: list[KeyValueRecord] = []
+        self.checkpoint = checkpoint
+        self.last_key: str | None = None
+        self.events = 0  # that were looked at
+
+    def add(self, events: Sequence[Any], reached: int) -> None:
+        """Add the events above the checkpoint, and move that to the revision reached."""
+        rows, after, key = self.rows, self.checkpoint, None
+        for event in events:
+            kv = event.kv
+            revision = kv.mod_revision
+            if revision <= after or kv.key.startswith(RESERVED):
+                continue
+            value = None if event.type == DELETE else kv.value
+            if not is_storable(kv.key):
+                self.unstorable.append(KeyValueRecord(kv.key, value, revision))
+                continue
+            key = kv.key
+            rows[key, revision] = copy_row(key, value, revision, kv.lease)
+        if key is not None:
+            self.last_key = key.decode()
+        self.checkpoint = max(after, reached)
+        self.events += len(events)
+
+
+COPY_SQL = """
+COPY {} (key, value, value_bytes, revision, tombstone, lease) FROM STDIN (FORMAT binary)
+"""
+# The lock of the new generation is taken before anybody can know of it; whoever took it all the
+# same must not hold up the mirror.
+CHECKPOINT_SQL = """
+UPDATE etcd_sync_state
+SET revision = %(revision)s, last_key = coalesce(%(last_key)s, last_key),
+    receipt = greatest(receipt, %(receipt)s), split = coalesce(%(split)s::xid8[], split),
+    etcd_revision = greatest(etcd_revision, %(etcd_revision)s), generation = generation + 1,
+    updated_at = now(), heartbeat_at = now(),
+    events = events + %(events)s, applied = applied + %(applied)s,
+    conflicts = conflicts + %(conflicts)s, failures = failures + %(failures)s,
+    resyncs = resyncs + %(resyncs)s, reconnects = reconnects + %(reconnects)s,
+    unstorable = unstorable + %(unstorable)s
+WHERE prefix = %(prefix)s AND revision = %(old)s
+RETURNING generation, pg_catalog.pg_try_advisory_lock(_etcd_generation_lock(prefix, generation))
+"""
+WAKE_SQL = """
+SELECT pg_catalog.pg_advisory_unlock(_etcd_generation_lock(%(prefix)s, %(generation)s))
+"""
+AUDIT_EVENTS_SQL = """
+INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, source_revision,
+                             target_system, target_revision)
+SELECT %(prefix)s, 'mirror', 'success', key, 'etcd', revision, 'postgresql', revision
+FROM ROWS FROM (pg_catalog.unnest(%(keys)s::text[]), pg_catalog.unnest(%(revisions)s::bigint[]))
+     AS r (key, revision)
+"""
+# It is dropped after use, or emptied with each heartbeat: autovacuum does not freeze temporary
+# tables, and an old one holds up the whole database's transaction ids.
+STAGING_SQL = """
+CREATE TEMPORARY TABLE IF NOT EXISTS etcd_staging (
+    key text COLLATE "C", value text, value_bytes bytea, revision bigint, tombstone boolean,
+    lease bigint);
+TRUNCATE etcd_staging
+"""
+# A row that is there already may lack its lease: versions before 2.1 did not mirror that.
+FROM_STAGING_SQL = """
+INSERT INTO etcd AS e (key, value, value_bytes, revision, tombstone, lease)
+SELECT key, value, value_bytes, revision, tombstone, lease FROM etcd_staging
+ON CONFLICT (key, revision) DO UPDATE SET lease = excluded.lease
+WHERE e.lease IS DISTINCT FROM excluded.lease
+"""
+LEASES_SQL = """
+UPDATE etcd e SET lease = s.lease FROM etcd_staging s
+WHERE e.key = s.key AND e.revision = s.revision AND s.lease IS NOT NULL;
+UPDATE etcd_sync_state SET unrepaired = false WHERE prefix = %(prefix)s;
+DROP TABLE etcd_staging
+"""
+CONTRADICTION_SQL = """
+SELECT s.key FROM etcd_staging s JOIN etcd e USING (key)
+WHERE e.revision > s.revision AND e.revision <= %(revision)s
+   OR e.revision = s.revision
+  AND (s.value, s.value_bytes, s.tombstone) IS DISTINCT FROM (e.value, e.value_bytes, e.tombstone)
+LIMIT 1
+"""
+TOMBSTONES_SQL = """
+INSERT INTO etcd (key, revision, tombstone)
+SELECT m.key, %(revision)s, true
+FROM (SELECT DISTINCT ON (key) key, tombstone FROM etcd
+      WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %(after)s)
+        AND revision <= %(revision)s
+      ORDER BY key DESC, revision DESC) m
+WHERE NOT m.tombstone AND NOT EXISTS (SELECT FROM etcd_staging s WHERE s.key = m.key)
+"""
+NEW_STATE_SQL = """
+INSERT INTO etcd_sync_state (prefix, cluster_id, first_revision, revision, last_key)
+VALUES (%(prefix)s, %(cluster_id)s, %(revision)s, %(revision)s, %(last_key)s)
+"""
+RESYNC_STATE_SQL = """
+UPDATE etcd_sync_state
+SET gaps = gaps OPERATOR(pg_catalog.||) CASE WHEN revision + 1 < %(revision)s
+        THEN ARRAY[pg_catalog.int8range(revision + 1, %(revision)s::bigint)]
+        ELSE '{}'::int8range[] END,
+    revision = %(revision)s, last_key = %(last_key)s, updated_at = now(), unrepaired = false
+WHERE prefix = %(prefix)s AND revision = %(old)s
+"""
+AS_OF_SQL = """
+SELECT revision, coalesce(value_bytes, pg_catalog.convert_to(value, 'UTF8')) FROM etcd
+WHERE key = %(key)s AND revision <= %(revision)s ORDER BY revision DESC LIMIT 1
+"""
+
+
+class Staged(NamedTuple):
+    """What load_staging() has brought."""
+
+    revision: int
+    keys: int
+    unstorable: list[KeyValueRecord]
+
+
+def copy_in(cur: Any, table: str, rows: Iterable[bytes]) -> None:
+    """COPY rows made by copy_row() into etcd or its staging table."""
+    data = b"".join((COPY_HEADER, *rows, COPY_TRAILER))
+    cur.copy_expert(COPY_SQL.format(table), io.BytesIO(data), size=1 << 18)
+
+
+def load_staging(
+    postgres: Postgres, etcd: Etcd, revision: int, progress: Callable[[int, int], None]
+) -> Staged:
+    """Copy the prefix as it was at a revision (0: now) into the staging table.
+
+    progress is called with the number of keys that are there, and of all. Raises Compacted.
+    """
+    keys = 0
+    unstorable: list[KeyValueRecord] = []
+    with postgres.cursor() as cur:
+        cur.execute(STAGING_SQL)
+    for page in etcd.pages(revision):
+        revision = revision or page.header.revision
+        rows = []
+        for kv in page.kvs:
+            if kv.key.startswith(RESERVED):
+                continue
+            if is_storable(kv.key):
+                rows.append(copy_row(kv.key, kv.value, kv.mod_revision, kv.lease))
+            else:
+                unstorable.append(KeyValueRecord(kv.key, kv.value, kv.mod_revision))
+        with postgres.cursor() as cur:
+            copy_in(cur, "etcd_staging", rows)
+        keys += len(rows)
+        progress(keys, keys + page.count - len(page.kvs))
+    with postgres.cursor() as cur:
+        cur.execute("ANALYZE etcd_staging")
+    return Staged(revision, keys, unstorable)
+
+
+class Mirror:
+    """Brings what happens in etcd into table etcd, together with the outcomes of changes.
+
+    At the checkpoint the mirror is exactly what etcd held.  Rows, checkpoint, counters and
+    outcomes are one PostgreSQL transaction, so a crash undoes all or none of them.  Each such
+    transaction begins a generation, whose lock this session holds until the next one is
+    committed: that wakes whoever waits for it in etcd_wait().
+
+    First check_timeline(), if there is a mirror; then snapshot(), if there is none or etcd has
+    compacted what comes next; from watch() on next_batch() and write(), again and again.
+    """
+
+    def __init__(self, engine: Engine, postgres: Postgres, etcd: Etcd) -> None:
+        self.engine = engine
+        self.postgres = postgres
+        self.etcd = etcd
+        self.checkpoint = 0
+        self.generation: int | None = None  # None: no lock is held
+        self.intake: Intake | None = None  # None: not watching yet
+        self.via_staging = False  # PostgreSQL refused a plain COPY: go through the staging table
+        self.written_at = self.shown_at = time.monotonic()  # shown: how far a copy is
+
+    # ─ start ─
+
+    def check_timeline(self, state: SyncState) -> None:
+        """Make sure that etcd is still what the mirror is a mirror of. Raises AnotherTimeline."""
+        check_cluster(self.etcd, state)
+        # a restored backup keeps its cluster id, and may have gone past the checkpoint since
+        last = state.last_key and self.as_of(state.last_key, state.revision)
+        if not state.last_key or not last:
+            return
+        self.check_key(state.last_key, state.revision)
+        if last[1] is None:  # another cluster lacks the key as well: compare what was deleted
+            self.check_key(state.last_key, last[0] - 1)
+
+    def check_key(self, key: str, revision: int) -> None:
+        """Make sure that a key was in etcd what it is in the mirror. Raises AnotherTimeline."""
+        try:
+            found = self.etcd.range(key.encode(), revision=revision).kvs
+        except Compacted:
+            return  # the watch will end the same way, and the snapshot compares everything
+        mirrored = self.as_of(key, revision)
+        if mirrored is None:
+            return  # housekeeping has deleted that version
+        actual = (found[0].mod_revision, found[0].value) if found else None
+        if actual != (mirrored if mirrored[1] is not None else None):
+            raise another_timeline(
+                self.postgres.prefix,
+                f"key {key} at revision {revision} is not in etcd what it is in the mirror",
+            )
+
+    def as_of(self, key: str, revision: int) -> tuple[int, bytes | None] | None:
+        """Revision and value (None: deleted) that the mirror has for a key at a revision."""
+        with self.postgres.cursor() as cur:
+            cur.execute(AS_OF_SQL, {"key": key, "revision": revision})
+            row = cur.fetchone()
+        return row and (row[0], None if row[1] is None else bytes(row[1]))
+
+    def snapshot(self, state: SyncState | None, at: int) -> None:
+        """Copy the prefix as it is at one revision, 0: now; the checkpoint is then that revision.
+
+        Constant memory: pages go to a staging table, and are merged in one transaction.
+        Raises Compacted.
+        """
+        engine = self.engine
+        engine.set_state("copying")
+        started = self.shown_at = time.monotonic()
+        try:
+            staged = load_staging(self.postgres, self.etcd, at, self.show_progress)
+        except Compacted as exc:
+            # compacted while it was read: start over with the newest, which stays for longest
+            raise Compacted(revision=0) from exc
+        old = state.revision if state else None
+        with engine.counting(), self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
+            put, deleted = self.merge_staging(cur, staged.revision)
+            self.set_checkpoint(cur, staged.revision, old)
+            cur.execute("DROP TABLE etcd_staging")
+            event = SynchronizationEvent(
+                operation="snapshot" if state is None else "resync",
+                status="done",
+                source_system="etcd",
+                source_revision=staged.revision,
+                target_system="postgresql",
+                target_revision=old,
+                duration_s=time.monotonic() - started,
+                details={"keys": staged.keys, "put": put, "deleted": deleted},
+            )
+            self.postgres.record_events(cur, [event])
+            events = [unstorable_event(r) for r in staged.unstorable]
+            engine.counters.unstorable += self.postgres.record_events(cur, events, again=True)
+            engine.counters.resyncs += state is not None
+            self.advance(cur, staged.revision, Batch(staged.revision), Outcomes())
+            if channel := engine.config.notify_channel:
+                self.postgres.notify(cur, channel, (old or 0) + 1, staged.revision)
+        warn_of_unstorable(staged.unstorable)
+        log.info(
+            "copied %(keys)d keys from etcd to PostgreSQL at revision %(revision)d"
+            " (%(new)d new, %(deleted)d deleted) in %(seconds).2fs",
+            keys=staged.keys,
+            revision=staged.revision,
+            new=put,
+            deleted=deleted,
+            seconds=time.monotonic() - started,
+        )
+
+    def fill_in_leases(self, checkpoint: int) -> None:
+        """Note the leases of the keys that an earlier version mirrored. Raises Compacted."""
+        self.engine.set_state("copying")
+        with self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
+            load_staging(self.postgres, self.etcd, checkpoint, self.show_progress)
+            cur.execute(LEASES_SQL, {"prefix": self.postgres.prefix})
+
+    def show_progress(self, keys: int, total: int) -> None:
+        """Say now and then how far a copy is. Raises Stopped."""
+        if time.monotonic() > self.shown_at + PROGRESS_S:
+            self.shown_at = time.monotonic()
+            log.info("copying from etcd: %(done)d of %(total)d keys", done=keys, total=total)
+        self.engine.check_stop()
+
+    def merge_staging(self, cur: Any, revision: int) -> tuple[int, int]:
+        """Bring the mirror from the staging table to a revision; rows put, tombstones written.
+
+        Raises AnotherTimeline if the mirror has something else at the same revision, or newer.
+        """
+        cur.execute(CONTRADICTION_SQL, {"revision": revision})
+        found = cur.fetchone()
+        if found:
+            raise another_timeline(
+                self.postgres.prefix,
+                f"key {found[0]} has another history in the mirror than in etcd",
+            )
+        cur.execute(FROM_STAGING_SQL)
+        put = cur.rowcount
+        cur.execute(TOMBSTONES_SQL, {**self.postgres.bounds, "revision": revision})
+        return put, cur.rowcount
+
+    def set_checkpoint(self, cur: Any, revision: int, old: int | None) -> None:
+        """Set the checkpoint after merge_staging(). Raises PostgresUnavailable if it has moved."""
+        cur.execute("SELECT key FROM etcd_staging ORDER BY revision DESC LIMIT 1")
+        row = cur.fetchone()
+        arguments = {
+            "prefix": self.postgres.prefix,
+            "cluster_id": self.etcd.cluster_id,
+            "revision": revision,
+            "old": old,
+            "last_key": row and row[0],
+        }
+        if old is None:
+            # another instance may just be adding a prefix that overlaps
+            cur.execute("LOCK TABLE etcd_sync_state IN SHARE ROW EXCLUSIVE MODE")
+            self.postgres.refuse_overlap(cur)
+        cur.execute(NEW_STATE_SQL if old is None else RESYNC_STATE_SQL, arguments)
+        if cur.rowcount != 1:
+            raise checkpoint_moved()
+
+    def watch(self, checkpoint: int, fragment: bool) -> None:
+        """Begin to watch at the checkpoint."""
+        self.checkpoint = checkpoint
+        # at the checkpoint, not after it: etcd before 3.4.36 and 3.5.18 silently drops a
+        # delete at the compacted revision, and the overlap makes it say "compacted" instead
+        watch = Watch(self.etcd, checkpoint, self.engine.waker, fragment)
+        self.intake = Intake(self.etcd, watch)
+
+    # ─ an event's way ─
+
+    def next_batch(self) -> Batch:
+        """What the watch has brought, up to the size of a batch. Raises what ended the watch."""
+        assert self.intake is not None
+        batch = Batch(self.checkpoint)
+        batch.add(*self.intake.take(self.engine.config.batch_size))
+        return batch
+
+    def write(self, batch: Batch, outcomes: Outcomes) -> None:
+        """Rows, checkpoint, counters and outcomes in one transaction."""
+        started = time.monotonic()
+        generation = self.generation
+        with self.engine.counting() as counters:
+            counters.events += len(batch.rows)
+            counters.unstorable += len(batch.unstorable)
+            outcomes.count(counters)
+            try:
+                self.write_once(batch, outcomes)
+            except CopyRefused:
+                if self.via_staging:
+                    raise
+                self.via_staging = True
+                self.write_once(batch, outcomes)
+        if generation is not None:
+            with self.postgres.cursor() as cur:
+                cur.execute(WAKE_SQL, {"prefix": self.postgres.prefix, "generation": generation})
+        warn_of_unstorable(batch.unstorable)
+        self.checkpoint = batch.checkpoint
+        self.written_at = time.monotonic()
+        if self.intake and batch.events:
+            # the silence that ends the replay begins now: the loop did not read meanwhile
+            self.intake.heard_at = self.written_at
+        if batch.rows or outcomes.list:
+            self.engine.metrics.batch_done((o.read_at for o in outcomes.list), started)
+
+    def write_once(self, batch: Batch, outcomes: Outcomes) -> None:
+        """One attempt of write()."""
+        config = self.engine.config
+        with self.postgres.transaction() as cur:
+            if self.via_staging:
+                cur.execute(STAGING_SQL)
+                copy_in(cur, "etcd_staging", batch.rows.values())
+                cur.execute(FROM_STAGING_SQL)
+            elif batch.rows:
+                copy_in(cur, "etcd", batch.rows.values())
+            if batch.unstorable:
+                self.postgres.record_events(cur, [unstorable_event(r) for r in batch.unstorable])
+            outcomes.record(self.postgres, cur, config.audit == "all")
+            if config.audit == "all" and batch.rows:
+                keys, revisions = zip(*((key.decode(), revision) for key, revision in batch.rows))
+                arguments = {"keys": list(keys), "revisions": int_array(revisions)}
+                cur.execute(AUDIT_EVENTS_SQL, {"prefix": self.postgres.prefix, **arguments})
+            if config.notify_channel and batch.rows:
+                (_, first), (_, last) = next(iter(batch.rows)), next(reversed(batch.rows))
+                self.postgres.notify(cur, config.notify_channel, first, last)
+            # what only mirrors need not be durable: rows and checkpoint are lost together
+            if not outcomes.list:
+                cur.execute("SET LOCAL synchronous_commit = off")
+            self.advance(cur, self.checkpoint, batch, outcomes)
+
+    def advance(self, cur: Any, old: int, batch: Batch, outcomes: Outcomes) -> None:
+        """Move the checkpoint, add to the counters, begin a generation.
+
+        Raises PostgresUnavailable if the checkpoint has been moved by somebody else.
+        """
+        intake = self.intake
+        arguments = {
+            "prefix": self.postgres.prefix,
+            "old": old,
+            "revision": batch.checkpoint,
+            "last_key": batch.last_key,
+            "receipt": outcomes.receipt,
+            "split": None if outcomes.split is None else int_array(map(int, outcomes.split)),
+            "etcd_revision": intake.store_revision if intake else self.etcd.header.revision,
+            **vars(self.engine.uncounted()),
+        }
+        cur.execute(CHECKPOINT_SQL, arguments)
+        if cur.rowcount != 1:
+            raise checkpoint_moved()
+        self.generation = cur.fetchone()[0]
+
+    def close(self) -> None:
+        """End the watch."""
+        if self.intake:
+            self.intake.watch.stop()
+
+
+def checkpoint_moved() -> PostgresUnavailable:
+    """The error for a checkpoint that is not where this session has left it."""
+    return PostgresUnavailable("PostgreSQL: another writer has moved the checkpoint: starting over")
+
+
+def check_cluster(etcd: Etcd, state: SyncState) -> None:
+    """Make sure that etcd can be what the mirror is a mirror of. Raises AnotherTimeline."""
+    prefix, header = etcd.target.prefix, etcd.header
+    if state.cluster_id != etcd.cluster_id:
+        raise another_timeline(
+            prefix, f"it is of cluster {state.cluster_id}, this is {etcd.cluster_id}"
+        )
+    if header.revision < state.revision:
+        raise another_timeline(
+            prefix, f"it is at revision {state.revision}, etcd only at {header.revision}"
+        )
+
+
+def another_timeline(prefix: str, reason: str) -> AnotherTimeline:
+    """The error that says why the mirror cannot go on, and what to do."""
+    return AnotherTimeline(
+        f"the mirror of {prefix or 'the whole key space'!r} belongs to another etcd timeline:"
+        f" {reason}; nothing was changed; if etcd is right, drop this mirror and copy again"
+        ' with the command "sync --reset"'
+    )
+
+
+def unstorable_event(record: KeyValueRecord) -> SynchronizationEvent:
+    """The audit row of an event that the mirror cannot hold; it has all its bytes."""
+    return SynchronizationEvent(
+        operation="mirror",
+        status="unstorable",
+        key=record.key.replace(b"\0", b"\\x00").decode("utf-8", "backslashreplace"),
+        source_system="etcd",
+        source_revision=record.revision,
+        target_system="postgresql",
+        details={
+            "key_hex": record.key.hex(),
+            "value_hex": None if record.value is None else record.value.hex(),
+        },
+    )
+
+
+def warn_of_unstorable(records: Sequence[KeyValueRecord]) -> None:
+    """Report what the mirror cannot hold."""
+    if records:
+        log.warning(
+            "cannot mirror %(events)s whose key is not text of up to %(bytes)d bytes: recorded in"
+            " etcd_sync_event, revision %(revision)d",
+            events=describe(len(records), "event"),
+            bytes=KEY_MAX_BYTES,
+            revision=records[-1].revision,
+        )
+
+
 # ── comparison of both sides ───────────────────────────────────────────────────
 
 DIFFERENCES = ("missing", "extra", "different")  # in the mirror
@@ -3899,7 +3933,7 @@ def compare_up_to(
     return summary
 
 
-# ── session and engine ─────────────────────────────────────────────────────────
+# ── housekeeping ───────────────────────────────────────────────────────────────
 
 
 class Timer:
@@ -3915,7 +3949,7 @@ class Timer:
         self.due_at = time.monotonic() + pause_s
 
 
-# Each looks at `limit` rows behind a position, deletes what is due, and answers: rows deleted,
+# Each reads `limit` rows behind a position, deletes what is due, and returns: rows deleted,
 # where to go on, and whether there may be more.
 PRUNE_HISTORY_SQL = """
 WITH looked_at AS MATERIALIZED (
@@ -3987,7 +4021,10 @@ FROM passed
 
 
 class Chore(Timer):
-    """A table that housekeeping goes through in small steps."""
+    """A table that housekeeping goes through in small steps.
+
+    All rows before `position` were looked at in this round.
+    """
 
     def __init__(
         self,
@@ -4005,7 +4042,7 @@ class Chore(Timer):
         self.option = option
         self.statement = statement
         self.start = start
-        self.position = start  # all before it is done, or stays
+        self.position = start
 
     def step(self) -> float:
         """Look at some rows, and delete those that are due; returns the pause before the next."""
@@ -4033,11 +4070,15 @@ class Chore(Timer):
         return max(HOUSEKEEPING_S, min(age_s / 20, 3600))
 
 
-class Session:
-    """One connected life of the engine: from the lock to the first lost connection.
+# ── session ────────────────────────────────────────────────────────────────────
 
-    It owns the mirror and, as long as changes can be sent, an outbox.  What it remembers is in
-    the two stores as well: it may end at any line.
+
+class Session:
+    """One connection to both sides: from the lock to the first error, or the request to stop.
+
+    It owns the mirror and an outbox: None while there is nothing to send, or etcd takes no changes
+    until outbox_after; retired while only its last answers are waited for.  What a session knows
+    is in the two stores as well, so it may end at any line.
     """
 
     def __init__(self, engine: Engine, postgres: Postgres, etcd: Etcd) -> None:
@@ -4076,7 +4117,7 @@ class Session:
         if state is None or resync is not None:
             mirror.snapshot(state, resync or 0)
         elif state.unrepaired:
-            with suppress(Compacted):  # the watch will say so as well, and from where to copy
+            with suppress(Compacted):  # the watch will end the same way, and a snapshot follows
                 mirror.fill_in_leases(state.revision)
         state = self.postgres.state()
         assert state is not None
@@ -4089,7 +4130,7 @@ class Session:
         self.postgres.deactivate()
 
     def take_over(self, state: SyncState) -> None:
-        """Register as the active instance; note it if the last one did not say goodbye."""
+        """Register as the active instance; record a takeover if the last one did not deregister."""
         self.postgres.activate()
         if state.pid is None or (state.pid, state.host) == (os.getpid(), socket.gethostname()):
             return
@@ -4101,7 +4142,7 @@ class Session:
         log.info("took over from pid %(pid)d on %(host)s", pid=state.pid, host=state.host)
 
     def finished(self) -> bool:
-        """Whether the session was asked to stop and has nothing left that is worth a wait."""
+        """Whether the session was asked to stop, and no answer or outcome is outstanding."""
         stop_by = self.engine.guard.stop_by
         if stop_by is None:
             return False
@@ -4125,7 +4166,7 @@ class Session:
         worked = self.push()
         worked |= self.write()
         if worked:
-            self.engine.waker.wake()  # one may have made room for the other
+            self.engine.waker.wake()  # do not wait: push() and write() make room for each other
         self.check_watch()
         now = time.monotonic()
         for timer in self.timers:
@@ -4136,7 +4177,7 @@ class Session:
             chore.run()
 
     def deadline(self) -> float:
-        """When the loop must turn even if nothing happens (monotonic)."""
+        """When the loop has something to do even if nothing happens (monotonic)."""
         times = [timer.due_at for timer in (*self.timers, *self.chores)]
         if self.mirror.intake and self.mirror.intake.replaying:
             times.append(self.mirror.intake.heard_at + QUIET_S)
@@ -4158,7 +4199,7 @@ class Session:
         self.dirty = True
 
     def note_lag(self) -> None:
-        """Note how things are before and after each wait."""
+        """Measure how far the mirror is, before and after each wait."""
         intake, metrics = self.mirror.intake, self.engine.metrics
         assert intake is not None
         self.engine.guard.turned_at = time.monotonic()
@@ -4206,7 +4247,7 @@ class Session:
         return sent
 
     def pause_outbox(self, error: EtcdFdwError) -> None:
-        """Open a new outbox after a while: until then etcd takes no changes."""
+        """Send nothing for a while, as etcd takes no changes; send() then opens a new outbox."""
         if self.outbox:
             self.outbox.retire()
         self.dirty = True
@@ -4233,10 +4274,14 @@ class Session:
             self.mirror.write(batch, outcomes)
             if self.outbox:
                 self.outbox.written(outcomes)
-        return bool(news or batch.events)  # what the mirror has already: there may be more behind
+        # also if all events were at or below the checkpoint: there may be newer ones behind them
+        return bool(news or batch.events)
 
     def check_watch(self) -> None:
-        """Raises EtcdUnavailable if the watch says nothing although it has something to tell."""
+        """Raises EtcdUnavailable if the watch is silent although it must bring something.
+
+        That is etcd's confirmation that it watches, or the event of an acknowledged change.
+        """
         intake = self.mirror.intake
         assert intake is not None
         since = self.outbox.silent_since() if self.outbox else None
@@ -4274,7 +4319,8 @@ class Session:
         started = time.monotonic()
         if self.engine.config.metrics_address:
             self.count_pending()
-        return max(HEARTBEAT_S, 50 * (time.monotonic() - started))  # long only if very many are
+        # counting very many takes long: spend a fiftieth of the time on it at most
+        return max(HEARTBEAT_S, 50 * (time.monotonic() - started))
 
     def count_pending(self) -> None:
         """Count pending changes."""
@@ -4287,6 +4333,8 @@ class Session:
         return SUMMARY_S
 
 
+# ── engine ─────────────────────────────────────────────────────────────────────
+
 MIRRORING = "mirroring"
 COPY_REMEDY = (
     'is that a copy of this database? give it a mirror of its own with the command "sync --reset"; '
@@ -4295,15 +4343,15 @@ RELOADABLE = tuple(option.name for option in OPTIONS if option.reloadable)
 
 
 class ConflictLog:
-    """A line for each conflict, but in a flood only for the first few.
+    """Logs a line for each conflict; beyond CONFLICTS_SHOWN in a minute it only counts them.
 
-    While more than CONFLICTS_SHOWN come in each minute, the rest is left to the summary.
+    The summary says so.  If the minute before had too many, all of this one are counted only.
     """
 
     def __init__(self) -> None:
         self.began = time.monotonic()  # this minute
         self.seen = 0  # in this minute
-        self.flood = False  # so many came in the minute before
+        self.flood = False  # the minute before had too many
         self.hidden = 0  # since the last summary
 
     def note(self, id_: int, key: str, revision: int | None, message: str) -> None:
@@ -4326,7 +4374,12 @@ class ConflictLog:
 
 
 class Engine:
-    """Runs sessions one after another until asked to stop; has what outlives a session."""
+    """Runs sessions one after another until asked to stop; has what outlives a session.
+
+    State (metrics.state): starting; standing by; copying; mirroring; or which side is away, while
+    it waits before the next session.  After a compaction `resync` tells the next session to begin
+    with a snapshot.  `written` and `reported` are earlier copies of the counters.
+    """
 
     session_type = Session
 
@@ -4343,20 +4396,20 @@ class Engine:
         self.current: Session | None = None  # the one whose loop turns
         self.host_index = 0  # index of the etcd endpoint that answered last
         self.resync: int | None = None  # the next session starts with a snapshot at, 0: now
-        self.fragment = False  # the next session's watch asks for small responses
+        self.fragment = False  # the next session's watch asks for fragments: one was TooLarge
         self.pending_outside = 0
         self.backend: tuple[int, str] | None = None  # of the last session that had the lock
         self.failed_side = ""  # the server that the last attempts failed at
         self.attempt = 0
-        self.connected = False  # ever
-        self.established_at: float | None = None  # when this session's loop began to turn
+        self.connected = False  # a session got as far as its loop, or stood by: never give up
+        self.established_at: float | None = None  # when this session's loop began
         self.lost_at: float | None = None  # when the last one was lost
 
     # ─ one session after another ─
 
     def run(self) -> None:
         """Keep both sides in step. Raises EtcdFdwError where retrying makes no sense."""
-        # what is on its way is thousands of objects, which are freed without the collector
+        # a batch has thousands of objects, which have no cycles and are freed without the collector
         gc.set_threshold(GC_THRESHOLD)
         if self.config.metrics_address:
             answers = {
@@ -4394,7 +4447,7 @@ class Engine:
                     raise
                 self.retry(exc)
             except AccessDenied as exc:
-                renewable = isinstance(exc, TokenExpired) and not self.attempt
+                renewable = isinstance(exc, TokenExpired) and not self.attempt  # by a new session
                 if not (self.connected or renewable):
                     raise
                 self.retry(exc)
@@ -4441,7 +4494,7 @@ class Engine:
                 postgres.name_session("standby")
                 self.set_state("standing by")
                 self.guard.notifier.tell(READY=1)
-                self.resync = None  # the other one sees to it
+                self.resync = None  # the active instance copies
             self.pause(STANDBY_POLL_S)
             self.check_stop()
             postgres.notified()
@@ -4494,7 +4547,11 @@ class Engine:
         self.metrics.note_caught_up(False)
 
     def retry(self, error: EtcdFdwError, quiet: bool = False) -> None:
-        """Wait before the next session; a first expired token is nothing to wait for long."""
+        """Log the error, and wait before the next session.
+
+        An expired token is a warning at first, as the next session gets another; if that does not
+        help either, it is a missing permission.
+        """
         text, now = str(error), time.monotonic()
         side = "postgresql" if text.startswith("PostgreSQL") else "etcd"
         self.metrics.connected[side] = False
@@ -4511,9 +4568,8 @@ class Engine:
         self.attempt += 1
         delay = backoff(self.attempt, self.config.retry_initial, self.config.retry_max)
         level, remedy = logging.WARNING, ""
-        if isinstance(error, AccessDenied) and (
-            not isinstance(error, TokenExpired) or self.attempt > 1
-        ):
+        just_expired = isinstance(error, TokenExpired) and self.attempt == 1
+        if isinstance(error, AccessDenied) and not just_expired:
             level, remedy = logging.ERROR, "grant what is missing; "
         elif isinstance(error, Fenced) and error.copy:
             level, remedy = logging.ERROR, COPY_REMEDY
@@ -4561,7 +4617,7 @@ class Engine:
 
     @contextmanager
     def counting(self) -> Iterator[Counters]:
-        """What is counted within counts once it is written; else all of it comes again."""
+        """What is counted within is taken back if the block fails, as it will be done again."""
         before = replace(self.counters)
         try:
             yield self.counters
@@ -4577,14 +4633,14 @@ class Engine:
     # ─ signals ─
 
     def check_stop(self) -> None:
-        """Attend to signals. Raises Stopped if the process was asked to stop."""
+        """Handle signals. Raises Stopped if the process was asked to stop."""
         self.guard.turned_at = time.monotonic()
         self.handle_signals()
         if self.guard.stopping:
             raise Stopped
 
     def handle_signals(self) -> None:
-        """Do what signals asked for."""
+        """Do what SIGHUP and SIGUSR1 ask for."""
         requests = self.guard.requests
         while requests:
             number = requests.pop()
@@ -4644,12 +4700,12 @@ class Engine:
     # ─ health ─
 
     def set_state(self, state: str) -> None:
-        """Say what the process does from now on."""
+        """Report a new state to /readyz, SIGUSR1 and systemd."""
         self.metrics.state = state
         self.guard.notifier.tell(STATUS=state)
 
     def healthz(self) -> tuple[int, str]:
-        """Whether the loop turns. Called by other threads."""
+        """Whether the loop goes on. Called by other threads."""
         if stuck_s := self.guard.stuck_s():
             return 503, f"the loop has been stuck for {stuck_s:.0f}s\n"
         return 200, "ok\n"
@@ -4665,6 +4721,8 @@ class Engine:
 
 
 # ── commands ───────────────────────────────────────────────────────────────────
+
+# ─ start ─
 
 
 def printable(text: str) -> str:
@@ -4690,6 +4748,8 @@ def start(config: Config, given: Mapping[str, Any]) -> int:
     Engine(config, lambda: make_config(settings(given, os.environ))).run()
     return 0
 
+
+# ─ dry run ─
 
 FIRST_PENDING_SQL = f"""
 SELECT w.id, w.key, coalesce(
@@ -4765,7 +4825,9 @@ def report_pending(postgres: Postgres, etcd: Etcd) -> None:
         print(f"  change {row['id']} to {printable(row['key'])}: {meets}")
 
 
-# The server may have changed and cut the name, as it did with this session's.
+# ─ status ─
+
+# PostgreSQL may have changed and cut the name of a standby: as it did with this session's.
 STANDBYS_SQL = """
 SELECT coalesce(pg_catalog.host(client_addr), 'local socket') AS client, pid AS backend_pid,
        backend_start AS since
@@ -4815,7 +4877,7 @@ def revisions_after(etcd: Etcd, checkpoint: int, waker: Waker) -> list[int]:
     """The first revisions under the prefix that follow the checkpoint, as a watch tells them.
 
     The store's own revision would not say whether a mirror is behind, because other prefixes
-    moves it too. A watch tells deletions as well, and costs etcd less than a sorted range.
+    move it too. A watch brings deletions as well, and costs etcd less than a sorted range.
     """
     found: set[int] = set()
     if etcd.header.revision <= checkpoint:
@@ -5057,15 +5119,18 @@ def status(config: Config, given: Mapping[str, Any]) -> int:
         time.sleep(interval_s)
 
 
+# ─ sync ─
+
+
 class PassSession(Session):
-    """A session that ends once it has nothing left to do."""
+    """A session that ends once it has nothing left to do. It raises what Session would wait for."""
 
     def finished(self) -> bool:
-        """Whether no change is pending, and the watch has nothing more to tell."""
+        """Whether no change is pending, and the mirror has caught up."""
         intake, outbox = self.mirror.intake, self.outbox
         assert intake is not None
-        at_rest = not (self.dirty or intake.behind()) and (outbox is None or outbox.idle())
-        return super().finished() or at_rest
+        done = not (self.dirty or intake.behind()) and (outbox is None or outbox.idle())
+        return super().finished() or done
 
     def pause_outbox(self, error: EtcdFdwError) -> None:
         """Raise the error: it takes longer than anybody waits for a command."""
@@ -5123,7 +5188,7 @@ class OnePass(Engine):
         log.warning("dropped the mirror: %(rows)s", rows=describe(deleted, "row"))
 
     def established(self, session: Session) -> None:
-        """Not a reason to try for ever."""
+        """Leave `connected` as it is: a command gives up after --startup-timeout."""
 
 
 LAST_PENDING_SQL = f"SELECT pg_catalog.max(id) AS last FROM etcd_wal WHERE {PENDING}"
@@ -5142,14 +5207,14 @@ GROUP BY txid ORDER BY pg_catalog.min(id)
 
 
 class Goal:
-    """All that there is to do on either side as a sync begins, by whichever instance does it."""
+    """What sync waits for: both sides have what either had as it began, whoever brings it there."""
 
     def __init__(self, revision: int) -> None:
         self.revision = revision  # of etcd
         self.last: int | None = None  # id of the last pending change
-        self.seen: Any = None
-        self.moved_at = time.monotonic()  # when that was last another
-        self.pause_s = 0.1  # before the next look
+        self.seen: Any = None  # checkpoint, number of pending changes, holder of the lock
+        self.moved_at = time.monotonic()  # when these last changed
+        self.pause_s = 0.1  # before the next comparison
 
     def reached(
         self, postgres: Postgres, etcd: Etcd, progress: Callable[[int, int], None]
@@ -5175,7 +5240,7 @@ class Goal:
         try:
             return compare_up_to(postgres, etcd, state.revision, self.revision, progress=progress)
         except Compacted:
-            # the watch may bring the difference yet; else its next session copies again
+            # the watch may still bring the difference; else end the session: the next one copies
             if holder and now > self.moved_at + LAG_LIMIT_S:
                 postgres.query("SELECT pg_catalog.pg_terminate_backend(%(pid)s)", **holder)
             return None
@@ -5240,6 +5305,9 @@ def sync(config: Config, given: Mapping[str, Any]) -> int:
     return 0
 
 
+# ─ validate ─
+
+
 def compare_mirror(config: Config) -> dict[str, Any]:
     """Compare both sides at the checkpoint, or at a newer one if etcd has compacted that."""
     engine = Engine(config)
@@ -5256,7 +5324,7 @@ def compare_mirror(config: Config) -> dict[str, Any]:
             state = postgres.state() if version else None
             if state is None:
                 raise EtcdFdwError("there is no mirror yet: start the daemon, or run sync")
-            # later than the checkpoint was read, or etcd would seem to be behind it
+            # connect only now: etcd's revision must not be older than the checkpoint
             with closing(engine.connect_etcd()) as etcd, suppress(Compacted):
                 check_cluster(etcd, state)
                 return compare_at_checkpoint(postgres, etcd, state.revision)
@@ -5296,6 +5364,9 @@ def show_comparison(summary: Mapping[str, Any], repaired: int | None) -> None:
                 print(f"  {printable(key)}")
     if summary["unstorable"]:
         print(f"{'cannot be mirrored':24}{summary['unstorable']}")
+
+
+# ─ config ─
 
 
 def warn_of_exposure(config: Config, chosen: Mapping[str, Setting]) -> None:
@@ -5368,7 +5439,8 @@ def check_etcd(config: Config) -> Iterator[Finding]:
         raise AccessDenied(f"{exc}; for reading: {remedy}") from exc
     with closing(etcd):
         yield f"etcd {etcd.version} at {etcd.endpoint}, cluster {etcd.cluster_id}"
-        if [0] < [int(n) for n in re.findall(r"\d+", etcd.version)[:2]] < [3, 4]:
+        release = [int(n) for n in re.findall(r"\d+", etcd.version)[:2]]  # []: unknown
+        if release and release < [3, 4]:
             yield EtcdFdwError("etcd 3.4 or later is needed: upgrade it")
         yield f"etcd grants reading {prefix or 'all keys'!r}"
         grants = []
@@ -5453,6 +5525,8 @@ def config_validate(given: Mapping[str, Any], chosen: Mapping[str, Setting]) -> 
 
 
 # ── throw-away servers, for demo and the tests ─────────────────────────────────
+
+ServerT = TypeVar("ServerT", bound="LocalServer")
 
 
 class LocalServerError(EtcdFdwError):
@@ -5561,7 +5635,7 @@ class LocalServer:
         self.process = self.run(self.command())
 
     def wait_ready(self) -> None:
-        """Wait until the server answers. Raises LocalServerError with its last words."""
+        """Wait until the server answers. Raises LocalServerError with the end of its log."""
         with suppress(TimeoutError):
             wait_until("no answer", lambda: not self.is_running() or self.is_ready(), 60)
             if self.is_running():
@@ -5677,7 +5751,7 @@ class LocalPostgres(LocalServer):
         return False
 
     def launch(self) -> None:
-        """Start as above; make the data directory if there is none."""
+        """Start, after making the data directory if there is none."""
         if not self.data_dir.exists():
             options = ["-U", "postgres", "-E", "UTF8", "--no-locale", "--no-sync", "-A", "trust"]
             if self.password:
@@ -5965,7 +6039,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
 
 def report_failure(config: Config | None, message: str, exit_code: int) -> int:
     """Say why the program ends; returns the exit code."""
-    if config and config.log_format == "json":  # whoever reads objects reads nothing else
+    if config and config.log_format == "json":  # every line of stderr is an object
         log.error("%(error)s", error=message, exit_code=exit_code)
     else:
         print(f"etcd_fdw: {message}", file=sys.stderr)

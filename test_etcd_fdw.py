@@ -1472,6 +1472,7 @@ def random_text(size: int) -> bytes:
     return base64.b64encode(os.urandom(size))[:size]
 
 
+OWN_CHANGES_SQL = "SELECT id FROM etcd_wal WHERE txid = pg_current_xact_id()"
 INSERT_MADE_ON_SQL = """
     INSERT INTO etcd_wal (key, value, ttl, force, revision)
     VALUES (%s, %s, %s, %s, (SELECT max(revision) FROM etcd WHERE key = %s)) RETURNING id
@@ -1559,6 +1560,9 @@ class Load:
     def _statement(self, dice: random.Random, number: int) -> tuple[str, tuple[Any, ...]]:
         """What returns the ids of its changes."""
         key, value, kind = self._key(dice, "sql"), f"sql-{number}", dice.random()
+        if kind < 0.02:
+            sql = "SELECT etcd_delete_prefix(%s);"
+            return sql + OWN_CHANGES_SQL, (f"{self.prefix}both/{dice.randrange(10)}",)
         if kind < 0.2:
             return "SELECT etcd_delete(%s)", (key,)
         if kind < 0.3:  # one transaction, one Txn
@@ -4896,7 +4900,7 @@ _statement = st.one_of(
     st.tuples(st.just("kv_insert"), _key, _value),
     st.tuples(st.just("kv_update"), _key, _value),
     st.tuples(st.just("kv_delete"), _key),
-    st.tuples(st.just("retry")),
+    st.tuples(st.sampled_from(["retry", "delete_prefix"])),
 )
 _end = st.sampled_from(["commit"] * 5 + ["rollback"])
 _history = st.lists(
@@ -5011,8 +5015,8 @@ class History:
             cur.execute(end)
 
     def statement(self, cur: Any, name: str, *args: Any) -> tuple[str, tuple[Any, ...]]:
-        if name == "retry":
-            return RETRY_SQL, (self.prefix,)
+        if not args:
+            return STATEMENT_SQL[name], (self.prefix,)
         key = self.prefix + args[0]
         values: list[Any] = [key]
         if not name.endswith("delete"):
@@ -5086,7 +5090,6 @@ class History:
         self.start()
         self.drain()
         wait_until("a lease did not expire", lambda: not leases(self.client))
-        wait_until("a lease did not expire", lambda: not leases(self.client), 60)
 
     def check(self) -> None:
         """Both sides hold the same, with the past that each can know; every outcome is true."""
@@ -5113,13 +5116,14 @@ STATEMENT_SQL = {
     "kv_update": "WITH new (key, value) AS (VALUES (%s, %s))"
     " UPDATE etcd_kv k SET value = new.value FROM new WHERE k.key = new.key",
     "kv_delete": "DELETE FROM etcd_kv WHERE key = %s",
+    "delete_prefix": "SELECT etcd_delete_prefix(%s)",
+    "retry": """
+        SELECT etcd_retry(min(id)) FROM etcd_wal w
+        WHERE status = 'conflict' AND starts_with(key, %s)
+          AND NOT EXISTS (SELECT FROM etcd_wal r WHERE r.retry_of = w.id)
+        HAVING min(id) IS NOT NULL
+    """,
 }
-RETRY_SQL = """
-    SELECT etcd_retry(min(id)) FROM etcd_wal w
-    WHERE status = 'conflict' AND starts_with(key, %s)
-      AND NOT EXISTS (SELECT FROM etcd_wal r WHERE r.retry_of = w.id)
-    HAVING min(id) IS NOT NULL
-"""
 MADE_ON_SQL = {
     "null": "SELECT NULL",
     "zero": "SELECT 0",

@@ -859,7 +859,7 @@ keep_or_duration = unless("keep", parse_duration)
 
 @dataclass(frozen=True, repr=False)
 class Config:
-    """Every option, parsed. A field here is all that a new one takes."""
+    """Every option, parsed. A new one takes a field here, and a row in the table of README.md."""
 
     postgres_dsn: str = dsn(parse_postgres_dsn, "-p", "libpq URI or keyword string")
     etcd_dsn: EtcdTarget = dsn(parse_etcd_dsn, "-e", ETCD_DSN_FORM)  # noqa: RUF009  a field
@@ -4390,8 +4390,8 @@ class Engine:
         self.waker = Waker()
         self.guard = Guard(self.waker)
         self.counters = Counters()
-        self.written = Counters()  # those in etcd_sync_state
-        self.reported = Counters()  # those that a summary has told
+        self.written = Counters()  # as of the last commit to etcd_sync_state
+        self.reported = Counters()  # as of the last summary
         self.metrics = Metrics(config.etcd_dsn.prefix, self.counters)
         self.conflicts = ConflictLog()
         self.current: Session | None = None  # the one whose loop turns

@@ -859,7 +859,7 @@ keep_or_duration = unless("keep", parse_duration)
 
 @dataclass(frozen=True, repr=False)
 class Config:
-    """Every option, parsed. A field here is all that a new one takes."""
+    """Every option, parsed. A new one takes a field here, and a row in the table of README.md."""
 
     postgres_dsn: str = dsn(parse_postgres_dsn, "-p", "libpq URI or keyword string")
     etcd_dsn: EtcdTarget = dsn(parse_etcd_dsn, "-e", ETCD_DSN_FORM)  # noqa: RUF009  a field
@@ -2251,7 +2251,7 @@ class OutboxTransaction:
 
     @property
     def strict(self) -> list[Change]:
-        """The changes that are made on a version; one that etcd does not hold beats all."""
+        """The changes that are made on a version; if etcd holds another, all are refused."""
         return [change for change in self.changes.values() if not change.forced]
 
     def replaced(self, versions: Iterable[int | None]) -> None:
@@ -2393,14 +2393,14 @@ class Outcome(NamedTuple):
     id: int
     key: str
     status: str  # success, conflict, failed
-    revision: int | None  # the revision that it got, or that beat it
+    revision: int | None  # that it got (success), or that its compare met (conflict)
     message: str | None
     read_at: float  # monotonic: when the loop read the change
     replaced: int | None = None  # the version that a forced change replaced
 
 
-# finished_at rather than status: the planner must not think of the indexes of pending rows,
-# nor read all of etcd_wal to find a thousand rows of it by id
+# "finished_at IS NULL" rather than "status = 'pending'", so that the planner takes the primary key
+# and not an index of pending rows; the settings keep it from reading all of etcd_wal
 SUCCESS_SQL = """
 SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off;
 UPDATE etcd_wal w
@@ -2435,7 +2435,7 @@ FROM etcd_wal w WHERE w.id = ANY (%(ids)s::bigint[])
 
 
 class Outcomes:
-    """Outcomes that are written together, and what etcd_sync_state has to remember with them."""
+    """Outcomes that are written in one transaction, and what etcd_sync_state keeps with them."""
 
     def __init__(
         self,
@@ -2444,11 +2444,11 @@ class Outcomes:
         split: Iterable[str] | None = None,
     ) -> None:
         self.list = outcomes
-        self.receipt = receipt  # the newest that is complete with these; 0: none
-        self.split = split  # transactions of which only a part may be done; None: as before
+        self.receipt = receipt  # the newest whose outcomes are all written with these; 0: none
+        self.split = split  # transactions that were split, and are not all done; None: no news
 
     def count(self, counters: Counters) -> None:
-        """Add them up."""
+        """Count the outcomes by status."""
         tally = collections.Counter(outcome.status for outcome in self.list)
         counters.applied += tally["success"]
         counters.conflicts += tally["conflict"]
@@ -2460,7 +2460,7 @@ class Outcomes:
         if good:
             ids = int_array(o.id for o in good)
             revisions = int_array(o.revision for o in good)
-            # PostgreSQL fills up what is shorter with nulls
+            # unnest() of arrays of different lengths fills the shorter one up with nulls
             forced = any(o.replaced for o in good)
             replaced = int_array(o.replaced for o in good) if forced else "{}"
             outcomes = {"ids": ids, "revisions": revisions, "replaced": replaced}
@@ -2491,7 +2491,7 @@ def refusal_event(outcome: Outcome) -> SynchronizationEvent:
 
 
 def conflict_message(changes: Sequence[Change], current: Sequence[int | None]) -> str:
-    """Which keys were beaten, and by what."""
+    """For which keys the compare failed, and which version etcd holds."""
     beaten = [
         f"{change.key.decode()} is "
         + (f"at revision {now}" if now else "not there")
@@ -2637,7 +2637,7 @@ class Txn:
     taken, because etcd up to at least 3.5 checks no permissions in nested transactions, and
     counts no nested puts when its quota is used up.
 
-    The leases that it puts with are granted meanwhile, one for each ttl in a transaction.
+    make() asks for the leases of its puts, one for each ttl in a transaction; send() puts them in.
     Those that come to nothing expire by themselves.
     """
 
@@ -2655,7 +2655,7 @@ class Txn:
         self.guarded = self.etcd.guarded
         self.future: Any = None
         self._leases: dict[tuple[str, int], Any] = {}  # futures by transaction and ttl
-        self._puts: list[tuple[Any, Any]] = []  # that lack the id of a lease, with its future
+        self._puts: list[tuple[Any, Any]] = []  # puts without their lease's id yet, and its future
         self.request = txn = etcdrpc.TxnRequest()
         if self.guarded:
             for transaction in transactions:
@@ -2717,7 +2717,7 @@ class Txn:
             lease.add_done_callback(lambda _: callback())
 
     def granted(self) -> bool:
-        """Whether nothing has to be waited for before it is sent."""
+        """Whether etcd has answered for every lease, so that send() can be called."""
         return all(lease.done() for lease in self._leases.values())
 
     def send(self, settled: int, unsettled: Iterable[Sent]) -> None:
@@ -2769,8 +2769,8 @@ class Pipeline:
 
     The next one leaves from gRPC's thread, so etcd has work while the loop waits for
     PostgreSQL.  That is safe because of the fence.  Its receipt is completed at that moment,
-    as only then the answer to the one before is known.  After anything but an answer within
-    the fence nothing more is sent until resume().  Public methods are for the loop's thread.
+    as only then the answer to the one before is known.  Once a Txn failed or met another owner,
+    it is halted: nothing more is sent until resume().  Public methods are for the loop's thread.
     """
 
     def __init__(self, waker: Waker, settled: int, unsettled: Iterable[Sent]) -> None:
@@ -2899,7 +2899,7 @@ SELECT {ROW_COLUMNS}
 FROM pg_catalog.unnest(%(ids)s::bigint[]) s (id)
 CROSS JOIN LATERAL (SELECT * FROM etcd_wal WHERE id = s.id AND {PENDING} LIMIT 1) w {DEPENDENCY}
 """
-# What keeps them waiting shows at the first ones.
+# The error is noted at the first 100: thousands need not be written to say why all wait.
 WAIT_SQL = f"""
 UPDATE etcd_wal SET retry_count = retry_count + 1, error_message = %(message)s
 WHERE id = ANY (ARRAY(SELECT id FROM etcd_wal WHERE {PENDING} ORDER BY id LIMIT 100))
@@ -2925,9 +2925,10 @@ class Outbox:
     """Brings pending rows of etcd_wal to etcd, and what became of them back.
 
     It lives as long as its fence: from the moment at which nothing that was sent before can be
-    applied any more, until an answer is lost or the fence is.  A row is read, waits for those
-    before it, is packed into a Txn, sent, acknowledged, and written.  What becomes of it is in
-    etcd all the time (see Receipts): forgetting all of this loses nothing.
+    applied any more, until an answer is lost or another session has put a new owner.  A row is
+    read, waits for those before it, is packed into a Txn, sent, acknowledged, and written.  A lost
+    answer leaves a Txn in doubt and ends the session: the next outbox settles it in recover(), by
+    the receipts.  So an outbox may be forgotten at any time.
     """
 
     def __init__(self, engine: Engine, postgres: Postgres, etcd: Etcd, state: SyncState) -> None:
@@ -2938,9 +2939,9 @@ class Outbox:
         self.fence = self.receipts.fence(postgres.database)
         sent = self.receipts.sent(state.receipt)
         self.pipeline = Pipeline(engine.waker, state.receipt, sent)
-        self.all_read = False  # whether there is no pending row that was not read
+        self.all_read = False  # every pending row was read
         self.split = set(state.split)
-        self.retired = False  # nothing more is read or sent, but what was sent is settled
+        self.retired = False  # nothing more is read or sent; answers are still taken
         self.queue = Queue()
         self.acknowledged: collections.deque[Acknowledged] = collections.deque()
         self.token_renewed = False
@@ -2949,7 +2950,7 @@ class Outbox:
     # ─ what another session sent ─
 
     def recover(self, sent: Sequence[Sent]) -> None:
-        """Take what the receipts say of Txns whose outcomes PostgreSQL does not have."""
+        """Settle the Txns in doubt: take from the receipts what became of their rows."""
         queued = [parse_rows(item.rows) for item in sent]
         ids = int_array(id_ for rows in queued for id_ in rows)
         with self.postgres.cursor() as cur:
@@ -3222,7 +3223,7 @@ class Outbox:
             self.pipeline.settle(outcomes.receipt)
 
     def silent_since(self) -> float | None:
-        """Since when the watch has a change of this outbox to tell (monotonic)."""
+        """Since when an acknowledged change has not come back through the watch (monotonic)."""
         return next((item.at for item in self.acknowledged if item.mirrored), None)
 
     def retire(self) -> None:
@@ -3231,11 +3232,11 @@ class Outbox:
         self.pipeline.close()
 
     def settled(self) -> bool:
-        """Whether nothing is on its way that is worth a wait."""
+        """Whether no answer is outstanding, and every outcome was given out by due()."""
         return not (self.pipeline or self.acknowledged)
 
     def idle(self) -> bool:
-        """Whether no pending row is left."""
+        """Whether no pending row is left: all were read, and their outcomes are written."""
         return self.all_read and not self.queue.versions
 
 
@@ -4389,8 +4390,8 @@ class Engine:
         self.waker = Waker()
         self.guard = Guard(self.waker)
         self.counters = Counters()
-        self.written = Counters()  # those in etcd_sync_state
-        self.reported = Counters()  # those that a summary has told
+        self.written = Counters()  # as of the last commit to etcd_sync_state
+        self.reported = Counters()  # as of the last summary
         self.metrics = Metrics(config.etcd_dsn.prefix, self.counters)
         self.conflicts = ConflictLog()
         self.current: Session | None = None  # the one whose loop turns

@@ -25,7 +25,8 @@
 --                 etcd_delete(key, revision)            delete
 --                 etcd_delete_prefix(prefix)            delete what is under a prefix
 --                 force => true                         in each of these: whatever etcd holds
---     outcome     etcd_wait(id)                         wait until a change is final: how it ended
+--     outcome     etcd_wait(id)                         wait until a change is final: how it ended (the
+--                                                       daemon's next commit wakes it, see _etcd_wait)
 --                 etcd_wait_revision(revision)          wait until the mirror has a revision of etcd
 --                 etcd_retry(id)                        queue a conflict or failure again
 --                 etcd_dismiss(id)                      acknowledge a conflict or failure
@@ -41,9 +42,9 @@
 
 -- == Upgrades ==========================================================================================
 
--- Brings the tables of an older version to this one, a step per version. What can be replaced in place (views,
--- function bodies, comments) is, by the rest of this file; what cannot is dropped here: a view of yours that
--- depends on it stops the upgrade, with nothing changed. A newer version stays as it is.
+-- Brings the tables of an older version to this one, a step per version. The rest of this file replaces what
+-- can be replaced in place (views, function bodies, comments). Functions whose signature has changed are dropped
+-- here: a view of yours that uses one stops the upgrade, with nothing changed. A newer version is an error.
 DO $$
 DECLARE
     v_installed  int;
@@ -313,7 +314,7 @@ CREATE INDEX IF NOT EXISTS etcd_wal_pending_idx ON etcd_wal (id) WHERE status = 
 CREATE INDEX IF NOT EXISTS etcd_wal_pending_key_idx ON etcd_wal (key, id) WHERE status = 'pending';
 CREATE INDEX IF NOT EXISTS etcd_wal_pending_txid_idx ON etcd_wal (txid, id) WHERE status = 'pending';
 
--- What needs a look; and a row is tried again once only, by a later row of the same key.
+-- Conflicts and failures; and a row is tried again once only, by a later row of the same key.
 CREATE INDEX IF NOT EXISTS etcd_wal_unresolved_idx ON etcd_wal (id) WHERE status IN ('conflict', 'failed');
 CREATE UNIQUE INDEX IF NOT EXISTS etcd_wal_retry_key ON etcd_wal (retry_of, key) WHERE retry_of < id;
 
@@ -684,8 +685,8 @@ BEGIN
     PERFORM _etcd_lock_key(p_key);
 
     IF p_force IS NOT TRUE THEN
-        -- Pending first, mirror second: the daemon marks success and mirrors in one transaction, so the second
-        -- look can only know more, and an own change is never mistaken for a foreign one.
+        -- Pending first, mirror second: the daemon marks success and mirrors in one transaction, so if a change
+        -- is pending no longer, the second query sees its revision: it is never taken for somebody else's.
         -- A range of one key, sorted by both columns: with sorts off only the index on (key, id) can answer
         -- that, while key = p_key ORDER BY id may be planned as a walk along (id), past everything pending.
         SELECT w.id INTO v_pending
@@ -720,7 +721,8 @@ BEGIN
         END IF;
     END IF;
 
-    -- Who may not force, or not set a ttl, can still do without: INSERT is checked column by column.
+    -- INSERT is checked column by column: name force and ttl only where they are used, so that a role without
+    -- INSERT on them can do all the rest.
     IF p_force THEN
         INSERT INTO etcd_wal (key, value, value_bytes, retry_of, ttl, force)
         VALUES (p_key, p_value, p_value_bytes, p_retry_of, p_ttl, true)
@@ -735,7 +737,7 @@ BEGIN
         RETURNING id INTO v_id;
     END IF;
 
-    -- Who may not see the mirrors is not told; nor is anybody before there is one.
+    -- No warning for a role that may not read etcd_sync_state, nor before there is a mirror.
     IF pg_catalog.has_table_privilege('etcd_sync_state', 'SELECT') THEN
         IF (SELECT NOT pg_catalog.bool_or(pg_catalog.starts_with(p_key COLLATE "C", s.prefix))
               FROM etcd_sync_state s) THEN
@@ -904,7 +906,7 @@ BEGIN
         'etcd_fdw generation ' || current_schema()::text || ' ' || p_prefix COLLATE "C", p_generation);
 END
 $$;
-COMMENT ON FUNCTION _etcd_generation_lock(text, bigint) IS 'internal: advisory lock of a state of the mirror';
+COMMENT ON FUNCTION _etcd_generation_lock(text, bigint) IS 'internal: advisory lock of a generation of a mirror';
 
 
 CREATE OR REPLACE FUNCTION _etcd_wait(p_prefix text, p_generation bigint, p_deadline timestamptz, p_for text)
@@ -937,7 +939,7 @@ BEGIN
         RAISE EXCEPTION USING ERRCODE = 'ETCD0';  -- gives the lock back
     EXCEPTION WHEN SQLSTATE 'ETCD0' OR lock_not_available THEN
     END;
-    -- Nobody held the lock of what still is the present: no daemon is active, or this is a standby.
+    -- The generation is still the same, so nobody held its lock: no daemon is active, or this is a standby.
     IF EXISTS (SELECT FROM etcd_sync_state s WHERE s.prefix = p_prefix AND s.generation = p_generation) THEN
         PERFORM pg_catalog.pg_sleep(least(v_left, 0.05::float8));
     END IF;
@@ -1161,7 +1163,7 @@ COMMENT ON FUNCTION _etcd_kv_write() IS 'internal: makes etcd_kv writable';
 CREATE OR REPLACE FUNCTION _etcd_notify()
 RETURNS trigger
 LANGUAGE plpgsql AS $$
--- Wake the daemon. A hint without content: the daemon reads the table, and looks there from time to time
+-- Wake the daemon. A hint without content: the daemon reads the table, and does so every --poll-interval
 -- even if no hint arrives. PostgreSQL sends one per transaction, at commit.
 BEGIN
     PERFORM pg_catalog.pg_notify('etcd_changes', '');

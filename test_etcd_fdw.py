@@ -7,16 +7,18 @@ prefix of its own. The sections, each of which is also a marker (pytest -m fault
 
 harness             servers, clients, the program; what etcd told (Recorder) held against the mirror
                     (assert_same) and the outcomes (assert_outcomes); a network that fails (Proxy);
-                    changes from both sides (Load)
+                    the load generator: changes from both sides (Load)
 command_line        arguments, environment, exit codes, log lines, dry run
 etcd_to_postgresql  the mirror and the first copy
 postgresql_to_etcd  changes and their outcomes
 sql_interface       schema.sql, mostly without the daemon
 random_histories    what may happen, in any order; crashes at chosen moments
 status              the commands status, sync, validate and config
-metrics             metrics, signals, supervision, housekeeping, notifications
-faults              of etcd and the network, of PostgreSQL, of the daemon and its peers
-exactly_once        bytes that arrive late, failovers, leases, forced changes, copies and backups
+metrics             metrics, signals (SIGTERM), systemd, supervisord, housekeeping, --notify-channel
+faults              of etcd and the network; compaction, another timeline; of PostgreSQL; of the
+                    daemon and its peers
+exactly_once        bytes that arrive late, lost answers, failovers of PostgreSQL that lose an
+                    outcome; leases, forced changes, who may write what, copies and backups
 security            TLS, logins, grants, passwords in messages
 patroni             a Patroni cluster
 demo                the demo, README.md and the files of the package
@@ -106,7 +108,7 @@ for _signum in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
     if signal.getsignal(_signum) is signal.SIG_IGN:
         signal.signal(_signum, lambda *_: None)
 
-# Machines that are busy have slow moments. The examples are the same in each run, unless
+# Machines under load have slow moments. The examples are the same in each run, unless
 # ETCD_FDW_TEST_SEED is given.
 hypothesis.settings.register_profile(
     "etcd_fdw",
@@ -1073,8 +1075,7 @@ def expected_version(row: Wal, wal: dict[int, Wal]) -> int:
 
 
 def lies(changes: Sequence[Wal], wal: dict[int, Wal], told: Told, compacted: bool) -> list[str]:
-    """Say what is not true of the successful changes to a key at one revision, the last of which
-    counts."""
+    """Say what is not true of the successful changes to a key at one revision; the last counts."""
     row, forced = changes[-1], any(change.force for change in changes)
     at = (row.result_revision or 0, row.key)
     before = told.before(*at)

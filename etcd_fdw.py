@@ -1230,7 +1230,7 @@ class Metrics:
         self.prefix = prefix
         self.counters = counters
         self.started_at = time.time()
-        self.state = "starting"  # copying, mirroring, standing by, … is away
+        self.state = "starting"  # copying, mirroring, standing by, … is unavailable
         self.active = False
         self.connected = {"etcd": False, "postgresql": False}
         self.reconnects = {"etcd": 0, "postgresql": 0}
@@ -2214,7 +2214,7 @@ class OutboxTransaction:
             self.size += 150 + 4 * len(row.key) + value
             if row.force:
                 self.forced.add(row.key)
-                self.size += value  # see Txn.force
+                self.size += value  # see Txn.add_forced
         self.changes: dict[str, Change] = {}
         self.waits = 0
         self.followers: list[OutboxTransaction] = []
@@ -2492,7 +2492,7 @@ def refusal_event(outcome: Outcome) -> SynchronizationEvent:
 
 def conflict_message(changes: Sequence[Change], current: Sequence[int | None]) -> str:
     """For which keys the compare failed, and which version etcd holds."""
-    beaten = [
+    failed = [
         f"{change.key.decode()} is "
         + (f"at revision {now}" if now else "not there")
         + " in etcd, the change was made on "
@@ -2500,9 +2500,9 @@ def conflict_message(changes: Sequence[Change], current: Sequence[int | None]) -
         for change, now in zip(changes, current)
         if now != change.expected
     ]
-    beaten = beaten or ["it held another version at that moment"]
-    more = f"; and {len(beaten) - 3} more" if len(beaten) > 3 else ""
-    return "etcd wins: " + "; ".join(beaten[:3]) + more
+    failed = failed or ["it held another version at that moment"]
+    more = f"; and {len(failed) - 3} more" if len(failed) > 3 else ""
+    return "etcd wins: " + "; ".join(failed[:3]) + more
 
 
 # ─ the receipt ─
@@ -2637,8 +2637,8 @@ class Txn:
     taken, because etcd up to at least 3.5 checks no permissions in nested transactions, and
     counts no nested puts when its quota is used up.
 
-    make() asks for the leases of its puts, one for each ttl in a transaction; send() puts them in.
-    Those that come to nothing expire by themselves.
+    add_change() asks for the leases of its puts, one for each ttl in a transaction; send() puts
+    them in.  Those that come to nothing expire by themselves.
     """
 
     def __init__(
@@ -2668,35 +2668,35 @@ class Txn:
         self._receipt.key = receipts.receipt
         for number, transaction in enumerate(transactions):
             nested = txn.success.add().request_txn
-            self.fill(nested, transaction)
+            self.add_changes(nested, transaction)
             refusal = nested.failure.add().request_put
             refusal.key = b"%srefused/%d" % (receipts.key, number)
             refusal.value = format_rows(transaction.rows).encode()
 
-    def fill(self, nested: Any, transaction: OutboxTransaction) -> None:
+    def add_changes(self, nested: Any, transaction: OutboxTransaction) -> None:
         """Have a nested transaction make changes, or tell which versions etcd holds instead."""
         txid, mod = transaction.rows[0].txid, etcdrpc.Compare.MOD
         for change in transaction.changes.values():
             key, operation = change.key, nested.success.add()
             if change.forced:
-                self.force(operation.request_txn, change, txid)
+                self.add_forced(operation.request_txn, change, txid)
                 continue
             nested.compare.add(target=mod, key=key, mod_revision=change.expected)
-            self.make(operation, change, bool(change.expected), txid)
-            look = nested.failure.add().request_range
-            look.key, look.keys_only = key, True
+            self.add_change(operation, change, bool(change.expected), txid)
+            request = nested.failure.add().request_range
+            request.key, request.keys_only = key, True
 
-    def force(self, nested: Any, change: Change, txid: str) -> None:
+    def add_forced(self, nested: Any, change: Change, txid: str) -> None:
         """Have a nested transaction make a change whatever etcd holds, and tell what that was."""
-        look = nested.success.add().request_range
-        look.key, look.keys_only = change.key, True
-        self.make(nested.success.add(), change, True, txid)
+        request = nested.success.add().request_range
+        request.key, request.keys_only = change.key, True
+        self.add_change(nested.success.add(), change, True, txid)
         if change.value is not None and change.ttl is None:
             greater, mod = etcdrpc.Compare.GREATER, etcdrpc.Compare.MOD
             nested.compare.add(result=greater, target=mod, key=change.key, mod_revision=0)
-            self.make(nested.failure.add(), change, False, txid)
+            self.add_change(nested.failure.add(), change, False, txid)
 
-    def make(self, operation: Any, change: Change, exists: bool, txid: str) -> None:
+    def add_change(self, operation: Any, change: Change, exists: bool, txid: str) -> None:
         """Have an operation make a change to a key that exists at that moment, or does not."""
         if change.value is None:
             operation.request_delete_range.key = change.key
@@ -2746,14 +2746,14 @@ class Txn:
         """
         for transaction, item in zip(self.transactions, answer.responses[1:]):
             nested = item.response_txn
-            looks: Iterable[Any] = ()
+            ranges: Iterable[Any] = ()
             if not nested.succeeded:
-                looks = nested.responses[:-1]
+                ranges = nested.responses[:-1]
             elif transaction.forced:
                 pairs = zip(transaction.changes.values(), nested.responses)
                 # if the key was not there, the answer is that of a put, which tells no version
-                looks = [r.response_txn.responses[0] for change, r in pairs if change.forced]
-            found = [look.response_range.kvs for look in looks]
+                ranges = [r.response_txn.responses[0] for change, r in pairs if change.forced]
+            found = [answered.response_range.kvs for answered in ranges]
             versions = [kvs[0].mod_revision if kvs else 0 for kvs in found]
             yield transaction, nested.succeeded, versions
 
@@ -2875,7 +2875,7 @@ FROM (
     SELECT *, {SIZE} AS size,
            pg_catalog.sum({SIZE}) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) AS size_so_far
     FROM etcd_wal
-    WHERE {PENDING} AND id NOT IN (SELECT pg_catalog.unnest(%(busy)s::bigint[]))
+    WHERE {PENDING} AND id NOT IN (SELECT pg_catalog.unnest(%(in_flight)s::bigint[]))
     ORDER BY id
     LIMIT %(limit)s
 ) w {DEPENDENCY}
@@ -2961,9 +2961,9 @@ class Outbox:
             there = [found[i] for i in sorted(rows) if i in found]
             there = [row for row in there if row.queued_at == rows[row.id]]
             refused = parse_rows(item.refused)
-            beaten = [row for row in there if row.id in refused]
+            failed = [row for row in there if row.id in refused]
             applied = OutboxTransaction([row for row in there if row.id not in refused])
-            transactions = [applied, *group_rows(beaten, self.limits(), self.split)]
+            transactions = [applied, *group_rows(failed, self.limits(), self.split)]
             self.queue.expect(there)
             for transaction in transactions:
                 self.queue.depend(transaction)
@@ -3050,7 +3050,7 @@ class Outbox:
         arguments: dict[str, Any] = {"prefix": self.postgres.prefix, "limit": limit}
         with self.postgres.cursor() as cur:
             arguments["max_bytes"] = BATCH_BYTES
-            cur.execute(PENDING_SQL, {**arguments, "busy": int_array(self.queue.versions)})
+            cur.execute(PENDING_SQL, {**arguments, "in_flight": int_array(self.queue.versions)})
             found = cur.fetchall()
             rows = [OutboxRow(*row[:-1]) for row in found]
             if len(rows) < limit and (not found or found[-1][-1] < BATCH_BYTES):
@@ -3133,15 +3133,15 @@ class Outbox:
         """The outcomes of a transaction one of whose keys etcd has at another version."""
         strict = transaction.strict
         message = conflict_message(strict, current)
-        beaten_at = {c.key.decode(): now for c, now in zip(strict, current) if now != c.expected}
+        failed_at = {c.key.decode(): now for c, now in zip(strict, current) if now != c.expected}
         first = transaction.rows[0]
-        key, revision = next(iter(beaten_at.items()), (first.key, None))
+        key, revision = next(iter(failed_at.items()), (first.key, None))
         self.engine.conflicts.note(first.id, key, revision, message)
-        newest = max((now or 0 for now in beaten_at.values()), default=0)
-        beaten = [beaten_at.get(row.key) or newest or None for row in transaction.rows]
+        newest = max((now or 0 for now in failed_at.values()), default=0)
+        revisions = [failed_at.get(row.key) or newest or None for row in transaction.rows]
         return [
             self.outcome(transaction, row, "conflict", revision, message)
-            for row, revision in zip(transaction.rows, beaten)
+            for row, revision in zip(transaction.rows, revisions)
         ]
 
     def fail(self, transaction: OutboxTransaction, error: EtcdFdwError) -> None:
@@ -4377,8 +4377,8 @@ class ConflictLog:
 class Engine:
     """Runs sessions one after another until asked to stop; has what outlives a session.
 
-    State (metrics.state): starting; standing by; copying; mirroring; or which side is away, while
-    it waits before the next session.  After a compaction `resync` tells the next session to begin
+    State (metrics.state): starting; standing by; copying; mirroring; or which side is
+    unavailable, while it waits before the next session.  After a compaction `resync` tells the next session to begin
     with a snapshot.  `written` and `reported` are earlier copies of the counters.
     """
 
@@ -4556,7 +4556,7 @@ class Engine:
         text, now = str(error), time.monotonic()
         side = "postgresql" if text.startswith("PostgreSQL") else "etcd"
         self.metrics.connected[side] = False
-        self.set_state(f"{side} is away")
+        self.set_state(f"{side} is unavailable")
         lasted_s = 0.0
         if self.established_at is not None:
             lasted_s = now - self.established_at

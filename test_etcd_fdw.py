@@ -6157,7 +6157,8 @@ def test_metrics_and_readiness_tell_which_side_is_away(daemon, db, prefix, etcd_
         wait_until("not ready", lambda: http_get(address, "/readyz")[0] == 200)
         proxy.refuse()
         wait_until(
-            "ready without etcd", lambda: http_get(address, "/readyz") == (503, "etcd is away\n")
+            "ready without etcd",
+            lambda: http_get(address, "/readyz") == (503, "etcd is unavailable\n"),
         )
         lost = read_metrics(one)
         assert lost['etcd_fdw_connected{side="etcd"}'] == 0
@@ -6423,7 +6424,7 @@ def test_systemd_hears_of_a_lost_server(daemon, tmp_path, own_etcd, prefix):
         daemon(env=manager.env, etcd=etcd_dsn(own_etcd.endpoint, prefix))
         manager.wait("READY=1")
         own_etcd.stop()
-        manager.wait("STATUS=etcd is away")
+        manager.wait("STATUS=etcd is unavailable")
         manager.wait("WATCHDOG=1")  # which is no reason to be restarted
         own_etcd.start()
         manager.wait("STATUS=mirroring", 60)

@@ -4378,8 +4378,9 @@ class Engine:
     """Runs sessions one after another until asked to stop; has what outlives a session.
 
     State (metrics.state): starting; standing by; copying; mirroring; or which side is
-    unavailable, while it waits before the next session.  After a compaction `resync` tells the next session to begin
-    with a snapshot.  `written` and `reported` are earlier copies of the counters.
+    unavailable, while it waits before the next session.  After a compaction `resync` tells the
+    next session to begin with a snapshot. `written` and `reported` are earlier copies of the
+    counters.
     """
 
     session_type = Session

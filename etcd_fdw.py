@@ -409,6 +409,7 @@ POSTGRES_CODES: dict[str, type[EtcdFdwError]] = {
     "42501": AccessDenied,
     "25006": PostgresUnavailable,
     "28": AccessDenied,
+    "2BP01": EtcdFdwError,  # somebody's view keeps the schema from being upgraded
     "42": EtcdFdwError,
     "XX": EtcdFdwError,
 }
@@ -437,6 +438,8 @@ def postgres_error(exc: psycopg2.Error, notices: Sequence[str] = ()) -> EtcdFdwE
     if not code and notices and notices[-1].startswith("FATAL:"):
         message = notices[-1].partition(":")[2]
     message = re.sub(r"\n\t.*", "", message)  # libpq's hints, such as "Is the server running"
+    if code == "2BP01":
+        message += f": {exc.diag.message_detail}"  # which names it
     message = masked(message.strip()) or type(exc).__name__
     kind: type[EtcdFdwError] = PostgresUnavailable
     for length in (5, 2):

@@ -3614,13 +3614,16 @@ def test_schema_is_upgraded_from_every_release_with_rows_in_flight(
     assert rows(db, "SELECT status FROM etcd_wait(5, '60 s')") == [("success",)]
 
 
-def test_schema_upgrade_stops_at_what_would_break(db: str) -> None:
+def test_schema_upgrade_stops_at_what_would_break(db: str, etcd_address, prefix) -> None:
     rows(db, SCHEMA_SQL)
     downgrade(db, 3)
     rows(db, "CREATE VIEW mine AS SELECT key FROM etcd_list('/mine/')")
     before = rows(db, CATALOG)
     error = refused("2BP01", db, SCHEMA_SQL)
-    assert "view mine depends on function etcd_list(text)" in error.message_detail
+    depends = "view mine depends on function etcd_list(text)"
+    assert depends in error.message_detail
+    done = run_script("-p", db, "-e", etcd_address.dsn(prefix))
+    assert_one_error_line(done, 4, depends)
     assert rows(db, CATALOG) == before
 
 

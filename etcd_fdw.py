@@ -5515,7 +5515,7 @@ def report(findings: Iterator[Finding]) -> list[EtcdFdwError]:
         if isinstance(finding, EtcdFdwError):
             errors.append(finding)
             label = "FAIL" if finding.exit_code else "WARN"
-        print(f"{label:6}{finding}", flush=True)
+        print(f"{label:6}{finding}")
 
 
 def config_validate(given: Mapping[str, Any], chosen: Mapping[str, Setting]) -> int:
@@ -5809,7 +5809,7 @@ def demo() -> int:
             del os.environ[name]
     take_signals(interrupt_once, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     with ExitStack() as stack:
-        print("starting a throw-away etcd and PostgreSQL …", flush=True)
+        print("starting a throw-away etcd and PostgreSQL …")
         etcd = stack.enter_context(LocalEtcd())
         postgres = stack.enter_context(LocalPostgres(password=secrets.token_urlsafe(12)))
         dsn, etcd_dsn = postgres.dsn(), f"etcd://{etcd.endpoint}/config/"
@@ -5831,7 +5831,6 @@ etcd_fdw keeps them in step until you press Ctrl-C.  Play with it:
 The daemon that does it, and its log:
   python etcd_fdw.py --postgres-dsn {dsn} --etcd-dsn {etcd_dsn}
   {log_file.name}""",
-            flush=True,
         )
         with suppress(KeyboardInterrupt):
             raise EtcdFdwError(f"the daemon ended by itself with exit code {daemon.wait()}")
@@ -5881,7 +5880,7 @@ class DemoStage:
 
     def etcdctl(self, *words: str) -> None:
         """Run etcdctl, and show it."""
-        print("$ etcdctl " + " ".join(words), flush=True)
+        print("$ etcdctl " + " ".join(words))
         program = [str(find_program("etcdctl")), "--endpoints", self.etcd.endpoint]
         subprocess.run([*program, *words], check=True)
 
@@ -5891,7 +5890,7 @@ class DemoStage:
         with self.connection.cursor() as cur:
             cur.execute(statement)
             if cur.description is None:
-                print(cur.statusmessage, flush=True)
+                print(cur.statusmessage)
                 return []
             rows: list[tuple[Any, ...]] = cur.fetchall()
             table = [[column.name for column in cur.description], *([*map(str, r)] for r in rows)]
@@ -5900,7 +5899,6 @@ class DemoStage:
             print(" " + " | ".join(map(str.ljust, line, widths)).rstrip())
             if not number:
                 print("-" + "-+-".join("-" * width for width in widths) + "-")
-        sys.stdout.flush()
         return rows
 
     def exists(self, where: str) -> bool:
@@ -6063,7 +6061,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.check_spelling(words)
         given = vars(parser.parse_args(words))
         if isinstance(sys.stdout, io.TextIOWrapper):  # which may not know every character
-            sys.stdout.reconfigure(errors="backslashreplace")
+            sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
         if given["command"] == "demo":
             return demo()
         command = COMMANDS[given["command"] or "start"]
@@ -6084,7 +6082,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return report_failure(config, one_line(exc), exc.exit_code)
     except KeyboardInterrupt:
         return 130
-    except OSError as exc:
+    except OSError as exc:  # the disk under the output is full, for example
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where what is left goes as Python ends
         return report_failure(config, one_line(exc), 4)
     except Exception as exc:  # noqa: BLE001  a bug, or something that nobody has thought of
         where = traceback.extract_tb(exc.__traceback__)[-1]

@@ -598,8 +598,8 @@ def own_cluster() -> Iterator[list[LocalEtcd]]:
 
 
 def clean_environ(env: dict[str, str] | None = None) -> dict[str, str]:
-    """Return this environment without what would configure the program or libpq, and with env."""
-    names = ("ETCD_FDW_", "PG")
+    """Return this environment without what would configure the programs or libpq, and with env."""
+    names = ("ETCD_FDW_", "PG", "PYTHONUNBUFFERED")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(names)}
     return {**kept, "PYTHONDONTWRITEBYTECODE": "1", **(env or {})}
 
@@ -5423,10 +5423,11 @@ def test_commands_do_without_a_standard_stream(redirection, db, prefix, etcd, et
 
 
 def test_full_disk_under_the_output_is_one_line(db, prefix, etcd, etcd_address):
-    line = shlex.join([sys.executable, str(SCRIPT), "-p", db, "-e", etcd_address.dsn(prefix)])
-    done = subprocess.run(
-        ["bash", "-c", f"{line} config show >/dev/full"], capture_output=True, text=True
-    )
+    line = [sys.executable, str(SCRIPT), "-p", db, "-e", etcd_address.dsn(prefix), "config", "show"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            line, stdout=full, stderr=subprocess.PIPE, env=clean_environ(), text=True
+        )
     assert_one_error_line(done, 4, "No space left on device")
 
 

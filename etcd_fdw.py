@@ -1844,6 +1844,7 @@ CONNECT_HINTS = (
     ("WRONG_VERSION_NUMBER", "it does not speak TLS: see tls=disabled"),
     ("Handshake read failed", "it does not speak TLS: see tls=disabled"),
     ("Unwrap failed", "does it want a client certificate? see cert=FILE and key=FILE"),
+    ("Secure read failed", "does it want a client certificate? see cert=FILE and key=FILE"),
     ("ALERT", "does it want a client certificate? see cert=FILE and key=FILE"),
     (
         "Socket closed",

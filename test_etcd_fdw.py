@@ -3866,7 +3866,6 @@ def test_mirror_refuses_contradictory_rows(schema: str, columns: str, values: st
         ("key, finished_at", "'/a', now()"),  # still pending
         ("key, value, ttl", "'/a', 'a', '-1 s'"),
         ("key, value, ttl", "'/a', 'a', '2500001 h'"),
-        ("key, ttl", "'/a', '1 s'"),  # a delete
     ],
 )
 def test_outbox_refuses_nonsense(schema: str, columns: str, values: str) -> None:

@@ -431,8 +431,6 @@ def postgres_error(exc: psycopg2.Error, notices: Sequence[str] = ()) -> EtcdFdwE
 
     notices: the session's; where the server ends it, the last one says why.
     """
-    if isinstance(exc, psycopg2.InterfaceError) and isinstance(exc.__context__, psycopg2.Error):
-        exc = exc.__context__  # the rollback after it only found the connection closed
     code = exc.pgcode or ""
     message = str(exc.diag.message_primary or exc)
     if not code and notices and notices[-1].startswith("FATAL:"):
@@ -1412,6 +1410,7 @@ SELECT pg_catalog.set_config('synchronous_commit', 'local', false)
 WHERE pg_catalog.current_setting('synchronous_commit') = 'off';
 SET default_transaction_isolation = 'read committed';
 SET array_nulls = on;
+SET plan_cache_mode = force_generic_plan;
 SET enable_sort = off;
 SET jit = off;
 SET tcp_keepalives_idle = 10;
@@ -1538,6 +1537,26 @@ class SyncState(NamedTuple):
     host: str | None
 
 
+class Cursor(psycopg2.extensions.cursor):
+    """A cursor that saves round trips."""
+
+    deferred = b""
+
+    def defer(self, sql: str, args: Any = None) -> None:
+        """Send a statement whose result nobody needs together with the next one."""
+        self.deferred += self.mogrify(sql, args) + b";\n"
+
+    def execute(self, sql: Any, args: Any = None) -> None:
+        """As in psycopg2."""
+        text, self.deferred = self.deferred + self.mogrify(sql, args), b""
+        super().execute(text)
+
+    def copy_expert(self, sql: Any, file: Any, size: int = 8192) -> None:
+        """As in psycopg2."""
+        text, self.deferred = self.deferred + sql.encode(), b""
+        super().copy_expert(text, file, size)
+
+
 class Postgres:
     """One PostgreSQL session: notifications, transactions, and the lock once try_lock() has it.
 
@@ -1557,10 +1576,13 @@ class Postgres:
             limit_s = max(CONNECT_LEAST_S, config.startup_timeout)
             extra["connect_timeout"] = int(min(float(extra["connect_timeout"]), limit_s))
         try:
-            self.conn = psycopg2.connect(dsn, client_encoding="UTF8", **extra)
+            self.conn = psycopg2.connect(
+                dsn, client_encoding="UTF8", cursor_factory=Cursor, **extra
+            )
         except psycopg2.Error as exc:
             raise postgres_error(exc) from exc
         self.conn.autocommit = True  # a statement by itself, unless inside transaction()
+        self.prepared: dict[str, str] = {}  # see planned()
         with self.cursor() as cur:
             cur.execute(LISTEN_SQL * listen + SESSION_SQL)
             self.backend: tuple[int, str] = cur.fetchone()[:2]  # this session in pg_stat_activity
@@ -1602,10 +1624,34 @@ class Postgres:
             raise PostgresUnavailable(f"PostgreSQL: {exc}") from exc
 
     @contextmanager
-    def transaction(self, limit_s: float = STATEMENT_LIMIT_S) -> Iterator[Any]:
-        """A cursor whose statements are committed together at the end of the block."""
-        with self.cursor(limit_s) as cur, self.conn:
-            yield cur
+    def transaction(
+        self, limit_s: float = STATEMENT_LIMIT_S, commit: str = "COMMIT", **arguments: Any
+    ) -> Iterator[Any]:
+        """A cursor whose statements are committed together at the end of the block.
+
+        commit: what does so, and what goes with it in one round trip.
+        """
+        with self.cursor(limit_s) as cur:
+            cur.defer("BEGIN")
+            try:
+                yield cur
+            except BaseException:
+                with suppress(psycopg2.Error):  # the session may be over
+                    self.conn.cursor().execute("ROLLBACK")
+                raise
+            cur.execute(commit, arguments)
+
+    def planned(self, cur: Any, sql: str, arguments: Mapping[str, Any]) -> str:
+        """What executes a statement that PostgreSQL plans only once in this session.
+
+        Where it is about a few rows, planning takes most of the time.
+        """
+        if sql not in self.prepared:
+            name, names = f"etcd_fdw_{len(self.prepared)}", list(arguments)
+            numbers = {name: f"${number}" for number, name in enumerate(names, 1)}
+            cur.execute(f"PREPARE {name} AS {sql % numbers}")
+            self.prepared[sql] = f"EXECUTE {name} ({', '.join(f'%({name})s' for name in names)})"
+        return self.prepared[sql]
 
     def query(self, sql: str, **arguments: Any) -> list[dict[str, Any]]:
         """The rows of a query about this prefix, by column name."""
@@ -1767,7 +1813,7 @@ class Postgres:
 
     def notify(self, cur: Any, channel: str, first: int, last: int) -> None:
         """NOTIFY the channel of a range, once the transaction is committed."""
-        cur.execute("SELECT pg_catalog.pg_notify(%s, %s)", (channel, f"{first}-{last}"))
+        cur.defer("SELECT pg_catalog.pg_notify(%s, %s)", (channel, f"{first}-{last}"))
 
     def record_events(
         self, cur: Any, events: Sequence[SynchronizationEvent], again: bool = False
@@ -2405,8 +2451,10 @@ class Outcome(NamedTuple):
 
 # "finished_at IS NULL" rather than "status = 'pending'", so that the planner takes the primary key
 # and not an index of pending rows; the settings keep it from reading all of etcd_wal
+BY_KEY_SQL = """
+SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off
+"""
 SUCCESS_SQL = """
-SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off;
 UPDATE etcd_wal w
 SET status = 'success', result_revision = o.revision, replaced_revision = o.replaced,
     error_message = NULL, finished_at = now()
@@ -2468,7 +2516,9 @@ class Outcomes:
             forced = any(o.replaced for o in good)
             replaced = int_array(o.replaced for o in good) if forced else "{}"
             outcomes = {"ids": ids, "revisions": revisions, "replaced": replaced}
-            cur.execute(SUCCESS_SQL, outcomes)
+            execute = postgres.planned(cur, SUCCESS_SQL, outcomes)
+            cur.defer(BY_KEY_SQL)
+            cur.defer(execute, outcomes)
             if audit:
                 cur.execute(AUDIT_CHANGES_SQL, {"prefix": postgres.prefix, "ids": ids})
         bad = [o for o in self.list if o.status != "success"]
@@ -3054,7 +3104,8 @@ class Outbox:
         arguments: dict[str, Any] = {"prefix": self.postgres.prefix, "limit": limit}
         with self.postgres.cursor() as cur:
             arguments["max_bytes"] = BATCH_BYTES
-            cur.execute(PENDING_SQL, {**arguments, "in_flight": int_array(self.queue.versions)})
+            first = {**arguments, "in_flight": int_array(self.queue.versions)}
+            cur.execute(self.postgres.planned(cur, PENDING_SQL, first), first)
             found = cur.fetchall()
             rows = [OutboxRow(*row[:-1]) for row in found]
             if len(rows) < limit and (not found or found[-1][-1] < BATCH_BYTES):
@@ -3392,6 +3443,7 @@ WHERE prefix = %(prefix)s AND revision = %(old)s
 RETURNING generation, pg_catalog.pg_try_advisory_lock(_etcd_generation_lock(prefix, generation))
 """
 WAKE_SQL = """
+COMMIT;
 SELECT pg_catalog.pg_advisory_unlock(_etcd_generation_lock(%(prefix)s, %(generation)s))
 """
 AUDIT_EVENTS_SQL = """
@@ -3675,7 +3727,6 @@ class Mirror:
     def write(self, batch: Batch, outcomes: Outcomes) -> None:
         """Rows, checkpoint, counters and outcomes in one transaction."""
         started = time.monotonic()
-        generation = self.generation
         with self.engine.counting() as counters:
             counters.events += len(batch.rows)
             counters.unstorable += len(batch.unstorable)
@@ -3687,9 +3738,6 @@ class Mirror:
                     raise
                 self.via_staging = True
                 self.write_once(batch, outcomes)
-        if generation is not None:
-            with self.postgres.cursor() as cur:
-                cur.execute(WAKE_SQL, {"prefix": self.postgres.prefix, "generation": generation})
         warn_of_unstorable(batch.unstorable)
         self.checkpoint = batch.checkpoint
         self.written_at = time.monotonic()
@@ -3702,7 +3750,8 @@ class Mirror:
     def write_once(self, batch: Batch, outcomes: Outcomes) -> None:
         """One attempt of write()."""
         config = self.engine.config
-        with self.postgres.transaction() as cur:
+        wake: dict[str, Any] = {**self.postgres.bounds, "generation": self.generation}
+        with self.postgres.transaction(commit=WAKE_SQL, **wake) as cur:
             if self.via_staging:
                 cur.execute(STAGING_SQL)
                 copy_in(cur, "etcd_staging", batch.rows.values())
@@ -3721,7 +3770,7 @@ class Mirror:
                 self.postgres.notify(cur, config.notify_channel, first, last)
             # what only mirrors need not be durable: rows and checkpoint are lost together
             if not outcomes.list:
-                cur.execute("SET LOCAL synchronous_commit = off")
+                cur.defer("SET LOCAL synchronous_commit = off")
             self.advance(cur, self.checkpoint, batch, outcomes)
 
     def advance(self, cur: Any, old: int, batch: Batch, outcomes: Outcomes) -> None:

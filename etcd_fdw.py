@@ -3502,9 +3502,10 @@ SET gaps = gaps OPERATOR(pg_catalog.||) CASE WHEN revision + 1 < %(revision)s
     revision = %(revision)s, last_key = %(last_key)s, updated_at = now(), unrepaired = false
 WHERE prefix = %(prefix)s AND revision = %(old)s
 """
-AS_OF_SQL = """
+# Housekeeping may have deleted the second one.
+LAST_VERSIONS_SQL = """
 SELECT revision, coalesce(value_bytes, pg_catalog.convert_to(value, 'UTF8')) FROM etcd
-WHERE key = %(key)s AND revision <= %(revision)s ORDER BY revision DESC LIMIT 1
+WHERE key = %(key)s AND revision <= %(revision)s ORDER BY revision DESC LIMIT 2
 """
 
 
@@ -3580,35 +3581,24 @@ class Mirror:
         """Make sure that etcd is still what the mirror is a mirror of. Raises AnotherTimeline."""
         check_cluster(self.etcd, state)
         # a restored backup keeps its cluster id, and may have gone past the checkpoint since
-        last = state.last_key and self.as_of(state.last_key, state.revision)
-        if not state.last_key or not last:
-            return
-        self.check_key(state.last_key, state.revision)
-        if last[1] is None:  # another cluster lacks the key as well: compare what was deleted
-            self.check_key(state.last_key, last[0] - 1)
-
-    def check_key(self, key: str, revision: int) -> None:
-        """Make sure that a key was in etcd what it is in the mirror. Raises AnotherTimeline."""
-        try:
-            found = self.etcd.range(key.encode(), revision=revision).kvs
-        except Compacted:
-            return  # the watch will end the same way, and the snapshot compares everything
-        mirrored = self.as_of(key, revision)
-        if mirrored is None:
-            return  # housekeeping has deleted that version
-        actual = (found[0].mod_revision, found[0].value) if found else None
-        if actual != (mirrored if mirrored[1] is not None else None):
-            raise another_timeline(
-                self.postgres.prefix,
-                f"key {key} at revision {revision} is not in etcd what it is in the mirror",
-            )
-
-    def as_of(self, key: str, revision: int) -> tuple[int, bytes | None] | None:
-        """Revision and value (None: deleted) that the mirror has for a key at a revision."""
+        key, revision = state.last_key or "", state.revision
         with self.postgres.cursor() as cur:
-            cur.execute(AS_OF_SQL, {"key": key, "revision": revision})
-            row = cur.fetchone()
-        return row and (row[0], None if row[1] is None else bytes(row[1]))
+            cur.execute(LAST_VERSIONS_SQL, {"key": key, "revision": revision})
+            versions = cur.fetchall()
+        for mirrored, value in versions:
+            try:
+                found = self.etcd.range(key.encode(), revision=revision).kvs
+            except Compacted:
+                return  # the watch will end the same way, and the snapshot compares everything
+            actual = (found[0].mod_revision, found[0].value) if found else None
+            if actual != (None if value is None else (mirrored, bytes(value))):
+                raise another_timeline(
+                    self.postgres.prefix,
+                    f"key {key} at revision {revision} is not in etcd what it is in the mirror",
+                )
+            if value is not None:
+                return
+            revision = mirrored - 1  # another cluster lacks the key as well: compare what it was
 
     def snapshot(self, state: SyncState | None, at: int) -> None:
         """Copy the prefix as it is at one revision, 0: now; the checkpoint is then that revision.

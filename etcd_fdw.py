@@ -3302,8 +3302,8 @@ class Intake:
     """Puts the responses of the watch together to whole revisions.
 
     The first `whole` of its events are of revisions that are complete; with all of them the
-    mirror is at revision `reached`.  `created` once etcd has confirmed the watch; `ended` once
-    etcd has cancelled it, which is final; `replaying` while etcd sends what is past.
+    mirror is at revision `reached`.  `created` once etcd has confirmed the watch; `ended` by
+    what has ended it; `replaying` while etcd sends what is past.
     """
 
     def __init__(self, etcd: Etcd, watch: Watch) -> None:
@@ -3326,7 +3326,10 @@ class Intake:
         """
         # one revision may be larger than a batch, and come in many fragments
         while not self.whole or (self.whole < batch_size and self.bytes < BATCH_BYTES):
-            response = None if self.ended else self.watch.take()
+            try:
+                response = None if self.ended else self.watch.take()
+            except EtcdFdwError as exc:
+                response, self.ended = None, exc
             if response is None:
                 break
             self.receive(response)

@@ -545,7 +545,6 @@ def copy_row(key: bytes, value: bytes | None, revision: int, lease: int) -> byte
     """A row (key, value, value_bytes, revision, tombstone, lease) in COPY's binary format.
 
     lease is etcd's: 0 for none, which is null in the row.
-
     Binary needs no escaping, so no byte can be misread. Source: PostgreSQL's COPY reference.
     """
     if value is None:
@@ -1130,11 +1129,10 @@ class Guard(threading.Thread):
         while True:
             time.sleep(min(1.0, (self.notifier.watchdog_s or 3.0) / 3))
             self._enforce(time.monotonic())
-            if self.stuck_s():
-                continue
-            if self.notifier.watchdog_s:
+            alive = not self.stuck_s()
+            if alive and self.notifier.watchdog_s:
                 self.notifier.tell(WATCHDOG=1)
-            if not self.notifier.ready:  # a first copy takes as long as it takes
+            if alive and not self.notifier.ready:  # a first copy takes as long as it takes
                 self.notifier.tell(EXTEND_TIMEOUT_USEC=30_000_000)
 
     def _take_signals(self) -> None:
@@ -1266,9 +1264,6 @@ def exposition(m: Metrics) -> str:
     return "\n".join(lines) + "\n"
 
 
-CLIENT_ERRORS = OSError, EOFError, IndexError, asyncio.LimitOverrunError, asyncio.TimeoutError
-
-
 class MetricsServer:
     """Serves GET for a few paths, each from a function that returns status and text.
 
@@ -1303,7 +1298,7 @@ class MetricsServer:
             self.clients.popleft().transport.abort()
         try:
             head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), METRICS_TIMEOUT_S)
-            path = head.decode("latin-1").split()[1].partition("?")[0]
+            path = head.decode("latin-1").partition(" ")[2].partition(" ")[0].partition("?")[0]
             answer = self.answers.get(path, lambda: (404, "there is /metrics, /healthz, /readyz\n"))
             status, text = answer()
             writer.write(
@@ -1311,7 +1306,7 @@ class MetricsServer:
                 f"Content-Type: text/plain; version=0.0.4; charset=utf-8\r\n\r\n{text}".encode()
             )
             await asyncio.wait_for(writer.drain(), METRICS_TIMEOUT_S)
-        except CLIENT_ERRORS as exc:
+        except (OSError, EOFError, asyncio.LimitOverrunError, asyncio.TimeoutError) as exc:
             log.debug("metrics: client: %(error)s", error=one_line(exc))
         finally:
             with suppress(ValueError):  # it had to go
@@ -4661,6 +4656,15 @@ def show_age(seconds: float) -> str:
     return f"{max(0.0, seconds) // DURATION_S[unit]:.0f}{unit}"
 
 
+@contextmanager
+def connection(config: Config) -> Iterator[tuple[Engine, Postgres]]:
+    """A session with PostgreSQL, and an engine that connects to etcd, for commands."""
+    engine = Engine(config)
+    engine.guard.start()
+    with closing(Postgres(config, engine.guard)) as postgres:
+        yield engine, postgres
+
+
 def start(config: Config, given: Mapping[str, Any]) -> int:
     """Run until stopped (the default)."""
     Engine(config, lambda: make_config(settings(given, os.environ))).run()
@@ -4673,12 +4677,7 @@ def start(config: Config, given: Mapping[str, Any]) -> int:
 def dry_run(config: Config, given: Mapping[str, Any]) -> int:
     """Report what start would write to either side first, and write nothing."""
     log.setLevel(max(config.log_level, logging.ERROR))  # the report says it all
-    engine = Engine(config)
-    engine.guard.start()
-    with (
-        closing(Postgres(config, engine.guard)) as postgres,
-        closing(engine.connect_etcd()) as etcd,
-    ):
+    with connection(config) as (engine, postgres), closing(engine.connect_etcd()) as etcd:
         where, prefix = postgres.where, postgres.prefix
         print(f"PostgreSQL at {where}, etcd at {etcd.endpoint}, prefix {prefix!r}")
         found = postgres.usable_schema_version()
@@ -4928,7 +4927,7 @@ def is_retrying(found: Mapping[str, Any]) -> bool:
 
 def show_status(found: Mapping[str, Any], timed: bool) -> str:
     """The status for people."""
-    width = min(100, shutil.get_terminal_size().columns) - 12
+    width = max(32, min(100, shutil.get_terminal_size().columns))
     lines = [("time", found["time"])] * timed + [("prefix", found["prefix"] or "(all keys)")]
     lines += [("", f"PROBLEM: {problem}") for problem in found["problems"]] or [("", "healthy")]
     for name, side in (("PostgreSQL", found["postgresql"]), ("etcd", found["etcd"])):
@@ -4942,12 +4941,8 @@ def show_status(found: Mapping[str, Any], timed: bool) -> str:
         lines += show_instances(found)
     if "checkpoint" in found:
         lines += show_mirror(found)
-    shown = []
-    for label, text in lines:
-        for part in textwrap.wrap(printable(text), max(width, 20)) or [""]:
-            shown.append(f"{label:12}{part}")
-            label = ""
-    return "\n".join(shown)
+    fill = partial(textwrap.fill, width=width, subsequent_indent=" " * 12)
+    return "\n".join(fill(printable(text), initial_indent=f"{label:12}") for label, text in lines)
 
 
 def show_holder(found: Mapping[str, Any]) -> str:
@@ -4990,10 +4985,8 @@ def show_mirror(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if found["keys"] is not None:
         counted = f"{describe(found['keys'], 'key')}, {describe(found['revisions'], 'revision')}"
     yield "mirrored", counted
-    text = (
-        "{events} events mirrored, {applied} changes applied, {resyncs} resyncs,"
-        " {reconnects} reconnects, {unstorable} unstorable"
-    )
+    text = "{events} events mirrored, {applied} changes applied, {resyncs} resyncs, "
+    text += "{reconnects} reconnects, {unstorable} unstorable"
     yield "ever", text.format_map(found)
 
 
@@ -5028,17 +5021,12 @@ def status(config: Config, given: Mapping[str, Any]) -> int:
 # ─ sync ─
 
 RESET_SQL = "DELETE FROM etcd WHERE key >= %(prefix)s AND key < %(after)s"
-RESET_STATE_SQL = "DELETE FROM etcd_sync_state WHERE prefix = %(prefix)s"
 
 
 def reset_mirror(config: Config) -> None:
     """Forget the mirror and its id, once what was sent under that id is settled."""
-    engine, outcomes = Engine(config), Outcomes()
-    engine.guard.start()
-    with (
-        closing(Postgres(config, engine.guard)) as postgres,
-        closing(engine.connect_etcd()) as etcd,
-    ):
+    outcomes = Outcomes()
+    with connection(config) as (engine, postgres), closing(engine.connect_etcd()) as etcd:
         if not postgres.try_lock():
             raise EtcdFdwError("an instance is active: stop it, then reset the mirror")
         postgres.ensure_schema()
@@ -5051,7 +5039,7 @@ def reset_mirror(config: Config) -> None:
             outcomes.record(postgres, cur, config.audit == "all")
             cur.execute(RESET_SQL, postgres.bounds)
             deleted = int(cur.rowcount)
-            cur.execute(RESET_STATE_SQL, postgres.bounds)
+            cur.execute("DELETE FROM etcd_sync_state WHERE prefix = %(prefix)s", postgres.bounds)
             event = SynchronizationEvent("reset", "done", details={"rows": deleted})
             postgres.record_events(cur, [event])
     log.warning("dropped the mirror: %(rows)s", rows=describe(deleted, "row"))
@@ -5153,9 +5141,7 @@ def bring_in_step(config: Config) -> dict[str, Any]:
 
 def retry_failed(config: Config) -> None:
     """Queue conflicts and failures again, on top of what there is now."""
-    guard = Guard(Waker())
-    guard.start()
-    with closing(Postgres(config, guard)) as postgres:
+    with connection(config) as (_, postgres):
         found = postgres.query(REFUSED_SQL) if postgres.schema_version() else []
         for row in found:
             postgres.query(RETRY_TOGETHER_SQL, **row)
@@ -5183,9 +5169,7 @@ def sync(config: Config, given: Mapping[str, Any]) -> int:
 
 def compare_mirror(config: Config) -> dict[str, Any]:
     """Compare both sides at the checkpoint."""
-    engine = Engine(config)
-    engine.guard.start()
-    with closing(Postgres(config, engine.guard)) as postgres:
+    with connection(config) as (engine, postgres):
         version = postgres.usable_schema_version()
         if 0 < version < SCHEMA_VERSION:
             raise EtcdFdwError(
@@ -5258,9 +5242,7 @@ FROM pg_class WHERE oid = 'etcd_sync_state'::regclass
 
 def check_postgres(config: Config) -> Iterator[Finding]:
     """Whether PostgreSQL is as the daemon needs it. Raises if it cannot be reached."""
-    guard = Guard(Waker())
-    guard.start()
-    with closing(Postgres(config, guard)) as postgres:
+    with connection(config) as (_, postgres):
         version, info = postgres.version_text(), postgres.conn.info
         yield f"PostgreSQL {version} at {postgres.where}, database {info.dbname}, user {info.user}"
         if postgres.version < 130000:
@@ -5418,10 +5400,7 @@ def find_program(name: str) -> Path:
     if not found:
         raise LocalServerError(f"no program {name!r} found; {hint}")
     if not os.access(found[0], os.X_OK):  # some installers lose the mode
-        try:
-            found[0].chmod(found[0].stat().st_mode | 0o555)
-        except OSError as exc:
-            raise LocalServerError(f"{found[0]} is not executable: {exc.strerror}") from exc
+        found[0].chmod(found[0].stat().st_mode | 0o555)
     return found[0]
 
 
@@ -5535,10 +5514,7 @@ class LocalEtcd(LocalServer):
 
 
 class LocalPostgres(LocalServer):
-    """A PostgreSQL; its superuser "postgres" has this password, or needs none.
-
-    It runs as another user than root.
-    """
+    """A PostgreSQL, not run by root; its superuser "postgres" has this password, or needs none."""
 
     stop_signal = signal.SIGINT  # fast shutdown: does not wait for clients to leave
 
@@ -5605,8 +5581,7 @@ class LocalPostgres(LocalServer):
 
 
 def interrupt_once(*_: object) -> None:
-    """Signal handler: ends the demo. Raises KeyboardInterrupt, and lets nothing disturb what
-    follows: a closed terminal sends SIGHUP twice."""
+    """Signal handler: ends the demo, once: a closed terminal sends SIGHUP twice."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
     raise KeyboardInterrupt
@@ -5670,10 +5645,8 @@ class DemoStage:
         print("\n-- etcd wins: a change made on an old version is a conflict")
         (old,) = self.sql("SELECT revision FROM etcd_get('/config/app/timeout')")[0]
         self.etcdctl("put", "/config/app/timeout", "60s")
-        self.sql(
-            "INSERT INTO etcd_wal (key, value, revision)"
-            f" VALUES ('/config/app/timeout', '5s', {old})"
-        )
+        insert = "INSERT INTO etcd_wal (key, value, revision)"
+        self.sql(f"{insert} VALUES ('/config/app/timeout', '5s', {old})")
         self.wait_for("EXISTS (SELECT FROM etcd WHERE value = '60s')")
         self.sql("SELECT status, error_message FROM etcd_wal ORDER BY id DESC LIMIT 1")
         print("\n-- the past is kept, also when etcd has compacted it")

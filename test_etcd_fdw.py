@@ -1673,6 +1673,7 @@ WRONG_CONFIGURATION = [
     ("libpq: a word", ["-p", "s3cret", "-e", E], "libpq connection string"),
     ("libpq: unknown parameter", ["-p", P + "?nonsense=1", "-e", E], "unknown parameter"),
     ("libpq: bad escape", ["-p", "postgresql://u:s3cret%zz@h/d", "-e", E], "bad escape"),
+    ("libpq: = in a value", ["-p", P + "?options=-csearch_path=x", "-e", E], "not written %3D"),
     ("etcd: no scheme", ["-p", P, "-e", "127.0.0.1:2379"], "expected etcd://"),
     ("etcd: wrong scheme", ["-p", P, "-e", "http://root:s3cret@h"], "expected etcd://"),
     ("etcd: no host", ["-p", P, "-e", "etcd:///x/"], "a host is missing"),
@@ -1683,7 +1684,11 @@ WRONG_CONFIGURATION = [
     ("etcd: hash in the prefix", ["-p", P, "-e", "etcd://h/a#b/"], "prefix must be percent-enc"),
     ("etcd: unknown escape", ["-p", P, "-e", "etcd://h/a%zz/"], "a % in it begins no escape"),
     ("etcd: escape cut short", ["-p", P, "-e", "etcd://root:s3cret%4@h/"], "begins no escape"),
-    ("etcd: password not UTF-8", ["-p", P, "-e", "etcd://u:s3cret%ff@h/"], "password is not UTF-8"),
+    (
+        "etcd: password not UTF-8",
+        ["-p", P, "-e", "etcd://u:s3cret%ff@h/"],
+        "login or a parameter is not",
+    ),
     ("etcd: a tab", ["-p", P, "-e", "etcd://h/a\tb"], "a tab"),
     (
         "etcd: parameter twice",
@@ -2129,17 +2134,6 @@ def test_prefix_range_covers_what_starts_with_the_prefix(prefix, key):
         data = text.encode()
         inside = start <= data < end if prefix else data >= start
         assert inside == (text.startswith(prefix) and data > b"")
-
-
-@given(prefix=ANY_TEXT, key=ANY_TEXT)
-def test_text_after_ends_what_starts_with_the_prefix(prefix, key):
-    after = etcd_fdw.text_after(prefix)
-    if after is None:
-        assert set(prefix) <= {"\U0010ffff"}
-        return
-    assert (prefix + key).encode() < after.encode()
-    if prefix.encode() <= key.encode() < after.encode():
-        assert key.startswith(prefix)
 
 
 @given(st.lists(st.integers(-(2**63), 2**63 - 1)))
@@ -5422,12 +5416,13 @@ def test_commands_do_without_a_standard_stream(redirection, db, prefix, etcd, et
 
 
 def test_full_disk_under_the_output_is_one_line(db, prefix, etcd, etcd_address):
-    line = [sys.executable, str(SCRIPT), "-p", db, "-e", etcd_address.dsn(prefix), "config", "show"]
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            line, stdout=full, stderr=subprocess.PIPE, env=clean_environ(), text=True
-        )
-    assert_one_error_line(done, 4, "No space left on device")
+    line = [sys.executable, str(SCRIPT), "-p", db, "-e", etcd_address.dsn(prefix)]
+    for words in (["config", "show"], ["--help"], ["--version"], ["status", "--help"]):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [*line, *words], stdout=full, stderr=subprocess.PIPE, env=clean_environ(), text=True
+            )
+        assert_one_error_line(done, 4, "No space left on device")
 
 
 def test_config_show_masks_passwords():
@@ -5830,7 +5825,7 @@ def test_sync_waits_for_the_one_that_takes_over(daemon, command, db, prefix):
     two = daemon(ready=False)
     two.wait_log("standing by")
     client = Daemon(one.log_path.with_name("sync.log"), *sync_arguments(one))
-    client.wait_log("waiting for the active instance")
+    client.wait_log("standing by")
     one.kill()
     assert client.wait_exit() == 0, client.log()
     assert "in step at" in client.log()
@@ -5841,7 +5836,7 @@ def test_sync_that_waits_ends_at_once(daemon, signum):
     one = daemon()
     one.pause()
     client = Daemon(one.log_path.with_name("sync.log"), *sync_arguments(one))
-    client.wait_log("waiting for the active instance")
+    client.wait_log("standing by")
     client.signal(signum)
     assert client.wait_exit() == 4
     assert "stopped before both sides were in step" in client.log()
@@ -6335,6 +6330,23 @@ def test_lines_about_a_lost_session_come_in_order(daemon, own_postgres, prefix):
     assert re.fullmatch("WARN PostgreSQL: [^;]*; retrying in .*s", lines[lost])
     assert re.fullmatch(r"INFO watching .*: connected again after \d+\.\ds", lines[-2])
     assert lines[-1] == "INFO stopped"
+
+
+def test_summary_names_the_revision_that_the_mirror_is_at(db, etcd_address, prefix, etcd, caplog):
+    caplog.set_level(logging.INFO, "etcd_fdw")
+    engine = engine_of(db, etcd_address, prefix)
+    with (
+        closing(etcd_fdw.Postgres(engine.config, engine.guard)) as postgres,
+        closing(engine.connect_etcd()) as client,
+        closing(etcd_fdw.Session(engine, postgres, client)) as session,
+    ):
+        postgres.ensure_schema()
+        session.mirror.snapshot(None, 0)
+        session.mirror.watch(scalar(db, "SELECT revision FROM etcd_sync_state"), False)
+        put = etcd.put(prefix + "a", "1")
+        wait_until("nothing came", lambda: session.write() and mirror_rows(db, prefix))
+        engine.summarise()
+    assert f"mirrored 1 event up to revision {put};" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -8595,6 +8607,13 @@ def test_missing_grant_for_the_daemons_own_keys_is_named_before_the_start(db, se
         done = run_script(*servers, "config", "validate", "--connect")
         assert done.returncode == 3, done.stdout
         assert re.search(rf"grant-permission .*{OWN_KEYS}", done.stdout.splitlines()[-1])
+        rows(db, SCHEMA_SQL)
+        rows(db, "SELECT etcd_set('/t/sql', '1')")
+        done = run_script(*servers, "sync")  # which does not wait for it
+        assert done.returncode == 3, done.stderr
+        assert re.search(
+            rf"etcd_fdw: .*grant-permission .*{OWN_KEYS}", done.stderr.splitlines()[-1]
+        )
 
 
 def test_changes_with_a_client_certificate_for_a_user(daemon, db, tmp_path):

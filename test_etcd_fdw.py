@@ -1325,10 +1325,8 @@ class Proxy(Closing):
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._servers.add(server)
-        self._halves += [
-            _Half(client, server, self._black_hole),
-            _Half(server, client, self._black_hole),
-        ]
+        for source, target in ((client, server), (server, client)):
+            self._halves.append(_Half(source, target, self._black_hole))
 
     def _receive(self, half: _Half) -> None:
         try:
@@ -10020,10 +10018,6 @@ class Bench:
         daemon.wait_log("watching")
         return daemon
 
-    def put(self, prefix: str, txns: int) -> None:
-        """Put 100 keys in each of so many Txns."""
-        self.start(put_load, self.etcd.endpoint, prefix, txns, 100, 64, 4).result()
-
     def watched_load(
         self, prefix: str, txns: int, keys: int, size: int, at_once: int
     ) -> tuple[float, float]:
@@ -10032,10 +10026,6 @@ class Bench:
         watch = self.start(bare_watch, endpoint, prefix, self.client.revision() + 1, count)
         began, _ = self.start(put_load, endpoint, prefix, txns, keys, size, at_once).result()
         return began, count / (watch.result()[1] - began)
-
-    def wait_mirrored(self, db: str) -> float:
-        """Wait until the mirror has all that is in etcd; return when (monotonic)."""
-        return wait_state(db, "revision", self.client.revision())
 
     def add(self, *figure: Any, note: str = "") -> None:
         self.figures.append(Figure(*figure)._replace(note=note))
@@ -10113,12 +10103,12 @@ def bench_etcd_to_postgres(bench: Bench) -> None:
         began, ended = bench.start(bare_watch, bench.etcd.endpoint, prefix, start, count).result()
         daemon = bench.daemon(prefix, db)
         daemon_began = time.monotonic()
-        caught_up = count / (bench.wait_mirrored(db) - daemon_began)
+        caught_up = count / (wait_state(db, "revision", bench.client.revision()) - daemon_began)
         note = f"{shape[0]} missed revisions"
         bench.add(f"{what}: catch-up", caught_up, "events/s", count / (ended - began), note=note)
         with bench.cost(what, count, daemon, db):
             began, followed = bench.watched_load(prefix, *shape)
-            rate = count / (bench.wait_mirrored(db) - began)
+            rate = count / (wait_state(db, "revision", bench.client.revision()) - began)
         bench.add(what, rate, "events/s", followed, note=f"the bare client alone: {alone:,.0f}")
         assert scalar(db, "SELECT count(*) FROM etcd") == 2 * count
         daemon.stop()
@@ -10272,13 +10262,14 @@ def bench_first_copy(bench: Bench) -> None:
         SELECT (details->>'keys')::bigint / extract(epoch FROM duration) FROM etcd_sync_event
         WHERE operation = %s AND (details->>'keys')::bigint = %s
     """
-    held = 0
+    held, endpoint = 0, bench.etcd.endpoint
     bench.client.timeout = 120.0  # to compact a million keys
     for size in (10_000, 100_000, 1_000_000):
         count = scaled(size, 1000) // 100 * 100
-        bench.put(f"{prefix}{count}/", (count - held) // 100)
+        more = (count - held) // 100
+        bench.start(put_load, endpoint, f"{prefix}{count}/", more, 100, 64, 4).result()
         held = count
-        bare = bench.start(bare_pages, bench.etcd.endpoint, prefix).result()
+        bare = bench.start(bare_pages, endpoint, prefix).result()
         _, db = bench.setting()
         for operation, what in (("snapshot", "first copy of"), ("resync", "resync of unchanged")):
             daemon = bench.daemon(prefix, db)
@@ -10406,11 +10397,11 @@ def bench_batch_size(bench: Bench) -> None:
     for db in settings.values():
         bench.daemon(prefix, db).stop()
     txns = scaled(1000, 20)
-    bench.put(prefix, txns)
+    bench.start(put_load, bench.etcd.endpoint, prefix, txns, 100, 64, 4).result()
     for size, db in settings.items():
         daemon = bench.daemon(prefix, db, "--batch-size", str(size))
         began = time.monotonic()
-        rate = txns * 100 / (bench.wait_mirrored(db) - began)
+        rate = txns * 100 / (wait_state(db, "revision", bench.client.revision()) - began)
         bench.add(f"catch-up with --batch-size {size}", rate, "events/s", note=memory(daemon))
         daemon.stop()
 

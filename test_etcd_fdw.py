@@ -1,13 +1,11 @@
 """Tests of etcd_fdw, against real servers: the program runs as a subprocess, as a user runs it.
 
-The servers come from ETCD_FDW_TEST_POSTGRES_DSN and ETCD_FDW_TEST_ETCD_DSN if set, else they are
-started from the binaries that etcd_fdw.find_program finds (ETCD_FDW_TEST_POSTGRES_BIN and
-ETCD_FDW_TEST_ETCD_BIN name directories, to choose a version). Each test has a database and a key
-prefix of its own. The sections, each of which is also a marker (pytest -m faults):
+The servers are those of ETCD_FDW_TEST_POSTGRES_DSN and ETCD_FDW_TEST_ETCD_DSN, else throw-away ones
+of the programs that etcd_fdw.find_program finds. Each test has a database and a key prefix of its
+own. The sections, each of which is also a marker (pytest -m faults):
 
-harness             servers, clients, the program; what etcd told (Recorder) held against the mirror
-                    (assert_same) and the outcomes (assert_outcomes); a network that fails (Proxy);
-                    the load generator: changes from both sides (Load)
+harness             servers, clients, the program; what etcd told (Recorder) against the mirror
+                    (assert_same) and outcomes (assert_outcomes); Proxy, a bad network; Load
 command_line        arguments, environment, exit codes, log lines, dry run
 etcd_to_postgresql  the mirror and the first copy
 postgresql_to_etcd  changes and their outcomes
@@ -15,10 +13,8 @@ sql_interface       schema.sql, mostly without the daemon
 random_histories    what may happen, in any order; crashes at chosen moments
 status              the commands status, sync, validate and config
 metrics             metrics, signals (SIGTERM), systemd, supervisord, housekeeping, --notify-channel
-faults              of etcd and the network; compaction, another timeline; of PostgreSQL; of the
-                    daemon and its peers
-exactly_once        bytes that arrive late, lost answers, failovers of PostgreSQL that lose an
-                    outcome; leases, forced changes, who may write what, copies and backups
+faults              of etcd, the network, PostgreSQL, the daemon; compaction, another timeline
+exactly_once        late bytes, lost answers, failovers; leases, forced changes, copies, backups
 security            TLS, logins, grants, passwords in messages
 patroni             a Patroni cluster
 demo                the demo, README.md and the files of the package
@@ -42,7 +38,6 @@ import random
 import re
 import resource
 import select
-import selectors
 import shlex
 import shutil
 import signal
@@ -59,7 +54,7 @@ import urllib.request
 import uuid
 import xmlrpc.client
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import (
     ExitStack,
     closing,
@@ -134,6 +129,39 @@ def seed() -> int:
     return number
 
 
+class Closing:
+    """What `with` closes."""
+
+    close: Callable[[], None]
+
+    def __enter__(self: T) -> T:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class Process:
+    """What runs in a process, to be killed, frozen and thawed."""
+
+    process: Any  # subprocess.Popen
+
+    def signal(self, signum: signal.Signals) -> None:
+        self.process.send_signal(signum)
+
+    def kill(self) -> None:
+        """End it at once, as a crash would (SIGKILL)."""
+        self.process.kill()
+        self.process.wait()
+
+    def pause(self) -> None:
+        """Freeze it: its connections stay open and silent (SIGSTOP)."""
+        self.signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self.signal(signal.SIGCONT)
+
+
 # ─ servers that can fail ─
 
 # UDP sockets on the numbers that free_port gave away last: while one is open, no other process
@@ -161,7 +189,7 @@ def free_port() -> int:
             return port
 
 
-class Breakable(etcd_fdw.LocalServer):
+class Breakable(Process, etcd_fdw.LocalServer):
     """A throw-away server with more arguments, to be stopped, killed, frozen and started again."""
 
     free_port = staticmethod(free_port)
@@ -171,37 +199,23 @@ class Breakable(etcd_fdw.LocalServer):
     def command(self) -> list[str]:
         return [*super().command(), *self.args]
 
-    def stop(self, timeout: float = 10.0) -> None:
-        """End the server in good order; kill it if that takes longer than timeout seconds."""
-        if self.process is not None and self.is_running():
+    def stop(self) -> None:
+        """End the server in good order; kill it if that takes long."""
+        if self.is_running():
             self.resume()  # a stopped process would not see the signal
-            self.process.send_signal(self.clean_stop)
+            self.signal(self.clean_stop)
             try:
-                self.process.wait(timeout)
+                self.process.wait(10)
             except subprocess.TimeoutExpired:
                 self.kill()
-
-    def kill(self) -> None:
-        """End the server at once, as a crash would (SIGKILL)."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-
-    def pause(self) -> None:
-        """Freeze the server: its connections stay open and silent (SIGSTOP)."""
-        if self.process is not None:
-            self.process.send_signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        if self.process is not None:
-            self.process.send_signal(signal.SIGCONT)
 
     def restart(self) -> None:
         self.stop()
         self.start()
 
     def close(self) -> None:
-        self.resume()
+        if self.process is not None:
+            self.resume()
         super().close()
 
 
@@ -229,24 +243,23 @@ class LocalPostgres(Breakable, etcd_fdw.LocalPostgres):
         self.frozen: list[int] = []
 
     def start(self) -> None:
-        for attempts_left in reversed(range(100)):
+        while True:
             log_size = len(self.log())
             try:
-                super().start()
-                return
+                return super().start()
             except etcd_fdw.LocalServerError:
                 # after kill -9 the old server's children may need a moment to notice
-                if "is still in use" not in self.log()[log_size:] or not attempts_left:
+                if "is still in use" not in self.log()[log_size:]:
                     raise
                 time.sleep(0.1)
 
     def pause(self) -> None:
         """Freeze the server and the processes that serve its connections."""
-        with closing(connect(self.dsn())) as conn, conn.cursor() as cur:
+        with session(self.dsn()) as cur:
             super().pause()  # first, so that no new ones appear
             cur.execute("SELECT pid FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
-            self.frozen = [pid for (pid,) in cur.fetchall()]
-            self._signal_frozen(signal.SIGSTOP)
+            self.frozen = [pid for (pid,) in cur]
+        self._signal_frozen(signal.SIGSTOP)
 
     def resume(self) -> None:
         super().resume()
@@ -255,8 +268,7 @@ class LocalPostgres(Breakable, etcd_fdw.LocalPostgres):
 
     def kill(self) -> None:
         super().kill()
-        self._signal_frozen(signal.SIGCONT)  # they end when they see that the server is gone
-        self.frozen = []
+        self.resume()  # what it served ends when it sees that the server is gone
 
     def _signal_frozen(self, signum: signal.Signals) -> None:
         for pid in self.frozen:
@@ -302,10 +314,7 @@ def connect(db: str, **options: Any) -> psycopg2.extensions.connection:
 
 @contextmanager
 def session(db: str, *statements: str, **options: Any) -> Iterator[Any]:
-    """A cursor of a session of its own, which has run the statements, such as BEGIN.
-
-    What is not committed in the end is rolled back.
-    """
+    """A cursor of a session of its own, which has run the statements, such as BEGIN."""
     with closing(connect(db, **options)) as conn, conn.cursor() as cur:
         for sql in statements:
             cur.execute(sql)
@@ -328,10 +337,7 @@ def _no_session_outlives_its_test() -> Iterator[None]:
 
 
 def rows(db: str, sql: str, *args: Any) -> list[tuple[Any, ...]]:
-    """Run one statement, committed; return its rows (bytea as bytes).
-
-    The session is kept for the test's next statement, unless it has failed or was ended.
-    """
+    """Run one statement, committed; return its rows (bytea as bytes). Keeps the session."""
     conn = _sessions.pop(key := (threading.get_ident(), db), None)
     if conn is None or _has_ended(conn):
         conn = connect(db)
@@ -397,7 +403,7 @@ def prefix_end(prefix: str | bytes) -> bytes:
     return stem[:-1] + bytes([stem[-1] + 1]) if stem else b"\0"
 
 
-class EtcdClient:
+class EtcdClient(Closing):
     """A bare client: raw stubs, no retries. Raises grpc.RpcError. Keys may be str or bytes."""
 
     def __init__(
@@ -455,12 +461,9 @@ class EtcdClient:
         request = etcdrpc.RangeRequest(key=b"\0", count_only=True)
         return int(self.call(self.kv.Range, request).header.revision)
 
-    def txn(
-        self, success: Sequence[Any], failure: Sequence[Any] = (), compare: Sequence[Any] = ()
-    ) -> Any:
-        """Return the TxnResponse; see put_op, delete_op, get_op, txn_op, unchanged."""
-        request = etcdrpc.TxnRequest(compare=compare, success=success, failure=failure)
-        return self.call(self.kv.Txn, request)
+    def txn(self, success: Sequence[Any], compare: Sequence[Any] = ()) -> Any:
+        """Return the TxnResponse; see put_op, delete_op, txn_op, unchanged."""
+        return self.call(self.kv.Txn, etcdrpc.TxnRequest(compare=compare, success=success))
 
     @staticmethod
     def put_op(key: str | bytes, value: str | bytes, lease: int = 0) -> Any:
@@ -475,25 +478,14 @@ class EtcdClient:
         return etcdrpc.RequestOp(request_delete_range=request)
 
     @staticmethod
-    def get_op(key: str | bytes) -> Any:
-        return etcdrpc.RequestOp(request_range=etcdrpc.RangeRequest(key=_bytes(key)))
-
-    @staticmethod
-    def txn_op(
-        success: Sequence[Any], failure: Sequence[Any] = (), compare: Sequence[Any] = ()
-    ) -> Any:
-        inner = etcdrpc.TxnRequest(compare=compare, success=success, failure=failure)
-        return etcdrpc.RequestOp(request_txn=inner)
+    def txn_op(success: Sequence[Any]) -> Any:
+        return etcdrpc.RequestOp(request_txn=etcdrpc.TxnRequest(success=success))
 
     @staticmethod
     def unchanged(key: str | bytes, mod_revision: int) -> Any:
         """Compare: the key's version is still the one of mod_revision (0: there is no such key)."""
-        return etcdrpc.Compare(
-            key=_bytes(key),
-            target=etcdrpc.Compare.MOD,
-            result=etcdrpc.Compare.EQUAL,
-            mod_revision=mod_revision,
-        )
+        target = etcdrpc.Compare.MOD
+        return etcdrpc.Compare(key=_bytes(key), target=target, mod_revision=mod_revision)
 
     def grant(self, ttl: int) -> int:
         """Return the id of a new lease of ttl seconds."""
@@ -507,6 +499,21 @@ class EtcdClient:
         request = etcdrpc.CompactionRequest(revision=revision, physical=True)
         self.call(self.kv.Compact, request)
 
+    def watch(self, start_revision: int, prefix: str = "") -> Any:
+        """Return the call of a watch, which yields its responses until it is canceled."""
+        create = etcdrpc.WatchCreateRequest(
+            key=_bytes(prefix) or b"\0",
+            range_end=prefix_end(prefix),
+            start_revision=start_revision,
+            progress_notify=True,
+        )
+        ended = threading.Event()  # the end of the requests would end the watch
+        first = etcdrpc.WatchRequest(create_request=create)
+        requests = itertools.chain([first], iter(ended.wait, True))
+        call = self.watches.Watch(requests, metadata=self.metadata, wait_for_ready=True)
+        call.add_callback(ended.set)
+        return call
+
     def snapshot(self, path: Path) -> None:
         """Save the store as `etcdctl snapshot save` does (sha256 at the end, so restore checks)."""
         request = etcdrpc.SnapshotRequest()
@@ -516,12 +523,6 @@ class EtcdClient:
 
     def close(self) -> None:
         self.channel.close()
-
-    def __enter__(self) -> EtcdClient:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
 
 class EtcdAddress(NamedTuple):
@@ -548,10 +549,8 @@ def etcd_dsn(endpoint: str, prefix: str, user: str | None = None, password: str 
 def etcd_address() -> Iterator[EtcdAddress]:
     """The address of an etcd that all tests share: do not stop it, see own_etcd."""
     if dsn := os.environ.get("ETCD_FDW_TEST_ETCD_DSN"):
-        login, _, hosts = urllib.parse.urlsplit(dsn).netloc.rpartition("@")
-        user, _, password = (urllib.parse.unquote(part) for part in login.partition(":"))
-        host = hosts.split(",")[0]
-        yield EtcdAddress(host if ":" in host else f"{host}:2379", user or None, password)
+        target = etcd_fdw.parse_etcd_dsn(dsn)
+        yield EtcdAddress(target.hosts[0], target.username, target.password or "")
         return
     with LocalEtcd() as server:
         yield EtcdAddress(server.endpoint)
@@ -619,19 +618,15 @@ def run_script(
     )
 
 
-class Daemon:
+class Daemon(Process):
     """A running `etcd_fdw.py args`; its output goes to a log file."""
 
     def __init__(
-        self,
-        log_path: Path,
-        *args: str,
-        env: dict[str, str] | None = None,
-        script: Path = SCRIPT,
+        self, log_path: Path, *args: str, env: dict[str, str] | None = None, script: Path = SCRIPT
     ) -> None:
         self.log_path = log_path
         with log_path.open("ab") as log_file:
-            self.process = subprocess.Popen(
+            self.process: subprocess.Popen[bytes] = subprocess.Popen(
                 [sys.executable, str(script), *args],
                 env=clean_environ(env),
                 stdin=subprocess.DEVNULL,
@@ -656,7 +651,7 @@ class Daemon:
         """Return a position: wait_log(…, after=position) looks only at what is logged from now."""
         return len(self.log())
 
-    def wait_log(self, pattern: str, timeout: float = WAIT_S, after: int = 0) -> re.Match[str]:
+    def wait_log(self, pattern: str, after: int = 0) -> re.Match[str]:
         """Wait for a line that the regular expression finds; fail at once if the program ended."""
 
         def look() -> re.Match[str] | None:
@@ -665,7 +660,7 @@ class Daemon:
             assert match or not gone, f"ended ({self.returncode}) without logging {pattern!r}"
             return match
 
-        match = wait_until(f"{pattern!r} was not logged", look, timeout)
+        match = wait_until(f"{pattern!r} was not logged", look)
         assert match is not None
         return match
 
@@ -673,24 +668,10 @@ class Daemon:
         """Wait until the program ends by itself; return its exit code."""
         return self.process.wait(timeout)
 
-    def signal(self, signum: signal.Signals) -> None:
-        self.process.send_signal(signum)
-
-    def stop(self, timeout: float = WAIT_S) -> int:
+    def stop(self) -> int:
         """Stop as supervisord does (SIGTERM); return the exit code."""
         self.signal(signal.SIGTERM)
-        return self.process.wait(timeout)
-
-    def kill(self) -> None:
-        """End it as a crash would (SIGKILL)."""
-        self.process.kill()
-        self.process.wait()
-
-    def pause(self) -> None:
-        self.signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        self.signal(signal.SIGCONT)
+        return self.wait_exit()
 
 
 # Options under which faults are over soon; the second has timeouts that a test does not wait for.
@@ -714,13 +695,9 @@ def daemon(
     failures_before = request.session.testsfailed
 
     def start(
-        *args: str,
-        postgres: str | None = None,
-        etcd: str | None = None,
-        ready: bool = True,
-        **options: Any,
+        *args: str, postgres: str = db, etcd: str = "", ready: bool = True, **options: Any
     ) -> Daemon:
-        servers = ["-p", postgres or db, "-e", etcd or etcd_address.dsn(prefix)]
+        servers = ["-p", postgres, "-e", etcd or etcd_address.dsn(prefix)]
         log_path = tmp_path / f"daemon{len(started) + 1}.log"
         started.append(Daemon(log_path, *servers, *args, **options))
         if ready:
@@ -771,11 +748,8 @@ def store_revision(client: EtcdClient) -> int:
     return 0
 
 
-class Recorder:
-    """An independent record of what etcd tells about a prefix, from a thread of its own.
-
-    It watches the whole key space, where each revision has an event: so it knows how far it is.
-    """
+class Recorder(Closing):
+    """An independent record of what etcd tells about a prefix, from a thread of its own."""
 
     def __init__(self, client: EtcdClient, prefix: str, start_revision: int = 1) -> None:
         self.client, self.prefix = client, prefix.encode()
@@ -788,31 +762,19 @@ class Recorder:
         self._thread = threading.Thread(target=self._record, daemon=True)
         self._thread.start()
 
-    def _requests(self, ended: threading.Event) -> Iterator[Any]:
-        create = etcdrpc.WatchCreateRequest(
-            key=b"\0", range_end=b"\0", start_revision=self.revision + 1
-        )
-        yield etcdrpc.WatchRequest(create_request=create)
-        ended.wait()  # the end of the requests would end the watch
-
     def _record(self) -> None:
         while not self._closing.is_set() and self.error is None:
-            ended = threading.Event()
-            self._call = self.client.watches.Watch(
-                self._requests(ended), metadata=self.client.metadata, wait_for_ready=True
-            )
+            # the whole key space, where each revision has an event: it tells how far this is
+            self._call = self.client.watch(self.revision + 1)
             with suppress(grpc.RpcError):  # etcd may restart under the test
                 for response in self._call:
                     self._take(response)
-                    if self.error is not None:
-                        break
-            ended.set()
-            self._call.cancel()
             self._closing.wait(0.05)
 
     def _take(self, response: Any) -> None:
         if response.canceled:
             self.error = f"{response.cancel_reason} (compacted: {response.compact_revision})"
+            self._call.cancel()
         for event in response.events:  # whole revisions, since no fragments were asked for
             kv = event.kv
             if kv.key.startswith(self.prefix):
@@ -836,7 +798,7 @@ class Recorder:
     def history(self) -> list[Event]:
         """Return one event per key and revision, the last one, sorted by revision and key."""
         last = {(event.revision, event.key): event for event in self.events}
-        return sorted(last.values(), key=lambda event: event[:2])
+        return sorted(last.values())
 
     def close(self) -> None:
         self._closing.set()
@@ -847,12 +809,6 @@ class Recorder:
             return not self._thread.is_alive()
 
         wait_until("the recorder's thread did not end", ended)
-
-    def __enter__(self) -> Recorder:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
 
 @pytest.fixture
@@ -886,7 +842,7 @@ def survivors(history: list[Event], resyncs: Iterable[Sequence[int]]) -> list[Ev
                 result.append(Event(new, key, None))
         position = new
     result += [event for event in history if event.revision > position]
-    return sorted(result, key=lambda event: event[:2])
+    return sorted(result)
 
 
 def assert_same(
@@ -924,8 +880,8 @@ def assert_same(
     with suppress(TimeoutError):
         wait_until("not the same", same)
         return
-    missing = sorted(set(expected) - set(mirrored), key=lambda event: event[:2])
-    surplus = sorted(set(mirrored) - set(expected), key=lambda event: event[:2])
+    missing = sorted(set(expected) - set(mirrored))
+    surplus = sorted(set(mirrored) - set(expected))
     pytest.fail(
         f"the mirror has {len(mirrored)} rows of {len(expected)}; "
         f"{len(missing)} missing: {missing[:5]}; {len(surplus)} too many: {surplus[:5]}; "
@@ -1175,11 +1131,6 @@ def lock_holders(db: str, prefix: str) -> list[int]:
 
 # ─ a network that fails ─
 
-PROXY_BUFFER_BYTES = 1 << 18
-
-
-_Order = tuple[Callable[[], None], threading.Event]  # what to do, and when it is done
-
 
 class _Half:
     """One direction of a proxied connection."""
@@ -1187,29 +1138,39 @@ class _Half:
     def __init__(self, source: socket.socket, target: socket.socket, black_hole: bool) -> None:
         self.source, self.target, self.black_hole = source, target, black_hole
         self.chunks: collections.deque[tuple[float, bytes]] = collections.deque()  # (due, data)
-        self.size = 0
         self.next_send = 0.0  # the throttle's
         self.ended = False
         self.outlives = False  # the client: its end is never passed on
         self.held = False  # back: the target gets nothing
         self.last: bytes | None = None  # no more is read once this was, see Proxy.hold
 
-    def clear(self) -> None:
-        self.chunks.clear()
-        self.size = 0
+    @property
+    def data(self) -> bytes:
+        return b"".join(data for _, data in self.chunks)
 
     @property
     def full(self) -> bool:
         """Whether no more is to be read, ever."""
-        seen = self.last is not None and self.last in b"".join(data for _, data in self.chunks)
-        return self.ended or (self.held and seen)
+        return self.ended or (self.held and self.last is not None and self.last in self.data)
 
 
 def etcd_port(endpoint: str) -> int:
     return int(endpoint.rpartition(":")[2])
 
 
-class Proxy:
+def _in_its_thread(method: Callable[..., T]) -> Callable[..., T]:
+    """Have the proxy's thread run the method, and wait for it."""
+
+    def run(proxy: Proxy, *args: Any) -> T:
+        done: Future[T] = Future()
+        proxy._orders.append((done, partial(method, proxy, *args)))
+        proxy._wake_write.send(b"!")
+        return done.result(WAIT_S)
+
+    return run
+
+
+class Proxy(Closing):
     """A TCP proxy on 127.0.0.1 that can cut, stall, hold, delay and throttle; all at once.
 
     The kernel goes on acknowledging what a stalled proxy does not read, as a hung peer's would.
@@ -1218,49 +1179,42 @@ class Proxy:
     def __init__(self, target_port: int, target_host: str = "127.0.0.1") -> None:
         self.target = (target_host, target_port)
         self.forwarded = 0  # bytes so far, both directions
-        self._stalled = self._black_hole = self._refusing = self._closing = False
+        self._stalled = self._black_hole = self._closing = False
         self._delay_s = self._bytes_per_s = 0.0
         self._halves: list[_Half] = []
         self._servers: set[socket.socket] = set()
-        self._orders: collections.deque[_Order] = collections.deque()
+        self._orders: collections.deque[tuple[Future[Any], Callable[[], Any]]] = collections.deque()
         self._wake_read, self._wake_write = socket.socketpair()
         self.port = free_port()
+        self.endpoint = f"127.0.0.1:{self.port}"
         self._listener: socket.socket | None = self._listen()
         self._thread = threading.Thread(target=self._loop, daemon=True)
         self._thread.start()
 
-    @property
-    def endpoint(self) -> str:
-        return f"127.0.0.1:{self.port}"
-
-    @property
-    def connections(self) -> int:
-        """The number of connections that are open now."""
-        return len(self._halves) // 2
-
+    @_in_its_thread
     def cut(self) -> None:
         """Reset all connections; new ones are welcome."""
-        self._order(self._drop_all)
+        self._drop_all()
 
+    @_in_its_thread
     def refuse(self) -> None:
         """Reset all connections and refuse new ones, as a dead server's host does; see resume."""
+        self._drop_all()
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
 
-        def refuse() -> None:
-            self._drop_all()
-            if self._listener is not None:
-                self._listener.close()
-                self._listener = None
-
-        self._order(refuse)
-
+    @_in_its_thread
     def stall(self) -> None:
         """Forward nothing on any connection, old or new, but keep them open; see resume."""
-        self._order(lambda: setattr(self, "_stalled", True))
+        self._stalled = True
 
+    @_in_its_thread
     def black_hole(self) -> None:
         """Accept new connections and forward nothing on them, ever; old ones go on; see resume."""
-        self._order(lambda: setattr(self, "_black_hole", True))
+        self._black_hole = True
 
+    @_in_its_thread
     def hold(self, last: bytes | None = None) -> None:
         """Keep back what is sent to the server on the connections that are open now.
 
@@ -1268,74 +1222,48 @@ class Proxy:
         route; answers and new connections go on. last: nothing that comes after these bytes is
         ever passed on, such as that the client gave up. See release.
         """
-
-        def hold() -> None:
-            for half in self._halves:
-                if half.target in self._servers and not half.outlives:
-                    half.outlives = half.held = True
-                    half.last = last
-
-        self._order(hold)
+        for half in self._halves:
+            if half.target in self._servers and not half.outlives:
+                half.outlives = half.held = True
+                half.last = last
 
     @property
+    @_in_its_thread
     def held(self) -> bytes:
         """What is kept back now."""
-        found: list[bytes] = []
+        return b"".join(half.data for half in self._halves if half.held)
 
-        def look() -> None:
-            found.extend(data for half in self._halves if half.held for _, data in half.chunks)
-
-        self._order(look)
-        return b"".join(found)
-
+    @_in_its_thread
     def release(self) -> None:
         """Deliver what was kept back, late."""
+        for half in self._halves:
+            if half.held:
+                half.ended = half.full
+                half.held = False
 
-        def release() -> None:
-            for half in self._halves:
-                if half.held:
-                    half.ended = half.ended or half.full
-                    half.held = False
-
-        self._order(release)
-
+    @_in_its_thread
     def resume(self) -> None:
         """End stall, black_hole (for newer connections), refuse, delay and throttle."""
+        self._stalled = self._black_hole = False
+        self._delay_s = self._bytes_per_s = 0.0
+        self._listener = self._listener or self._listen()
 
-        def resume() -> None:
-            self._stalled = self._black_hole = False
-            self._delay_s = self._bytes_per_s = 0.0
-            if self._listener is None:
-                self._listener = self._listen()
-
-        self._order(resume)
-
+    @_in_its_thread
     def delay(self, seconds: float) -> None:
         """Hold back what arrives, in each direction, for that long."""
-        self._order(lambda: setattr(self, "_delay_s", seconds))
+        self._delay_s = seconds
 
+    @_in_its_thread
     def throttle(self, bytes_per_s: float) -> None:
         """Forward no more than that on each connection, in each direction; 0: no limit."""
-        self._order(lambda: setattr(self, "_bytes_per_s", bytes_per_s))
+        self._bytes_per_s = bytes_per_s
 
     def close(self) -> None:
-        self._order(lambda: setattr(self, "_closing", True))
+        self._closing = True
+        self._wake_write.send(b"!")
         self._thread.join(WAIT_S)
 
-    def __enter__(self) -> Proxy:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
     # the rest runs in the thread
-
-    def _order(self, action: Callable[[], None]) -> None:
-        """Have the thread run the action, and wait for it (called by the test's thread)."""
-        done = threading.Event()
-        self._orders.append((action, done))
-        self._wake_write.send(b"!")
-        assert done.wait(WAIT_S), "the proxy's thread does not answer"
 
     def _listen(self) -> socket.socket:
         listener = socket.socket()
@@ -1350,9 +1278,8 @@ class Proxy:
             if self._wake_read in readable:
                 self._wake_read.recv(4096)
                 while self._orders:
-                    action, done = self._orders.popleft()
-                    action()
-                    done.set()
+                    done, action = self._orders.popleft()
+                    done.set_result(action())
                 continue  # what was readable may be closed by now
             if self._listener is not None and self._listener in readable:
                 self._accept(self._listener)
@@ -1368,28 +1295,23 @@ class Proxy:
             if sock is not None:
                 sock.close()
 
-    def _wait(self) -> tuple[set[Any], set[Any]]:
+    def _wait(self) -> tuple[list[Any], list[Any]]:
         """Wait for something to do; return the sockets that are readable and writable."""
         now, timeout = time.monotonic(), 60.0
-        buffer_bytes = PROXY_BUFFER_BYTES * (100 if self._delay_s else 1)  # what is on its way
-        interest = {self._wake_read: selectors.EVENT_READ}
+        buffer_bytes = (100 if self._delay_s else 1) << 18  # delayed: much is on its way
+        reading, writing = [self._wake_read], []
         if self._listener is not None:
-            interest[self._listener] = selectors.EVENT_READ
+            reading.append(self._listener)
         for half in [] if self._stalled else self._halves:
-            if half.size < buffer_bytes and not half.full:
-                interest[half.source] = interest.get(half.source, 0) | selectors.EVENT_READ
+            if sum(len(data) for _, data in half.chunks) < buffer_bytes and not half.full:
+                reading.append(half.source)
             if half.chunks and not half.black_hole and not half.held:
                 due = max(half.chunks[0][0], half.next_send)
                 if due <= now:
-                    interest[half.target] = interest.get(half.target, 0) | selectors.EVENT_WRITE
+                    writing.append(half.target)
                 else:
                     timeout = min(timeout, due - now)
-        with selectors.DefaultSelector() as selector:
-            for sock, events in interest.items():
-                selector.register(sock, events)
-            ready = selector.select(timeout)
-        readable = {key.fileobj for key, events in ready if events & selectors.EVENT_READ}
-        writable = {key.fileobj for key, events in ready if events & selectors.EVENT_WRITE}
+        readable, writable, _ = select.select(reading, writing, [], timeout)
         return readable, writable
 
     def _accept(self, listener: socket.socket) -> None:
@@ -1403,10 +1325,8 @@ class Proxy:
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._servers.add(server)
-        self._halves += [
-            _Half(client, server, self._black_hole),
-            _Half(server, client, self._black_hole),
-        ]
+        for source, target in ((client, server), (server, client)):
+            self._halves.append(_Half(source, target, self._black_hole))
 
     def _receive(self, half: _Half) -> None:
         try:
@@ -1414,11 +1334,10 @@ class Proxy:
         except OSError:
             data = b""
             if not half.held:
-                half.clear()
+                half.chunks.clear()
         half.ended = not data
         if data:
             half.chunks.append((time.monotonic() + self._delay_s, data))
-            half.size += len(data)
 
     def _send(self, half: _Half) -> None:
         due, data = half.chunks.popleft()
@@ -1428,12 +1347,11 @@ class Proxy:
         except BlockingIOError:
             sent = 0
         except OSError:  # to a client that was killed go answers to what it sent before
-            half.clear()
+            half.chunks.clear()
             half.ended = half.ended or not self._outlives(half)
             return
         if sent < len(data):
             half.chunks.appendleft((due, data[sent:]))
-        half.size -= sent
         self.forwarded += sent
         if self._bytes_per_s:
             half.next_send = time.monotonic() + sent / self._bytes_per_s
@@ -1464,8 +1382,7 @@ class Proxy:
 def in_threads(count: int, work: Callable[[int], None]) -> None:
     """Run work(0), work(1), … at once; raise what the first of them raised."""
     with ThreadPoolExecutor(count) as pool:
-        for _ in pool.map(work, range(count)):
-            pass
+        list(pool.map(work, range(count)))
 
 
 def random_text(size: int) -> bytes:
@@ -1486,16 +1403,17 @@ def leases(client: EtcdClient) -> set[int]:
     return {lease.ID for lease in answer.leases}
 
 
-class Load:
+class Load(Closing):
     """Changes on both sides of a prefix until stopped, whatever the servers do meanwhile.
 
     Some keys are changed by both sides, so that there are conflicts; some by one side only; some
-    expire. Every value is written once, so that an event in etcd tells which change it was. The
-    schema must be there.
+    expire. Every value is written once, so that an event in etcd tells which change it was.
     """
 
-    def __init__(self, db: str, endpoint: str, prefix: str, per_s: float, seed: int) -> None:
-        self.db, self.endpoint, self.prefix, self.per_s = db, endpoint, prefix, per_s
+    PAUSE_S = 1 / 150  # between the changes of each side
+
+    def __init__(self, db: str, endpoint: str, prefix: str, seed: int) -> None:
+        self.db, self.endpoint, self.prefix = db, endpoint, prefix
         self.client = EtcdClient(endpoint)
         self.recorder = Recorder(self.client, prefix, self.client.revision() + 1)
         self.etcd_changes = 0  # answered so far
@@ -1505,10 +1423,8 @@ class Load:
         self.errors: list[str] = []  # what no fault excuses
         self._random = [random.Random(seed), random.Random(seed + 1)]
         self._ended = threading.Event()
-        targets = (self._change_etcd, self._change_sql)
-        self._threads = [threading.Thread(target=target, daemon=True) for target in targets]
-        for thread in self._threads:
-            thread.start()
+        pool = ThreadPoolExecutor(2)
+        self._sides = [pool.submit(side) for side in (self._change_etcd, self._change_sql)]
 
     def _key(self, dice: random.Random, side: str) -> str:
         kind = "both" if dice.random() < 0.3 else side
@@ -1517,21 +1433,14 @@ class Load:
     def _change_etcd(self) -> None:
         dice = self._random[0]
         with EtcdClient(self.endpoint, timeout=5) as client:
-            for number in itertools.count():
-                if self._ended.wait(1 / self.per_s):
-                    return
+            while not self._ended.wait(self.PAUSE_S):
+                value = f"etcd-{next(_numbers)}"
                 keys = {self._key(dice, "etcd") for _ in range(dice.choice((1, 1, 1, 3)))}
                 doomed = {key for key in keys if dice.random() < 0.2}
                 try:
                     lease = client.grant(2) if dice.random() < 0.02 else 0  # which expires
-                    answer = client.txn(
-                        [
-                            client.delete_op(key)
-                            if key in doomed
-                            else client.put_op(key, f"etcd-{number}", lease)
-                            for key in keys
-                        ]
-                    )
+                    puts = [client.put_op(key, value, lease) for key in keys - doomed]
+                    answer = client.txn([*puts, *map(client.delete_op, doomed)])
                 except grpc.RpcError:
                     self.unsure += len(doomed)
                     continue
@@ -1539,28 +1448,19 @@ class Load:
                 self.deleted |= {(answer.header.revision, key.encode()) for key in doomed}
 
     def _change_sql(self) -> None:
-        dice = self._random[1]
-        conn: Any = None
-        for number in itertools.count():
-            if self._ended.wait(1 / self.per_s):
-                break
+        dice, db = self._random[1], make_dsn(self.db, options="-cstatement_timeout=5s")
+        while not self._ended.wait(self.PAUSE_S):
+            sql, args = self._statement(dice, f"sql-{next(_numbers)}")
             try:
-                conn = conn or connect(self.db, options="-cstatement_timeout=5s")
-                with conn.cursor() as cur:
-                    cur.execute(*self._statement(dice, number))
-                    self.committed += [id_ for (id_,) in cur]
+                self.committed += [id_ for (id_,) in rows(db, sql, *args)]
             except psycopg2.OperationalError:  # away, or a lock that does not come
-                if conn:
-                    conn.close()
-                conn = None
+                continue
             except psycopg2.Error as exc:
                 self.errors.append(f"{exc.pgcode}: {exc}")
-        if conn:
-            conn.close()
 
-    def _statement(self, dice: random.Random, number: int) -> tuple[str, tuple[Any, ...]]:
+    def _statement(self, dice: random.Random, value: str) -> tuple[str, tuple[Any, ...]]:
         """What returns the ids of its changes."""
-        key, value, kind = self._key(dice, "sql"), f"sql-{number}", dice.random()
+        key, kind = self._key(dice, "sql"), dice.random()
         if kind < 0.02:
             sql = "SELECT etcd_delete_prefix(%s);"
             return sql + OWN_CHANGES_SQL, (f"{self.prefix}both/{dice.randrange(10)}",)
@@ -1608,16 +1508,16 @@ class Load:
 
     def stop(self) -> None:
         self._ended.set()
-        for thread in self._threads:
-            thread.join(WAIT_S)
-        assert not any(thread.is_alive() for thread in self._threads), "the load did not end"
+        for side in self._sides:
+            side.result(WAIT_S)
         assert not self.errors, self.errors[:5]
 
     def finish(self, gaps: bool = False) -> collections.Counter[str]:
         """Stop, and compare everything; gaps: etcd may have compacted what was not mirrored."""
         self.stop()
         wait_settled(self.db)
-        self.wait_expired()
+        kvs = self.client.range
+        wait_until("a lease stays", lambda: not any(kv.lease for kv in kvs(self.prefix).kvs))
         assert_same(self.recorder, self.db, self.prefix, gaps=gaps)
         wait_equal(self.db, self.client, self.prefix)
         statuses = assert_outcomes(self.recorder, self.db, load=self, compacted=gaps)
@@ -1626,14 +1526,6 @@ class Load:
         assert self.etcd_changes > 20 < statuses["success"], statuses  # or there was no load
         assert not statuses["failed"], statuses
         return statuses
-
-    def wait_expired(self) -> None:
-        """Wait until no key has a lease any more."""
-
-        def leased() -> bool:
-            return any(kv.lease for kv in self.client.range(self.prefix).kvs)
-
-        wait_until("a lease does not expire", lambda: not leased())
 
     def close(self) -> None:
         self._ended.set()
@@ -1644,18 +1536,12 @@ class Load:
 @pytest.fixture
 def load(db: str, prefix: str, etcd_address: EtcdAddress) -> Iterator[Callable[..., Load]]:
     """Start a load: load(etcd=own_etcd.endpoint, postgres=own_postgres.dsn(), seed=7)."""
-    loads: list[Load] = []
+    with ExitStack() as stack:
 
-    def start(
-        etcd: str | None = None, postgres: str | None = None, per_s: float = 150.0, seed: int = 1
-    ) -> Load:
-        endpoint = etcd or etcd_address.endpoint
-        loads.append(Load(postgres or db, endpoint, prefix, per_s, seed))
-        return loads[-1]
+        def start(etcd: str = etcd_address.endpoint, postgres: str = db, seed: int = 1) -> Load:
+            return stack.enter_context(Load(postgres, etcd, prefix, seed))
 
-    yield start
-    for one in loads:
-        one.close()
+        yield start
 
 
 # ── command line and configuration ───────────────────────────────────────────
@@ -9959,22 +9845,15 @@ def test_soak(daemon, db, prefix, own_etcd, load, seed):
             own_etcd.start()
 
         def terminate_backends() -> None:
-            sql = """
-                SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-                WHERE datname = current_database() AND application_name LIKE 'etcd_fdw %'
-            """
-            rows(db, sql)
-
-        def compact() -> None:
-            play.compact()
+            whose = "datname = current_database() AND application_name LIKE 'etcd_fdw %'"
+            rows(db, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {whose}")
 
         def lock_mirror() -> None:
             with frozen_mirror(db):
                 play.run(dice.randrange(100))
 
-        faults: list[Callable[[], None]] = [kill_daemon, fail_network, pause_etcd, compact]
-        faults += [bytes_arrive_late]
-        faults += [own_etcd.restart, kill_etcd, terminate_backends, lock_mirror]
+        faults: list[Callable[[], None]] = [kill_daemon, fail_network, bytes_arrive_late, kill_etcd]
+        faults += [pause_etcd, own_etcd.restart, play.compact, terminate_backends, lock_mirror]
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             play.run(dice.randrange(200))
@@ -9998,7 +9877,6 @@ def test_soak(daemon, db, prefix, own_etcd, load, seed):
 # Nothing is asserted about time, only that what was measured is complete.
 
 BENCH_SCALE = float(os.environ.get("ETCD_FDW_BENCH_SCALE") or 0.3)
-MAX_TXN_OPS = 100  # the program's default
 
 
 def scaled(number: int, least: int = 100) -> int:
@@ -10006,112 +9884,58 @@ def scaled(number: int, least: int = 100) -> int:
     return max(least, int(number * BENCH_SCALE))
 
 
-def _serve(conn: Any, function: Callable[..., Iterator[None]], args: tuple[Any, ...]) -> None:
-    steps = function(*args)
-    next(steps)
-    conn.send(None)
-    conn.recv()
-    try:
-        next(steps)
-    except StopIteration as end:
-        conn.send(end.value)
-    os._exit(0)  # gRPC's threads would wait for streams that are still open
-
-
-class Helper:
-    """A generator function in a process of its own: prepares up to its yield, then waits for go."""
-
-    def __init__(self, function: Callable[..., Iterator[None]], *args: Any) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.conn, theirs = context.Pipe()
-        context.Process(target=_serve, args=(theirs, function, args), daemon=True).start()
-        theirs.close()
-        self.result()
-
-    def go(self) -> Helper:
-        self.conn.send(None)
-        return self
-
-    def result(self, timeout: float = 600.0) -> Any:
-        """Return what the function returned."""
-        assert self.conn.poll(timeout), "a helper of the benchmark does not answer"
-        return self.conn.recv()
-
-
 def put_load(
     endpoint: str, prefix: str, txns: int, keys: int, size: int, at_once: int, rate: float = 0.0
-) -> Any:
-    """Put `keys` keys in each of `txns` Txns, at_once of them in flight; rate: Txns per second.
-
-    Returns when it began and ended (monotonic). There are 100,000 different keys, or more.
-    """
-    client, value = EtcdClient(endpoint), random_text(size)
-    names = [f"{prefix}{n:07}" for n in range(max(100_000, txns * keys))]
+) -> tuple[float, float]:
+    """Send Txns of `keys` puts, at_once of them in flight; return when that began and ended."""
+    value, errors = random_text(size), []
     requests = [
         etcdrpc.TxnRequest(
-            success=[client.put_op(name, value) for name in names[n * keys : (n + 1) * keys]]
+            success=[EtcdClient.put_op(f"{prefix}{n * keys + i:07}", value) for i in range(keys)]
         ).SerializeToString()
         for n in range(txns)
     ]
-    send = client.channel.unary_unary("/etcdserverpb.KV/Txn")  # bytes in, bytes out: cheap
-    slots, errors = threading.Semaphore(at_once), []
-    yield
+    slots = threading.Semaphore(at_once)
 
     def done(future: Any) -> None:
         slots.release()
         if future.exception():
             errors.append(future.exception())
 
-    began = time.monotonic()
-    for n, request in enumerate(requests):
-        if rate:
-            time.sleep(max(0.0, began + n / rate - time.monotonic()))
-        slots.acquire()
-        send.future(request).add_done_callback(done)
-    for _ in range(at_once):
-        slots.acquire()
+    with EtcdClient(endpoint) as client:
+        send = client.channel.unary_unary("/etcdserverpb.KV/Txn")  # bytes in, bytes out: cheap
+        began = time.monotonic()
+        for n, request in enumerate(requests):
+            if rate:
+                time.sleep(max(0.0, began + n / rate - time.monotonic()))
+            slots.acquire()
+            send.future(request).add_done_callback(done)
+        for _ in range(at_once):
+            slots.acquire()
     assert not errors, errors[0]
     return began, time.monotonic()
 
 
-def watch_stream(client: EtcdClient, prefix: str, start_revision: int) -> Any:
-    """Return the responses of a watch that asks for the same things as the program's."""
-    create = etcdrpc.WatchCreateRequest(
-        key=prefix.encode(), range_end=prefix_end(prefix), start_revision=start_revision
-    )
-    create.progress_notify = True
-
-    def requests() -> Iterator[Any]:
-        yield etcdrpc.WatchRequest(create_request=create)
-        threading.Event().wait()
-
-    return client.watches.Watch(requests())
-
-
-def bare_watch(endpoint: str, prefix: str, start_revision: int, count: int) -> Any:
-    """Count the events of a watch, as the program asks for them; returns when all had come."""
-    client = EtcdClient(endpoint)
-    yield
-    began = time.monotonic()
-    for response in watch_stream(client, prefix, start_revision):
-        count -= len(response.events)
-        if count <= 0:
-            break
-    return began, time.monotonic()
+def bare_watch(endpoint: str, prefix: str, start_revision: int, count: int) -> tuple[float, float]:
+    """Watch until so many events have come; return when that began and ended (monotonic)."""
+    with EtcdClient(endpoint) as client:
+        began = time.monotonic()
+        for response in client.watch(start_revision, prefix):
+            count -= len(response.events)
+            if count <= 0:
+                break
+        return began, time.monotonic()
 
 
 def bare_txns(
-    endpoint: str, prefix: str, txns: int, groups: int, members: int, size: int, ready: bool = False
-) -> Any:
-    """Send the Txns that the program makes of transactions with `members` changes, one by one.
+    endpoint: str, prefix: str, txns: int, groups: int, members: int, ready: bool = False
+) -> float:
+    """Send Txns as the program makes them, one by one; return how many changes a second that are.
 
-    `groups` of them in each Txn; 0: all change one and the same key, one after another.
+    Each has `groups` transactions with `members` changes; 0: all change one key, one after another.
     ready: they are made beforehand, as bytes, so that etcd has all of the machine.
     """
-    client, value = EtcdClient(endpoint), random_text(size)
-    numbers, revision = itertools.count(), 0
-    path, types = "/etcdserverpb.KV/Txn", etcdrpc.TxnResponse.FromString
-    send = client.channel.unary_unary(path, response_deserializer=types)
+    value, numbers, revision = random_text(64), itertools.count(), 0
 
     def request() -> bytes:
         txn = etcdrpc.TxnRequest()
@@ -10128,22 +9952,24 @@ def bare_txns(
         return made
 
     made = [request() for _ in range(txns)] if ready else None
-    yield
-    began = time.monotonic()
-    for number in range(txns):
-        answer = send(made[number] if made else request())
-        assert made or all(one.response_txn.succeeded for one in answer.responses)
-        revision = answer.header.revision
-    return began, time.monotonic()
+    with EtcdClient(endpoint) as client:
+        path, types = "/etcdserverpb.KV/Txn", etcdrpc.TxnResponse.FromString
+        send = client.channel.unary_unary(path, response_deserializer=types)
+        began = time.monotonic()
+        for number in range(txns):
+            answer = send(made[number] if made else request())
+            assert made or all(one.response_txn.succeeded for one in answer.responses)
+            revision = answer.header.revision
+    return txns * (groups or 1) * members / (time.monotonic() - began)
 
 
 def sql_load(
     db: str, sessions: int, each: int, statement: str, rate: float = 0.0, durable: bool = False
-) -> Any:
-    """Commit `each` transactions in each session, in a loop on the server; c, i: session, turn.
+) -> Callable[[], tuple[float, float]]:
+    """Open sessions; return what commits `each` transactions in each, and when it began and ended.
 
-    rate: transactions a second in each session. durable: waiting for the disk, which limits how
-    many fit into a second. Returns when it began and ended.
+    They run in a loop on the server; c, i: session, turn. rate: transactions a second in each
+    session. durable: waiting for the disk, which limits how many fit into a second.
     """
     block = """
         DO $$ DECLARE c int := {}; t timestamptz := clock_timestamp();
@@ -10152,17 +9978,21 @@ def sql_load(
     pace = "PERFORM pg_sleep(extract(epoch FROM t - clock_timestamp()) + i * {})"
     wait = pace.format(1 / rate) if rate else "NULL"
     options = f"-csynchronous_commit={'on' if durable else 'off'}"
-    conns = [connect(db, options=options) for _ in range(sessions)]
-    yield
+    cursors = [connect(db, options=options).cursor() for _ in range(sessions)]
 
-    def run(number: int) -> None:
-        with conns[number].cursor() as cur:
-            cur.execute(block.format(number, each, wait, statement))
+    def run() -> tuple[float, float]:
+        began = time.monotonic()
+        in_threads(sessions, lambda n: cursors[n].execute(block.format(n, each, wait, statement)))
+        return began, time.monotonic()
 
-    began = time.monotonic()
-    with ThreadPoolExecutor(sessions) as pool:
-        list(pool.map(run, range(sessions)))
-    return began, time.monotonic()
+    return run
+
+
+# for sql_load: so many rows in one transaction
+INSERT_ROWS = """
+    INSERT INTO etcd_wal (key, value)
+    SELECT format('{}%s/%s/%s', c, i, n), repeat('v', 64) FROM generate_series(1, {}) n
+"""
 
 
 class Figure(NamedTuple):
@@ -10174,12 +10004,10 @@ class Figure(NamedTuple):
     bare: float | None = None
     note: str = ""
 
-
-def percentiles(what: str, samples: Sequence[float]) -> list[Figure]:
-    """Return figures for latencies in seconds."""
-    ms = sorted(sample * 1000 for sample in samples)
-    points = {"p50": ms[len(ms) // 2], "p99": ms[len(ms) * 99 // 100], "max": ms[-1]}
-    return [Figure(f"{what}, {name}", value, "ms") for name, value in points.items()]
+    def __str__(self) -> str:
+        ratio = f"{self.bare:>12,.0f} {self.value / self.bare:>6.2f}" if self.bare else ""
+        value = f"{self.value:,.0f}" if self.value >= 1000 else f"{self.value:,.2f}"
+        return f"{self.what:<58} {value:>12} {self.unit:<11} {ratio:>19}  {self.note}".rstrip()
 
 
 class Bench:
@@ -10187,265 +10015,199 @@ class Bench:
 
     def __init__(self, figures: list[Figure], log_dir: Path, stack: ExitStack) -> None:
         self.figures, self.log_dir, self.stack = figures, log_dir, stack
-        server_defaults = ["-c", "fsync=on"]
-        self.postgres = stack.enter_context(LocalPostgres(server_defaults))
+        self.postgres = stack.enter_context(LocalPostgres(["-c", "fsync=on"]))
         self.etcd = stack.enter_context(LocalEtcd(["--quota-backend-bytes=8589934592"]))
         self.client = stack.enter_context(EtcdClient(self.etcd.endpoint))
-        self.names = itertools.count(1)
+        processes = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"))
+        self.start = stack.enter_context(processes).submit
+        self.numbers = itertools.count(1)
 
-    def setting(self) -> tuple[str, str, Any]:
-        """Return a fresh prefix, the DSN of a fresh database, and a connection to that."""
-        number = next(self.names)
+    def setting(self) -> tuple[str, str]:
+        """Return a fresh prefix, and the DSN of a fresh database."""
+        number = next(self.numbers)
         rows(self.postgres.dsn(), f"CREATE DATABASE b{number}")
-        db = self.postgres.dsn(f"b{number}")
-        conn = self.stack.enter_context(closing(connect(db)))
-        return f"/b{number}/", db, conn
+        return f"/b{number}/", self.postgres.dsn(f"b{number}")
 
     def daemon(self, prefix: str, db: str, *args: str) -> Daemon:
         """Start the program and wait until it mirrors."""
-        dsn = etcd_dsn(self.etcd.endpoint, prefix)
-        daemon = Daemon(self.log_dir / f"daemon{next(self.names)}.log", "-p", db, "-e", dsn, *args)
+        log_path = self.log_dir / f"daemon{next(self.numbers)}.log"
+        daemon = Daemon(log_path, "-p", db, "-e", etcd_dsn(self.etcd.endpoint, prefix), *args)
         self.stack.callback(daemon.kill)
         daemon.wait_log("watching")
         return daemon
 
     def watched_load(
         self, prefix: str, txns: int, keys: int, size: int, at_once: int
-    ) -> tuple[Helper, Helper]:
-        """Return a bare watch client at work, and a load that waits for go."""
-        endpoint, start = self.etcd.endpoint, self.client.revision() + 1
-        watch = Helper(bare_watch, endpoint, prefix, start, txns * keys).go()
-        return watch, Helper(put_load, endpoint, prefix, txns, keys, size, at_once)
+    ) -> tuple[float, float]:
+        """Put; return when that began, and how many events a second a bare watch client got."""
+        endpoint, count = self.etcd.endpoint, txns * keys
+        watch = self.start(bare_watch, endpoint, prefix, self.client.revision() + 1, count)
+        began, _ = self.start(put_load, endpoint, prefix, txns, keys, size, at_once).result()
+        return began, count / (watch.result()[1] - began)
 
-    def spent(self, daemon: Daemon, conn: Any) -> tuple[float, ...]:
-        """Return CPU seconds of the program, PostgreSQL and etcd, and bytes of WAL, so far."""
-        wal = query(conn, "SELECT pg_current_wal_flush_lsn() - '0/0'::pg_lsn")
-        servers = [self.postgres.process, self.etcd.process]
-        return cpu_s(daemon.pid), *(tree_cpu_s(server.pid) for server in servers if server), wal
+    def add(self, *figure: Any, note: str = "") -> None:
+        self.figures.append(Figure(*figure)._replace(note=note))
+        print(self.figures[-1], flush=True)
 
-    def add_cost(
-        self, what: str, count: int, before: Sequence[float], after: Sequence[float]
-    ) -> None:
-        """Add what 1000 changes cost."""
-        spent = [(b - a) * 1000 / count for a, b in zip(before, after)]
-        for party, cost in zip(("the program", "PostgreSQL", "etcd"), spent):
-            self.add(Figure(f"cost {what}: CPU of {party}", cost * 1000, "ms/1000"))
-        self.add(Figure(f"cost {what}: PostgreSQL's WAL", float(spent[3]) / 1024, "KiB/1000"))
+    def add_percentiles(self, what: str, samples: Iterable[float], note: str = "") -> None:
+        """Add figures for latencies in seconds."""
+        ms = sorted(sample * 1000 for sample in samples)
+        points = {"p50": ms[len(ms) // 2], "p99": ms[len(ms) * 99 // 100], "max": ms[-1]}
+        for name, value in points.items():
+            self.add(f"{what}, {name}", value, "ms", note=note)
 
-    def add(self, *figures: Figure) -> None:
-        for figure in figures:
-            self.figures.append(figure)
-            print(format_figure(figure), flush=True)
+    @contextmanager
+    def cost(self, what: str, count: int, daemon: Daemon, db: str) -> Iterator[None]:
+        """Add what 1000 changes cost, of so many that are made meanwhile."""
+
+        def spent() -> tuple[float, ...]:
+            wal = scalar(db, "SELECT pg_current_wal_flush_lsn() - '0/0'::pg_lsn")
+            parties = daemon, self.postgres, self.etcd
+            return *(tree_cpu_s(party.process.pid) for party in parties), float(wal)
+
+        before = spent()
+        yield
+        *cpu, wal = ((b - a) * 1000 / count for a, b in zip(before, spent()))
+        for party, cost in zip(("the program", "PostgreSQL", "etcd"), cpu):
+            self.add(f"cost {what}: CPU of {party}", cost * 1000, "ms/1000")
+        self.add(f"cost {what}: PostgreSQL's WAL", wal / 1024, "KiB/1000")
 
 
-def query(conn: Any, sql: str, *args: Any) -> Any:
-    """Return the first column of the first row, on a connection that stays."""
-    with conn.cursor() as cur:
-        cur.execute(sql, args or None)
-        row = cur.fetchone()
-        return row and row[0]
+def tree_cpu_s(pid: int) -> float:
+    """Return the processor time of a process and all of its children, those of now and before."""
+    used = cpu_s(pid)
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split():
+        with suppress(FileNotFoundError):  # it has ended since, and will be counted the next time
+            used += cpu_s(int(child))
+    return used
 
 
-def wait_state(conn: Any, column: str, least: int, timeout: float = 300.0) -> float:
+def wait_state(db: str, column: str, least: int) -> float:
     """Wait until a column of etcd_sync_state has come so far; return when (monotonic)."""
     sql = f"SELECT {column} FROM etcd_sync_state"
-    wait_until(f"{column} did not reach {least}", lambda: query(conn, sql) >= least, timeout)
+    wait_until(f"{column} did not reach {least}", lambda: scalar(db, sql) >= least, 300)
     return time.monotonic()
 
 
-def format_figure(figure: Figure) -> str:
-    ratio = f"{figure.bare:>12,.0f} {figure.value / figure.bare:>6.2f}" if figure.bare else ""
-    value = f"{figure.value:,.0f}" if figure.value >= 1000 else f"{figure.value:,.2f}"
-    return f"{figure.what:<58} {value:>12} {figure.unit:<11} {ratio:>19}  {figure.note}".rstrip()
+def memory(daemon: Daemon) -> str:
+    return f"{peak_mib(daemon.pid):.0f} MiB resident at most"
 
 
 @pytest.fixture(scope="module")
 def figures() -> Iterator[list[Figure]]:
-    """The figures of all measurements, shown at the end as a table and as JSON."""
+    """The figures of all measurements, shown at the end as a table."""
     figures: list[Figure] = []
     yield figures
     head = f"{'what':<58} {'figure':>12} {'unit':<11} {'bare':>12} {'ratio':>6}  note"
-    print("\n", head, *map(format_figure, figures), "", sep="\n")
-    data = json.dumps({"scale": BENCH_SCALE, "figures": [f._asdict() for f in figures]}, indent=1)
+    print("\n", head, *figures, "", sep="\n")
     if path := os.environ.get("ETCD_FDW_BENCH_JSON"):
-        Path(path).write_text(data + "\n", encoding="utf-8")
-    else:
-        print(data)
+        data = {"scale": BENCH_SCALE, "figures": [figure._asdict() for figure in figures]}
+        Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def bench_etcd_to_postgres(bench: Bench) -> None:
     """Throughput of the mirror, following a load and catching up; against a bare watch client."""
-    for what, size, txns, keys, at_once in (
-        ("64 writers, 64 B", 64, 100_000, 1, 64),
-        ("64 writers, 1 KiB", 1024, 20_000, 1, 64),
-        ("64 writers, 64 KiB", 65536, 1500, 1, 64),
-        ("Txns of 100 keys, 64 B", 64, 3000, 100, 4),
-        ("Txns of 100 keys, 1 KiB", 1024, 500, 100, 4),
-        ("Txns of 16 keys, 64 KiB", 65536, 100, 16, 4),
+    for what, *shape in (
+        ("64 writers, 64 B", scaled(100_000), 1, 64, 64),
+        ("Txns of 100 keys, 64 B", scaled(3000, 20), 100, 64, 4),
+        ("Txns of 100 keys, 1 KiB", scaled(500, 20), 100, 1024, 4),
     ):
-        prefix, db, conn = bench.setting()
-        txns = scaled(txns, 20)
-        count = txns * keys
+        what = f"etcd to SQL, {what}"
+        prefix, db = bench.setting()
+        count = shape[0] * shape[1]
         bench.daemon(prefix, db).stop()
-
         start = bench.client.revision() + 1
-        watch, writers = bench.watched_load(prefix, txns, keys, size, at_once)
-        began, _ = writers.go().result()
-        alone = count / (watch.result()[1] - began)
-        catch_up = Helper(bare_watch, bench.etcd.endpoint, prefix, start, count).go()
-        began, ended = catch_up.result()
+        _, alone = bench.watched_load(prefix, *shape)
+        began, ended = bench.start(bare_watch, bench.etcd.endpoint, prefix, start, count).result()
         daemon = bench.daemon(prefix, db)
         daemon_began = time.monotonic()
-        took = wait_state(conn, "revision", bench.client.revision()) - daemon_began
-        note = f"{txns} missed revisions"
-        bench.add(
-            Figure(
-                f"etcd to SQL, {what}: catch-up",
-                count / took,
-                "events/s",
-                count / (ended - began),
-                note,
-            )
-        )
-        watch, writers = bench.watched_load(prefix, txns, keys, size, at_once)
-        before = bench.spent(daemon, conn)
-        began, ended = writers.go().result()
-        followed = count / (watch.result()[1] - began)
-        rate = count / (wait_state(conn, "revision", bench.client.revision()) - began)
-        note = f"the bare client alone: {alone:,.0f}"
-        bench.add(Figure(f"etcd to SQL, {what}", rate, "events/s", followed, note))
-        if size == 64:
-            bench.add_cost(f"etcd to SQL, {what}", count, before, bench.spent(daemon, conn))
-        assert query(conn, "SELECT count(*) FROM etcd") == 2 * count
+        caught_up = count / (wait_state(db, "revision", bench.client.revision()) - daemon_began)
+        note = f"{shape[0]} missed revisions"
+        bench.add(f"{what}: catch-up", caught_up, "events/s", count / (ended - began), note=note)
+        with bench.cost(what, count, daemon, db):
+            began, followed = bench.watched_load(prefix, *shape)
+            rate = count / (wait_state(db, "revision", bench.client.revision()) - began)
+        bench.add(what, rate, "events/s", followed, note=f"the bare client alone: {alone:,.0f}")
+        assert scalar(db, "SELECT count(*) FROM etcd") == 2 * count
         daemon.stop()
-
-
-# for sql_load: so many rows in one transaction
-INSERT_ROWS = """
-    INSERT INTO etcd_wal (key, value)
-    SELECT format('{}%s/%s/%s', c, i, n), repeat('v', 64) FROM generate_series(1, {}) n
-"""
 
 
 def bench_postgres_to_etcd(bench: Bench) -> None:
     """Throughput of the push; against a bare client that sends the same Txns one after another."""
     for what, sessions, transactions, members, statement in (
-        ("one INSERT of 50 k rows", 1, 1, 50_000, INSERT_ROWS),
-        ("32 sessions, one-row transactions", 32, 1000, 1, INSERT_ROWS),
-        ("transactions of 10 changes", 8, 400, 10, INSERT_ROWS),
-        ("one hot key", 1, 2000, 1, "PERFORM etcd_set('{}0', i::text)"),
+        ("one INSERT of 50 k rows", 1, 1, scaled(50_000), INSERT_ROWS),
+        ("32 sessions, one-row transactions", 32, scaled(1000, 10), 1, INSERT_ROWS),
+        ("transactions of 10 changes", 8, scaled(400, 10), 10, INSERT_ROWS),
+        ("one hot key", 1, scaled(2000, 10), 1, "PERFORM etcd_set('{}0', i::text)"),
     ):
-        prefix, db, conn = bench.setting()
-        if members > 10:
-            members = scaled(members)
-        else:
-            transactions = scaled(transactions, 10)
+        what = f"SQL to etcd, {what}"
+        prefix, db = bench.setting()
         count = sessions * transactions * members
-        statement = statement.format(prefix, members)
         daemon = bench.daemon(prefix, db)
-        hot = "hot" in what
         width = members if members <= 10 else 1
-        groups = 0 if hot else MAX_TXN_OPS - width
-        txns = max(1, count // (groups or 1) // width)
-        bare = Helper(bare_txns, bench.etcd.endpoint, f"/bare{prefix}", txns, groups, width, 64)
-        began, ended = bare.go().result()
-        bare_rate = txns * (groups or 1) * width / (ended - began)
-        beforehand = ""
+        groups = 0 if "hot" in what else 100 - width  # of --max-txn-ops
+        shape = max(1, count // (groups or 1) // width), groups, width
+        etcd = bench.etcd.endpoint
+        bare = bench.start(bare_txns, etcd, f"/bare{prefix}", *shape).result()
+        note = ""
         if groups:  # a hot key's next Txn needs the answer to the one before
-            where = bench.etcd.endpoint, f"/bytes{prefix}"
-            began, ended = Helper(bare_txns, *where, txns, groups, width, 64, True).go().result()
-            beforehand = f"of bytes made beforehand {txns * groups * width / (ended - began):,.0f}"
-        writers = Helper(sql_load, db, sessions, transactions, statement)
-        before = bench.spent(daemon, conn)
-        began, committed = writers.go().result()
-        finished = wait_state(conn, "applied", count)
-        after = bench.spent(daemon, conn)
+            made = bench.start(bare_txns, etcd, f"/bytes{prefix}", *shape, True)
+            note = f"of bytes made beforehand {made.result():,.0f}"
+        write = sql_load(db, sessions, transactions, statement.format(prefix, members))
+        with bench.cost(what, count, daemon, db):
+            began, committed = write()
+            finished = wait_state(db, "applied", count)
         if sessions == transactions == 1:
             began = committed  # nobody can see a row before
-        alone = f"SQL alone {count / (committed - began):,.0f}" if committed > began else ""
-        note = ", ".join(filter(None, (alone, beforehand)))
-        bench.add(
-            Figure(f"SQL to etcd, {what}", count / (finished - began), "changes/s", bare_rate, note)
-        )
-        bench.add_cost(f"SQL to etcd, {what}", count, before, after)
-        assert query(conn, "SELECT count(*) FROM etcd_wal WHERE status = 'success'") == count
+        bench.add(what, count / (finished - began), "changes/s", bare, note=note)
+        assert scalar(db, "SELECT count(*) FROM etcd_wal WHERE status = 'success'") == count
         daemon.stop()
 
 
 def sender(target: str) -> Callable[[str], Any]:
     """Return what changes a key at the target, an etcd endpoint or a DSN, to the time of now."""
     if target.startswith("postgresql:"):
-        conn = connect(target)
-        return lambda key: query(conn, "SELECT etcd_set(%s, %s)", key, repr(time.monotonic()))
+        return lambda key: rows(target, "SELECT etcd_set(%s, %s)", key, repr(time.monotonic()))
     client = EtcdClient(target)
     return lambda key: client.put(key, repr(time.monotonic()))
 
 
-def timed_changes(target: str, prefix: str, count: int, rate: float) -> Any:
-    """Change `count` keys, at that many a second whether or not they arrive."""
+def hundred_a_second(target: str, prefix: str, count: int) -> None:
+    """Change so many keys, whether or not the changes arrive."""
     send = sender(target)
     send(prefix + "first/")
-    yield
     began = time.monotonic()
     for n in range(count):
-        time.sleep(max(0.0, began + n / rate - time.monotonic()))
+        time.sleep(max(0.0, began + n / 100 - time.monotonic()))
         send(f"{prefix}latency/{n}")
 
 
 def mirror_latencies(db: str, prefix: str) -> Iterator[float]:
-    """Return, as they come, how long changes by sender() took to be visible in the mirror."""
-    conn = connect(db)
-    query(
-        conn,
-        f"""
+    """Yield 0 once it listens, then how long changes by sender() took to be seen in the mirror."""
+    sql = f"""
         CREATE FUNCTION seen() RETURNS trigger LANGUAGE plpgsql AS
         $$ BEGIN PERFORM pg_notify('seen', NEW.value); RETURN NULL; END $$;
         CREATE TRIGGER seen AFTER INSERT ON etcd FOR EACH ROW
         WHEN (starts_with(NEW.key, '{prefix}latency/')) EXECUTE FUNCTION seen();
-        LISTEN seen; SELECT 1
-        """,
-    )
-
-    def notified() -> Iterator[float]:
-        while select.select([conn], [], [], 60)[0]:
-            conn.poll()
-            while conn.notifies:
-                yield time.monotonic() - float(conn.notifies.pop(0).payload)
-        raise TimeoutError("a change did not arrive in SQL")
-
-    return notified()
+        LISTEN seen
+    """
+    with session(db, sql) as cur:
+        yield 0.0
+        while select.select([cur.connection], [], [], 60)[0]:
+            cur.connection.poll()
+            while cur.connection.notifies:
+                yield time.monotonic() - float(cur.connection.notifies.pop(0).payload)
+    raise TimeoutError("a change did not arrive in SQL")
 
 
 def watch_latencies(endpoint: str, prefix: str) -> Iterator[float]:
-    """Return, as they come, how long changes by sender() took to be seen by a watch."""
-    stream = watch_stream(EtcdClient(endpoint), prefix + "latency/", 0)
-    next(stream)  # it is there
-    return (
-        time.monotonic() - float(event.kv.value) for response in stream for event in response.events
-    )
-
-
-def both_ways(bench: Bench, prefix: str, db: str) -> Iterator[tuple[str, str, Iterator[float]]]:
-    """Yield for each way its name, whom sender() writes to, and the latencies as they come."""
-    yield "etcd to SQL", bench.etcd.endpoint, mirror_latencies(db, prefix)
-    yield "SQL to etcd", db, watch_latencies(bench.etcd.endpoint, prefix)
-
-
-def one_at_a_time(target: str, prefix: str, seen: Iterator[float], count: int) -> list[float]:
-    """Change a key, wait until it is seen, change the next one."""
-    send, samples = sender(target), []
-    for n in range(count):
-        send(f"{prefix}latency/{n}")
-        samples.append(next(seen))
-    return samples
-
-
-def hundred_a_second(target: str, prefix: str, seen: Iterator[float], count: int) -> list[float]:
-    """Change keys at a fixed rate, whether or not the changes arrive."""
-    changes = Helper(timed_changes, target, prefix, count, 100.0).go()
-    samples = list(itertools.islice(seen, count))
-    changes.result()
-    return samples
+    """Yield 0 once it watches, then how long changes by sender() took to be seen by it."""
+    with EtcdClient(endpoint) as client:
+        for response in client.watch(0, prefix + "latency/"):
+            if response.created:
+                yield 0.0
+            for event in response.events:
+                yield time.monotonic() - float(event.kv.value)
 
 
 def timed(count: int, action: Callable[[int], Any]) -> list[float]:
@@ -10463,55 +10225,49 @@ def bench_latency(bench: Bench) -> None:
 
     The floor of each way is what its durable writes cost by themselves.
     """
-    prefix, db, conn = bench.setting()
-    count = scaled(500)
+    prefix, db = bench.setting()
+    count, txns = scaled(500), scaled(500, 20)
     puts = timed(count, lambda n: bench.client.put(f"/floor{prefix}{n}", str(n)))
-    query(conn, "CREATE TABLE floor (n int); SELECT 1")
-    commits = timed(count, lambda n: query(conn, "INSERT INTO floor VALUES (%s) RETURNING n", n))
-    bench.add(*percentiles("floor of etcd to SQL: a put", puts))
-    both = [put + commit for put, commit in zip(puts, commits)]
-    bench.add(*percentiles("floor of SQL to etcd: a commit and a put", both))
+    rows(db, "CREATE TABLE floor (n int)")
+    commits = timed(count, lambda n: rows(db, "INSERT INTO floor VALUES (%s)", n))
+    bench.add_percentiles("floor of etcd to SQL: a put", puts)
+    bench.add_percentiles("floor of SQL to etcd: a commit and a put", map(sum, zip(puts, commits)))
     bench.daemon(prefix, db)
-    for what, target, seen in both_ways(bench, prefix, db):
-        samples = one_at_a_time(target, prefix, seen, count)
-        bench.add(*percentiles(f"latency {what}, one at a time", samples))
-        samples = hundred_a_second(target, prefix, seen, count)
-        bench.add(*percentiles(f"latency {what}, 100 a second", samples))
+    endpoint, threads = bench.etcd.endpoint, bench.stack.enter_context(ThreadPoolExecutor())
 
-        def load(part: int, rate: float, target: str = target) -> Helper:
-            txns = scaled(500, 20) if not rate else int(rate * (count / 100 + 1))
-            if target != db:
-                return Helper(put_load, target, f"{prefix}{part}/", txns, 100, 64, 4, rate).go()
-            statement = INSERT_ROWS.format(f"{prefix}{part}/", 100)
-            return Helper(sql_load, db, 1, txns, statement, rate).go()
+    def load_etcd(part: str, txns: int, rate: float) -> Any:
+        return bench.start(put_load, endpoint, prefix + part, txns, 100, 64, 4, rate)
 
-        column, done = ("revision", bench.client.revision) if target != db else ("applied", None)
-        start = query(conn, f"SELECT {column} FROM etcd_sync_state")
-        began, _ = load(1, 0).result()
-        changes = scaled(500, 20) * 100
-        full = changes / (wait_state(conn, column, done() if done else start + changes) - began)
-        helper = load(2, full / 100 / 2)
-        samples = hundred_a_second(target, prefix, seen, count)
-        note = f"{full / 2:,.0f} changes/s beside it"
-        bench.add(*(f._replace(note=note) for f in percentiles(f"latency {what}, loaded", samples)))
-        helper.result()
+    def load_sql(part: str, txns: int, rate: float) -> Any:
+        return threads.submit(sql_load(db, 1, txns, INSERT_ROWS.format(prefix + part, 100), rate))
 
-
-def tree_cpu_s(pid: int) -> float:
-    """Return the processor time of a process and all of its children, those of now and before."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
-    used = cpu_s(pid)
-    for child in children:
-        with suppress(FileNotFoundError):  # it has ended since, and will be counted the next time
-            used += cpu_s(int(child))
-    return used
+    for what, target, latencies, load, column in (
+        ("latency etcd to SQL", endpoint, mirror_latencies(db, prefix), load_etcd, "events"),
+        ("latency SQL to etcd", db, watch_latencies(endpoint, prefix), load_sql, "applied"),
+    ):
+        send, samples = sender(target), []
+        next(latencies)  # both are there
+        for n in range(count):
+            send(f"{prefix}latency/{n}")
+            samples.append(next(latencies))
+        bench.add_percentiles(f"{what}, one at a time", samples)
+        changes = bench.start(hundred_a_second, target, prefix, count)
+        bench.add_percentiles(f"{what}, 100 a second", list(itertools.islice(latencies, count)))
+        changes.result()
+        goal = scalar(db, f"SELECT {column} FROM etcd_sync_state") + txns * 100
+        began, _ = load("1/", txns, 0).result()
+        half = txns * 100 / (wait_state(db, column, goal) - began) / 2
+        loaded = load("2/", int(half / 100 * (count / 100 + 1)), half / 100)
+        changes = bench.start(hundred_a_second, target, prefix, count)
+        samples = list(itertools.islice(latencies, count))
+        bench.add_percentiles(f"{what}, loaded", samples, f"{half:,.0f} changes/s beside it")
+        changes.result(), loaded.result()
 
 
-def bare_pages(endpoint: str, prefix: str) -> Any:
+def bare_pages(endpoint: str, prefix: str) -> float:
     """Read all keys page by page, as the program does, and only count them."""
     target = etcd_fdw.parse_etcd_dsn(etcd_dsn(endpoint, prefix))
     etcd = etcd_fdw.Etcd(target, endpoint)
-    yield
     began = time.monotonic()
     count = sum(len(page.kvs) for page in etcd.pages(0))
     return count / (time.monotonic() - began)
@@ -10519,66 +10275,34 @@ def bare_pages(endpoint: str, prefix: str) -> Any:
 
 def bench_first_copy(bench: Bench) -> None:
     """First copy and resync of an unchanged mirror; against a client that only reads the pages."""
-    prefix, _, _ = bench.setting()
+    prefix, _ = bench.setting()
     sql = """
         SELECT (details->>'keys')::bigint / extract(epoch FROM duration) FROM etcd_sync_event
         WHERE operation = %s AND (details->>'keys')::bigint = %s
     """
-    held = 0
+    held, endpoint = 0, bench.etcd.endpoint
     bench.client.timeout = 120.0  # to compact a million keys
     for size in (10_000, 100_000, 1_000_000):
         count = scaled(size, 1000) // 100 * 100
         more = (count - held) // 100
-        Helper(put_load, bench.etcd.endpoint, f"{prefix}{count}/", more, 100, 64, 4).go().result()
+        bench.start(put_load, endpoint, f"{prefix}{count}/", more, 100, 64, 4).result()
         held = count
-        bare = Helper(bare_pages, bench.etcd.endpoint, prefix).go().result()
-        _, db, conn = bench.setting()
-        daemon = bench.daemon(prefix, db)
-        note = f"{peak_mib(daemon.pid):.0f} MiB resident at most"
-        rate = query(conn, sql, "snapshot", count)
-        bench.add(Figure(f"first copy of {count:,} keys", float(rate), "keys/s", bare, note))
-        daemon.stop()
-        bench.client.put("elsewhere", "")
-        bench.client.compact(bench.client.revision())
-        daemon = bench.daemon(prefix, db)
-        daemon.wait_log("copied")
-        note = f"{peak_mib(daemon.pid):.0f} MiB resident at most"
-        rate = query(conn, sql, "resync", count)
-        bench.add(Figure(f"resync of {count:,} unchanged keys", float(rate), "keys/s", bare, note))
-        assert query(conn, "SELECT count(*) FROM etcd") == count
-        for what, target, seen in both_ways(bench, prefix, db):
-            samples = one_at_a_time(target, prefix, seen, 100)
-            figure = percentiles(f"latency {what} among {count:,} keys", samples)[0]
-            bench.add(figure)
-        bench.client.delete(f"{prefix}latency/", prefix=True)
-        daemon.stop()
-
-
-def bench_both_at_once(bench: Bench) -> None:
-    """Both ways at the same time; nothing travels twice."""
-    prefix, db, conn = bench.setting()
-    bench.daemon(prefix, db)
-    txns, transactions = scaled(1000, 20), scaled(2000, 20)
-    puts = Helper(put_load, bench.etcd.endpoint, f"{prefix}e/", txns, 100, 64, 4)
-    inserts = Helper(sql_load, db, 8, transactions // 8, INSERT_ROWS.format(f"{prefix}s/", 10))
-    changes = transactions // 8 * 8 * 10
-    began = time.monotonic()
-    puts.go(), inserts.go()
-    puts.result(), inserts.result()
-    took = wait_state(conn, "applied", changes) - began
-    bench.add(Figure("both at once, SQL to etcd", changes / took, "changes/s"))
-    took = wait_state(conn, "events", changes + txns * 100) - began
-    bench.add(Figure("both at once, etcd to SQL", txns * 100 / took, "events/s"))
-    assert query(conn, "SELECT count(*) FROM etcd_wal") == changes
-    assert query(conn, "SELECT count(*) FROM etcd") == changes + txns * 100
-    kvs = bench.client.range(prefix).kvs
-    assert len(kvs) == changes + txns * 100
-    assert all(kv.version == 1 for kv in kvs)
+        bare = bench.start(bare_pages, endpoint, prefix).result()
+        _, db = bench.setting()
+        for operation, what in (("snapshot", "first copy of"), ("resync", "resync of unchanged")):
+            daemon = bench.daemon(prefix, db)
+            daemon.wait_log("copied")
+            rate = float(scalar(db, sql, operation, count))
+            bench.add(f"{what} {count:,} keys", rate, "keys/s", bare, note=memory(daemon))
+            daemon.stop()
+            bench.client.put("elsewhere", "")
+            bench.client.compact(bench.client.revision())
+        assert scalar(db, "SELECT count(*) FROM etcd") == count
 
 
 def bench_reads(bench: Bench) -> None:
-    """Reading in SQL: 100 keys with long histories, many keys, and how many pages each takes."""
-    prefix, db, conn = bench.setting()
+    """Reading in SQL: 100 keys with long histories, and many keys."""
+    prefix, db = bench.setting()
     bench.daemon(prefix, db).stop()
     revisions, keys = scaled(10_000), scaled(1_000_000)
     fill = """
@@ -10586,70 +10310,57 @@ def bench_reads(bench: Bench) -> None:
         SELECT format(%s, n %% %s), repeat('v', 64), r * 100 + 10
         FROM generate_series(1, %s) r, generate_series(1, %s) n
     """
-    with conn.cursor() as cur:
-        cur.execute(fill, (f"{prefix}h/%s", 100, revisions, 100))
-        cur.execute(fill, (f"{prefix}m/%s", keys, 1, keys))
-        cur.execute("UPDATE etcd_sync_state SET revision = %s", (revisions * 100 + 100,))
-        cur.execute("ANALYZE etcd")
+    rows(db, fill, f"{prefix}h/%s", 100, revisions, 100)
+    rows(db, fill, f"{prefix}m/%s", keys, 1, keys)
+    rows(db, "UPDATE etcd_sync_state SET revision = %s", revisions * 100 + 100)
+    rows(db, "ANALYZE etcd")
     many = f"{keys:,} keys"
     long = f"100 keys × {revisions:,} revisions"
-    past = revisions * 50
     for what, sql in (
         (f"etcd_get, {long}", f"etcd_get('{prefix}h/7')"),
         (f"etcd_get, {many}", f"etcd_get('{prefix}m/77')"),
         (f"etcd_kv WHERE key =, {long}", f"etcd_kv WHERE key = '{prefix}h/7'"),
         (f"etcd_kv WHERE key =, {many}", f"etcd_kv WHERE key = '{prefix}m/77'"),
-        (f"etcd_list, {long}", f"etcd_list('{prefix}h/')"),
-        (f"etcd_at in the past, {long}", f"etcd_at({past}, '{prefix}h/')"),
-        (f"etcd_list, about 100 of {many}", f"etcd_list('{prefix}m/{keys // 200}')"),
-        (f"etcd_list, {many}", f"etcd_list('{prefix}m/')"),
+        (f"etcd_at in the past, {long}", f"etcd_at({revisions * 50}, '{prefix}h/')"),
     ):
-        times: list[float] = []
-        while len(times) < 50 and sum(times) < 1:
-            began = time.monotonic()
-            found = query(conn, f"SELECT count(*) FROM (SELECT * FROM {sql} OFFSET 0) x")
-            times.append(time.monotonic() - began)
-        plan = query(conn, f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) SELECT * FROM {sql}")
-        pages = plan[0]["Plan"]["Shared Hit Blocks"] + plan[0]["Plan"]["Shared Read Blocks"]
-        assert "Seq Scan" not in json.dumps(plan)
-        note = f"{found:,} rows, {pages:,} pages"
-        ms = sorted(times)[len(times) // 2] * 1000
-        bench.add(Figure(f"read {what}", ms, "ms", note=note))
+
+        def read(_: int, sql: str = sql) -> None:
+            rows(db, f"SELECT count(*) FROM (SELECT * FROM {sql} OFFSET 0) x")
+
+        times = timed(50, read)
+        bench.add(f"read {what}", sorted(times)[25] * 1000, "ms")
 
 
 def bench_idle(bench: Bench) -> None:
     """What it costs to have nothing to do."""
-    prefix, db, _ = bench.setting()
-    daemon = bench.daemon(prefix, db)
+    daemon = bench.daemon(*bench.setting())
     before, wait_s = cpu_s(daemon.pid), max(1.0, 60 * BENCH_SCALE)
     time.sleep(wait_s)
     share = (cpu_s(daemon.pid) - before) / wait_s
-    bench.add(Figure("idle: CPU", share * 100, "% of a core"))
-    bench.add(Figure("idle: resident memory at most", peak_mib(daemon.pid), "MiB"))
+    bench.add("idle: CPU", share * 100, "% of a core", note=memory(daemon))
 
 
 def bench_notify(bench: Bench) -> None:
     """What the notification costs 32 sessions that commit one row each, waiting for the disk."""
     for what, args in (("with the trigger", ()), ("with polling", ("--poll-interval", "50ms"))):
-        prefix, db, conn = bench.setting()
+        prefix, db = bench.setting()
         bench.daemon(prefix, db, *args)
         if args:
             rows(db, "ALTER TABLE etcd_wal DISABLE TRIGGER etcd_wal_notify")
-        each = scaled(200, 5)
-        load = Helper(sql_load, db, 32, each, INSERT_ROWS.format(prefix, 1), 0.0, True)
-        began, ended = load.go().result()
-        wait_state(conn, "applied", 32 * each)
-        bench.add(Figure(f"32 sessions, {what}", 32 * each / (ended - began), "commits/s"))
+        each, insert = scaled(200, 5), INSERT_ROWS.format(prefix, 1)
+        began, ended = sql_load(db, 32, each, insert, durable=True)()
+        wait_state(db, "applied", 32 * each)
+        bench.add(f"32 sessions, {what}", 32 * each / (ended - began), "commits/s")
 
 
 def bench_waiting(bench: Bench) -> None:
     """How long after the commit of an outcome etcd_wait returns, one change after another."""
     rows(bench.postgres.dsn(), "ALTER SYSTEM SET track_commit_timestamp = on")
     bench.postgres.restart()
-    prefix, db, conn = bench.setting()
+    prefix, db = bench.setting()
     bench.daemon(prefix, db)
-    query(
-        conn,
+    rows(
+        db,
         """
         CREATE FUNCTION waited(p_id bigint) RETURNS float8 LANGUAGE plpgsql AS $$
         DECLARE v_returned timestamptz;
@@ -10658,84 +10369,69 @@ def bench_waiting(bench: Bench) -> None:
             v_returned := clock_timestamp();
             RETURN extract(epoch FROM v_returned - (
                 SELECT pg_xact_commit_timestamp(xmin) FROM etcd_wal WHERE id = p_id));
-        END $$; SELECT 1
+        END $$
         """,
     )
-    samples, whole = [], []
-    for n in range(scaled(1000)):
-        began = time.monotonic()
-        change = query(conn, "SELECT etcd_set(%s, %s)", f"{prefix}{n % 10}", str(n))
-        samples.append(query(conn, "SELECT waited(%s)", change))
-        whole.append(time.monotonic() - began)
-    bench.add(*percentiles("etcd_wait after the commit of the outcome", samples))
-    bench.add(*percentiles("etcd_set and etcd_wait", whole))
+    samples = []
+
+    def change(n: int) -> None:
+        id_ = queue(db, "SELECT etcd_set(%s, %s)", f"{prefix}{n % 10}", str(n))
+        samples.append(scalar(db, "SELECT waited(%s)", id_))
+
+    whole = timed(scaled(1000), change)
+    bench.add_percentiles("etcd_wait after the commit of the outcome", samples)
+    bench.add_percentiles("etcd_set and etcd_wait", whole)
 
 
 def bench_backlog(bench: Bench) -> None:
     """Pending changes that wait for the program to start: does it slow down as they grow?"""
     for size in (10, 1000, 100_000, 1_000_000):
         count = scaled(size, 10)
-        prefix, db, conn = bench.setting()
+        prefix, db = bench.setting()
         bench.daemon(prefix, db).stop()
-        Helper(sql_load, db, 1, 1, INSERT_ROWS.format(prefix, count)).go().result()
+        sql_load(db, 1, 1, INSERT_ROWS.format(prefix, count))()
         daemon = bench.daemon(prefix, db)
         samples = [(time.monotonic(), 0)]
         while samples[-1][1] < count:
             time.sleep(0.02)
-            sample = time.monotonic(), query(conn, "SELECT applied FROM etcd_sync_state")
+            sample = time.monotonic(), scalar(db, "SELECT applied FROM etcd_sync_state")
             if sample[1] > samples[-1][1]:
                 samples.append(sample)
         (began, _), (ended, _) = samples[0], samples[-1]
-        note = f"{peak_mib(daemon.pid):.0f} MiB resident at most"
+        note = memory(daemon)
         if len(samples) > 20:
             (t1, n1), (t2, n2) = samples[len(samples) // 10], samples[-len(samples) // 10]
             first, last = n1 / (t1 - began), (count - n2) / (ended - t2)
             note = f"first tenth {first:,.0f}/s, last tenth {last:,.0f}/s; {note}"
-        rate = count / (ended - began)
-        bench.add(Figure(f"backlog of {count:,} changes", rate, "changes/s", note=note))
-        assert query(conn, "SELECT count(*) FROM etcd_wal WHERE status = 'success'") == count
+        bench.add(f"backlog of {count:,} changes", count / (ended - began), "changes/s", note=note)
+        assert scalar(db, "SELECT count(*) FROM etcd_wal WHERE status = 'success'") == count
         daemon.stop()
 
 
 def bench_batch_size(bench: Bench) -> None:
     """Catching up with Txns of 100 keys, by --batch-size."""
-    prefix, _, _ = bench.setting()
-    sizes = (100, 1000, 5000, 50_000)
-    settings = [bench.setting()[1:] for _ in sizes]
-    for db, _ in settings:
+    prefix, _ = bench.setting()
+    settings = {size: bench.setting()[1] for size in (100, 1000, 5000, 50_000)}
+    for db in settings.values():
         bench.daemon(prefix, db).stop()
     txns = scaled(1000, 20)
-    Helper(put_load, bench.etcd.endpoint, prefix, txns, 100, 64, 4).go().result()
-    for size, (db, conn) in zip(sizes, settings):
+    bench.start(put_load, bench.etcd.endpoint, prefix, txns, 100, 64, 4).result()
+    for size, db in settings.items():
         daemon = bench.daemon(prefix, db, "--batch-size", str(size))
         began = time.monotonic()
-        took = wait_state(conn, "revision", bench.client.revision()) - began
-        note = f"{peak_mib(daemon.pid):.0f} MiB resident at most"
-        what = f"catch-up with --batch-size {size}"
-        bench.add(Figure(what, txns * 100 / took, "events/s", note=note))
+        rate = txns * 100 / (wait_state(db, "revision", bench.client.revision()) - began)
+        bench.add(f"catch-up with --batch-size {size}", rate, "events/s", note=memory(daemon))
         daemon.stop()
 
 
-MEASUREMENTS = [
-    bench_etcd_to_postgres,
-    bench_postgres_to_etcd,
-    bench_both_at_once,
-    bench_latency,
-    bench_first_copy,
-    bench_reads,
-    bench_idle,
-    bench_notify,
-    bench_waiting,
-    bench_backlog,
-    bench_batch_size,
-]
+MEASUREMENTS = {name[6:]: f for name, f in list(globals().items()) if name.startswith("bench_")}
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("measure", MEASUREMENTS, ids=lambda m: m.__name__[6:])
+@pytest.mark.parametrize("measure", MEASUREMENTS)
 def test_benchmark(measure, figures, tmp_path):
     with ExitStack() as stack:
-        measure(Bench(figures, tmp_path, stack))
+        MEASUREMENTS[measure](Bench(figures, tmp_path, stack))
 
 
 # ── markers ──────────────────────────────────────────────────────────────────

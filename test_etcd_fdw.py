@@ -2541,13 +2541,13 @@ def test_counter_misses_no_step(daemon, db, prefix, etcd):
     daemon()
     update = "UPDATE etcd_kv SET value = (value::int + 1)::text WHERE key = %s"
 
-    def step_in_sql() -> bool:
+    def step_in_sql(cur: Any) -> bool:
         """Whether the step was made; it may conflict, or find another one pending."""
         try:
-            change = queue(db, f"{update}; {OWN_CHANGES_SQL}", key)
+            cur.execute(f"{update}; {OWN_CHANGES_SQL}", (key,))
         except psycopg2.errors.SerializationFailure:
             return False
-        status = outcome(db, change)[0]
+        status, _, _ = outcome(db, cur.fetchone()[0])
         assert status in ("success", "conflict")
         return status == "success"
 
@@ -2557,8 +2557,9 @@ def test_counter_misses_no_step(daemon, db, prefix, etcd):
         return bool(etcd.txn([step], compare=[etcd.unchanged(key, now.mod_revision)]).succeeded)
 
     def work(_: int) -> None:
-        for _ in range(50):
-            wait_until("no step was made", step_in_sql)
+        with session(db) as cur:
+            for _ in range(50):
+                wait_until("no step was made", lambda: step_in_sql(cur))
         for _ in range(5):
             wait_until("no step was made", step_in_etcd)
 

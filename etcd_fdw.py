@@ -530,6 +530,15 @@ def prefix_range(prefix: str) -> tuple[bytes, bytes]:
     return key, key[:-1] + bytes([key[-1] + 1])  # no byte of UTF-8 is 0xff
 
 
+def text_after(prefix: str) -> str | None:
+    """The least text above all that starts with prefix, in the order of COLLATE "C"."""
+    stem = prefix.rstrip("\U0010ffff")
+    if not stem:
+        return None
+    following = ord(stem[-1]) + 1
+    return stem[:-1] + chr(0xE000 if following == 0xD800 else following)
+
+
 COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + struct.pack(">ii", 0, 0)
 COPY_TRAILER = struct.pack(">h", -1)
 COPY_NULL = struct.pack(">i", -1)
@@ -1492,9 +1501,7 @@ class Postgres:
     def __init__(self, config: Config, guard: Guard, listen: bool = True) -> None:
         self.guard = guard
         self.prefix = config.etcd_dsn.prefix
-        # above every key with the prefix: none is longer, and no character is greater
-        after = self.prefix + "\U0010ffff" * (KEY_MAX_BYTES // 4 + 1)
-        self.bounds = {"prefix": self.prefix, "after": after}  # for SQL
+        self.bounds = {"prefix": self.prefix, "after": text_after(self.prefix)}  # for SQL
         dsn = config.postgres_dsn
         given = psycopg2.extensions.parse_dsn(dsn)
         extra: dict[str, Any] = {k: v for k, v in LIBPQ_DEFAULTS.items() if k not in given}
@@ -4819,7 +4826,7 @@ SET LOCAL statement_timeout = '2s';
 SELECT pg_catalog.count(*) FILTER (WHERE NOT e.tombstone) AS keys,
        coalesce(pg_catalog.sum(m.n), 0::numeric)::bigint AS revisions
 FROM (SELECT key, pg_catalog.max(revision) AS revision, pg_catalog.count(*) AS n FROM etcd
-      WHERE key >= %(prefix)s AND key < %(after)s
+      WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %(after)s)
       GROUP BY key) m
 JOIN etcd e ON e.key = m.key AND e.revision = m.revision
 """
@@ -5062,7 +5069,9 @@ def status(config: Config, given: Mapping[str, Any]) -> int:
 
 # ─ sync ─
 
-RESET_SQL = "DELETE FROM etcd WHERE key >= %(prefix)s AND key < %(after)s"
+RESET_SQL = """
+DELETE FROM etcd WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %(after)s)
+"""
 
 
 def reset_mirror(config: Config) -> None:

@@ -7756,6 +7756,13 @@ def test_delete_of_nothing_and_what_followed_it_before_a_crash(daemon, db, prefi
     assert assert_outcomes(recorder, db) == {"success": 3}
 
 
+def ask(db: str, key: str, value: str | None = "mine", **columns: Any) -> int:
+    """Insert a change with more columns, such as ttl or force; return its id."""
+    given = {"key": key, "value": value, **columns}
+    sql = f"INSERT INTO etcd_wal ({', '.join(given)}) VALUES %s RETURNING id"
+    return int(scalar(db, sql, tuple(given.values())))
+
+
 def test_change_made_on_a_deletion_conflicts(daemon, db, prefix, etcd):
     daemon(*HASTE).stop()
     etcd.put(prefix + "a", "etcd")
@@ -7868,6 +7875,10 @@ def apply_change(db: str, key: str) -> None:
     """Have the daemon apply a change; after that it has all that it needs to send the next."""
     rows(db, "SELECT etcd_set(%s, 'first')", key)
     assert became(db, key)[0] == "success"
+
+
+def revision_of(client: EtcdClient, key: str) -> int:
+    return int(client.get(key).mod_revision)
 
 
 def in_transactions_of_their_own(db: str, count: int, insert: str) -> None:
@@ -8149,13 +8160,6 @@ def test_backlog_of_refused_changes_shrinks_although_it_is_killed(
 # ─ leases ─
 
 
-def ask(db: str, key: str, value: str | None = "mine", **columns: Any) -> int:
-    """Insert a change with more columns, such as ttl or force; return its id."""
-    given = {"key": key, "value": value, **columns}
-    sql = f"INSERT INTO etcd_wal ({', '.join(given)}) VALUES %s RETURNING id"
-    return int(scalar(db, sql, tuple(given.values())))
-
-
 def granted_ttl(client: EtcdClient, lease: int) -> int:
     request = etcdrpc.LeaseTimeToLiveRequest(ID=lease)
     return int(client.call(client.leases.LeaseTimeToLive, request).grantedTTL)
@@ -8275,10 +8279,6 @@ def forced(db: str, id_: int) -> tuple[str, int | None, int | None]:
     """Wait until a change is done; return its status, result_revision, replaced_revision."""
     status, revision, _ = outcome(db, id_)
     return status, revision, scalar(db, "SELECT replaced_revision FROM etcd_wal WHERE id = %s", id_)
-
-
-def revision_of(client: EtcdClient, key: str) -> int:
-    return int(client.get(key).mod_revision)
 
 
 @pytest.fixture(params=[False, True], ids=["no login", "login"])
@@ -8806,14 +8806,9 @@ class SecureEtcd(LocalEtcd):
 
     @classmethod
     def add_users(cls, client: EtcdClient) -> None:
-        for user, password in (("root", "root"), ("fdw", "secret")):
-            add = etcdrpc.AuthUserAddRequest(name=user, password=password)
-            client.call(client.auth.UserAdd, add)
-            client.call(client.auth.RoleAdd, etcdrpc.AuthRoleAddRequest(name=user))
-            grant = etcdrpc.AuthUserGrantRoleRequest(user=user, role=user)
-            client.call(client.auth.UserGrantRole, grant)
-        for key_range in ("/t/", OWN_KEYS):
-            cls.permit(client, READWRITE, key_range)
+        add_etcd_user(client, "root", "root", "", "root")
+        add_etcd_user(client, "fdw", "secret", "/t/", "fdw")
+        cls.permit(client, READWRITE, OWN_KEYS)
 
     @staticmethod
     def permit(client: EtcdClient, kind: int, prefix: str) -> None:

@@ -753,22 +753,21 @@ def parse_etcd_dsn(text: str) -> EtcdTarget:
         raise ValueError("not an etcd DSN: expected etcd://[user:password@]host[:2379]/[prefix]")
     if re.search(r"%(?![0-9A-Fa-f]{2})", text):
         raise ValueError("a % in it begins no escape such as %2F" + UNESCAPED)
-    try:
-        url = urllib.parse.urlsplit(text)
-    except ValueError:
-        raise ValueError("not a URL" + UNESCAPED) from None
-    if re.search(r"[#\t\r\n]", text) or "@" in url.path + url.query:
+    # as in RFC 3986; urllib's way is for one host: some versions refuse two in brackets
+    match = re.fullmatch(r"etcd://([^/?#\t\r\n]*)(/[^?#@\t\r\n]*)?(?:\?([^#@\t\r\n]*))?", text)
+    if not match:
         raise ValueError("not a URL: it has a #, an @ behind the hosts or a tab" + UNESCAPED)
+    netloc, path, query = match.groups("")
     try:
-        urllib.parse.unquote(f"{url.netloc} {url.query}", errors="strict")
+        urllib.parse.unquote(f"{netloc} {query}", errors="strict")
     except UnicodeDecodeError:
         raise ValueError("the login or a parameter is not UTF-8") from None
-    login, _, hosts = url.netloc.rpartition("@")
+    login, _, hosts = netloc.rpartition("@")
     username, _, password = map(urllib.parse.unquote, login.partition(":"))
-    prefix = urllib.parse.unquote_to_bytes(url.path)
+    prefix = urllib.parse.unquote_to_bytes(path)
     if not is_storable(prefix):
         raise ValueError(f"the prefix is not text of up to {KEY_MAX_BYTES} bytes (UTF-8, no NUL)")
-    given = parse_etcd_parameters(url.query)
+    given = parse_etcd_parameters(query)
     given.setdefault("username", username or None)
     given.setdefault("password", password or None)
     if (given["username"] is None) != (given["password"] is None):
@@ -5219,7 +5218,8 @@ def sync(config: Config, given: Mapping[str, Any]) -> int:
 
 
 def compare_mirror(config: Config) -> dict[str, Any]:
-    """Compare both sides at the checkpoint."""
+    """Compare both sides at the checkpoint, or at a newer one if etcd has compacted that."""
+    give_up_at = time.monotonic() + LAG_LIMIT_S
     with connection(config) as (engine, postgres):
         version = postgres.usable_schema_version()
         if 0 < version < SCHEMA_VERSION:
@@ -5227,19 +5227,20 @@ def compare_mirror(config: Config) -> dict[str, Any]:
                 f"the database has schema version {version}, this script's is {SCHEMA_VERSION}:"
                 " start it, which applies that"
             )
-        state = postgres.state() if version else None
-        if state is None:
-            raise EtcdFdwError("there is no mirror yet: start the daemon, or run sync")
-        # connect only now: etcd's revision must not be older than the checkpoint
-        with closing(engine.connect_etcd()) as etcd:
-            check_cluster(etcd, state)
-            try:
+        while True:
+            state = postgres.state() if version else None
+            if state is None:
+                raise EtcdFdwError("there is no mirror yet: start the daemon, or run sync")
+            # connect only now: etcd's revision must not be older than the checkpoint
+            with closing(engine.connect_etcd()) as etcd, suppress(Compacted):
+                check_cluster(etcd, state)
                 return compare_at_checkpoint(postgres, etcd, state.revision)
-            except Compacted as exc:
+            if time.monotonic() > give_up_at:  # else an active instance may be further soon
                 raise EtcdFdwError(
                     f"etcd has compacted revision {state.revision}, which the mirror is at, and"
                     " now holds something else: run sync, which copies again"
-                ) from exc
+                )
+            engine.pause(0.2)
 
 
 def validate(config: Config, given: Mapping[str, Any]) -> int:

@@ -853,7 +853,6 @@ def assert_same(
     gaps: where etcd had compacted what was missing, it has what was left of it.
     """
     recorder.sync()
-    history = [event for event in recorder.history() if event.revision >= since]
     resyncs = """
         SELECT coalesce(target_revision, 0), source_revision FROM etcd_sync_event
         WHERE operation IN ('snapshot', 'resync') AND prefix = %s ORDER BY id
@@ -862,15 +861,17 @@ def assert_same(
         SELECT revision, convert_to(key, 'UTF8'), lease FROM etcd
         WHERE starts_with(key, %s) AND revision >= %s
     """
-    expected, mirrored = history, list[Event]()
+    expected, mirrored = list[Event](), list[Event]()
 
     def same() -> bool:
         nonlocal expected, mirrored
         # PostgreSQL may be restarting, or the daemon about to apply the schema
         with suppress(psycopg2.OperationalError, psycopg2.errors.UndefinedTable):
             mirrored = mirror_rows(db, prefix, since)
+            # each time anew, as others may go on writing
+            expected = [event for event in recorder.history() if event.revision >= since]
             if gaps:
-                expected = survivors(history, rows(db, resyncs, prefix))
+                expected = survivors(expected, rows(db, resyncs, prefix))
             return mirrored == expected and all(
                 (lease or 0) == recorder.leases.get((revision, key), 0)
                 for revision, key, lease in rows(db, leases, prefix, since)

@@ -2493,18 +2493,30 @@ def test_delete_of_what_is_not_there_is_success_without_revision(daemon, db, pre
 
 def test_transaction_beyond_max_txn_ops_is_applied_key_by_key(daemon, db, prefix, etcd):
     daemon("--max-txn-ops", "20")
-    stale = etcd.put(prefix + "k7", "etcd")
+    for stale in ("k7", "yk7"):
+        etcd.put(prefix + stale, "etcd")
     insert = (
         "INSERT INTO etcd_wal (key, value) SELECT %s || 'k' || i, i FROM generate_series(1, %s) i"
     )
     rows(db, insert, prefix, 50)
     statuses = wait_settled(db)
     assert statuses == ["success"] * 6 + ["conflict"] + ["success"] * 43
-    assert etcd.get(prefix + "k7").mod_revision == stale
-    rows(db, insert, prefix + "x", 17)  # beside receipt, nested transaction and refusal: one Txn
-    assert set(wait_settled(db)[50:]) == {"success"}
+    for name, status in [("x", "success"), ("y", "conflict")]:
+        rows(db, insert, prefix + name, 17)  # beside receipt, nested transaction and refusal
+        assert wait_settled(db)[-17:] == [status] * 17
     assert len({kv.mod_revision for kv in etcd.range(prefix + "x").kvs}) == 1
     wait_equal(db, etcd, prefix)
+
+
+def test_transaction_that_waits_for_one_key_is_not_overtaken_at_another(daemon, db, prefix, etcd):
+    daemon().stop()
+    a, b = prefix + "a", prefix + "b"
+    insert = "INSERT INTO etcd_wal (key, value, force) SELECT k, %s, true FROM unnest(%s) k"
+    for value, keys in [("1", [a]), ("2", [a, b]), ("3", [b])]:
+        rows(db, insert, value, keys)
+    daemon()
+    assert wait_settled(db) == ["success"] * 4
+    assert (etcd.get(a).value, etcd.get(b).value) == (b"2", b"3")
 
 
 def test_transaction_beyond_a_mebibyte_is_applied_key_by_key(daemon, db, prefix, etcd):

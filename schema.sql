@@ -491,14 +491,10 @@ LANGUAGE plpgsql STABLE SET enable_sort = off AS $$
 -- last of those, and descends the index once for each key found. enable_sort is off so that a plan made while
 -- the table was small cannot turn into a scan when it grows.
 DECLARE
-    v_end  text;  -- no key with the prefix is above: ends the search where row-level security hides the rest
+    -- No key with the prefix is above, as none has 2800 bytes more: ends the search where row-level security
+    -- hides the rest.
+    v_end  text := p_prefix || pg_catalog.repeat(pg_catalog.chr(1114111), 700);
 BEGIN
-    IF getdatabaseencoding() = 'UTF8' THEN
-        -- 2800 bytes more, which is more than a key in the index can have
-        v_end := p_prefix || pg_catalog.repeat(pg_catalog.chr(1114111), 700);
-    ELSE
-        v_end := (SELECT e.key FROM etcd e ORDER BY e.key DESC LIMIT 1);
-    END IF;
     RETURN QUERY
     WITH RECURSIVE step (keys) AS (
         SELECT pg_catalog.array_agg(DISTINCT b.key)

@@ -8419,6 +8419,25 @@ def test_troubleshooting_has_every_warning_and_error():
         assert words in text, message
 
 
+def test_loop_that_measures_pauses_has_a_line_for_each_change(daemon, db, etcd_address):
+    if not shutil.which("psql"):
+        pytest.skip("needs psql")
+    daemon(etcd=etcd_address.dsn("/config/"))
+    loop = subprocess.Popen(
+        ["bash", "-c", readme_block("probe")],
+        env={**clean_environ(), "DSN": db},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert loop.stdout
+    with closing(loop.stdout):
+        lines = [loop.stdout.readline() for _ in range(3)]
+        os.killpg(loop.pid, signal.SIGKILL)
+        loop.wait()
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \S+\|success\n", line) for line in lines), lines
+
+
 class LocalCoreDns(Breakable):
     """A CoreDNS that answers for the zone local.example from an etcd's keys below /skydns."""
 

@@ -1086,6 +1086,7 @@ class Guard(threading.Thread):
         self.waker = waker
         self.notifier = SystemdNotifier(os.environ)
         self.stop_by: float | None = None  # monotonic; set once asked to stop
+        self.exit_code = 0  # if it ends without having stopped in good order
         self.requests: set[int] = set()  # other signals, for the loop to take
         self.turned_at = time.monotonic()  # when the loop last went on
         self._lock = threading.Lock()
@@ -1152,13 +1153,13 @@ class Guard(threading.Thread):
         elif self.stop_by is None:
             self.stop()
         else:
-            os._exit(0)  # the second time; a crash at any point loses nothing
+            os._exit(self.exit_code)  # the second time; a crash at any point loses nothing
         self.waker.wake()
 
     def _enforce(self, now: float) -> None:
         if self.stop_by is not None and now > self.stop_by + 1:
             log.warning("could not stop within %(limit)ds: leaving as it is", limit=STOP_LIMIT_S)
-            os._exit(0)
+            os._exit(self.exit_code)
         with self._lock:
             if self._limit and now > self._limit[1]:
                 log.warning("no answer from PostgreSQL in time: closing the connection")
@@ -5162,6 +5163,7 @@ def bring_in_step(config: Config) -> dict[str, Any]:
     Raises EtcdFdwError if that instance does not get on, and what ends an engine.
     """
     engine, observer = Engine(config), Engine(config)
+    engine.guard.exit_code = observer.guard.exit_code = EtcdFdwError.exit_code
     observer.guard.listen()
     engine.guard.start()
     goal, summary = Goal(engine), None

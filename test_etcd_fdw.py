@@ -5140,6 +5140,18 @@ def test_sync_that_waits_ends_at_once(daemon, db, prefix, signum):
     one.resume()
 
 
+def test_sync_that_cannot_stop_is_no_success(daemon, db, prefix, etcd):
+    etcd.put(prefix + "a", "1")
+    with session(db, SCHEMA_SQL) as cur:
+        cur.execute("BEGIN; LOCK TABLE etcd")
+        client = daemon("sync", ready=False)
+        waiting = "SELECT pid FROM pg_locks WHERE relation = 'etcd'::regclass AND NOT granted"
+        wait_until("it does not write", lambda: scalar(db, waiting))
+        client.signal(signal.SIGTERM)
+        assert client.wait_exit() == 4
+    assert "could not stop within 10s" in client.log()
+
+
 def test_sync_retries_what_was_refused(daemon, command, db, prefix, etcd):
     daemon()
     insert = "INSERT INTO etcd_wal (key, value, revision) VALUES (%s, %s, 999999)"

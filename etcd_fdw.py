@@ -41,15 +41,18 @@ Sections; none calls what stands below it, but for the Engine that many are give
   etcd3 on today's protobuf
   errors          what a server's message means; masked() hides passwords
   values, pure helpers
-  options         one field of Config for each; the parsers of their values; who sets them
+  options         one field of Config for each, and a row in README's table; the parsers of their
+                  values; settings(): flag before environment before file
   log
   waker, signals  Guard takes signals, and limits every wait for PostgreSQL
-  metrics         exposition() prints what Counters and Metrics count; /metrics, /healthz, /readyz
+  metrics         what Metrics and Counters (in values) count, each where it happens, and
+                  exposition() prints; /metrics, /healthz, /readyz
   PostgreSQL side a session: connect, locks, schema, transactions
   etcd side       a client and its token; pages of a snapshot; the watch thread
   outbox          a row's way from etcd_wal to etcd and back: OutboxTransaction decides on the
                   versions to compare, Queue orders, Txn puts compares, changes and leases together,
-                  Pipeline sends, Outbox takes answers and settles lost ones by the Receipts
+                  Pipeline sends, Outbox takes answers, words conflicts (conflict_message), and
+                  settles lost answers by the Receipts
   mirror          an event's way into table etcd: Intake, Batch, Mirror; the snapshot; each commit
                   begins a generation, which wakes etcd_wait()
   comparison      both sides at one revision, for validate, sync and repairs
@@ -3079,13 +3082,12 @@ class Outbox:
         """The error that says who sends in place of this session."""
         try:
             other = dict(json.loads(owner[0].value))
-        except (IndexError, ValueError, TypeError):  # somebody else has deleted or written it
-            other = {}
-        who = "process {pid} on {host}, for database {database}".format_map(
-            collections.defaultdict(lambda: "?", other)
-        )
+            who = "process {pid} on {host}, for database {database}".format_map(other)
+        except (IndexError, KeyError, ValueError, TypeError):
+            key = self.receipts.owner.decode()
+            return Fenced(f"etcd: somebody has deleted or overwritten the key {key}")
         error = Fenced(f"{who}, has begun to send changes for this mirror: nothing more is sent")
-        error.copy = other.get("database") != self.postgres.database
+        error.copy = other["database"] != self.postgres.database
         return error
 
     def applied(self, transaction: OutboxTransaction, revision: int) -> list[Outcome]:

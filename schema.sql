@@ -30,6 +30,7 @@
 --                 etcd_wait_revision(revision)          wait until the mirror has a revision of etcd
 --                 etcd_retry(id)                        queue a conflict or failure again
 --                 etcd_dismiss(id)                      acknowledge a conflict or failure
+--     trigger     etcd_wal_notify                       wakes the daemon
 --     version     etcd_schema_version()
 -- What starts with an underscore is internal and may change with any version.
 --

@@ -7551,10 +7551,14 @@ def test_what_others_write_to_the_daemons_own_keys_is_named(daemon, db, prefix, 
     apply_change(db, prefix + "first")
     etcd.put(f"{own}/owner", "garbage")
     apply_change(db, prefix + "second")
+    etcd.delete(f"{own}/owner")
+    apply_change(db, prefix + "third")
+    warnings = re.findall(r"WARN .* deleted or overwritten the key (\S+); retrying", running.log())
+    assert warnings == [f"{own}/owner"] * 2
     running.kill()
     etcd.put(f"{own}/receipt", "garbage")
     running = daemon(*HASTE)
-    rows(db, SET, prefix + "third")
+    rows(db, SET, prefix + "fourth")
     assert running.wait_exit() == 4
     assert re.search(rf"etcd_fdw: .*{own}/receipt", running.log().splitlines()[-1])
 

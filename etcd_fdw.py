@@ -1814,10 +1814,10 @@ CONNECT_HINTS = (
     ("Unwrap failed", "does it want a client certificate? see cert=FILE and key=FILE"),
     ("Secure read failed", "does it want a client certificate? see cert=FILE and key=FILE"),
     ("ALERT", "does it want a client certificate? see cert=FILE and key=FILE"),
-    (
-        "Socket closed",
+    *dict.fromkeys(
+        ("Socket closed", "onnection reset", "roken pipe"),
         "does it want TLS or not, or a client certificate? see tls=, ca=, cert= and key=FILE",
-    ),
+    ).items(),
 )
 
 
@@ -3911,9 +3911,9 @@ def compare_up_to(
 class Timer:
     """Something that is done from time to time."""
 
-    def __init__(self, action: Callable[[], float]) -> None:
+    def __init__(self, action: Callable[[], float], due_in: float = 0.0) -> None:
         self.action = action  # returns in how many seconds it is due again
-        self.due_at = time.monotonic()
+        self.due_at = time.monotonic() + due_in
 
     def run(self) -> None:
         """Do it."""
@@ -4063,7 +4063,8 @@ class Session:
         self.outbox_error: EtcdFdwError | None = None  # the last one for which changes wait
         self.outbox_after = 0.0  # monotonic: when to open an outbox again
         self.dirty = True  # there may be pending changes that were not read
-        self.timers = [Timer(a) for a in (self.poll, self.heartbeat, self.summarise, self.gauge)]
+        self.timers = [Timer(action) for action in (self.poll, self.heartbeat, self.gauge)]
+        self.timers.append(Timer(self.summarise, SUMMARY_S))
         self.chores = [
             Chore(engine, postgres, *chore, **start)
             for chore, start in (

@@ -1437,7 +1437,7 @@ class Load(Closing):
             while not self._ended.wait(self.PAUSE_S):
                 value = f"etcd-{next(_numbers)}"
                 keys = {self._key(dice, "etcd") for _ in range(dice.choice((1, 1, 1, 3)))}
-                doomed = {key for key in keys if dice.random() < 0.2}
+                doomed = {key for key in sorted(keys) if dice.random() < 0.2}
                 try:
                     lease = client.grant(2) if dice.random() < 0.02 else 0  # which expires
                     puts = [client.put_op(key, value, lease) for key in keys - doomed]
@@ -1698,10 +1698,13 @@ def test_start_up_ends_in_time_although_something_silent_listens(db, side):
         postgres = make_dsn(db, port=port) if side == "postgresql" else db
         etcd_ = f"etcd://127.0.0.1:{port if side == 'etcd' else 1}/x/?dial_timeout=60s"
         started = time.monotonic()
+        run_script("--version")
+        loaded = time.monotonic()
         done = run_script("-p", postgres, "-e", etcd_, "--startup-timeout=2s", "-l", "error")
-        took = time.monotonic() - started
+        took = time.monotonic() - loaded
     assert done.returncode == 2
-    assert 2 < took < 10, done.stderr  # one answer is else waited for 10 s, and 60 s
+    # one answer is else waited for 10 s, and 60 s
+    assert 2 < took < 10 + loaded - started, done.stderr
 
 
 @pytest.mark.parametrize("words", [["start"], ["--dry-run"], ["config", "validate", "--connect"]])
@@ -3983,8 +3986,8 @@ def test_waiting_leaves_nothing_behind(schema: str) -> None:
         ThreadPoolExecutor() as pool,
     ):
         waiter = pool.submit(cur.execute, "SELECT etcd_wait(1, '90 s')")
-        wait_until("nobody waits", lambda: blocked(schema))
-        rows(schema, "SELECT pg_cancel_backend(%s)", blocked(schema))
+        pid = wait_until("nobody waits", lambda: blocked(schema))
+        rows(schema, "SELECT pg_cancel_backend(%s)", pid)
         with pytest.raises(psycopg2.errors.QueryCanceled, match="due to user request"):
             waiter.result(timeout=WAIT_S)
         cur.execute("BEGIN")
@@ -4920,6 +4923,16 @@ def test_status_shows_who_stands_by(daemon, command):
     wait_until("still there", lambda: not status_of(command)["standbys"])
 
 
+def status_when(command: Callable[..., Any], condition: Callable[[Any], bool]) -> Any:
+    """The first status for which a condition is true: it gives its watch only a moment."""
+
+    def found() -> Any:
+        status = status_of(command)
+        return condition(status) and status
+
+    return wait_until("another status", found)
+
+
 def test_status_before_the_first_start_and_after_the_last(daemon, command, prefix, etcd):
     done = command("status", "--check")
     assert (done.returncode, done.stdout) == (5, "no instance is active\n")
@@ -4932,8 +4945,7 @@ def test_status_before_the_first_start_and_after_the_last(daemon, command, prefi
     etcd.put(prefix + "a", "1")
     etcd.put(prefix + "b", "1")
     etcd.delete(prefix, prefix=True)
-    found = status_of(command)
-    assert found["lag_revisions"] == 3
+    found = status_when(command, lambda found: found["lag_revisions"] == 3)
     assert found["lag_s"] > 0
     assert found["problems"][1:] == ["the mirror is behind by 3 revisions"]
 
@@ -4942,7 +4954,8 @@ def test_status_says_when_the_active_instance_hangs(daemon, command, prefix, etc
     one = daemon()
     one.pause()
     etcd.put(prefix + "a", "1")
-    done = command("status", "--check")
+    status_when(command, lambda found: found["lag_revisions"] == 1)
+    done = wait_until("healthy", lambda: (ran := command("status", "--check")).returncode and ran)
     assert (done.returncode, done.stdout) == (5, "the mirror is behind by 1 revision\n")
 
 
@@ -5393,20 +5406,25 @@ def test_metrics_tell_what_happened(daemon, db, prefix, etcd):
     rows(db, "SELECT etcd_set(%s, 'x')", prefix + "b")
     rows(db, "INSERT INTO etcd_wal (key, value, revision) VALUES (%s, 'x', 1)", prefix + "a")
     wait_settled(db)
-    conflicts = 'etcd_fdw_changes_total{outcome="conflict"}'
-    wait_until("no conflict", lambda: read_metrics(one)[conflicts])
-    after = read_metrics(one)
+    checkpoint = scalar(db, "SELECT revision FROM etcd_status")
+
+    def counted() -> dict[str, float]:  # some of it after the commit
+        found = read_metrics(one)
+        done = found["etcd_fdw_apply_seconds_count"] - before["etcd_fdw_apply_seconds_count"] == 2
+        reached = found["etcd_fdw_checkpoint_revision"] == checkpoint
+        return found if done and reached and found.get("etcd_fdw_pending_changes") == 0 else {}
+
+    after = wait_until("not counted", counted)
     grown = {name: after[name] - before[name] for name in after if name in before}
     assert grown['etcd_fdw_changes_total{outcome="success"}'] == 1
     assert grown["etcd_fdw_events_total"] == 2
-    assert grown["etcd_fdw_apply_seconds_count"] == 2
+    assert grown['etcd_fdw_changes_total{outcome="conflict"}'] == 1
     assert grown['etcd_fdw_apply_seconds_bucket{le="+Inf"}'] == 2
     assert 0 < grown["etcd_fdw_apply_seconds_sum"] < 10
     assert grown["etcd_fdw_batches_total"] >= 2 and grown["etcd_fdw_batch_seconds_total"] > 0
-    assert after["etcd_fdw_checkpoint_revision"] == scalar(db, "SELECT revision FROM etcd_status")
     assert after["etcd_fdw_active"] == 1
     assert after['etcd_fdw_connected{side="etcd"}'] == 1
-    assert after["etcd_fdw_pending_changes"] == 0 == after["etcd_fdw_oldest_pending_seconds"]
+    assert after["etcd_fdw_oldest_pending_seconds"] == 0
     assert after["etcd_fdw_info" + f'{{prefix="{prefix}",version="{etcd_fdw.__version__}"}}'] == 1
 
 
@@ -5462,8 +5480,11 @@ def test_catching_up_is_lag(daemon, db, prefix, etcd):
 
 def connections_of(pid: int) -> int:
     """How many sockets a process has open."""
-    links = [os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()]
-    return sum(link.startswith("socket:") for link in links)
+    found = 0
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            found += os.readlink(fd).startswith("socket:")
+    return found
 
 
 def connect_metrics(one: Daemon) -> socket.socket:
@@ -5677,7 +5698,9 @@ def test_systemd_is_told(daemon, prefix, tmp_path, abstract):
 
 def test_systemd_hears_of_a_lost_server(daemon, tmp_path, own_etcd, prefix):
     with Manager(str(tmp_path / "notify")) as manager:
-        daemon(env=manager.env, etcd=etcd_dsn(own_etcd.endpoint, prefix))
+        # a ping each second, not three: the socket keeps ten messages that were not read yet
+        env = {**manager.env, "WATCHDOG_USEC": "9000000"}
+        daemon(env=env, etcd=etcd_dsn(own_etcd.endpoint, prefix))
         manager.wait("READY=1")
         own_etcd.stop()
         manager.wait("STATUS=etcd is unavailable")
@@ -5738,15 +5761,15 @@ def test_json_log_has_the_last_words_too(command):
 
 
 def test_info_log_is_quiet(daemon, db, prefix, etcd):
-    one = daemon()
+    one, began = daemon(), time.monotonic()
     mark = one.mark()
     for n in range(100):
         etcd.put(f"{prefix}e{n}", "x")
         rows(db, "SELECT etcd_set(%s, 'x')", f"{prefix}s{n}")
     wait_until("not there", lambda: len(mirror_rows(db, prefix)) == 200)
-    assert one.log()[mark:] == ""
     one.stop()
-    assert len(one.log()[mark:].splitlines()) <= 2
+    minutes = (time.monotonic() - began) / 60
+    assert len(one.log()[mark:].splitlines()) <= 2 + minutes  # the summary, and "stopped"
 
 
 # housekeeping: retentions are measured against rows that are made older
@@ -5852,11 +5875,14 @@ def test_housekeeping_goes_through_everything_in_steps(daemon, db, prefix, etcd)
     with suppress(TimeoutError):
         wait_until("not all deleted", lambda: rows(db, left) == [(11, count, 3 * count)])
     assert rows(db, left) == [(11, count, 3 * count)]
-    deleted = read_metrics(one)
-    assert deleted['etcd_fdw_deleted_rows_total{table="etcd"}'] == count - 10
-    assert deleted['etcd_fdw_deleted_rows_total{table="etcd_wal"}'] == count
-    # and the first copy's
-    assert deleted['etcd_fdw_deleted_rows_total{table="etcd_sync_event"}'] == count + 1
+    expected = {"etcd": count - 10, "etcd_wal": count, "etcd_sync_event": count + 1}  # first copy's
+    total = 'etcd_fdw_deleted_rows_total{{table="{}"}}'
+
+    def counted() -> bool:  # after the commit
+        deleted = read_metrics(one)
+        return all(deleted[total.format(table)] == number for table, number in expected.items())
+
+    wait_until("not counted", counted)
 
 
 def test_retention_keep_deletes_nothing(daemon, db, prefix, etcd):
@@ -5934,7 +5960,7 @@ def test_application_is_told_of_revisions(daemon, db, prefix, etcd):
         revisions = [etcd.put(f"{prefix}{n}", "x") for n in range(20)]
         wait_until("not mirrored", lambda: len(mirror_rows(db, prefix)) == 21)
         one.stop()
-        cur.connection.poll()
+        cur.execute("SELECT 1")  # the answer comes after what was notified before
         ranges = [tuple(map(int, n.payload.split("-"))) for n in cur.connection.notifies]
         assert ranges[0][0] == 1 and before <= ranges[0][1] < revisions[0]  # the first copy
         covered = [r for r in revisions if any(first <= r <= last for first, last in ranges[1:])]
@@ -6718,8 +6744,8 @@ def test_takeover_from_a_killed_daemon_whose_statement_goes_on(daemon, db, etcd,
 def test_settings_of_the_database_do_not_apply(daemon, db, etcd, recorder, prefix):
     name = scalar(db, "SELECT current_database()")  # the session of rows() keeps its own settings
     for assignment in (
-        "statement_timeout = '200ms'",
-        "idle_in_transaction_session_timeout = '200ms'",
+        "statement_timeout = '1s'",  # which also holds for the session's first statements
+        "idle_in_transaction_session_timeout = '1s'",
         "array_nulls = off",
         "default_transaction_isolation = 'serializable'",
     ):
@@ -6730,7 +6756,7 @@ def test_settings_of_the_database_do_not_apply(daemon, db, etcd, recorder, prefi
     rows(db, "SELECT etcd_delete(%s)", prefix + "a")  # success without a revision
     rows(db, "SELECT etcd_set(%s, '1')", prefix + "b")
     assert [status for status, _ in outcomes(db, 2)] == ["success"] * 2
-    etcd.txn([etcd.put_op(f"{prefix}{n}", "1") for n in range(10)])
+    etcd.txn([etcd.put_op(f"{prefix}{n}", "1") for n in range(40)])
     assert_same(recorder, db, prefix)
     assert "WARN" not in started.log()
 
@@ -7143,6 +7169,7 @@ def test_ids_used_again_after_a_failover_are_other_changes(
 ):
     """On the new timeline both ids and transaction ids go on where the standby was."""
     db = own_postgres.dsn()
+    rows(db, "ALTER SYSTEM SET autovacuum = off")  # it takes transaction ids
     insert = f"INSERT INTO etcd_wal (key, value) VALUES ('{prefix}' || n, '%s' || n)"
     daemon(*FAST, postgres=db).stop()
     with streaming_standby(own_postgres) as (standby, stream, both):
@@ -8348,8 +8375,13 @@ def test_patroni_cluster_is_mirrored_through_restart_and_failover(
 
         first.kill()
         body = {"leader": "pg1", "candidate": "pg2"}
-        assert members[0].ask("switchover", body) == 200
-        wait_until("no switchover", lambda: leader_of(members) is members[1])
+
+        def switched() -> bool:  # it may refuse at first, or answer before it is done
+            if leader_of(members) is members[0]:
+                members[0].ask("switchover", body)
+            return leader_of(members) is members[1]
+
+        wait_until("no switchover", switched)
         second = daemon(**servers)
 
         wait_until("pg1 does not follow", lambda: members[0].ask("replica") == 200)

@@ -157,8 +157,8 @@ CREATE TABLE IF NOT EXISTS etcd_wal (
     CONSTRAINT etcd_wal_ttl_check CHECK (ttl BETWEEN interval '0' AND interval '2500000 h')  -- etcd's longest
 ) WITH (
     -- every row is updated once and most are deleted later: vacuum after 1000 rows, not after 20 %
-    autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_cost_limit = 2000,
-    autovacuum_analyze_threshold = 1000, autovacuum_analyze_scale_factor = 0.02
+    autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_scale_factor = 0.01, autovacuum_analyze_threshold = 1000,
+    autovacuum_analyze_scale_factor = 0.02, autovacuum_vacuum_cost_limit = 2000
 );
 
 COMMENT ON TABLE  etcd_wal IS 'Outbox: changes that SQL wants made in etcd, with the outcome of each.';

@@ -8,76 +8,69 @@
 -- etcd wins: a change is applied only if etcd still holds the version that the change was made on.
 -- All changes of one PostgreSQL transaction become one etcd transaction.
 --
--- Map
+-- Map (COMMENTs say what each is: \d+, \df+ etcd_*; a function's parameters and errors: \sf)
 --     tables      etcd              the mirror with its history; only the daemon writes it
 --                 etcd_wal          the outbox; applications insert, the daemon records outcomes
 --                 etcd_sync_state   one row per mirrored prefix: checkpoint, who is active, counters
 --                 etcd_sync_event   audit trail
 --     views       etcd_kv           the live keys; INSERT, UPDATE and DELETE work on it
 --                 etcd_status       health of each prefix, for dashboards
---     read        etcd_get(key)                         current value of one key
---                 etcd_get_all(key, min_revision)       history of one key
---                 etcd_list(prefix)                     live keys under a prefix
---                 etcd_at(revision, prefix)             live keys under a prefix as of a past revision
---     write       etcd_set(key, value, revision)        put text or jsonb; ttl => makes it expire
---                 etcd_set_bytes(key, value, revision)  put bytes
---                 etcd_set_many(values)                 put and delete many keys, from one jsonb object
---                 etcd_delete(key, revision)            delete
---                 etcd_delete_prefix(prefix)            delete what is under a prefix
---                 force => true                         in each of these: whatever etcd holds
---     outcome     etcd_wait(id)                         wait until a change is final: how it ended (the
---                                                       daemon's next commit wakes it, see _etcd_wait)
---                 etcd_wait_revision(revision)          wait until the mirror has a revision of etcd
---                 etcd_retry(id)                        queue a conflict or failure again
---                 etcd_dismiss(id)                      acknowledge a conflict or failure
---     trigger     etcd_wal_notify                       wakes the daemon
---     version     etcd_schema_version()
+--     read        etcd_get, etcd_get_all, etcd_list, etcd_at
+--     write       etcd_set, etcd_set_bytes, etcd_set_many, etcd_delete, etcd_delete_prefix
+--     outcome     etcd_wait, etcd_wait_revision, etcd_retry, etcd_dismiss
+--     trigger     etcd_wal_notify   wakes the daemon
+--     version     etcd_schema_version
 -- What starts with an underscore is internal and may change with any version.
 --
 -- Applying it. The daemon does it when needed. By hand: psql -1 -f schema.sql
 -- Needs PostgreSQL 13 or later. All objects go into the first schema of search_path. A second run
 -- changes nothing. Renaming that schema afterwards means running this file again, because the functions
 -- have their search_path pinned to it.
--- \d+ and \df+ show what each column and function means, \sf a function's parameters and errors.
 
+-- == search_path =======================================================================================
+
+-- Every function keeps what is set here (SET search_path FROM CURRENT): it finds its tables in this schema
+-- whatever the caller's search_path says, and a temporary table of the same name does not get in between. That
+-- alone does not keep it from calling what somebody else has put into the schema: pg_catalog comes first, but a
+-- function or operator for just these types is preferred to one of pg_catalog that has to cast them, or takes
+-- any type. So functions with arguments are called by their qualified name; and an operator that pg_catalog
+-- does not have for just these types gets a cast, or is qualified, too.
+DO $$
+BEGIN
+    PERFORM pg_catalog.set_config('etcd_fdw.search_path', pg_catalog.current_setting('search_path'), false);
+    PERFORM pg_catalog.set_config(
+        'search_path', pg_catalog.format('%I, pg_temp', current_schema()), false);  -- until the end of this file
+END
+$$;
 
 -- == Upgrades ==========================================================================================
 
--- Brings the tables of an older version to this one, a step per version. The rest of this file replaces what
--- can be replaced in place (views, function bodies, comments). Functions whose signature has changed are dropped
--- here: a view of yours that uses one stops the upgrade, with nothing changed. A newer version is an error.
+-- A step per version, for what the rest of this file does not replace in place. Functions whose signature has
+-- changed are dropped: a view of yours that uses one stops the upgrade, with nothing changed.
 DO $$
 DECLARE
     v_installed  int;
 BEGIN
-    IF pg_catalog.to_regprocedure(
-           pg_catalog.format('%I.etcd_schema_version()', current_schema())) IS NULL THEN
+    IF pg_catalog.to_regprocedure('etcd_schema_version()') IS NULL THEN
         RETURN;  -- a new installation
     END IF;
-    EXECUTE pg_catalog.format('SELECT %I.etcd_schema_version()', current_schema()) INTO v_installed;
+    v_installed := etcd_schema_version();
     IF v_installed > 4 THEN
         RAISE EXCEPTION 'schema version % is installed, this file is version 4', v_installed
             USING ERRCODE = 'object_not_in_prerequisite_state',
                   HINT = 'Use the schema.sql that belongs to the newer etcd_fdw.';
     END IF;
 
-    -- Step 2 added columns that step 3 dropped.
-
-    -- Step 3: receipts in etcd settle lost answers; conflicts and failures can be dismissed.
+    -- Step 3, which drops what step 2 added: receipts settle lost answers; outcomes can be dismissed.
     IF v_installed < 3 THEN
         ALTER TABLE etcd_sync_state
-            DROP COLUMN IF EXISTS sent_before,
-            DROP COLUMN IF EXISTS sent_after,
-            DROP COLUMN IF EXISTS sent_in_parts,
+            DROP COLUMN IF EXISTS sent_before, DROP COLUMN IF EXISTS sent_after, DROP COLUMN IF EXISTS sent_in_parts,
             ADD COLUMN mirror_id      uuid    NOT NULL DEFAULT pg_catalog.gen_random_uuid(),
             ADD COLUMN receipt        bigint  NOT NULL DEFAULT 0,
             ADD COLUMN split          xid8[]  NOT NULL DEFAULT '{}',
             ADD COLUMN last_error     text,
             ADD COLUMN last_error_at  timestamptz;
-        ALTER TABLE etcd_wal
-            ADD COLUMN dismissed_at timestamptz,
-            ADD CONSTRAINT etcd_wal_dismissed_check
-                CHECK (dismissed_at IS NULL OR status IN ('conflict', 'failed'));
+        ALTER TABLE etcd_wal ADD COLUMN dismissed_at timestamptz;
         DROP INDEX IF EXISTS etcd_wal_retry_of_key, etcd_wal_success_idx;
     END IF;
 
@@ -90,8 +83,7 @@ BEGIN
             ADD COLUMN replaced_revision  bigint,
             ADD CONSTRAINT etcd_wal_ttl_check CHECK (ttl BETWEEN interval '0' AND interval '2500000 h'),
             DROP CONSTRAINT IF EXISTS etcd_wal_status_check,
-            DROP CONSTRAINT IF EXISTS etcd_wal_dismissed_check;
-        ALTER TABLE etcd_wal
+            DROP CONSTRAINT IF EXISTS etcd_wal_dismissed_check,
             ADD CONSTRAINT etcd_wal_dismissed_check CHECK (dismissed_at IS NULL OR finished_at IS NOT NULL);
         ALTER TABLE etcd_sync_state
             ADD COLUMN generation  bigint   NOT NULL DEFAULT 0,
@@ -101,16 +93,14 @@ BEGIN
         DROP FUNCTION IF EXISTS
             etcd_get(text), etcd_get_all(text, bigint), etcd_list(text), etcd_at(bigint, text),
             etcd_set(text, text, bigint), etcd_set_bytes(text, bytea, bigint), etcd_delete(text, bigint),
-            _etcd_state(text, bigint), _etcd_change(text, text, bytea, bigint, boolean, bigint);
+            _etcd_lock_key(text), _etcd_state(text, bigint), _etcd_change(text, text, bytea, bigint, boolean, bigint);
     END IF;
 END
 $$;
 
-
 -- == Tables ============================================================================================
 
--- One row per key and revision, written by the daemon alone. The latest row of a key is its current state: the
--- primary key answers that with one index descent.
+-- The latest row of a key is its current state: the primary key answers that with one index descent.
 CREATE TABLE IF NOT EXISTS etcd (
     ts           timestamptz       NOT NULL DEFAULT now(),
     key          text COLLATE "C"  NOT NULL,
@@ -135,9 +125,7 @@ COMMENT ON COLUMN etcd.tombstone IS 'the key was deleted, or expired, at this re
 COMMENT ON COLUMN etcd.value_bytes IS 'value that text cannot hold: not UTF-8, or with a NUL byte';
 COMMENT ON COLUMN etcd.lease IS 'etcd''s id of the lease that the key was put with; null: none';
 
-
--- The outbox. A row is one wanted change; the rows of one transaction are applied together. A plain INSERT of
--- key, value and revision is a strict compare-and-swap; etcd_set and its kin fill in revision and depends_on.
+-- A plain INSERT is a strict compare-and-swap on revision; etcd_set and its kin fill in revision and depends_on.
 -- Each CHECK costs every INSERT about 3 us, as PostgreSQL parses its text anew: so they are few and short.
 CREATE TABLE IF NOT EXISTS etcd_wal (
     id                 bigint            GENERATED ALWAYS AS IDENTITY,
@@ -169,11 +157,8 @@ CREATE TABLE IF NOT EXISTS etcd_wal (
     CONSTRAINT etcd_wal_ttl_check CHECK (ttl BETWEEN interval '0' AND interval '2500000 h')  -- etcd's longest
 ) WITH (
     -- every row is updated once and most are deleted later: vacuum after 1000 rows, not after 20 %
-    autovacuum_vacuum_threshold = 1000,
-    autovacuum_vacuum_scale_factor = 0.01,
-    autovacuum_analyze_threshold = 1000,
-    autovacuum_analyze_scale_factor = 0.02,
-    autovacuum_vacuum_cost_limit = 2000
+    autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_scale_factor = 0.01, autovacuum_analyze_threshold = 1000,
+    autovacuum_analyze_scale_factor = 0.02, autovacuum_vacuum_cost_limit = 2000
 );
 
 COMMENT ON TABLE  etcd_wal IS 'Outbox: changes that SQL wants made in etcd, with the outcome of each.';
@@ -193,22 +178,16 @@ COMMENT ON COLUMN etcd_wal.result_revision IS
 COMMENT ON COLUMN etcd_wal.finished_at IS 'when the status became final; null exactly while pending';
 COMMENT ON COLUMN etcd_wal.txid IS 'PostgreSQL transaction; its rows become one etcd transaction';
 COMMENT ON COLUMN etcd_wal.depends_on IS
-    'earlier pending change to the same key that this one was made on top of: its result_revision will stand in '
-    'for revision';
+    'earlier pending change to the key that this one was made on: its result_revision stands in for revision';
 COMMENT ON COLUMN etcd_wal.retry_of IS
     'conflict or failed row that this one tries again; counts only if that is an earlier row of the same key';
 COMMENT ON COLUMN etcd_wal.role_name IS 'who asked';
 COMMENT ON COLUMN etcd_wal.application_name IS 'who asked';
 COMMENT ON COLUMN etcd_wal.dismissed_at IS 'when the conflict or failure was acknowledged; null: it still counts';
-COMMENT ON COLUMN etcd_wal.ttl IS
-    'put the key with a lease of so long; 0: without one; null: the key keeps the lease that it has';
-COMMENT ON COLUMN etcd_wal.force IS
-    'apply it whatever etcd holds: revision does not count, and it cannot end as conflict';
-COMMENT ON COLUMN etcd_wal.replaced_revision IS
-    'of a forced change: the version that it replaced; null: none, or not known';
+COMMENT ON COLUMN etcd_wal.ttl IS 'lease that the key is put with; 0: none; null: the key keeps the one that it has';
+COMMENT ON COLUMN etcd_wal.force IS 'apply it whatever etcd holds: revision does not count, it cannot be a conflict';
+COMMENT ON COLUMN etcd_wal.replaced_revision IS 'version that a forced change replaced; null: none, or not known';
 
-
--- One row per mirrored prefix, written by the daemon that holds the prefix.
 CREATE TABLE IF NOT EXISTS etcd_sync_state (
     prefix           text COLLATE "C"  NOT NULL,
     mirror_id        uuid              NOT NULL DEFAULT pg_catalog.gen_random_uuid(),
@@ -242,25 +221,19 @@ CREATE TABLE IF NOT EXISTS etcd_sync_state (
 ) WITH (fillfactor = 50);  -- updated with every batch: leave room for it in the page
 
 COMMENT ON TABLE  etcd_sync_state IS 'Per mirrored prefix: checkpoint, active daemon, counters.';
-COMMENT ON COLUMN etcd_sync_state.prefix IS
-    'mirrored prefix; empty: the whole key space. No prefix of one row begins with that of another';
+COMMENT ON COLUMN etcd_sync_state.prefix IS 'empty: the whole key space. No row''s prefix begins with another''s';
 COMMENT ON COLUMN etcd_sync_state.mirror_id IS 'names the daemon''s own keys in etcd: etcd_fdw/<mirror_id>/';
 COMMENT ON COLUMN etcd_sync_state.cluster_id IS 'etcd cluster, in hex as etcdctl shows it';
 COMMENT ON COLUMN etcd_sync_state.first_revision IS 'where the mirror began; earlier states are unknown';
 COMMENT ON COLUMN etcd_sync_state.revision IS 'checkpoint: table etcd is exact up to this revision';
-COMMENT ON COLUMN etcd_sync_state.pruned_revision IS
-    'history before this revision was deleted by housekeeping; the state at it is still exact';
-COMMENT ON COLUMN etcd_sync_state.gaps IS
-    'revisions that etcd compacted before they could be mirrored; states unknown';
+COMMENT ON COLUMN etcd_sync_state.pruned_revision IS 'housekeeping deleted what was before; the state at it is exact';
+COMMENT ON COLUMN etcd_sync_state.gaps IS 'revisions that etcd compacted before they were mirrored; unknown';
 COMMENT ON COLUMN etcd_sync_state.last_key IS 'recently mirrored key, by which a restored etcd is recognised';
 COMMENT ON COLUMN etcd_sync_state.etcd_revision IS 'newest revision of the whole etcd store that was seen';
-COMMENT ON COLUMN etcd_sync_state.receipt IS
-    'revision of the newest etcd transaction of changes up to which all outcomes are in etcd_wal';
-COMMENT ON COLUMN etcd_sync_state.split IS
-    'PostgreSQL transactions too large for etcd: applied change by change, and not all done';
+COMMENT ON COLUMN etcd_sync_state.receipt IS 'etcd''s revision up to which the outcomes of changes are in etcd_wal';
+COMMENT ON COLUMN etcd_sync_state.split IS 'PostgreSQL transactions too large for one of etcd, not all applied yet';
 COMMENT ON COLUMN etcd_sync_state.generation IS 'raised with every commit of the daemon; what etcd_wait sleeps on';
-COMMENT ON COLUMN etcd_sync_state.unrepaired IS
-    'mirrored by a version that did not know leases: the daemon compares it once, when it starts';
+COMMENT ON COLUMN etcd_sync_state.unrepaired IS 'mirrored before leases were: the daemon compares it once';
 COMMENT ON COLUMN etcd_sync_state.updated_at IS 'when the checkpoint last moved';
 COMMENT ON COLUMN etcd_sync_state.host IS 'of the active daemon, as are pid, version and started_at';
 COMMENT ON COLUMN etcd_sync_state.heartbeat_at IS 'when the active daemon last reported';
@@ -273,8 +246,6 @@ COMMENT ON COLUMN etcd_sync_state.resyncs IS 'counter: full snapshots taken';
 COMMENT ON COLUMN etcd_sync_state.reconnects IS 'counter: sessions lost and started again';
 COMMENT ON COLUMN etcd_sync_state.unstorable IS 'counter: events that cannot be stored; see etcd_sync_event';
 
-
--- The audit trail, written by the daemon.
 CREATE TABLE IF NOT EXISTS etcd_sync_event (
     id               bigint       GENERATED ALWAYS AS IDENTITY,
     ts               timestamptz  NOT NULL DEFAULT now(),
@@ -291,17 +262,14 @@ CREATE TABLE IF NOT EXISTS etcd_sync_event (
     CONSTRAINT etcd_sync_event_pkey PRIMARY KEY (id)
 );
 
-COMMENT ON TABLE  etcd_sync_event IS
-    'Audit trail of etcd_fdw: conflicts, failures, resyncs, takeovers; with --audit all every change.';
+COMMENT ON TABLE  etcd_sync_event IS 'Audit trail: conflicts, failures, resyncs, takeovers; with --audit all, changes.';
 COMMENT ON COLUMN etcd_sync_event.prefix IS 'mirrored prefix that it belongs to';
-COMMENT ON COLUMN etcd_sync_event.operation IS
-    'what happened: change, mirror, snapshot, resync, takeover, repair, reset';
+COMMENT ON COLUMN etcd_sync_event.operation IS 'change, mirror, snapshot, resync, takeover, repair or reset';
 COMMENT ON COLUMN etcd_sync_event.key IS 'null if it concerns the whole prefix, or if the key is no text';
 COMMENT ON COLUMN etcd_sync_event.source_system IS 'where it came from: etcd or postgresql';
 COMMENT ON COLUMN etcd_sync_event.target_system IS 'where it was to go: etcd or postgresql';
 COMMENT ON COLUMN etcd_sync_event.status IS 'how it ended';
 COMMENT ON COLUMN etcd_sync_event.details IS 'anything else, by operation; a key that is no text is here in hex';
-
 
 -- == Indexes ===========================================================================================
 
@@ -324,12 +292,10 @@ CREATE INDEX IF NOT EXISTS etcd_wal_settled_idx ON etcd_wal (coalesce(dismissed_
     WHERE status = 'success' OR dismissed_at IS NOT NULL;
 CREATE INDEX IF NOT EXISTS etcd_sync_event_ts_idx ON etcd_sync_event USING brin (ts);
 
-
 -- == Views =============================================================================================
 
 CREATE OR REPLACE FUNCTION _etcd_json(p_value text)
-RETURNS jsonb
-LANGUAGE plpgsql IMMUTABLE STRICT AS $$
+RETURNS jsonb LANGUAGE plpgsql IMMUTABLE STRICT SET search_path FROM CURRENT AS $$
 -- A value as jsonb; null if it is no JSON, or none that jsonb takes. Never an error.
 -- What plainly is no JSON is not even tried, because a try that fails costs more.
 BEGIN
@@ -342,8 +308,6 @@ BEGIN
     RETURN NULL;
 END
 $$;
-COMMENT ON FUNCTION _etcd_json(text) IS 'internal: a value as jsonb, null if it is no JSON';
-
 
 -- The live keys. See _etcd_kv_write below for what writing to it does.
 --
@@ -394,14 +358,9 @@ WITH open_change AS (
      GROUP BY s.prefix
 )
 SELECT coalesce(s.prefix, t.prefix)        AS prefix,
-       s.revision,
-       s.etcd_revision,
-       s.updated_at,
+       s.revision, s.etcd_revision, s.updated_at,
        clock_timestamp() - s.heartbeat_at  AS heartbeat_age,
-       s.host,
-       s.pid,
-       s.version,
-       s.started_at,
+       s.host, s.pid, s.version, s.started_at,
        coalesce(t.pending, 0)              AS pending,
        clock_timestamp() - t.oldest        AS oldest_pending_age,
        coalesce(t.conflicts, 0)            AS conflicts,
@@ -411,27 +370,21 @@ SELECT coalesce(s.prefix, t.prefix)        AS prefix,
   FULL JOIN tally t ON t.prefix = s.prefix;
 
 COMMENT ON VIEW etcd_status IS
-    'Health of each mirrored prefix. '
-    'A row with prefix null counts changes outside every prefix, which no daemon will apply.';
+    'Health of each mirrored prefix. Prefix null: changes outside every prefix, which no daemon will apply.';
 COMMENT ON COLUMN etcd_status.revision IS 'checkpoint';
 COMMENT ON COLUMN etcd_status.etcd_revision IS 'newest revision of the whole etcd store that was seen';
-COMMENT ON COLUMN etcd_status.heartbeat_age IS
-    'time since the active daemon last reported; grows beyond seconds when none is active';
+COMMENT ON COLUMN etcd_status.heartbeat_age IS 'since the active daemon reported; beyond seconds: none is active';
 COMMENT ON COLUMN etcd_status.pending IS 'changes that wait';
 COMMENT ON COLUMN etcd_status.oldest_pending_age IS 'for how long the first of them has waited';
 COMMENT ON COLUMN etcd_status.conflicts IS 'changes that ended as conflict, neither tried again nor dismissed';
 COMMENT ON COLUMN etcd_status.failures IS 'changes that ended as failed, neither tried again nor dismissed';
 COMMENT ON COLUMN etcd_status.unstorable IS 'events that PostgreSQL cannot hold';
 
-
 -- == Reading ===========================================================================================
 
 CREATE OR REPLACE FUNCTION etcd_get(p_key text)
-RETURNS SETOF etcd_kv
-LANGUAGE plpgsql STABLE ROWS 1 SET enable_sort = off AS $$
--- Current value of one key: one index descent, however long the history is.
---   p_key    the key, exactly
---   result   one row; none if the key does not exist or was deleted
+RETURNS SETOF etcd_kv LANGUAGE plpgsql STABLE ROWS 1 SET search_path FROM CURRENT SET enable_sort = off AS $$
+-- One index descent, however long the history is.
 BEGIN
     RETURN QUERY
     SELECT l.key, l.value, l.value_bytes, l.revision, l.ts, l.lease, _etcd_json(l.value)
@@ -445,16 +398,12 @@ END
 $$;
 COMMENT ON FUNCTION etcd_get(text) IS 'current value of one key; no row if it does not exist';
 
-
 CREATE OR REPLACE FUNCTION etcd_get_all(p_key text, p_min_revision bigint DEFAULT 0)
 RETURNS TABLE (
     key text, value text, value_bytes bytea, revision bigint, ts timestamptz, tombstone boolean,
     lease bigint, value_json jsonb)
-LANGUAGE plpgsql STABLE SET enable_sort = off AS $$
--- History of one key, oldest first, deletions included as rows with tombstone true.
---   p_key           the key, exactly
+LANGUAGE plpgsql STABLE SET search_path FROM CURRENT SET enable_sort = off AS $$
 --   p_min_revision  leave out what is older; 0 or null: everything that the mirror holds
---   result          nothing from before the mirror began, nor what housekeeping deleted
 --   errors          22023 if history from p_min_revision on was asked for and some of it has been deleted
 DECLARE
     v_pruned  bigint;
@@ -481,19 +430,14 @@ $$;
 COMMENT ON FUNCTION etcd_get_all(text, bigint) IS
     'history of one key that the mirror holds, oldest first, with tombstones; an error if it was pruned';
 
-
 CREATE OR REPLACE FUNCTION _etcd_state(p_prefix text, p_revision bigint)
-RETURNS SETOF etcd_kv
-LANGUAGE plpgsql STABLE SET enable_sort = off AS $$
+RETURNS SETOF etcd_kv LANGUAGE plpgsql STABLE SET search_path FROM CURRENT SET enable_sort = off AS $$
 -- Live keys under a prefix as of a revision, in key order.
---   p_prefix    '' for all keys; no pattern characters
---   p_revision  the newest revision to look at
 -- Skips from key to key, whatever the history holds: looks at the next 64 rows for keys, goes on behind the
 -- last of those, and descends the index once for each key found. enable_sort is off so that a plan made while
 -- the table was small cannot turn into a scan when it grows.
 DECLARE
-    -- No key with the prefix is above, as none has 2800 bytes more: ends the search where row-level security
-    -- hides the rest.
+    -- No key with the prefix is above, being shorter: ends the search where row-level security hides the rest.
     v_end  text := p_prefix || pg_catalog.repeat(pg_catalog.chr(1114111), 700);
 BEGIN
     RETURN QUERY
@@ -530,36 +474,25 @@ BEGIN
        AND NOT l.tombstone;
 END
 $$;
-COMMENT ON FUNCTION _etcd_state(text, bigint) IS 'internal: live keys under a prefix as of a revision';
-
 
 CREATE OR REPLACE FUNCTION etcd_list(p_prefix text DEFAULT '')
-RETURNS SETOF etcd_kv
-LANGUAGE plpgsql STABLE AS $$
--- Live keys under a prefix, in key order.
+RETURNS SETOF etcd_kv LANGUAGE plpgsql STABLE SET search_path FROM CURRENT AS $$
 --   p_prefix  taken literally (% and _ mean themselves); '' for all keys
---   result    one row per live key
 BEGIN
     RETURN QUERY SELECT * FROM _etcd_state(p_prefix, 9223372036854775807);
 END
 $$;
-COMMENT ON FUNCTION etcd_list(text) IS 'live keys under a prefix';
-
+COMMENT ON FUNCTION etcd_list(text) IS 'live keys under a prefix, in key order';
 
 CREATE OR REPLACE FUNCTION etcd_at(p_revision bigint, p_prefix text DEFAULT '')
-RETURNS SETOF etcd_kv
-LANGUAGE plpgsql STABLE AS $$
--- What etcd held under a prefix at a past revision, in key order.
---   p_revision  any revision that the mirror knows completely
---   p_prefix    taken literally; '' for all keys that are mirrored
---   result      one row per key that was live then
---   errors      22023 if the mirror cannot know: no mirrored prefix there, before the mirror began or was
---               pruned, in a gap, beyond the checkpoint; 22004 if an argument is null
+RETURNS SETOF etcd_kv LANGUAGE plpgsql STABLE SET search_path FROM CURRENT AS $$
+--   p_prefix  taken literally; '' for all keys that are mirrored
+--   errors    22023 if the mirror cannot know: no mirrored prefix there, before the mirror began or was
+--             pruned, in a gap, beyond the checkpoint; 22004 if an argument is null
 -- The mirror that must know is the one that covers p_prefix, else each that lies within it.
 DECLARE
     s          etcd_sync_state;
     v_problem  text;
-    v_hint     text;
 BEGIN
     IF p_revision IS NULL OR p_prefix IS NULL THEN
         RAISE EXCEPTION 'revision and prefix must not be null' USING ERRCODE = 'null_value_not_allowed';
@@ -571,23 +504,16 @@ BEGIN
             OR pg_catalog.starts_with(c.prefix, p_prefix COLLATE "C")
          ORDER BY c.prefix
     LOOP
-        IF p_revision < s.pruned_revision THEN
-            v_problem := 'has been pruned';
-            v_hint := pg_catalog.format('The oldest revision kept is %s.', s.pruned_revision);
-        ELSIF p_revision < s.first_revision THEN
-            v_problem := 'is before the mirror began';
-            v_hint := pg_catalog.format('The oldest revision known is %s.', s.first_revision);
-        ELSIF p_revision > s.revision THEN
-            v_problem := 'is beyond the checkpoint';
-            v_hint := pg_catalog.format(
-                'The newest revision mirrored is %s; etcd_wait_revision waits for one.', s.revision);
-        ELSIF p_revision OPERATOR(pg_catalog.<@) ANY (s.gaps) THEN
-            v_problem := 'was compacted before it was mirrored';
-            v_hint := 'Column gaps of etcd_sync_state lists the revisions that are unknown.';
-        END IF;
+        v_problem := CASE
+            WHEN p_revision < s.pruned_revision THEN 'has been pruned'
+            WHEN p_revision < s.first_revision THEN 'is before the mirror began'
+            WHEN p_revision > s.revision THEN 'is beyond the checkpoint; etcd_wait_revision waits for it'
+            WHEN p_revision OPERATOR(pg_catalog.<@) ANY (s.gaps) THEN 'was compacted before it was mirrored' END;
         IF v_problem IS NOT NULL THEN
             RAISE EXCEPTION 'revision % of prefix "%" %', p_revision, s.prefix, v_problem
-                USING ERRCODE = 'invalid_parameter_value', HINT = v_hint;
+                USING ERRCODE = 'invalid_parameter_value', HINT = pg_catalog.format(
+                    'Revisions %s to %s are known, without column gaps of etcd_sync_state.',
+                    greatest(s.first_revision, s.pruned_revision), s.revision);
         END IF;
     END LOOP;
     IF NOT FOUND THEN
@@ -601,25 +527,9 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION etcd_at(bigint, text) IS
-    'live keys under a prefix as of a past revision; an error if the mirror cannot know';
-
+    'live keys under a prefix as of a past revision, in key order; an error if the mirror cannot know';
 
 -- == Writing ===========================================================================================
-
-CREATE OR REPLACE FUNCTION _etcd_lock_key(p_key text)
-RETURNS void
-LANGUAGE plpgsql AS $$
--- Order the transactions that change one key: wait for the others, hold until this one ends.
--- All keys share 1024 locks. A lock for each key would let one bulk change fill the server's lock table
--- (max_locks_per_transaction), at the cost of everybody; sharing costs a rare wait for a stranger. Transactions
--- that change many keys in different orders can deadlock, as with rows: 40P01, try again.
-BEGIN
-    PERFORM pg_catalog.pg_advisory_xact_lock(
-        2379, (pg_catalog.hashtextextended(p_key COLLATE "C", 0) & 1023::bigint)::int);
-END
-$$;
-COMMENT ON FUNCTION _etcd_lock_key(text) IS 'internal: transaction-level lock on one key';
-
 
 CREATE OR REPLACE FUNCTION _etcd_change(
     p_key          text,
@@ -631,19 +541,11 @@ CREATE OR REPLACE FUNCTION _etcd_change(
     p_delete       boolean   DEFAULT false,
     p_new          boolean   DEFAULT false,
     p_retry_of     bigint    DEFAULT NULL
-) RETURNS bigint
-LANGUAGE plpgsql SET enable_sort = off AS $$
--- Queue one change. Everything that writes goes through here.
+) RETURNS bigint LANGUAGE plpgsql SET search_path FROM CURRENT SET enable_sort = off AS $$
+-- Queue one change: everything that writes goes through here. Parameters and errors are those of etcd_set, and
 --   p_value, p_value_bytes  what to put, one of them; both null with p_delete
---   p_revision              null: on the current version, after any pending change
---                           else: only on this version (0: the key must not exist), nothing pending
---   p_ttl                   as etcd_wal.ttl
---   p_force                 on whatever etcd holds then; not with p_revision
---   p_new                   the key must not exist, and that it does is a unique violation
---   p_retry_of              the etcd_wal row that this one tries again
---   result                  etcd_wal.id
---   errors                  22004, 22023 for arguments; 40001 moved on or pending; 23505 exists;
---                           a warning for a key that is outside every mirrored prefix
+--   p_new                   the key must not exist, 23505 if it does
+--   p_retry_of              the etcd_wal row that this one tries again, 55000 if another one does
 -- enable_sort is off so that a plan made while the tables were small cannot turn into a scan when they grow.
 -- In a REPEATABLE READ transaction the version is that of its snapshot; if it is old, etcd says so later.
 DECLARE
@@ -679,7 +581,23 @@ BEGIN
                   HINT = '0 takes the lease of the key off, null leaves it as it is.';
     END IF;
 
-    PERFORM _etcd_lock_key(p_key);
+    -- One transaction after the other changes a key. All keys share 1024 locks, which costs a rare wait for a
+    -- stranger: one for each would let a bulk change fill the server's lock table (max_locks_per_transaction).
+    -- Transactions that change many keys in different orders can deadlock, as with rows: 40P01, try again.
+    PERFORM pg_catalog.pg_advisory_xact_lock(
+        2379, (pg_catalog.hashtextextended(p_key COLLATE "C", 0) & 1023::bigint)::int);
+
+    IF p_retry_of IS NOT NULL THEN
+        SELECT w.id INTO v_id
+          FROM etcd_wal w
+         WHERE w.retry_of = p_retry_of AND w.key = p_key COLLATE "C" AND w.retry_of < w.id;
+        IF FOUND THEN
+            RAISE EXCEPTION 'change % was tried again already', p_retry_of
+                USING ERRCODE = 'object_not_in_prerequisite_state',
+                      DETAIL = pg_catalog.format('That is row %s of etcd_wal.', v_id),
+                      HINT = 'If that one ended as conflict or failed, too, try that one again.';
+        END IF;
+    END IF;
 
     IF p_force IS NOT TRUE THEN
         -- Pending first, mirror second: the daemon marks success and mirrors in one transaction, so if a change
@@ -706,8 +624,7 @@ BEGIN
                       HINT = 'Try again when it is applied, or use etcd_set or etcd_delete without a revision.';
         ELSIF p_new AND v_current > 0 THEN
             RAISE EXCEPTION 'key "%" already exists', p_key
-                USING ERRCODE = 'unique_violation',
-                      DETAIL = pg_catalog.format('It is at revision %s.', v_current),
+                USING ERRCODE = 'unique_violation', DETAIL = pg_catalog.format('It is at revision %s.', v_current),
                       HINT = 'To change it use UPDATE or etcd_set.';
         ELSIF p_revision <> v_current THEN
             RAISE EXCEPTION 'key "%" is not at revision %', p_key, p_revision
@@ -746,71 +663,51 @@ BEGIN
     RETURN v_id;
 END
 $$;
-COMMENT ON FUNCTION _etcd_change(text, text, bytea, bigint, interval, boolean, boolean, boolean, bigint) IS
-    'internal: queue one change';
-
 
 CREATE OR REPLACE FUNCTION etcd_set(
     p_key text, p_value text, p_revision bigint DEFAULT NULL, ttl interval DEFAULT NULL, force boolean DEFAULT false)
-RETURNS bigint
-LANGUAGE plpgsql AS $$
--- Queue a put of text.
+RETURNS bigint LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 --   p_key       1 to 2600 bytes
---   p_value     not null; '' is a value
 --   p_revision  null: put it on whatever is current, after any pending change (the last writer wins)
 --               else: only if the key is at this revision now (0: does not exist) and nothing is pending
 --   ttl         null: the key keeps the lease that it has; else it expires so long after it is put, in whole
 --               seconds, rounded up, unless it is set again with a ttl; '0': it does not expire
 --   force       apply it whatever etcd holds then: overwrites what nobody here has seen
---   result      etcd_wal.id, for etcd_wait to tell how it ended
 --   errors      40001 if p_revision does not hold; 22004 for a null key or value; 22023 for a bad key or ttl,
---               or for a revision and force
+--               or for a revision and force. A warning if no mirrored prefix has the key
 BEGIN
     RETURN _etcd_change(p_key, p_value, NULL, p_revision, ttl, force);
 END
 $$;
 COMMENT ON FUNCTION etcd_set(text, text, bigint, interval, boolean) IS
-    'queue a put; with a revision only on that version (0: must not exist), else 40001';
-
+    'queue a put, as row id of etcd_wal; with a revision only on that version (0: must not exist), else 40001';
 
 CREATE OR REPLACE FUNCTION etcd_set(
     p_key text, p_value jsonb, p_revision bigint DEFAULT NULL, ttl interval DEFAULT NULL, force boolean DEFAULT false)
-RETURNS bigint
-LANGUAGE plpgsql AS $$
--- Queue a put of JSON, as the text that PostgreSQL makes of it. Otherwise as etcd_set of text, which is also
--- what a plain literal calls: that arrives in etcd as it was written.
+RETURNS bigint LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+-- As the text that PostgreSQL makes of it. A plain literal calls etcd_set of text: it arrives as it was written.
 BEGIN
     RETURN _etcd_change(p_key, p_value::text, NULL, p_revision, ttl, force);
 END
 $$;
 COMMENT ON FUNCTION etcd_set(text, jsonb, bigint, interval, boolean) IS 'queue a put of JSON; see etcd_set of text';
 
-
 CREATE OR REPLACE FUNCTION etcd_set_bytes(
     p_key text, p_value bytea, p_revision bigint DEFAULT NULL, ttl interval DEFAULT NULL, force boolean DEFAULT false)
-RETURNS bigint
-LANGUAGE plpgsql AS $$
--- Queue a put of bytes that need not be text. Otherwise as etcd_set.
+RETURNS bigint LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+-- As etcd_set, for what need not be text.
 BEGIN
     RETURN _etcd_change(p_key, NULL, p_value, p_revision, ttl, force);
 END
 $$;
 COMMENT ON FUNCTION etcd_set_bytes(text, bytea, bigint, interval, boolean) IS 'queue a put of bytes; see etcd_set';
 
-
 CREATE OR REPLACE FUNCTION etcd_set_many(p_values jsonb, ttl interval DEFAULT NULL, force boolean DEFAULT false)
-RETURNS SETOF bigint
-LANGUAGE plpgsql AS $$
--- Queue a put or delete of each key of an object, which etcd applies together.
+RETURNS SETOF bigint LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 --   p_values  {"key": value, ...}: a string is put as its text, null deletes the key, anything else is put as
 --             its JSON text; each on whatever is current, after any pending change
---   ttl       as in etcd_set, for what is put
---   force     as in etcd_set
 --   result    etcd_wal.id of each, in the order of the keys
 --   errors    as etcd_set; 22023 if it is no object
-DECLARE
-    v_key    text;
-    v_value  text;
 BEGIN
     IF p_values IS NULL OR pg_catalog.jsonb_typeof(p_values) <> 'object' THEN
         RAISE EXCEPTION 'values must be an object of keys, not %',
@@ -818,49 +715,36 @@ BEGIN
             USING ERRCODE = 'invalid_parameter_value',
                   HINT = 'For example etcd_set_many(''{"/a": "text", "/b": {"x": 1}, "/gone": null}'').';
     END IF;
-    FOR v_key, v_value IN  -- in order, so that two of them do not wait for each other's keys
-        SELECT e.key, e.value FROM pg_catalog.jsonb_each_text(p_values) e ORDER BY e.key COLLATE "C"
-    LOOP
-        RETURN NEXT _etcd_change(
-            v_key, v_value, NULL, p_force => force, p_delete => v_value IS NULL,
-            p_ttl => CASE WHEN v_value IS NOT NULL THEN ttl END);
-    END LOOP;
+    RETURN QUERY
+    SELECT _etcd_change(
+               e.key, e.value, NULL, p_force => force, p_delete => e.value IS NULL,
+               p_ttl => CASE WHEN e.value IS NOT NULL THEN ttl END)
+      FROM (SELECT *  -- in order, so that two of them do not wait for each other's keys
+              FROM pg_catalog.jsonb_each_text(p_values) j
+             ORDER BY j.key COLLATE "C") e;
 END
 $$;
 COMMENT ON FUNCTION etcd_set_many(jsonb, interval, boolean) IS
-    'queue a put of each key of an object, a delete where the value is null';
-
+    'queue a put of each key of an object, a delete where the value is null; etcd applies them together';
 
 CREATE OR REPLACE FUNCTION etcd_delete(p_key text, p_revision bigint DEFAULT NULL, force boolean DEFAULT false)
-RETURNS bigint
-LANGUAGE plpgsql AS $$
--- Queue a delete.
---   p_key       1 to 2600 bytes; it need not exist: the change then succeeds without a result_revision
---   p_revision  as in etcd_set
---   force       as in etcd_set
---   result      etcd_wal.id
---   errors      40001 if p_revision does not hold; 22004 for a null key; 22023 for a bad one
+RETURNS bigint LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+-- As etcd_set. The key need not exist: the change then succeeds without a result_revision.
 BEGIN
     RETURN _etcd_change(p_key, NULL, NULL, p_revision, p_force => force, p_delete => true);
 END
 $$;
 COMMENT ON FUNCTION etcd_delete(text, bigint, boolean) IS
-    'queue a delete; with a revision only that version, else 40001';
-
+    'queue a delete, as row id of etcd_wal; with a revision only of that version, else 40001';
 
 CREATE OR REPLACE FUNCTION etcd_delete_prefix(p_prefix text, force boolean DEFAULT false)
-RETURNS bigint
-LANGUAGE plpgsql AS $$
--- Queue a delete of every key under a prefix, which etcd applies together.
+RETURNS bigint LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 --   p_prefix  taken literally, not empty
 --   force     as in etcd_set; keys that the mirror does not have yet stay
 --   result    how many deletes were queued: one for each key that is live, or will be when what is pending is
 --             applied; each on the version that the mirror has, after the pending change if there is one. So
 --             what was queued before is deleted, too, and a second call finds nothing left to do.
 --   errors    22004, 22023 for a null or an empty prefix
-DECLARE
-    v_key    text;
-    v_count  bigint := 0;
 BEGIN
     IF p_prefix IS NULL THEN
         RAISE EXCEPTION 'prefix must not be null' USING ERRCODE = 'null_value_not_allowed';
@@ -868,8 +752,8 @@ BEGIN
         RAISE EXCEPTION 'prefix must not be empty'
             USING ERRCODE = 'invalid_parameter_value', HINT = 'To delete everything use DELETE FROM etcd_kv.';
     END IF;
-    FOR v_key IN
-        SELECT k.key
+    RETURN (
+        SELECT pg_catalog.count(etcd_delete(k.key, force => force))
           FROM (SELECT DISTINCT ON (u.key) u.key, u.deleted
                   FROM (SELECT s.key, 0 AS id, false AS deleted
                           FROM _etcd_state(p_prefix, 9223372036854775807) s
@@ -880,39 +764,28 @@ BEGIN
                            AND w.key >= p_prefix COLLATE "C"
                            AND pg_catalog.starts_with(w.key, p_prefix COLLATE "C")) u
                  ORDER BY u.key, u.id DESC) k
-         WHERE NOT k.deleted
-         ORDER BY k.key
-    LOOP
-        PERFORM etcd_delete(v_key, force => force);
-        v_count := v_count + 1::bigint;
-    END LOOP;
-    RETURN v_count;
+         WHERE NOT k.deleted);
 END
 $$;
-COMMENT ON FUNCTION etcd_delete_prefix(text, boolean) IS 'queue a delete of every key under a prefix; how many';
-
+COMMENT ON FUNCTION etcd_delete_prefix(text, boolean) IS
+    'queue a delete of every key under a prefix, which etcd applies together; how many';
 
 -- == Outcomes ==========================================================================================
 
 CREATE OR REPLACE FUNCTION _etcd_generation_lock(p_prefix text, p_generation bigint)
-RETURNS bigint
-LANGUAGE plpgsql STABLE AS $$
+RETURNS bigint LANGUAGE plpgsql STABLE SET search_path FROM CURRENT AS $$
 -- The advisory lock that the active daemon of a prefix holds while etcd_sync_state.generation is this.
 BEGIN
     RETURN pg_catalog.hashtextextended(
         'etcd_fdw generation ' || current_schema()::text || ' ' || p_prefix COLLATE "C", p_generation);
 END
 $$;
-COMMENT ON FUNCTION _etcd_generation_lock(text, bigint) IS 'internal: advisory lock of a generation of a mirror';
-
 
 CREATE OR REPLACE FUNCTION _etcd_wait(p_prefix text, p_generation bigint, p_deadline timestamptz, p_for text)
-RETURNS void
-LANGUAGE plpgsql SET lock_timeout = 0 AS $$
+RETURNS void LANGUAGE plpgsql SET search_path FROM CURRENT SET lock_timeout = 0 AS $$
 -- Sleep until the daemon of a prefix has committed something, or until the deadline.
 --   p_generation  of etcd_sync_state, as last seen
 --   p_for         what is waited for, to say so when time is up
---   errors        57014 at the deadline; 25000 in a transaction whose snapshot never moves
 -- The daemon holds the lock of the current generation, and releases it when it has committed the next one:
 -- that wakes everybody at once. Nothing here outlives the wait, as it is rolled back.
 DECLARE
@@ -942,17 +815,12 @@ BEGIN
     END IF;
 END
 $$;
-COMMENT ON FUNCTION _etcd_wait(text, bigint, timestamptz, text) IS 'internal: sleep until the daemon commits';
-
 
 CREATE OR REPLACE FUNCTION etcd_wait(
     p_id bigint, timeout interval DEFAULT '10 s',
     OUT status text, OUT result_revision bigint, OUT error_message text)
-LANGUAGE plpgsql AS $$
--- Wait until a change is final. Its transaction must be committed: nothing is sent to etcd before.
---   p_id     etcd_wal.id of the change, what etcd_set and its kin return
---   timeout  how long; '0' just looks
---   result   success, conflict or failed, and what these columns of etcd_wal say
+LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+--   timeout  '0' just looks
 --   errors   57014 it is pending still, as when statement_timeout ends a statement (PL/pgSQL: WHEN
 --            query_canceled, as OTHERS does not catch it); 25001 it is of this very transaction; 25000 in a
 --            REPEATABLE READ or SERIALIZABLE transaction; P0002 no such row; 55000 nobody mirrors its key
@@ -990,14 +858,11 @@ END
 $$;
 COMMENT ON FUNCTION etcd_wait(bigint, interval) IS 'wait until a committed change is final, and tell how it ended';
 
-
 CREATE OR REPLACE FUNCTION etcd_wait_revision(
     p_revision bigint, timeout interval DEFAULT '10 s', p_prefix text DEFAULT NULL)
-RETURNS bigint
-LANGUAGE plpgsql AS $$
--- Wait until the mirror has what was written to etcd at a revision: read your own writes.
+RETURNS bigint LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 --   p_revision  that a write under the prefix got; what is written elsewhere moves the mirror only now and then
---   timeout     how long; '0' just looks
+--   timeout     '0' just looks
 --   p_prefix    which mirror: a prefix or key within it; null: the only one
 --   result      the checkpoint: p_revision or newer
 --   errors      57014 not reached yet, and 25000, as in etcd_wait; 22023 no such mirror, or several and none
@@ -1030,14 +895,11 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION etcd_wait_revision(bigint, interval, text) IS
-    'wait until the mirror has what was written to etcd at a revision';
-
+    'wait until the mirror has what was written to etcd at a revision, to read your own writes';
 
 CREATE OR REPLACE FUNCTION _etcd_unapplied(p_id bigint)
-RETURNS etcd_wal
-LANGUAGE plpgsql STABLE AS $$
--- The row of a conflict or failed change.
---   errors   P0002 no such row; 55000 it is pending or succeeded
+RETURNS etcd_wal LANGUAGE plpgsql STABLE SET search_path FROM CURRENT AS $$
+-- The row of a conflict or failed change; P0002 no such row, 55000 it is pending or succeeded.
 DECLARE
     w  etcd_wal;
 BEGIN
@@ -1054,30 +916,14 @@ BEGIN
     RETURN w;
 END
 $$;
-COMMENT ON FUNCTION _etcd_unapplied(bigint) IS 'internal: the row of a conflict or failed change';
-
 
 CREATE OR REPLACE FUNCTION etcd_retry(p_id bigint)
-RETURNS bigint
-LANGUAGE plpgsql AS $$
--- Queue a conflict or failed change again, on the current version: it overrides what beat it.
---   p_id     etcd_wal.id of that change
---   result   etcd_wal.id of the new one, which names the old in retry_of
+RETURNS bigint LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+-- It overrides what beat the change. The new row names the old in retry_of.
 --   errors   P0002 no such row; 55000 it is pending or succeeded, or was tried again already
 DECLARE
-    w        etcd_wal := _etcd_unapplied(p_id);
-    v_again  bigint;
+    w  etcd_wal := _etcd_unapplied(p_id);
 BEGIN
-    PERFORM _etcd_lock_key(w.key);
-    SELECT o.id INTO v_again
-      FROM etcd_wal o
-     WHERE o.retry_of = p_id AND o.key = w.key AND o.retry_of < o.id;
-    IF FOUND THEN
-        RAISE EXCEPTION 'change % was tried again already', p_id
-            USING ERRCODE = 'object_not_in_prerequisite_state',
-                  DETAIL = pg_catalog.format('That is row %s of etcd_wal.', v_again),
-                  HINT = 'If that one ended as conflict or failed, too, try that one again.';
-    END IF;
     RETURN _etcd_change(
         w.key, w.value, w.value_bytes, p_ttl => w.ttl, p_force => w.force,
         p_delete => w.value IS NULL AND w.value_bytes IS NULL, p_retry_of => p_id);
@@ -1085,13 +931,9 @@ END
 $$;
 COMMENT ON FUNCTION etcd_retry(bigint) IS 'queue a conflict or failed change again, on the current version';
 
-
 CREATE OR REPLACE FUNCTION etcd_dismiss(p_id bigint)
-RETURNS void
-LANGUAGE plpgsql AS $$
--- Acknowledge a conflict or failure: it counts no longer, and is deleted as old successes are.
--- The caller needs UPDATE on column dismissed_at of etcd_wal.
---   p_id     etcd_wal.id of that change; to dismiss it again changes nothing
+RETURNS void LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+-- It is deleted in time, as old successes are. The caller needs UPDATE on column dismissed_at of etcd_wal.
 --   errors   P0002 no such row; 55000 it is pending or succeeded
 BEGIN
     PERFORM _etcd_unapplied(p_id);
@@ -1100,21 +942,17 @@ END
 $$;
 COMMENT ON FUNCTION etcd_dismiss(bigint) IS 'acknowledge a conflict or failure, so that it counts no longer';
 
-
 CREATE OR REPLACE FUNCTION etcd_schema_version()
-RETURNS integer
-LANGUAGE sql IMMUTABLE PARALLEL SAFE AS $$
--- Version of this file as installed. The daemon applies a newer one and refuses an older one.
+RETURNS integer LANGUAGE sql IMMUTABLE PARALLEL SAFE SET search_path FROM CURRENT AS $$
+-- The daemon applies a newer one and refuses an older one.
 SELECT 4
 $$;
 COMMENT ON FUNCTION etcd_schema_version() IS 'version of schema.sql as installed';
 
-
 -- == Triggers ==========================================================================================
 
 CREATE OR REPLACE FUNCTION _etcd_kv_write()
-RETURNS trigger
-LANGUAGE plpgsql AS $$
+RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 -- INSERT, UPDATE and DELETE on etcd_kv: queue the change, made on the version that the statement saw.
 --   INSERT   one of value and value_bytes; the key must not exist
 --   UPDATE   the value column that was changed counts and clears the other; a changed key is a delete of the
@@ -1122,29 +960,24 @@ LANGUAGE plpgsql AS $$
 --   errors   40001 the key has a pending change (an own one of this transaction included) or has moved on;
 --            23505 the key to insert exists; 22004 no value; 428C9 a column set that is not the writer's to set
 DECLARE
-    v_new  boolean;
+    v_new  boolean := NEW.key IS DISTINCT FROM OLD.key;  -- OLD is all null in an INSERT
 BEGIN
     IF TG_OP = 'DELETE' THEN
         PERFORM _etcd_change(OLD.key, NULL, NULL, OLD.revision, p_delete => true);
         RETURN OLD;
     ELSIF (NEW.revision, NEW.ts, NEW.lease, NEW.value_json)
-           IS DISTINCT FROM (OLD.revision, OLD.ts, OLD.lease, OLD.value_json) THEN  -- all null in an INSERT
+           IS DISTINCT FROM (OLD.revision, OLD.ts, OLD.lease, OLD.value_json) THEN
         RAISE EXCEPTION 'only columns key, value and value_bytes of etcd_kv can be set'
             USING ERRCODE = 'generated_always',
                   HINT = 'A certain version is changed by UPDATE ... WHERE revision = the one you read, '
                          'a lease by etcd_set with a ttl, value_json by setting value.';
     END IF;
 
-    IF TG_OP = 'UPDATE' THEN
-        IF NEW.value IS NOT DISTINCT FROM OLD.value THEN
-            IF NEW.value_bytes IS DISTINCT FROM OLD.value_bytes THEN
-                NEW.value := NULL;
-            END IF;
-        ELSIF NEW.value_bytes IS NOT DISTINCT FROM OLD.value_bytes THEN
-            NEW.value_bytes := NULL;
-        END IF;
+    IF NEW.value IS NOT DISTINCT FROM OLD.value AND NEW.value_bytes IS DISTINCT FROM OLD.value_bytes THEN
+        NEW.value := NULL;
+    ELSIF NEW.value IS DISTINCT FROM OLD.value AND NEW.value_bytes IS NOT DISTINCT FROM OLD.value_bytes THEN
+        NEW.value_bytes := NULL;
     END IF;
-    v_new := TG_OP = 'INSERT' OR NEW.key IS DISTINCT FROM OLD.key;
     IF v_new AND TG_OP = 'UPDATE' THEN
         PERFORM _etcd_change(OLD.key, NULL, NULL, OLD.revision, p_delete => true);
     END IF;
@@ -1154,20 +987,16 @@ BEGIN
     RETURN NEW;
 END
 $$;
-COMMENT ON FUNCTION _etcd_kv_write() IS 'internal: makes etcd_kv writable';
-
 
 CREATE OR REPLACE FUNCTION _etcd_notify()
-RETURNS trigger
-LANGUAGE plpgsql AS $$
--- Wake the daemon. A hint without content: the daemon reads the table, and does so every --poll-interval
--- even if no hint arrives. PostgreSQL sends one per transaction, at commit.
+RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+-- Wake the daemon. A hint without content, one per transaction, at commit: the daemon reads the table, and does
+-- so every --poll-interval even if no hint arrives.
 BEGIN
     PERFORM pg_catalog.pg_notify('etcd_changes', '');
     RETURN NULL;
 END
 $$;
-COMMENT ON FUNCTION _etcd_notify() IS 'internal: wakes the daemon after an INSERT into etcd_wal';
 
 -- To do without notifications (they serialise commits of all writers in the database):
 --     ALTER TABLE etcd_wal DISABLE TRIGGER etcd_wal_notify;
@@ -1185,64 +1014,38 @@ BEGIN
 END
 $$;
 
-
 -- == Settings ==========================================================================================
 
--- The functions find their tables in this schema whatever the caller's search_path says, and a temporary
--- table of the same name does not get in between. That alone does not keep them from calling what somebody
--- else has put into the schema: pg_catalog comes first, but a function or operator for just these types is
--- preferred to one of pg_catalog that has to cast them, or takes any type. So functions with arguments are
--- called by their qualified name; and an operator that pg_catalog does not have for just these types gets a
--- cast, or is qualified, too.
---
--- Two things depend on PostgreSQL's version. From 15 on the views check the caller's privileges and row-level
--- security; before, a view reads with its owner's rights. From 17 on _etcd_json can run in a parallel query;
--- before, that cannot catch an error.
+-- From PostgreSQL 15 on the views check the caller's privileges and row-level security; before, a view reads with
+-- its owner's rights. From 17 on _etcd_json can run in a parallel query; before, that cannot catch an error.
 DO $$
 DECLARE
-    v_version   int := pg_catalog.current_setting('server_version_num')::int;
-    v_function  text;
+    v_version  int := pg_catalog.current_setting('server_version_num')::int;
 BEGIN
-    FOREACH v_function IN ARRAY ARRAY[
-        'etcd_get(text)', 'etcd_get_all(text, bigint)', 'etcd_list(text)', 'etcd_at(bigint, text)',
-        '_etcd_state(text, bigint)', '_etcd_json(text)']
-    LOOP
-        EXECUTE pg_catalog.format(
-            'ALTER FUNCTION %1$I.%2$s PARALLEL %3$s SET search_path = %1$I, pg_temp',
-            current_schema(), v_function, CASE WHEN v_version >= 170000 THEN 'SAFE' ELSE 'UNSAFE' END);
-    END LOOP;
-    FOREACH v_function IN ARRAY ARRAY[
-        'etcd_set(text, text, bigint, interval, boolean)', 'etcd_set(text, jsonb, bigint, interval, boolean)',
-        'etcd_set_bytes(text, bytea, bigint, interval, boolean)', 'etcd_set_many(jsonb, interval, boolean)',
-        'etcd_delete(text, bigint, boolean)', 'etcd_delete_prefix(text, boolean)',
-        'etcd_wait(bigint, interval)', 'etcd_wait_revision(bigint, interval, text)',
-        'etcd_retry(bigint)', 'etcd_dismiss(bigint)', 'etcd_schema_version()', '_etcd_lock_key(text)',
-        '_etcd_change(text, text, bytea, bigint, interval, boolean, boolean, boolean, bigint)',
-        '_etcd_generation_lock(text, bigint)', '_etcd_wait(text, bigint, timestamptz, text)',
-        '_etcd_unapplied(bigint)', '_etcd_kv_write()', '_etcd_notify()']
-    LOOP
-        EXECUTE pg_catalog.format(
-            'ALTER FUNCTION %1$I.%2$s SET search_path = %1$I, pg_temp', current_schema(), v_function);
-    END LOOP;
     IF v_version >= 150000 THEN
         ALTER VIEW etcd_kv SET (security_invoker = true);
         ALTER VIEW etcd_status SET (security_invoker = true);
     END IF;
+    IF v_version >= 170000 THEN
+        ALTER FUNCTION _etcd_json(text) PARALLEL SAFE;
+        ALTER FUNCTION _etcd_state(text, bigint) PARALLEL SAFE;
+        ALTER FUNCTION etcd_get(text) PARALLEL SAFE;
+        ALTER FUNCTION etcd_get_all(text, bigint) PARALLEL SAFE;
+        ALTER FUNCTION etcd_list(text) PARALLEL SAFE;
+        ALTER FUNCTION etcd_at(bigint, text) PARALLEL SAFE;
+    END IF;
+    PERFORM pg_catalog.set_config('search_path', pg_catalog.current_setting('etcd_fdw.search_path'), false);
 END
 $$;
 
-
 -- == Grants: an example ================================================================================
 
--- PostgreSQL lets PUBLIC execute functions; these run with the caller's rights, so the tables decide.
--- PostgreSQL 13 and 14 also let everybody create objects in schema public, and with them have others run
--- code. If there are users who are not trusted:
---
+-- The functions, which PUBLIC may execute, run with the caller's rights, so the tables decide. PostgreSQL 13
+-- and 14 let everybody create objects in schema public, and with them have others run code. If there are users
+-- who are not trusted:
 --     REVOKE CREATE ON SCHEMA public FROM PUBLIC;
 --
--- The daemon, if a DBA applied this file (if the daemon did, it owns everything and only needs CREATE on the
--- schema):
---
+-- The daemon, if a DBA applied this file (else it owns everything and only needs CREATE on the schema):
 --     GRANT TEMP ON DATABASE mydb TO etcd_fdw;
 --     GRANT USAGE ON SCHEMA public TO etcd_fdw;
 --     GRANT SELECT, INSERT, UPDATE, DELETE ON etcd, etcd_wal, etcd_sync_state, etcd_sync_event TO etcd_fdw;
@@ -1250,22 +1053,19 @@ $$;
 --
 -- An application that reads everything and changes keys, by function or through etcd_kv, but can neither
 -- write the mirror nor claim an outcome:
---
 --     GRANT USAGE ON SCHEMA public TO app;
 --     GRANT SELECT ON etcd, etcd_wal, etcd_sync_state, etcd_status TO app;
 --     GRANT INSERT (key, value, value_bytes, revision, depends_on, retry_of, ttl, force) ON etcd_wal TO app;
 --     GRANT SELECT, INSERT, UPDATE, DELETE ON etcd_kv TO app;
 --
--- Leave out force, or force and ttl, for one that must not use them: 42501 if it does, all else works. Who
--- calls etcd_wait needs SELECT as here.
---
+-- Leave out force, or force and ttl, for one that must not use them: 42501 if it does, all else works.
+-- Who calls etcd_wait needs SELECT as here.
 -- One that only reads: the first two lines of these, and SELECT on etcd_kv. Who may call etcd_dismiss needs
 -- one more, which lets it hide conflicts and failures from everybody: GRANT UPDATE (dismissed_at) ON etcd_wal.
 --
 -- Only keys under a prefix: row-level security. The functions obey it, the views from PostgreSQL 15 on (before,
 -- they read with their owner's rights: do not grant them). The daemon needs the first two policies unless it
 -- owns the tables or has BYPASSRLS; with policies PostgreSQL refuses it COPY, so it is slower.
---
 --     CREATE POLICY daemon ON etcd TO etcd_fdw USING (true);
 --     CREATE POLICY daemon ON etcd_wal TO etcd_fdw USING (true);
 --     CREATE POLICY app ON etcd FOR SELECT TO app USING (starts_with(key, '/app/'));

@@ -5408,10 +5408,9 @@ def test_metrics_tell_what_happened(daemon, db, prefix, etcd):
     rows(db, "SELECT etcd_set(%s, 'x')", prefix + "b")
     rows(db, "INSERT INTO etcd_wal (key, value, revision) VALUES (%s, 'x', 1)", prefix + "a")
     wait_settled(db)
-    checkpoint = scalar(db, "SELECT revision FROM etcd_status")
 
     def counted() -> dict[str, float]:  # some of it after the commit
-        found = read_metrics(one)
+        found, checkpoint = read_metrics(one), scalar(db, "SELECT revision FROM etcd_status")
         done = found["etcd_fdw_apply_seconds_count"] - before["etcd_fdw_apply_seconds_count"] == 2
         reached = found["etcd_fdw_checkpoint_revision"] == checkpoint
         return found if done and reached and found.get("etcd_fdw_pending_changes") == 0 else {}

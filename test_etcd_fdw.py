@@ -5762,7 +5762,7 @@ def test_json_log_has_the_last_words_too(command):
 
 
 def test_info_log_is_quiet(daemon, db, prefix, etcd):
-    one, began = daemon(), time.monotonic()
+    began, one = time.monotonic(), daemon()
     mark = one.mark()
     for n in range(100):
         etcd.put(f"{prefix}e{n}", "x")

@@ -5408,10 +5408,9 @@ def test_metrics_tell_what_happened(daemon, db, prefix, etcd):
     rows(db, "SELECT etcd_set(%s, 'x')", prefix + "b")
     rows(db, "INSERT INTO etcd_wal (key, value, revision) VALUES (%s, 'x', 1)", prefix + "a")
     wait_settled(db)
-    checkpoint = scalar(db, "SELECT revision FROM etcd_status")
 
     def counted() -> dict[str, float]:  # some of it after the commit
-        found = read_metrics(one)
+        found, checkpoint = read_metrics(one), scalar(db, "SELECT revision FROM etcd_status")
         done = found["etcd_fdw_apply_seconds_count"] - before["etcd_fdw_apply_seconds_count"] == 2
         reached = found["etcd_fdw_checkpoint_revision"] == checkpoint
         return found if done and reached and found.get("etcd_fdw_pending_changes") == 0 else {}
@@ -5763,7 +5762,7 @@ def test_json_log_has_the_last_words_too(command):
 
 
 def test_info_log_is_quiet(daemon, db, prefix, etcd):
-    one, began = daemon(), time.monotonic()
+    began, one = time.monotonic(), daemon()
     mark = one.mark()
     for n in range(100):
         etcd.put(f"{prefix}e{n}", "x")
@@ -8254,6 +8253,7 @@ def test_documented_roles_are_enough(daemon, db, roles, own_etcd):
         etcd.put("/other/b", "1")
         apply_change(app, "/app/c")
         wait_until("/other/b did not arrive", arrives(db, "/other/b"))
+        recorder.sync()  # its thread appends to what is replaced here
         recorder.events = [event for event in recorder.events if event.key != b"/\xff"]
         first = scalar(db, "SELECT first_revision FROM etcd_sync_state")
         assert_same(recorder, db, "/", since=first + 1)

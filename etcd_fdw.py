@@ -1153,11 +1153,11 @@ class Guard(threading.Thread):
         number = signal.sigwait(SIGNALS)
         if number not in (signal.SIGTERM, signal.SIGINT):
             self.requests.add(number)
+            self.waker.wake()
         elif self.stop_by is None:
             self.stop()
         else:
             os._exit(self.exit_code)  # the second time; a crash at any point loses nothing
-        self.waker.wake()
 
     def _enforce(self, now: float) -> None:
         if self.stop_by is not None and now > self.stop_by + 1:
@@ -1583,10 +1583,11 @@ class Postgres:
         Where it is about a few rows, planning takes most of the time.
         """
         if sql not in self.prepared:
-            name, names = f"etcd_fdw_{len(self.prepared)}", list(arguments)
-            numbers = {name: f"${number}" for number, name in enumerate(names, 1)}
-            cur.execute(f"PREPARE {name} AS {sql % numbers}")
-            self.prepared[sql] = f"EXECUTE {name} ({', '.join(f'%({name})s' for name in names)})"
+            statement = f"etcd_fdw_{len(self.prepared)}"
+            numbers = {name: f"${number}" for number, name in enumerate(arguments, 1)}
+            cur.execute(f"PREPARE {statement} AS {sql % numbers}")
+            values = ", ".join(f"%({name})s" for name in numbers)
+            self.prepared[sql] = f"EXECUTE {statement} ({values})"
         return self.prepared[sql]
 
     def query(self, sql: str, **arguments: Any) -> list[dict[str, Any]]:
@@ -4060,7 +4061,7 @@ class Session:
         self.mirror = Mirror(engine, postgres, etcd)
         self.outbox: Outbox | None = None
         self.outbox_attempt = 0
-        self.outbox_error: EtcdFdwError | None = None  # the last one for which changes wait
+        self.outbox_error: EtcdFdwError | None = None  # for which changes wait
         self.outbox_after = 0.0  # monotonic: when to open an outbox again
         self.dirty = True  # there may be pending changes that were not read
         self.timers = [Timer(action) for action in (self.poll, self.heartbeat, self.gauge)]
@@ -4216,7 +4217,7 @@ class Session:
             self.dirty = self.outbox.all_read = False
         sent = self.outbox.fill()
         if sent and self.outbox_attempt:
-            self.outbox_attempt = 0
+            self.outbox_attempt, self.outbox_error = 0, None
             log.info("changes are sent again")
         return sent
 

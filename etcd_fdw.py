@@ -1887,15 +1887,10 @@ class Etcd:
     def server_version(self) -> str:
         """Such as 3.5.1; "unknown" if this user may not ask (etcd 3.6 and later want root)."""
         stub = etcdrpc.MaintenanceStub(self.client.channel)
-        timeout, metadata = self.target.request_timeout, self.metadata
         try:
-            status = stub.Status(etcdrpc.StatusRequest(), timeout=timeout, metadata=metadata)
-        except grpc.RpcError as exc:
-            error = etcd_error(exc, self.endpoint)
-            if isinstance(error, AccessDenied):
-                return "unknown"
-            raise error from exc
-        return str(status.version)
+            return str(self.call(stub.Status, etcdrpc.StatusRequest()).version)
+        except AccessDenied:
+            return "unknown"
 
     def authenticate(self, timeout: float | None = None) -> None:
         """Get a new token, if there is a user name and etcd wants one."""
@@ -1937,25 +1932,10 @@ class Etcd:
         request = etcdrpc.RangeRequest(key=key, range_end=range_end, **fields)
         return self.call(self.kv.Range, request, timeout)
 
-    def range_future(self, key: bytes, range_end: bytes, **fields: Any) -> Any:
-        """The future of a RangeResponse."""
-        request = etcdrpc.RangeRequest(key=key, range_end=range_end, **fields)
-        return self.kv.Range.future(
-            request, timeout=self.target.request_timeout, metadata=self.metadata
-        )
-
-    def txn_future(self, request: Any) -> Any:
-        """The future of a TxnResponse."""
-        return self.kv.Txn.future(
-            request, timeout=self.target.request_timeout, metadata=self.metadata
-        )
-
-    def lease_future(self, ttl: int) -> Any:
-        """The future of a LeaseGrantResponse: a new lease of so many seconds."""
-        request = etcdrpc.LeaseGrantRequest(TTL=ttl)
-        return self.lease.LeaseGrant.future(
-            request, timeout=self.target.request_timeout, metadata=self.metadata
-        )
+    def future(self, method: Any, request: Any) -> Any:
+        """The future of a call's response, which raises grpc.RpcError."""
+        timeout = self.target.request_timeout
+        return method.future(request, timeout=timeout, metadata=self.metadata)
 
     def put(self, key: bytes, value: bytes) -> int:
         """Put one key; the revision that it got."""
@@ -1978,8 +1958,10 @@ class Etcd:
         Pages aim at PAGE_BYTES. The next page is asked for before this one is handed out.
         Raises Compacted.
         """
-        limit, key, renewed = PAGE_KEYS[0], self.key, False
-        future = self.range_future(key, self.range_end, limit=limit, revision=revision)
+        ask = etcdrpc.RangeRequest(
+            key=self.key, range_end=self.range_end, limit=PAGE_KEYS[0], revision=revision
+        )
+        future, renewed = self.future(self.kv.Range, ask), False
         while True:
             try:
                 page = future.result()
@@ -1988,18 +1970,18 @@ class Etcd:
                 if isinstance(error, TokenExpired) and not renewed:
                     renewed = True  # it expired while the last page was being stored
                     self.authenticate()
-                elif isinstance(error, TooLarge) and limit > 1:
-                    limit = max(1, limit // 8)
+                elif isinstance(error, TooLarge) and ask.limit > 1:
+                    ask.limit = max(1, ask.limit // 8)
                 else:
                     raise error from exc
-                future = self.range_future(key, self.range_end, limit=limit, revision=revision)
+                future = self.future(self.kv.Range, ask)
                 continue
-            revision, renewed = revision or page.header.revision, False
+            ask.revision, renewed = revision or page.header.revision, False
             if page.more:
                 average = 1 + page.ByteSize() // len(page.kvs)
-                limit = max(1, min(PAGE_BYTES // average, limit * 4, PAGE_KEYS[1]))
-                key = page.kvs[-1].key + b"\0"
-                future = self.range_future(key, self.range_end, limit=limit, revision=revision)
+                ask.limit = max(1, min(PAGE_BYTES // average, ask.limit * 4, PAGE_KEYS[1]))
+                ask.key = page.kvs[-1].key + b"\0"
+                future = self.future(self.kv.Range, ask)
             yield page
             if not page.more:
                 return
@@ -2162,18 +2144,6 @@ class OutboxTransaction:
     Waiting for `waits` others: those before it that change the same keys, to be packed, and
     those that it depends on, to be answered.
     """
-
-    __slots__ = (
-        "changes",
-        "followers",
-        "forced",
-        "keys",
-        "read_at",
-        "rows",
-        "size",
-        "versions",
-        "waits",
-    )
 
     def __init__(self, rows: list[OutboxRow]) -> None:
         self.read_at = time.monotonic()
@@ -2364,7 +2334,6 @@ class Outcome(NamedTuple):
     """What became of a change."""
 
     id: int
-    key: str
     status: str  # success, conflict, failed
     revision: int | None  # that it got (success), or that its compare met (conflict)
     message: str | None
@@ -2377,19 +2346,15 @@ class Outcome(NamedTuple):
 BY_KEY_SQL = """
 SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off
 """
-SUCCESS_SQL = """
+# Of arrays of different lengths, the shorter ones are filled up with nulls.
+OUTCOMES_SQL = """
 UPDATE etcd_wal w
-SET status = 'success', result_revision = o.revision, replaced_revision = o.replaced,
-    error_message = NULL, finished_at = now()
+SET status = coalesce(o.status, 'success'), error_message = o.message,
+    result_revision = o.revision, replaced_revision = o.replaced, finished_at = now()
 FROM ROWS FROM (pg_catalog.unnest(%(ids)s::bigint[]), pg_catalog.unnest(%(revisions)s::bigint[]),
-                pg_catalog.unnest(%(replaced)s::bigint[])) AS o (id, revision, replaced)
-WHERE w.id = o.id AND w.finished_at IS NULL
-"""
-REFUSAL_SQL = """
-UPDATE etcd_wal w
-SET status = o.status, result_revision = o.revision::bigint, error_message = o.message,
-    finished_at = clock_timestamp()
-FROM (VALUES %s) AS o (id, status, revision, message)
+                pg_catalog.unnest(%(replaced)s::bigint[]), pg_catalog.unnest(%(statuses)s::text[]),
+                pg_catalog.unnest(%(messages)s::text[]))
+     AS o (id, revision, replaced, status, message)
 WHERE w.id = o.id AND w.finished_at IS NULL
 """
 RETRY_SQL = """
@@ -2401,10 +2366,10 @@ INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, targ
                              target_revision, duration, details)
 SELECT %(prefix)s, 'change', w.status, w.key, 'postgresql', 'etcd', w.result_revision,
        w.finished_at - w.ts,
-       pg_catalog.jsonb_build_object(
-           'wal_id', w.id, 'role', w.role_name, 'application', w.application_name)
-       || CASE WHEN w.force THEN pg_catalog.jsonb_build_object(
-           'forced', true, 'replaced_revision', w.replaced_revision) ELSE '{}'::jsonb END
+       pg_catalog.jsonb_strip_nulls(pg_catalog.jsonb_build_object(
+           'wal_id', w.id, 'role', w.role_name, 'application', w.application_name,
+           'message', w.error_message, 'forced', CASE WHEN w.force THEN true END,
+           'replaced_revision', w.replaced_revision))
 FROM etcd_wal w WHERE w.id = ANY (%(ids)s::bigint[])
 """
 
@@ -2431,40 +2396,26 @@ class Outcomes:
 
     def record(self, postgres: Postgres, cur: Any, audit: bool) -> None:
         """Write them into etcd_wal, refusals (and with audit all) into etcd_sync_event."""
-        good = [o for o in self.list if o.status == "success"]
-        if good:
-            ids = int_array(o.id for o in good)
-            revisions = int_array(o.revision for o in good)
-            # unnest() of arrays of different lengths fills the shorter one up with nulls
-            forced = any(o.replaced for o in good)
-            replaced = int_array(o.replaced for o in good) if forced else "{}"
-            outcomes = {"ids": ids, "revisions": revisions, "replaced": replaced}
-            execute = postgres.planned(cur, SUCCESS_SQL, outcomes)
-            cur.defer(BY_KEY_SQL)
-            cur.defer(execute, outcomes)
-            if audit:
-                cur.execute(AUDIT_CHANGES_SQL, {"prefix": postgres.prefix, "ids": ids})
-        bad = [o for o in self.list if o.status != "success"]
-        if bad:
-            values = [(o.id, o.status, o.revision, o.message) for o in bad]
-            psycopg2.extras.execute_values(cur, REFUSAL_SQL, values, page_size=1000)
-            postgres.record_events(cur, [refusal_event(o) for o in bad])
-        if self.list:
-            first, last = min(o.id for o in self.list), max(o.id for o in self.list)
-            postgres.notify(cur, OUTCOME_CHANNEL, first, last)
-
-
-def refusal_event(outcome: Outcome) -> SynchronizationEvent:
-    """The audit row of a conflict or failure."""
-    return SynchronizationEvent(
-        operation="change",
-        status=outcome.status,
-        key=outcome.key,
-        source_system="postgresql",
-        target_system="etcd",
-        target_revision=outcome.revision,
-        details={"wal_id": outcome.id, "message": outcome.message},
-    )
+        if not self.list:
+            return
+        refused = [o for o in self.list if o.status != "success"]
+        ordered = refused + [o for o in self.list if o.status == "success"]
+        forced = any(o.replaced for o in ordered)
+        arguments = {
+            "ids": int_array(o.id for o in ordered),
+            "revisions": int_array(o.revision for o in ordered),
+            "replaced": int_array(o.replaced for o in ordered) if forced else "{}",
+            "statuses": [o.status for o in refused],
+            "messages": [o.message for o in refused],
+        }
+        execute = postgres.planned(cur, OUTCOMES_SQL, arguments)
+        cur.defer(BY_KEY_SQL)
+        cur.defer(execute, arguments)
+        if audit or refused:
+            ids = int_array(o.id for o in (ordered if audit else refused))
+            cur.defer(AUDIT_CHANGES_SQL, {"prefix": postgres.prefix, "ids": ids})
+        numbers = [o.id for o in ordered]
+        postgres.notify(cur, OUTCOME_CHANNEL, min(numbers), max(numbers))
 
 
 def conflict_message(changes: Sequence[Change], current: Sequence[int | None]) -> str:
@@ -2614,8 +2565,8 @@ class Txn:
     taken, because etcd up to at least 3.5 checks no permissions in nested transactions, and
     counts no nested puts when its quota is used up.
 
-    add_change() asks for the leases of its puts, one for each ttl in a transaction; send() puts
-    them in.  Those that come to nothing expire by themselves.
+    lease() asks for the leases of its puts, one for each ttl in a transaction; those that come to
+    nothing expire by themselves.
     """
 
     def __init__(
@@ -2631,8 +2582,8 @@ class Txn:
         self.etcd = receipts.etcd
         self.guarded = self.etcd.guarded
         self.future: Any = None
-        self._leases: dict[tuple[str, int], Any] = {}  # futures by transaction and ttl
-        self._puts: list[tuple[Any, Any]] = []  # puts without their lease's id yet, and its future
+        self._leases: dict[tuple[str, int], int] = {}  # ids by transaction and ttl
+        self._grants: list[Any] = []  # their futures
         self.request = txn = etcdrpc.TxnRequest()
         if self.guarded:
             for transaction in transactions:
@@ -2681,32 +2632,36 @@ class Txn:
         put = operation.request_put
         put.key, put.value = change.key, change.value
         if change.ttl:
-            lease = self._leases.get((txid, change.ttl))
-            if lease is None:
-                lease = self._leases[txid, change.ttl] = self.etcd.lease_future(change.ttl)
-            self._puts.append((put, lease))
+            put.lease = self.lease(txid, change.ttl)
         elif change.ttl is None:
             put.ignore_lease = exists  # a plain put would detach the key from it
 
+    def lease(self, txid: str, ttl: int) -> int:
+        """The id of a lease of so many seconds, which etcd is asked for the first time."""
+        if (txid, ttl) not in self._leases:
+            self._leases[txid, ttl] = id_ = random.randrange(1, 1 << 63)
+            request = etcdrpc.LeaseGrantRequest(ID=id_, TTL=ttl)
+            self._grants.append(self.etcd.future(self.etcd.lease.LeaseGrant, request))
+        return self._leases[txid, ttl]
+
     def when_granted(self, callback: Callable[[], None]) -> None:
         """Have something called, in any thread, whenever one of the leases is there or refused."""
-        for lease in self._leases.values():
-            lease.add_done_callback(lambda _: callback())
+        for grant in self._grants:
+            grant.add_done_callback(lambda _: callback())
 
     def granted(self) -> bool:
         """Whether etcd has answered for every lease, so that send() can be called."""
-        return all(lease.done() for lease in self._leases.values())
+        return all(grant.done() for grant in self._grants)
 
     def send(self, settled: int, unsettled: Iterable[Sent]) -> None:
         """Complete the request, and send it. A lease that was refused is the answer."""
-        for put, lease in self._puts:
-            if lease.code() is not grpc.StatusCode.OK:
-                self.future = lease
+        for grant in self._grants:
+            if grant.code() is not grpc.StatusCode.OK:
+                self.future = grant
                 return
-            put.lease = lease.result().ID
         content = {"rows": self.rows, "settled": settled, "unsettled": list(unsettled)}
         self._receipt.value = json.dumps(content, separators=(",", ":")).encode()
-        self.future = self.etcd.txn_future(self.request)
+        self.future = self.etcd.future(self.etcd.kv.Txn, self.request)
 
     def answer(self) -> Any:
         """The TxnResponse of the fenced level, with the header. Raises grpc.RpcError."""
@@ -3098,10 +3053,9 @@ class Outbox:
             change = transaction.changes[row.key]
             reached = revision if change.moves else None
             replaced = change.expected or None if row.force else None
-            version = 0 if change.value is None else revision
-            outcomes.append(
-                self.outcome(transaction, row, "success", reached, None, version, replaced)
-            )
+            read_at = transaction.read_at
+            outcomes.append(Outcome(row.id, "success", reached, None, read_at, replaced))
+            self.queue.answered(row.id, 0 if change.value is None else revision)
         return outcomes
 
     def refused(
@@ -3116,32 +3070,28 @@ class Outbox:
         self.engine.conflicts.note(first.id, key, revision, message)
         newest = max((now or 0 for now in failed_at.values()), default=0)
         revisions = [failed_at.get(row.key) or newest or None for row in transaction.rows]
-        return [
-            self.outcome(transaction, row, "conflict", revision, message)
-            for row, revision in zip(transaction.rows, revisions)
-        ]
+        return self.refusals(transaction, "conflict", revisions, message)
 
     def fail(self, transaction: OutboxTransaction, error: EtcdFdwError) -> None:
         """Note that etcd will never take a transaction."""
         log.warning("change %(id)d failed: %(error)s", id=transaction.rows[0].id, error=error)
-        rows, message = transaction.rows, str(error)
-        outcomes = [self.outcome(transaction, row, "failed", None, message) for row in rows]
+        outcomes = self.refusals(transaction, "failed", itertools.repeat(None), str(error))
         self.acknowledged.append(Acknowledged(0, outcomes, time.monotonic()))
 
-    def outcome(
+    def refusals(
         self,
         transaction: OutboxTransaction,
-        row: OutboxRow,
         status: str,
-        revision: int | None,
-        message: str | None,
-        version: int = REFUSED,
-        replaced: int | None = None,
-    ) -> Outcome:
-        """The outcome of a row; what depends on it may go on, as its key's version is known."""
-        self.queue.answered(row.id, version)
-        read_at = transaction.read_at
-        return Outcome(row.id, row.key, status, revision, message, read_at, replaced)
+        revisions: Iterable[int | None],
+        message: str,
+    ) -> list[Outcome]:
+        """The outcomes of a transaction that was not applied."""
+        for row in transaction.rows:
+            self.queue.answered(row.id, REFUSED)
+        return [
+            Outcome(row.id, status, revision, message, transaction.read_at)
+            for row, revision in zip(transaction.rows, revisions)
+        ]
 
     def unanswered(self, txn: Txn, error: EtcdFdwError) -> None:
         """Deal with a Txn that etcd refused as a whole; raises if it may have applied it."""
@@ -3910,10 +3860,10 @@ def compare_up_to(
 
 
 class Timer:
-    """Something that is done from time to time."""
+    """Something that is done from time to time: an action that returns the pause in seconds."""
 
     def __init__(self, action: Callable[[], float], due_in: float = 0.0) -> None:
-        self.action = action  # returns in how many seconds it is due again
+        self.action = action
         self.due_at = time.monotonic() + due_in
 
     def run(self) -> None:
@@ -3999,42 +3949,30 @@ class Chore(Timer):
     All rows before `position` were looked at in this round.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        postgres: Postgres,
-        table: str,
-        option: str,
-        statement: str,
-        **start: Any,
-    ) -> None:
+    def __init__(self, session: Session, table: str, option: str, sql: str, **start: Any) -> None:
         super().__init__(self.step)
-        self.engine = engine
-        self.postgres = postgres
+        self.session = session
         self.table = table
         self.option = option
-        self.statement = statement
-        self.start = start
-        self.position = start
+        self.sql = sql
+        self.start = self.position = start
 
     def step(self) -> float:
-        """Look at some rows, and delete those that are due; returns the pause before the next."""
+        """Look at some rows, and delete those that are due."""
         started = time.monotonic()
-        age_s = getattr(self.engine.config, self.option)
+        engine, postgres = self.session.engine, self.session.postgres
+        age_s = getattr(engine.config, self.option)
         if age_s is None:
             return HOUSEKEEPING_S
-        arguments = {**self.position, **self.postgres.bounds, "age_s": age_s}
-        with self.postgres.cursor() as cur:
-            cur.execute(self.statement, {**arguments, "limit": HOUSEKEEPING_ROWS})
+        arguments = {**self.position, **postgres.bounds, "age_s": age_s}
+        with postgres.cursor() as cur:
+            cur.execute(self.sql, {**arguments, "limit": HOUSEKEEPING_ROWS})
             deleted, *position, more = cur.fetchone()
         self.position = dict(zip(self.start, position))
-        self.engine.metrics.deleted[self.table] += deleted
+        engine.metrics.deleted[self.table] += deleted
         if deleted:
-            log.debug(
-                "housekeeping deleted %(rows)d rows of %(table)s",
-                rows=deleted,
-                table=self.table,
-            )
+            text = "housekeeping deleted %(rows)d rows of %(table)s"
+            log.debug(text, rows=deleted, table=self.table)
         if more:
             return 10 * (time.monotonic() - started)  # a tenth of the loop's time at most
         if self.table != "etcd":
@@ -4066,16 +4004,11 @@ class Session:
         self.dirty = True  # there may be pending changes that were not read
         self.timers = [Timer(action) for action in (self.poll, self.heartbeat, self.gauge)]
         self.timers.append(Timer(self.summarise, SUMMARY_S))
+        first = {"key": postgres.prefix, "revision": 0}
         self.chores = [
-            Chore(engine, postgres, *chore, **start)
-            for chore, start in (
-                (
-                    ("etcd", "history_retention", PRUNE_HISTORY_SQL),
-                    {"key": postgres.prefix, "revision": 0},
-                ),
-                (("etcd_wal", "wal_retention", PRUNE_WAL_SQL), {"settled_at": "-infinity"}),
-                (("etcd_sync_event", "audit_retention", PRUNE_AUDIT_SQL), {"id": 0}),
-            )
+            Chore(self, "etcd", "history_retention", PRUNE_HISTORY_SQL, **first),
+            Chore(self, "etcd_wal", "wal_retention", PRUNE_WAL_SQL, settled_at="-infinity"),
+            Chore(self, "etcd_sync_event", "audit_retention", PRUNE_AUDIT_SQL, id=0),
         ]
 
     # ─ life ─

@@ -1593,7 +1593,7 @@ class Postgres:
     def query(self, sql: str, **arguments: Any) -> list[dict[str, Any]]:
         """The rows of a query about this prefix, by column name."""
         with self.transaction() as cur:
-            cur.execute(sql, {"prefix": self.prefix, **arguments})
+            cur.execute(sql, {**self.bounds, **arguments})
             names = [column.name for column in cur.description]
             return [dict(zip(names, row)) for row in cur]
 
@@ -3872,8 +3872,7 @@ class Timer:
         self.due_at = time.monotonic() + pause_s
 
 
-# Each reads `limit` rows behind a position, deletes what is due, and returns: rows deleted,
-# where to go on, and whether there may be more.
+# Each reads `limit` rows behind a position, deletes what is due, and returns where to go on.
 PRUNE_HISTORY_SQL = """
 WITH looked_at AS MATERIALIZED (
     SELECT key, revision,
@@ -3892,11 +3891,11 @@ WITH looked_at AS MATERIALIZED (
     SET pruned_revision = greatest(pruned_revision, (SELECT pg_catalog.max(following) FROM due))
     WHERE prefix = %(prefix)s AND EXISTS (SELECT FROM due)
 )
-SELECT (SELECT pg_catalog.count(*) FROM due),
-       (SELECT pg_catalog.max(key) FROM looked_at),
+SELECT (SELECT pg_catalog.count(*) FROM due) AS deleted,
+       (SELECT pg_catalog.max(key) FROM looked_at) AS key,
        (SELECT pg_catalog.max(revision) FROM looked_at
-        WHERE key = (SELECT pg_catalog.max(key) FROM looked_at)),
-       (SELECT pg_catalog.count(*) = %(limit)s FROM looked_at)
+        WHERE key = (SELECT pg_catalog.max(key) FROM looked_at)) AS revision,
+       (SELECT pg_catalog.count(*) = %(limit)s FROM looked_at) AS more
 """
 # What a pending change was made on top of stays: its result is the version to compare with.
 PRUNE_WAL_SQL = """
@@ -3917,12 +3916,12 @@ WITH looked_at AS MATERIALIZED (
 ), deleted AS (
     DELETE FROM etcd_wal WHERE id = ANY (ARRAY(SELECT id FROM due))
 )
-SELECT (SELECT pg_catalog.count(*) FROM due),
+SELECT (SELECT pg_catalog.count(*) FROM due) AS deleted,
        CASE WHEN pg_catalog.count(*) < %(limit)s
             THEN now() - %(age_s)s::float8 * interval '1 second'
             WHEN EXISTS (SELECT FROM due) THEN pg_catalog.max(settled_at)
-            ELSE pg_catalog.max(settled_at) + interval '1 microsecond' END,
-       pg_catalog.count(*) = %(limit)s
+            ELSE pg_catalog.max(settled_at) + interval '1 microsecond' END AS settled_at,
+       pg_catalog.count(*) = %(limit)s AS more
 FROM looked_at
 """
 PRUNE_AUDIT_SQL = """
@@ -3937,10 +3936,15 @@ WITH looked_at AS MATERIALIZED (
 ), deleted AS (
     DELETE FROM etcd_sync_event WHERE id = ANY (ARRAY(SELECT id FROM passed WHERE mine))
 )
-SELECT pg_catalog.count(*) FILTER (WHERE mine), coalesce(pg_catalog.max(id), %(id)s),
-       pg_catalog.count(*) = %(limit)s
+SELECT pg_catalog.count(*) FILTER (WHERE mine) AS deleted,
+       coalesce(pg_catalog.max(id), %(id)s) AS id, pg_catalog.count(*) = %(limit)s AS more
 FROM passed
 """
+CHORES = {  # by table: the option that says what is due, and what deletes it
+    "etcd": ("history_retention", PRUNE_HISTORY_SQL),
+    "etcd_wal": ("wal_retention", PRUNE_WAL_SQL),
+    "etcd_sync_event": ("audit_retention", PRUNE_AUDIT_SQL),
+}
 
 
 class Chore(Timer):
@@ -3949,31 +3953,28 @@ class Chore(Timer):
     All rows before `position` were looked at in this round.
     """
 
-    def __init__(self, session: Session, table: str, option: str, sql: str, **start: Any) -> None:
+    def __init__(self, engine: Engine, postgres: Postgres, table: str) -> None:
         super().__init__(self.step)
-        self.session = session
+        self.engine = engine
+        self.postgres = postgres
         self.table = table
-        self.option = option
-        self.sql = sql
-        self.start = self.position = start
+        self.start = {"key": postgres.prefix, "revision": 0, "settled_at": "-infinity", "id": 0}
+        self.position = self.start
 
     def step(self) -> float:
         """Look at some rows, and delete those that are due."""
         started = time.monotonic()
-        engine, postgres = self.session.engine, self.session.postgres
-        age_s = getattr(engine.config, self.option)
+        option, sql = CHORES[self.table]
+        age_s = getattr(self.engine.config, option)
         if age_s is None:
             return HOUSEKEEPING_S
-        arguments = {**self.position, **postgres.bounds, "age_s": age_s}
-        with postgres.cursor() as cur:
-            cur.execute(self.sql, {**arguments, "limit": HOUSEKEEPING_ROWS})
-            deleted, *position, more = cur.fetchone()
-        self.position = dict(zip(self.start, position))
-        engine.metrics.deleted[self.table] += deleted
-        if deleted:
+        arguments = {**self.position, "limit": HOUSEKEEPING_ROWS, "age_s": age_s}
+        self.position = found = self.postgres.query(sql, **arguments)[0]
+        if deleted := found["deleted"]:
+            self.engine.metrics.deleted[self.table] += deleted
             text = "housekeeping deleted %(rows)d rows of %(table)s"
             log.debug(text, rows=deleted, table=self.table)
-        if more:
+        if found["more"]:
             return 10 * (time.monotonic() - started)  # a tenth of the loop's time at most
         if self.table != "etcd":
             return HOUSEKEEPING_S
@@ -4004,12 +4005,7 @@ class Session:
         self.dirty = True  # there may be pending changes that were not read
         self.timers = [Timer(action) for action in (self.poll, self.heartbeat, self.gauge)]
         self.timers.append(Timer(self.summarise, SUMMARY_S))
-        first = {"key": postgres.prefix, "revision": 0}
-        self.chores = [
-            Chore(self, "etcd", "history_retention", PRUNE_HISTORY_SQL, **first),
-            Chore(self, "etcd_wal", "wal_retention", PRUNE_WAL_SQL, settled_at="-infinity"),
-            Chore(self, "etcd_sync_event", "audit_retention", PRUNE_AUDIT_SQL, id=0),
-        ]
+        self.chores = [Chore(engine, postgres, table) for table in CHORES]
 
     # ─ life ─
 
@@ -4808,7 +4804,7 @@ def postgres_status(postgres: Postgres) -> dict[str, Any]:
         facts["refusals"] = postgres.query(REFUSALS_SQL)
         facts.update(keys=None, revisions=None)
         with suppress(PostgresUnavailable):  # it takes too long
-            facts.update(postgres.query(SIZE_SQL, **postgres.bounds)[0])
+            facts.update(postgres.query(SIZE_SQL)[0])
     # a standby knows of no locks of the primary
     facts["locked"] = has_heartbeat(facts) if standby else facts["holder"] is not None
     return facts

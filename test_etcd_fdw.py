@@ -5927,7 +5927,7 @@ def test_audit_of_all_tells_who_and_what_became_of_it(daemon, db, prefix, etcd):
     """
     asked = {"wal_id": id_, "role": user, "application": "billing"}
     assert rows(db, sql, key) == [
-        ("change", "conflict", "postgresql", "etcd", after, {"wal_id": id_ + 1}),
+        ("change", "conflict", "postgresql", "etcd", after, {**asked, "wal_id": id_ + 1}),
         ("change", "success", "postgresql", "etcd", after, asked),
         ("mirror", "success", "etcd", "postgresql", revision, None),
         ("mirror", "success", "etcd", "postgresql", after, None),
@@ -6787,12 +6787,10 @@ def test_housekeeping_spares_what_a_pending_change_was_made_on(db, etcd_address,
     rows(db, finish + " WHERE id = %s", first)
     engine = engine_of(db, etcd_address, prefix, wal_retention="0s")
     with closing(etcd_fdw.Postgres(engine.config, engine.guard)) as postgres:
-        statement, start = etcd_fdw.PRUNE_WAL_SQL, {"settled_at": "-infinity"}
-        chore = partial(etcd_fdw.Chore, engine, postgres, "etcd_wal", "wal_retention", statement)
-        chore(**start).run()
+        etcd_fdw.Chore(engine, postgres, "etcd_wal").run()
         assert rows(db, "SELECT id FROM etcd_wal ORDER BY id") == [(first,), (second,)]
         rows(db, finish + " WHERE id = %s", second)
-        chore(**start).run()
+        etcd_fdw.Chore(engine, postgres, "etcd_wal").run()
         assert rows(db, "SELECT id FROM etcd_wal") == []
 
 

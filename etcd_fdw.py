@@ -1372,7 +1372,7 @@ SCHEMA_LOCK_SQL = """
 SELECT pg_catalog.pg_advisory_xact_lock(
     pg_catalog.hashtextextended('etcd_fdw schema'::text, 0::bigint))
 """
-LOCK_SQL = f"SELECT pg_catalog.pg_try_advisory_lock({LOCK_ID})"
+LOCK_SQL = f"SELECT pg_catalog.pg_try_advisory_lock({LOCK_ID}) AS locked"
 LOCK_HOLDER_SQL = f"""
 SELECT l.pid, a.usename AS role, a.application_name
 FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
@@ -1420,8 +1420,9 @@ psycopg2.extensions.register_adapter(dict, psycopg2.extras.Json)
 EVENT_TEMPLATE = "(%s, %s, %s, %s, %s, %s::bigint, %s, %s::bigint, %s::interval, %s::jsonb)"
 PENDING = "status = 'pending' AND pg_catalog.starts_with(key, %(prefix)s)"
 PENDING_GAUGES_SQL = f"""
-SELECT pg_catalog.count(*),
+SELECT pg_catalog.count(*) AS pending,
        coalesce(extract(epoch FROM clock_timestamp() - pg_catalog.min(ts))::float8, 0::float8)
+           AS oldest_s
 FROM etcd_wal WHERE {PENDING}
 """
 PENDING_OUTSIDE_SQL = """
@@ -1591,11 +1592,11 @@ class Postgres:
         return self.prepared[sql]
 
     def query(self, sql: str, **arguments: Any) -> list[dict[str, Any]]:
-        """The rows of a query about this prefix, by column name."""
+        """The rows of a statement about this prefix, by column name; [] if it returns none."""
         with self.transaction() as cur:
             cur.execute(sql, {**self.bounds, **arguments})
-            names = [column.name for column in cur.description]
-            return [dict(zip(names, row)) for row in cur]
+            names = [column.name for column in cur.description or ()]
+            return [dict(zip(names, row)) for row in (cur if names else ())]
 
     def notified(self) -> bool:
         """Whether a notification came, forgetting it. They also arrive while statements run."""
@@ -1609,9 +1610,7 @@ class Postgres:
 
     def try_lock(self) -> bool:
         """Whether this session now holds the lock of its prefix. Raises AccessDenied."""
-        with self.cursor() as cur:
-            cur.execute(LOCK_SQL, {"prefix": self.prefix})
-            locked = cur.fetchone()[0]
+        locked = self.query(LOCK_SQL)[0]["locked"]
         if locked is None:  # because current_schema() is null
             raise self.no_schema()
         return bool(locked)
@@ -1643,11 +1642,8 @@ class Postgres:
 
     def name_session(self, role: str) -> None:
         """Show in pg_stat_activity whether this session is active or standby."""
-        with self.cursor() as cur:
-            cur.execute(
-                "SELECT pg_catalog.set_config('application_name', %s, false)",
-                (f"etcd_fdw {role} {self.prefix}"[:63],),
-            )
+        name = f"etcd_fdw {role} {self.prefix}"[:63]
+        self.query("SELECT pg_catalog.set_config('application_name', %(name)s, false)", name=name)
 
     def schema_version(self) -> int:
         """The version of the schema in the database, 0 for none."""
@@ -1669,9 +1665,7 @@ class Postgres:
 
     def missing_grants(self, applies: bool) -> list[str]:
         """The fewest statements that give this role what it lacks; applies: to apply the schema."""
-        with self.cursor() as cur:
-            cur.execute(PRIVILEGES_SQL, {"applies": applies})
-            return [grant for (grant,) in cur]
+        return [row["format"] for row in self.query(PRIVILEGES_SQL, applies=applies)]
 
     def ensure_schema(self) -> None:
         """Apply schema.sql if the database has none, or an older one."""
@@ -1725,28 +1719,17 @@ class Postgres:
 
     def state(self) -> SyncState | None:
         """What is known of this prefix's mirror; None before the first snapshot."""
-        with self.cursor() as cur:
-            cur.execute(STATE_SQL, {"prefix": self.prefix})
-            row = cur.fetchone()
-        return SyncState(*row) if row else None
+        found = self.query(STATE_SQL)
+        return SyncState(**found[0]) if found else None
 
     def activate(self, error: str | None = None) -> None:
         """Say in etcd_sync_state that this process is active, and which error it retries after."""
-        identity = {
-            "prefix": self.prefix,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "version": __version__,
-            "started_at": STARTED_AT,
-            "error": error,
-        }
-        with self.cursor() as cur:
-            cur.execute(ACTIVATE_SQL, identity)
+        process = {"host": socket.gethostname(), "pid": os.getpid(), "version": __version__}
+        self.query(ACTIVATE_SQL, **process, started_at=STARTED_AT, error=error)
 
     def deactivate(self) -> None:
         """Say in etcd_sync_state that nobody is active."""
-        with self.cursor() as cur:
-            cur.execute(DEACTIVATE_SQL, {"prefix": self.prefix})
+        self.query(DEACTIVATE_SQL)
 
     def notify(self, cur: Any, channel: str, first: int, last: int) -> None:
         """NOTIFY the channel of a range, once the transaction is committed."""
@@ -1762,10 +1745,8 @@ class Postgres:
 
     def pending_gauges(self) -> tuple[int, float]:
         """Number of pending changes, and age of the oldest in seconds."""
-        with self.cursor() as cur:
-            cur.execute(PENDING_GAUGES_SQL, {"prefix": self.prefix})
-            count, oldest_s = cur.fetchone()
-        return count, oldest_s
+        row = self.query(PENDING_GAUGES_SQL)[0]
+        return row["pending"], row["oldest_s"]
 
     def pending_outside(self) -> int:
         """How many pending changes lie outside every mirrored prefix."""
@@ -3116,8 +3097,7 @@ class Outbox:
                 self.fail(transactions[0], error)
         else:
             ids = int_array(row.id for transaction in transactions for row in transaction.rows)
-            with self.postgres.cursor() as cur:
-                cur.execute(RETRY_SQL, {"ids": ids, "message": one_line(error)})
+            self.postgres.query(RETRY_SQL, ids=ids, message=one_line(error))
             raise error
         self.pipeline.resume()
 
@@ -3379,7 +3359,7 @@ WHERE prefix = %(prefix)s AND revision = %(old)s
 """
 # Housekeeping may have deleted the second one.
 LAST_VERSIONS_SQL = """
-SELECT revision, coalesce(value_bytes, pg_catalog.convert_to(value, 'UTF8')) FROM etcd
+SELECT revision, coalesce(value_bytes, pg_catalog.convert_to(value, 'UTF8')) AS value FROM etcd
 WHERE key = %(key)s AND revision <= %(revision)s ORDER BY revision DESC LIMIT 2
 """
 
@@ -3461,10 +3441,8 @@ class Mirror:
         check_cluster(self.etcd, state)
         # a restored backup keeps its cluster id, and may have gone past the checkpoint since
         key, revision = state.last_key or "", state.revision
-        with self.postgres.cursor() as cur:
-            cur.execute(LAST_VERSIONS_SQL, {"key": key, "revision": revision})
-            versions = cur.fetchall()
-        for mirrored, value in versions:
+        for row in self.postgres.query(LAST_VERSIONS_SQL, key=key, revision=revision):
+            mirrored, value = row["revision"], row["value"]
             try:
                 found = self.etcd.range(key.encode(), revision=revision).kvs
             except Compacted:

@@ -492,10 +492,7 @@ class SynchronizationEvent(NamedTuple):
 
 @dataclass
 class Counters:
-    """What happened since the process started; etcd_sync_state adds it up over all processes.
-
-    What a transaction writes is counted within Engine.counting(): a failed one counts nothing.
-    """
+    """What happened since the process started; etcd_sync_state adds it up over all processes."""
 
     events: int = 0
     applied: int = 0
@@ -2368,12 +2365,11 @@ class Outcomes:
         self.receipt = receipt  # the newest whose outcomes are all written with these; 0: none
         self.split = split  # transactions that were split, and are not all done; None: no news
 
-    def count(self, counters: Counters) -> None:
-        """Count the outcomes by status."""
+    def count(self) -> Counters:
+        """The number of outcomes by status."""
         tally = collections.Counter(outcome.status for outcome in self.list)
-        counters.applied += tally["success"]
-        counters.conflicts += tally["conflict"]
-        counters.failures += tally["failed"]
+        success, conflict, failed = map(tally.__getitem__, ("success", "conflict", "failed"))
+        return Counters(applied=success, conflicts=conflict, failures=failed)
 
     def record(self, postgres: Postgres, cur: Any, audit: bool) -> None:
         """Write them into etcd_wal, refusals (and with audit all) into etcd_sync_event."""
@@ -3472,7 +3468,8 @@ class Mirror:
             # compacted while it was read: start over with the newest, which stays for longest
             raise Compacted(revision=0) from exc
         old = state.revision if state else None
-        with engine.counting(), self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
+        news = Counters(resyncs=int(state is not None))
+        with self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
             put, deleted = self.merge_staging(cur, staged.revision)
             self.set_checkpoint(cur, staged.revision, old)
             cur.execute("DROP TABLE etcd_staging")
@@ -3488,11 +3485,11 @@ class Mirror:
             )
             self.postgres.record_events(cur, [event])
             events = [unstorable_event(r) for r in staged.unstorable]
-            engine.counters.unstorable += self.postgres.record_events(cur, events, again=True)
-            engine.counters.resyncs += state is not None
-            self.advance(cur, staged.revision, Batch(staged.revision), Outcomes())
+            news.unstorable = self.postgres.record_events(cur, events, again=True)
+            self.advance(cur, staged.revision, Batch(staged.revision), Outcomes(), news)
             if channel := engine.config.notify_channel:
                 self.postgres.notify(cur, channel, (old or 0) + 1, staged.revision)
+        engine.count(news)
         warn_of_unstorable(staged.unstorable)
         log.info(
             "copied %(keys)d keys from etcd to PostgreSQL at revision %(revision)d"
@@ -3573,18 +3570,17 @@ class Mirror:
 
     def write(self, batch: Batch, outcomes: Outcomes) -> None:
         """Rows, checkpoint, counters and outcomes in one transaction."""
-        started = time.monotonic()
-        with self.engine.counting() as counters:
-            counters.events += len(batch.rows)
-            counters.unstorable += len(batch.unstorable)
-            outcomes.count(counters)
-            try:
-                self.write_once(batch, outcomes)
-            except CopyRefused:
-                if self.via_staging:
-                    raise
-                self.via_staging = True
-                self.write_once(batch, outcomes)
+        started, news = time.monotonic(), outcomes.count()
+        news.events, news.unstorable = len(batch.rows), len(batch.unstorable)
+        news.reconnects = self.engine.lost
+        try:
+            self.write_once(batch, outcomes, news)
+        except CopyRefused:
+            if self.via_staging:
+                raise
+            self.via_staging = True
+            self.write_once(batch, outcomes, news)
+        self.engine.count(news)
         warn_of_unstorable(batch.unstorable)
         self.engine.metrics.checkpoint = batch.checkpoint
         self.written_at = time.monotonic()
@@ -3594,7 +3590,7 @@ class Mirror:
         if batch.rows or outcomes.list:
             self.engine.metrics.batch_done((o.read_at for o in outcomes.list), started)
 
-    def write_once(self, batch: Batch, outcomes: Outcomes) -> None:
+    def write_once(self, batch: Batch, outcomes: Outcomes, news: Counters) -> None:
         """One attempt of write()."""
         config = self.engine.config
         wake: dict[str, Any] = {**self.postgres.bounds, "generation": self.generation}
@@ -3618,9 +3614,9 @@ class Mirror:
             # what only mirrors need not be durable: rows and checkpoint are lost together
             if not outcomes.list:
                 cur.defer("SET LOCAL synchronous_commit = off")
-            self.advance(cur, self.checkpoint, batch, outcomes)
+            self.advance(cur, self.checkpoint, batch, outcomes, news)
 
-    def advance(self, cur: Any, old: int, batch: Batch, outcomes: Outcomes) -> None:
+    def advance(self, cur: Any, old: int, batch: Batch, outcomes: Outcomes, news: Counters) -> None:
         """Move the checkpoint, add to the counters, begin a generation.
 
         Raises PostgresUnavailable if the checkpoint has been moved by somebody else.
@@ -3634,7 +3630,7 @@ class Mirror:
             "receipt": outcomes.receipt,
             "split": None if outcomes.split is None else int_array(map(int, outcomes.split)),
             "etcd_revision": intake.store_revision if intake else self.etcd.header.revision,
-            **vars(self.engine.uncounted()),
+            **vars(news),
         }
         cur.execute(CHECKPOINT_SQL, arguments)
         if cur.rowcount != 1:
@@ -4259,8 +4255,7 @@ class Engine:
 
     State (metrics.state): starting; standing by; copying; mirroring; or which side is
     unavailable, while it waits before the next session.  After a compaction `resync` tells the
-    next session to begin with a snapshot. `written` and `reported` are earlier copies of the
-    counters.
+    next session to begin with a snapshot.
     """
 
     def __init__(self, config: Config, read_config: Callable[[], Config] | None = None) -> None:
@@ -4268,9 +4263,9 @@ class Engine:
         self.read_config = read_config or (lambda: config)  # for SIGHUP
         self.waker = Waker()
         self.guard = Guard(self.waker)
-        self.counters = Counters()
-        self.written = Counters()  # as of the last commit to etcd_sync_state
-        self.reported = Counters()  # as of the last summary
+        self.counters = Counters()  # of what PostgreSQL has
+        self.reported = Counters()  # these, as of the last summary
+        self.lost = 0  # sessions, of which PostgreSQL does not know yet
         self.metrics = Metrics(config.etcd_dsn.prefix, self.counters)
         self.conflicts = ConflictLog()
         self.current: Session | None = None  # the one whose loop turns
@@ -4440,7 +4435,7 @@ class Engine:
         if self.established_at is not None:
             lasted_s = now - self.established_at
             self.metrics.reconnects[side] += 1
-            self.counters.reconnects += 1
+            self.lost += 1
             self.lost_at = now
         if lasted_s > STEADY_S or side != self.failed_side:
             self.attempt = 0
@@ -4495,20 +4490,11 @@ class Engine:
             failures=new.failures,
         )
 
-    @contextmanager
-    def counting(self) -> Iterator[Counters]:
-        """What is counted within is taken back if the block fails, as it will be done again."""
-        before = replace(self.counters)
-        try:
-            yield self.counters
-        except EtcdFdwError:
-            vars(self.counters).update(vars(before))
-            raise
-        self.written = replace(self.counters)
-
-    def uncounted(self) -> Counters:
-        """What etcd_sync_state does not have yet."""
-        return self.counters - self.written
+    def count(self, news: Counters) -> None:
+        """Count what a transaction has written."""
+        for name, number in vars(news).items():
+            vars(self.counters)[name] += number
+        self.lost -= news.reconnects
 
     # ─ signals ─
 
@@ -4562,6 +4548,7 @@ class Engine:
             self.current.count_pending()
         sides = {k: "connected" if yes else "not connected" for k, yes in m.connected.items()}
         facts: dict[str, Any] = {**vars(self.counters), **sides}
+        facts["reconnects"] += self.lost
         log.info(
             "status: %(state)s, etcd %(etcd)s, PostgreSQL %(postgresql)s; revision %(revision)d,"
             " etcd at %(etcd_revision)d, %(lag_s).1fs behind; pending %(pending)s, oldest"

@@ -139,7 +139,7 @@ with packages():
     import psycopg2.extensions
     import psycopg2.extras
 
-__version__ = "2.1.0"
+__version__ = "2.1.1"
 STARTED_AT = time.time()
 
 SCHEMA_VERSION = 4

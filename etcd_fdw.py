@@ -1954,7 +1954,7 @@ class Etcd:
                     raise error from exc
                 future = self.future(self.kv.Range, ask)
                 continue
-            ask.revision, renewed = revision or page.header.revision, False
+            ask.revision, renewed = ask.revision or page.header.revision, False
             if page.more:
                 average = 1 + page.ByteSize() // len(page.kvs)
                 ask.limit = max(1, min(PAGE_BYTES // average, ask.limit * 4, PAGE_KEYS[1]))

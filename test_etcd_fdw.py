@@ -539,6 +539,11 @@ class EtcdAddress(NamedTuple):
         return etcd_dsn(self.endpoint, prefix, self.user, self.password)
 
 
+def dsn_of(etcd: Any, prefix: str) -> str:
+    """Return the --etcd-dsn for what has an endpoint (a server, a client, a proxy), or is one."""
+    return etcd if isinstance(etcd, str) else etcd_dsn(etcd.endpoint, prefix)
+
+
 def etcd_dsn(endpoint: str, prefix: str, user: str | None = None, password: str = "") -> str:
     """Return the --etcd-dsn for a prefix; endpoint is host:port[,host:port…]."""
     login = f"{urllib.parse.quote(user, '')}:{urllib.parse.quote(password, '')}@" if user else ""
@@ -576,6 +581,13 @@ def own_etcd() -> Iterator[LocalEtcd]:
     """An etcd for this test alone, to kill, pause, restart and wipe."""
     with LocalEtcd() as server:
         yield server
+
+
+@pytest.fixture
+def own_client(own_etcd: LocalEtcd) -> Iterator[EtcdClient]:
+    """A bare client of own_etcd."""
+    with EtcdClient(own_etcd.endpoint) as client:
+        yield client
 
 
 @pytest.fixture
@@ -688,16 +700,22 @@ def daemon(
 ) -> Iterator[StartDaemon]:
     """Start daemons for this test's database and prefix; they end with it.
 
-    daemon("--audit", "all"); daemon(postgres=other_dsn, etcd=other_dsn, env={…}); ready=False: do
-    not wait until it mirrors. The logs are shown if the test fails.
+    daemon("--audit", "all"); daemon(postgres=other_dsn, etcd=own_etcd, env={…}), see dsn_of;
+    ready=False: do not wait until it mirrors. The logs are shown if the test fails.
     """
     started: list[Daemon] = []
     failures_before = request.session.testsfailed
 
     def start(
-        *args: str, postgres: str = db, etcd: str = "", ready: bool = True, **options: Any
+        *args: str,
+        postgres: str = db,
+        etcd: Any = "",
+        query: str = "",
+        ready: bool = True,
+        **options: Any,
     ) -> Daemon:
-        servers = ["-p", postgres, "-e", etcd or etcd_address.dsn(prefix)]
+        dsn = dsn_of(etcd, prefix) or etcd_address.dsn(prefix)
+        servers = ["-p", postgres, "-e", dsn + query]
         log_path = tmp_path / f"daemon{len(started) + 1}.log"
         started.append(Daemon(log_path, *servers, *args, **options))
         if ready:
@@ -709,6 +727,13 @@ def daemon(
         one.kill()
         if request.session.testsfailed > failures_before:
             print(f"── {one.log_path.name}: exit code {one.returncode}\n{one.log()}")
+
+
+@pytest.fixture
+def network(own_etcd: LocalEtcd) -> Iterator[Proxy]:
+    """The network between a daemon and own_etcd."""
+    with Proxy(own_etcd.port) as proxy:
+        yield proxy
 
 
 SESSIONS = """
@@ -2207,25 +2232,23 @@ def test_wiped_etcd_is_exit_code_4_and_touches_nothing(daemon, db, own_etcd, pas
 
 
 @pytest.mark.parametrize("compacted", [False, True])
-def test_mirror_of_a_version_without_leases_gets_them(daemon, db, prefix, own_etcd, compacted):
-    dsn = etcd_dsn(own_etcd.endpoint, prefix)
+def test_mirror_of_a_version_without_leases_gets_them(daemon, db, prefix, own_client, compacted):
     leases = "SELECT key, revision, lease FROM etcd WHERE NOT tombstone ORDER BY revision"
-    with EtcdClient(own_etcd.endpoint) as etcd:
-        lease = etcd.grant(300)
-        etcd.put(prefix + "a", "1", lease)
-        etcd.put(prefix + "b", "1")
-        daemon(etcd=dsn).stop()
-        etcd.put(prefix + "b", "2", lease)
-        before = rows(db, leases)
-        rows(db, "UPDATE etcd SET lease = NULL")
-        rows(db, "UPDATE etcd_sync_state SET unrepaired = true")
-        newest = etcd.put(prefix + "b", "3")
-        if compacted:
-            etcd.compact(newest)
-        daemon(etcd=dsn)
-        between = [] if compacted else [(prefix + "b", newest - 1, lease)]
-        expected = [*before, *between, (prefix + "b", newest, None)]
-        wait_until("no leases", lambda: rows(db, leases) == expected)
+    lease = own_client.grant(300)
+    own_client.put(prefix + "a", "1", lease)
+    own_client.put(prefix + "b", "1")
+    daemon(etcd=own_client).stop()
+    own_client.put(prefix + "b", "2", lease)
+    before = rows(db, leases)
+    rows(db, "UPDATE etcd SET lease = NULL")
+    rows(db, "UPDATE etcd_sync_state SET unrepaired = true")
+    newest = own_client.put(prefix + "b", "3")
+    if compacted:
+        own_client.compact(newest)
+    daemon(etcd=own_client)
+    between = [] if compacted else [(prefix + "b", newest - 1, lease)]
+    expected = [*before, *between, (prefix + "b", newest, None)]
+    wait_until("no leases", lambda: rows(db, leases) == expected)
     assert rows(db, "SELECT unrepaired, gaps = '{}', resyncs FROM etcd_sync_state") == [
         (False, not compacted, int(compacted))
     ]
@@ -2278,25 +2301,24 @@ def test_catch_up_with_much_data_takes_little_memory(daemon, db, prefix, etcd):
     assert peak_mib(program.pid) < 150
 
 
-def test_one_revision_larger_than_an_answer_is_mirrored(daemon, db, prefix, own_etcd):
+def test_one_revision_larger_than_an_answer_is_mirrored(daemon, db, prefix, own_client):
     keys = [f"{prefix}{number:05}{'k' * 2_480}" for number in range(14_000)]
-    daemon(etcd=etcd_dsn(own_etcd.endpoint, prefix))
-    with EtcdClient(own_etcd.endpoint) as etcd:
-        for start in range(0, len(keys), 100):
-            etcd.txn(success=[etcd.put_op(key, "1") for key in keys[start : start + 100]])
-        wait_until("not mirrored", lambda: len(live(db, prefix)) == len(keys))
-        etcd.delete(prefix, prefix=True)  # 35 MB of keys in one revision
-        wait_until("not deleted", lambda: not live(db, prefix))
+    daemon(etcd=own_client)
+    for start in range(0, len(keys), 100):
+        own_client.txn(success=[own_client.put_op(key, "1") for key in keys[start : start + 100]])
+    wait_until("not mirrored", lambda: len(live(db, prefix)) == len(keys))
+    own_client.delete(prefix, prefix=True)  # 35 MB of keys in one revision
+    wait_until("not deleted", lambda: not live(db, prefix))
 
 
-def test_catch_up_with_many_small_changes_costs_etcd_little(daemon, db, prefix, own_etcd):
-    dsn = etcd_dsn(own_etcd.endpoint, prefix)
-    daemon(etcd=dsn).stop()
-    with EtcdClient(own_etcd.endpoint) as etcd:
-        for number in range(250):
-            etcd.txn([etcd.put_op(f"{prefix}{number}/{n}", "v" * 64) for n in range(100)])
+def test_catch_up_with_many_small_changes_costs_etcd_little(
+    daemon, db, prefix, own_etcd, own_client
+):
+    daemon(etcd=own_etcd).stop()
+    for number in range(250):
+        own_client.txn([own_client.put_op(f"{prefix}{number}/{n}", "v" * 64) for n in range(100)])
     before = cpu_s(own_etcd.process.pid)
-    daemon(etcd=dsn)
+    daemon(etcd=own_etcd)
     wait_until("no catch-up", lambda: scalar(db, "SELECT count(*) FROM etcd") == 25_000)
     assert cpu_s(own_etcd.process.pid) - before < 2  # making fragments of them takes 6
 
@@ -2601,7 +2623,7 @@ def test_applied_without_an_answer_is_success(daemon, db, prefix, etcd, recorder
     for key in there:
         etcd.put(key, "old")
     with Proxy(etcd_port(etcd.endpoint)) as proxy:
-        one = daemon(*FAST, etcd=etcd_dsn(proxy.endpoint, prefix))
+        one = daemon(*FAST, etcd=proxy)
         proxy.delay(0.5)
         with session(db) as cur:
             for key in changed:
@@ -2776,13 +2798,12 @@ def test_polling_does_without_the_trigger(daemon, db, prefix, etcd):
 
 
 def test_reconnects_and_what_cannot_be_mirrored_are_counted_once(daemon, db, prefix, own_etcd):
-    dsn = etcd_dsn(own_etcd.endpoint, prefix)
     with EtcdClient(own_etcd.endpoint) as client:
         client.put(prefix.encode() + b"\xff", "1")
-        daemon(etcd=dsn).stop()
+        daemon(etcd=own_etcd).stop()
         client.put(prefix + "a", "1")
         client.compact(client.put(prefix + "a", "2"))
-    running = daemon(*HASTE, etcd=dsn)
+    running = daemon(*HASTE, etcd=own_etcd)
     mark = running.mark()
     own_etcd.restart()
     running.wait_log("watching", after=mark)
@@ -4476,7 +4497,7 @@ def test_stop_does_not_forget_what_was_sent_before_a_crash(daemon, db, prefix, e
         first.kill()
     with Proxy(etcd_port(etcd_address.endpoint)) as proxy:
         proxy.delay(0.3)
-        second = daemon("--max-txn-ops=2", etcd=etcd_dsn(proxy.endpoint, prefix))
+        second = daemon("--max-txn-ops=2", etcd=proxy)
         wait_until("not all was mirrored", lambda: len(mirror_rows(db, prefix)) == 12)
         assert second.stop() == 0
     daemon()
@@ -4754,9 +4775,9 @@ def command(db: str, prefix: str, etcd_address: EtcdAddress) -> Callable[..., An
     """Run a command for this test's database and prefix: command("status", "--check")."""
 
     def run(
-        *args: str, postgres: str | None = None, etcd: str | None = None, **options: Any
+        *args: str, postgres: str = db, etcd: Any = "", **options: Any
     ) -> subprocess.CompletedProcess[str]:
-        servers = ["-p", postgres or db, "-e", etcd or etcd_address.dsn(prefix)]
+        servers = ["-p", postgres, "-e", dsn_of(etcd, prefix) or etcd_address.dsn(prefix)]
         return run_script(*servers, *args, **options)
 
     return run
@@ -4937,16 +4958,15 @@ def test_status_with_one_server_down(daemon, command, db, prefix):
     assert command("status", postgres=postgres_down, etcd=etcd_down).returncode == 2
 
 
-def test_status_tells_an_instance_that_is_retrying(daemon, command, db, prefix, own_etcd):
-    dsn = etcd_dsn(own_etcd.endpoint, prefix)
-    one = daemon(*HASTE, etcd=dsn)
+def test_status_tells_an_instance_that_is_retrying(daemon, command, db, own_etcd):
+    one = daemon(*HASTE, etcd=own_etcd)
     own_etcd.stop()
     sql = "SELECT last_error_at FROM etcd_sync_state WHERE last_error IS NOT NULL"
     (since,) = wait_until("no error was noted", lambda: rows(db, sql))[0]
     mark = one.mark()
     for _ in range(3):
         mark += one.wait_log("WARN etcd at .*; retrying in .*s$", after=mark).end()
-    found = status_of(command, etcd=dsn)
+    found = status_of(command, etcd=own_etcd)
     assert (found["pid"], found["host"]) == (one.pid, socket.gethostname())
     assert own_etcd.endpoint in found["last_error"]
     assert found["last_error_at"] == etcd_fdw.utc(since.timestamp())
@@ -4956,10 +4976,10 @@ def test_status_tells_an_instance_that_is_retrying(daemon, command, db, prefix, 
     one.wait_log(r"watching .*: connected again after \d+\.\ds$", after=mark)
     one.signal(signal.SIGUSR1)
     one.wait_log("reconnects 1, ")  # sessions that were lost, not attempts
-    found = status_of(command, etcd=dsn)
+    found = status_of(command, etcd=own_etcd)
     assert (found["healthy"], found["last_error"]) == (True, None)
     one.kill()
-    assert status_of(command, etcd=dsn)["problems"] == ["no instance is active"]
+    assert status_of(command, etcd=own_etcd)["problems"] == ["no instance is active"]
 
 
 def test_status_says_when_a_change_outside_every_prefix_has_waited(daemon, command, db):
@@ -5287,23 +5307,22 @@ def test_validate_does_not_miss_what_no_mirror_can_hold(daemon, command, prefix,
 def test_commands_cope_with_a_checkpoint_that_etcd_has_forgotten(
     daemon, command, own_client, db, prefix
 ):
-    dsn = etcd_dsn(own_client.endpoint, prefix)
     own_client.put(prefix + "a", "1")
-    daemon(etcd=dsn)
+    daemon(etcd=own_client)
     own_client.put(prefix + "b", "1")
     wait_until("not mirrored", lambda: len(mirror_rows(db)) == 2)
     for _ in range(3):
         own_client.put("elsewhere", "1")
     own_client.compact(own_client.revision())
-    assert command("status", "--check", etcd=dsn).stdout == "healthy\n"
-    assert command("validate", etcd=dsn).returncode == 0  # etcd holds the same as then
-    assert command("sync", etcd=dsn).returncode == 0
+    assert command("status", "--check", etcd=own_client).stdout == "healthy\n"
+    assert command("validate", etcd=own_client).returncode == 0  # etcd holds the same as then
+    assert command("sync", etcd=own_client).returncode == 0
     assert scalar(db, "SELECT resyncs FROM etcd_sync_state") == 0
     rows(db, "DELETE FROM etcd WHERE key = %s", prefix + "a")
-    done = command("validate", etcd=dsn)
+    done = command("validate", etcd=own_client)
     assert done.returncode == 4
     assert "etcd has compacted revision" in done.stderr
-    done = command("validate", "--fix", etcd=dsn)  # the active instance copies again
+    done = command("validate", "--fix", etcd=own_client)  # the active instance copies again
     assert done.returncode == 0, done.stderr
     assert scalar(db, "SELECT count(*) FROM etcd_list(%s)", prefix) == 2
 
@@ -5629,11 +5648,11 @@ def test_systemd_is_told(daemon, prefix, tmp_path, abstract):
         assert one.wait_exit() == 0
 
 
-def test_systemd_hears_of_a_lost_server(daemon, tmp_path, own_etcd, prefix):
+def test_systemd_hears_of_a_lost_server(daemon, tmp_path, own_etcd):
     with Manager(str(tmp_path / "notify")) as manager:
         # a ping each second, not three: the socket keeps ten messages that were not read yet
         env = {**manager.env, "WATCHDOG_USEC": "9000000"}
-        daemon(env=env, etcd=etcd_dsn(own_etcd.endpoint, prefix))
+        daemon(env=env, etcd=own_etcd)
         manager.wait("READY=1")
         own_etcd.stop()
         manager.wait("STATUS=etcd is unavailable")
@@ -6000,8 +6019,8 @@ def test_supervisord_starts_restarts_and_stops_it(supervisord, db, prefix, etcd)
 
 
 @pytest.mark.parametrize("fault", ["restart", "kill", "pause"])
-def test_etcd_goes_away_under_load(daemon, prefix, own_etcd, load, fault):
-    running = daemon(*HASTE, etcd=etcd_dsn(own_etcd.endpoint, prefix) + HASTY_ETCD)
+def test_etcd_goes_away_under_load(daemon, own_etcd, load, fault):
+    running = daemon(*HASTE, etcd=own_etcd, query=HASTY_ETCD)
     play = load(own_etcd.endpoint)
     play.run(100)
     mark = running.mark()
@@ -6067,8 +6086,8 @@ def test_black_holed_endpoint_is_left(daemon, prefix, own_etcd, network, load):
     play.finish()
 
 
-def test_network_of_etcd_fails_under_load(daemon, prefix, own_etcd, network, load):
-    daemon(*HASTE, etcd=etcd_dsn(network.endpoint, prefix) + HASTY_ETCD)
+def test_network_of_etcd_fails_under_load(daemon, own_etcd, network, load):
+    daemon(*HASTE, etcd=network, query=HASTY_ETCD)
     assert_survives_network(network, load(own_etcd.endpoint))
 
 
@@ -6158,9 +6177,8 @@ def test_what_etcd_has_not_compacted_is_not_skipped(daemon, db, prefix, own_clie
 
 
 def test_compaction_while_the_prefix_is_quiet(daemon, db, prefix, own_client):
-    dsn = etcd_dsn(own_client.endpoint, prefix)
     with Recorder(own_client, prefix, own_client.revision() + 1) as recorder:
-        running = daemon(*HASTE, etcd=dsn)
+        running = daemon(*HASTE, etcd=own_client)
         own_client.put(prefix + "a", "1")
         own_client.put(prefix + "b", "1")
         assert_same(recorder, db, prefix)
@@ -6173,7 +6191,7 @@ def test_compaction_while_the_prefix_is_quiet(daemon, db, prefix, own_client):
             own_client.put(f"elsewhere/{n}", "2")
         own_client.compact(recorder.sync())
         running.kill()
-        daemon(*HASTE, etcd=dsn)  # copies again, which finds nothing
+        daemon(*HASTE, etcd=own_client)  # copies again, which finds nothing
         own_client.put(prefix + "b", "2")
         assert_same(recorder, db, prefix)
 
@@ -6182,7 +6200,7 @@ def test_compaction_while_it_copies(daemon, db, prefix, own_client, network):
     for n in range(15):
         own_client.txn([own_client.put_op(f"{prefix}{n}/{i}", "x" * 5000) for i in range(100)])
     network.throttle(2_000_000)
-    running = daemon(*HASTE, etcd=etcd_dsn(network.endpoint, prefix), ready=False)
+    running = daemon(*HASTE, etcd=network, ready=False)
     wait_until("nothing is copied", lambda: network.forwarded > 500_000)
     own_client.delete(f"{prefix}0/", prefix=True)
     own_client.put(prefix + "14/99", "new")
@@ -6192,9 +6210,8 @@ def test_compaction_while_it_copies(daemon, db, prefix, own_client, network):
     wait_equal(db, own_client, prefix)
 
 
-def test_compactions_and_kills_under_load(daemon, db, prefix, own_etcd, load):
-    dsn = etcd_dsn(own_etcd.endpoint, prefix)
-    running = daemon(*HASTE, etcd=dsn)
+def test_compactions_and_kills_under_load(daemon, db, own_etcd, load):
+    running = daemon(*HASTE, etcd=own_etcd)
     play = load(own_etcd.endpoint)
     for turn in range(6):
         play.run(40)
@@ -6203,7 +6220,7 @@ def test_compactions_and_kills_under_load(daemon, db, prefix, own_etcd, load):
             play.run(20)
         play.compact()
         if turn % 2:
-            running = daemon(*HASTE, etcd=dsn)
+            running = daemon(*HASTE, etcd=own_etcd)
     play.wait_flow()
     play.finish(gaps=True)
 
@@ -6221,7 +6238,8 @@ def test_resync_that_another_instance_has_done_meanwhile(
         waiting = daemon(
             *HASTE,
             postgres=make_dsn(db, host="127.0.0.1", port=to_postgres.port),
-            etcd=etcd_dsn(network.endpoint, prefix) + "?dial_timeout=80s",
+            etcd=network,
+            query="?dial_timeout=80s",
             ready=False,
         )
         wait_until("it has no session", lambda: scalar(db, SESSIONS))
@@ -6277,13 +6295,12 @@ def test_deletion_whose_older_version_was_pruned_is_no_other_timeline(daemon, db
     ],
 )
 def test_etcd_restored_from_a_backup(daemon, db, prefix, own_etcd, tmp_path, how, where):
-    dsn = etcd_dsn(own_etcd.endpoint, prefix)
     with EtcdClient(own_etcd.endpoint) as client:
         client.put(prefix + "a", "1")
         client.put(prefix + "b", "1")
         client.snapshot(tmp_path / "backup")
-        daemon(etcd=dsn).stop()
-        running = daemon(etcd=dsn)
+        daemon(etcd=own_etcd).stop()
+        running = daemon(etcd=own_etcd)
         if how != "delete":
             client.put(prefix + ("a" if how == "put" else "c"), "2")
         if how != "put":
@@ -6301,7 +6318,7 @@ def test_etcd_restored_from_a_backup(daemon, db, prefix, own_etcd, tmp_path, how
             client.compact(client.revision())
     sql = "SELECT cluster_id, revision, last_key, gaps FROM etcd_sync_state"
     before, state = mirror_rows(db, prefix), rows(db, sql)
-    refused = daemon(*HASTE, etcd=dsn, ready=False)
+    refused = daemon(*HASTE, etcd=own_etcd, ready=False)
     assert refused.wait_exit() == 4
     assert "another etcd timeline" in refused.log()
     assert "sync --reset" in refused.log()
@@ -6310,11 +6327,10 @@ def test_etcd_restored_from_a_backup(daemon, db, prefix, own_etcd, tmp_path, how
 
 
 def test_etcd_restored_while_the_daemon_runs(daemon, db, prefix, own_etcd, tmp_path):
-    dsn = etcd_dsn(own_etcd.endpoint, prefix)
     with EtcdClient(own_etcd.endpoint) as client:
         client.put(prefix + "a", "1")
         client.snapshot(tmp_path / "backup")
-        running = daemon(*HASTE, etcd=dsn)
+        running = daemon(*HASTE, etcd=own_etcd)
         client.put(prefix + "a", "2")
         wait_until("the put did not arrive", lambda: len(mirror_rows(db, prefix)) == 2)
         own_etcd.stop()
@@ -6341,16 +6357,14 @@ def test_catch_up_of_large_values_with_slow_postgres(daemon, db, prefix, own_cli
         assert peak_mib(running.pid) < 250
 
 
-def test_large_changes_wait_for_etcd_not_in_memory(daemon, db, prefix, own_etcd):
-    dsn = etcd_dsn(own_etcd.endpoint, prefix)
-    daemon(etcd=dsn).stop()
+def test_large_changes_wait_for_etcd_not_in_memory(daemon, db, prefix, own_client):
+    daemon(etcd=own_client).stop()
     sql = "SELECT etcd_set(%s || n %% 20, repeat(n::text, 350000)) FROM generate_series(10, 69) n"
     rows(db, sql, prefix)
-    running = daemon(etcd=dsn)
+    running = daemon(etcd=own_client)
     assert wait_settled(db) == ["success"] * 60
     assert peak_mib(running.pid) < 250
-    with EtcdClient(own_etcd.endpoint) as client:
-        wait_equal(db, client, prefix)
+    wait_equal(db, own_client, prefix)
 
 
 def bulk(client: EtcdClient, prefix: str, count: int) -> None:
@@ -6761,7 +6775,7 @@ def test_killed_while_it_copies(daemon, db, prefix, etcd, etcd_address, recorder
         etcd.txn([etcd.put_op(f"{prefix}{n}/{i}", "x" * 1000) for i in range(100)])
     with Proxy(etcd_port(etcd_address.endpoint)) as proxy:
         proxy.throttle(500_000)
-        running = daemon(*HASTE, etcd=etcd_dsn(proxy.endpoint, prefix), ready=False)
+        running = daemon(*HASTE, etcd=proxy, ready=False)
         wait_until("nothing is copied", lambda: proxy.forwarded > 500_000)
         running.kill()
     assert not rows(db, "SELECT FROM etcd UNION ALL SELECT FROM etcd_sync_state")
@@ -6808,20 +6822,6 @@ def test_two_prefixes_side_by_side(daemon, db, prefix, etcd, etcd_address, recor
 # ── exactly once ─────────────────────────────────────────────────────────────
 
 
-@pytest.fixture
-def own_client(own_etcd: LocalEtcd) -> Iterator[EtcdClient]:
-    """A bare client of own_etcd."""
-    with EtcdClient(own_etcd.endpoint) as client:
-        yield client
-
-
-@pytest.fixture
-def network(own_etcd: LocalEtcd) -> Iterator[Proxy]:
-    """The network between a daemon and own_etcd."""
-    with Proxy(own_etcd.port) as proxy:
-        yield proxy
-
-
 def txns_answered(server: LocalEtcd) -> float:
     """How many Txns etcd has answered, those of clients that are gone among them."""
     _, text = http_get(server.health_url.removeprefix("http://"), "/metrics")
@@ -6866,16 +6866,16 @@ FORCE = "SELECT etcd_set(%s, 'mine', force => true)"
 def test_change_that_arrives_late(
     daemon, command, db, prefix, own_etcd, own_client, network, meanwhile
 ):
-    key, dsn = prefix + "a", etcd_dsn(own_etcd.endpoint, prefix)
-    first = daemon(*HASTE, etcd=etcd_dsn(network.endpoint, prefix))
+    key = prefix + "a"
+    first = daemon(*HASTE, etcd=network)
     apply_change(db, prefix + "first")
     keep_back(network, db, FORCE if meanwhile == "forced" else SET, key)
     first.kill()
     theirs = own_client.put(key, "theirs") if meanwhile == "conflict" else 0
     if meanwhile == "reset":
-        done = command("sync", "--reset", "--yes", etcd=dsn)
+        done = command("sync", "--reset", "--yes", etcd=own_etcd)
         assert done.returncode == 0, done.stderr
-    daemon(*HASTE, etcd=dsn)
+    daemon(*HASTE, etcd=own_etcd)
     ended = became(db, key)
     assert ended == (("conflict", theirs) if theirs else ("success", revision_of(own_client, key)))
     own_client.delete(key)
@@ -6887,8 +6887,8 @@ def test_instance_that_thaws_sends_nothing_more(daemon, db, prefix, own_etcd, ow
     """It was frozen with Txns in flight and packed ahead, and does not know that it has no lock."""
     with Proxy(int(psycopg2.extensions.parse_dsn(db)["port"])) as to_postgres:
         through = make_dsn(db, host="127.0.0.1", port=to_postgres.port)
-        first = daemon(*HASTE, postgres=through, etcd=etcd_dsn(network.endpoint, prefix))
-        second = daemon(*HASTE, etcd=etcd_dsn(own_etcd.endpoint, prefix), ready=False)
+        first = daemon(*HASTE, postgres=through, etcd=network)
+        second = daemon(*HASTE, etcd=own_etcd, ready=False)
         second.wait_log("standing by")
         apply_change(db, prefix + "first")
         network.delay(0.5)  # time to pack while the first is on its way
@@ -6916,7 +6916,7 @@ def test_bytes_that_stalled_beyond_the_timeout_arrive_late(
     daemon, db, prefix, own_etcd, own_client, network
 ):
     key = prefix + "a"
-    daemon(*HASTE, etcd=etcd_dsn(network.endpoint, prefix) + "?request_timeout=3s")
+    daemon(*HASTE, etcd=network, query="?request_timeout=3s")
     apply_change(db, prefix + "first")
     keep_back(network, db, SET, key)
     assert became(db, key) == ("success", revision_of(own_client, key))  # by new connections
@@ -6967,24 +6967,23 @@ def test_lost_answer_behind_much_that_others_did(daemon, db, prefix):
     """etcd reads all of it before it tells what became of the key, and is silent meanwhile."""
     key = prefix + "a"
     with LocalEtcd(["--max-txn-ops=100000"]) as server, EtcdClient(server.endpoint) as client:
-        dsn = etcd_dsn(server.endpoint, prefix)
-        sent = kill_once_sent(daemon(etcd=dsn), db, client, SET, key)
+        sent = kill_once_sent(daemon(etcd=server), db, client, SET, key)
         client.delete(key)
         for _ in range(16):
             client.txn([client.put_op(f"_other/{n}", "") for n in range(20_000)])
         with slowed(server):
-            daemon(etcd=dsn)
+            daemon(etcd=server)
             assert became(db, key) == ("success", sent)
         assert client.get(key) is None
 
 
-def test_lost_answer_to_an_update_that_etcd_has_compacted(daemon, db, prefix, own_etcd, own_client):
-    key, dsn = prefix + "a", etcd_dsn(own_etcd.endpoint, prefix)
+def test_lost_answer_to_an_update_that_etcd_has_compacted(daemon, db, prefix, own_client):
+    key = prefix + "a"
     own_client.put(key, "old")
-    sent = kill_once_sent(daemon(etcd=dsn), db, own_client, SET, key)
+    sent = kill_once_sent(daemon(etcd=own_client), db, own_client, SET, key)
     own_client.put(key, "theirs")
     own_client.compact(own_client.revision())
-    daemon(etcd=dsn)
+    daemon(etcd=own_client)
     assert became(db, key) == ("success", sent)
     assert own_client.get(key).value == b"theirs"
 
@@ -6992,14 +6991,14 @@ def test_lost_answer_to_an_update_that_etcd_has_compacted(daemon, db, prefix, ow
 def test_like_value_of_others_is_no_success(daemon, db, prefix, own_etcd, own_client, network):
     key = prefix + "a"
     own_client.put(key, "old")
-    first = daemon(*HASTE, etcd=etcd_dsn(network.endpoint, prefix))
+    first = daemon(*HASTE, etcd=network)
     apply_change(db, prefix + "first")
     keep_back(network, db, SET, key)
     first.kill()
     own_client.put(key, "theirs")
     like = own_client.put(key, "mine")
     own_client.compact(like)
-    daemon(*HASTE, etcd=etcd_dsn(own_etcd.endpoint, prefix))
+    daemon(*HASTE, etcd=own_etcd)
     assert became(db, key) == ("conflict", like)
     deliver(network, own_etcd)
     assert revision_of(own_client, key) == like
@@ -7090,10 +7089,10 @@ KILLS = int(os.environ.get("ETCD_FDW_TEST_KILLS", "20"))
 
 
 @pytest.mark.timeout(300 + 10 * KILLS)
-def test_killed_at_random_moments_with_late_bytes(daemon, prefix, own_etcd, network, load, seed):
+def test_killed_at_random_moments_with_late_bytes(daemon, own_etcd, network, load, seed):
     """SIGKILL the daemon again and again under load; some of what it sent arrives late."""
     dice = random.Random(seed)
-    start = partial(daemon, *HASTE, etcd=etcd_dsn(network.endpoint, prefix) + HASTY_ETCD)
+    start = partial(daemon, *HASTE, etcd=network, query=HASTY_ETCD)
     running, late = start(), 0
     play = load(own_etcd.endpoint, seed=seed)
     for _ in range(KILLS):
@@ -7113,18 +7112,15 @@ def test_killed_at_random_moments_with_late_bytes(daemon, prefix, own_etcd, netw
     print(f"{KILLS} kills, {late} with late bytes, SQL changes {dict(play.finish())}")
 
 
-def test_backlog_of_refused_changes_shrinks_although_it_is_killed(
-    daemon, db, prefix, own_etcd, own_client
-):
-    dsn = etcd_dsn(own_etcd.endpoint, prefix)
-    daemon(*HASTE, etcd=dsn).stop()
+def test_backlog_of_refused_changes_shrinks_although_it_is_killed(daemon, db, prefix, own_client):
+    daemon(*HASTE, etcd=own_client).stop()
     values = f"'{prefix}' || n % 10, n, 1 + n % 1000"
     insert = f"INSERT INTO etcd_wal (key, value, revision) VALUES ({values})"
     in_transactions_of_their_own(db, 1000, insert)
     pending = "SELECT count(*) FROM etcd_wal WHERE status = 'pending'"
     while left := scalar(db, pending):
         own_client.put("_elsewhere", "")
-        running = daemon(*HASTE, "--batch-size=1000", etcd=dsn)
+        running = daemon(*HASTE, "--batch-size=1000", etcd=own_client)
         wait_until("it does not shrink", lambda: scalar(db, pending) < left)
         running.kill()
     assert own_client.range(prefix).count == 0
@@ -7205,11 +7201,9 @@ def slow_grant(network: Proxy, db: str, client: EtcdClient, key: str) -> int:
     return lease
 
 
-def test_lease_that_runs_out_on_the_way_is_granted_anew(
-    daemon, db, prefix, own_etcd, own_client, network
-):
+def test_lease_that_runs_out_on_the_way_is_granted_anew(daemon, db, prefix, own_client, network):
     key = prefix + "a"
-    daemon(etcd=etcd_dsn(network.endpoint, prefix) + "?request_timeout=60s")
+    daemon(etcd=network, query="?request_timeout=60s")
     apply_change(db, prefix + "first")
     own_client.revoke(slow_grant(network, db, own_client, key))
     network.resume()
@@ -7220,27 +7214,27 @@ def test_lease_that_runs_out_on_the_way_is_granted_anew(
 
 
 def test_crash_between_grant_and_put_leaves_a_lease_that_expires(
-    daemon, db, prefix, own_etcd, own_client, network
+    daemon, db, prefix, own_client, network
 ):
     key = prefix + "a"
-    first = daemon(etcd=etcd_dsn(network.endpoint, prefix) + "?request_timeout=60s")
+    first = daemon(etcd=network, query="?request_timeout=60s")
     apply_change(db, prefix + "first")
     left = slow_grant(network, db, own_client, key)
     first.kill()
     assert own_client.get(key) is None
-    daemon(etcd=etcd_dsn(own_etcd.endpoint, prefix))
+    daemon(etcd=own_client)
     status, revision = became(db, key)
     assert status == "success"
     assert own_client.range(key, revision=revision).kvs[0].lease != left
     wait_until("it does not expire", lambda: left not in leases(own_client))
 
 
-def test_lost_answer_to_a_put_with_a_lease(daemon, db, prefix, own_etcd, own_client):
-    key, dsn = prefix + "a", etcd_dsn(own_etcd.endpoint, prefix)
+def test_lost_answer_to_a_put_with_a_lease(daemon, db, prefix, own_client):
+    key = prefix + "a"
     sql = "INSERT INTO etcd_wal (key, value, ttl) VALUES (%s, 'mine', '1 hour')"
-    sent = kill_once_sent(daemon(etcd=dsn), db, own_client, sql, key)
+    sent = kill_once_sent(daemon(etcd=own_client), db, own_client, sql, key)
     lease = own_client.get(key).lease
-    daemon(etcd=dsn)
+    daemon(etcd=own_client)
     assert became(db, key) == ("success", sent)
     assert own_client.get(key).lease == lease
     assert leases(own_client) == {lease}
@@ -7353,19 +7347,18 @@ def test_forced_changes_to_a_key_keep_their_order(daemon, db, prefix, etcd, reco
 
 
 @pytest.mark.parametrize("compacted", [False, True])
-def test_lost_answer_to_forced_changes(daemon, db, prefix, own_etcd, own_client, compacted):
+def test_lost_answer_to_forced_changes(daemon, db, prefix, own_client, compacted):
     a, b, c = (prefix + name for name in "abc")
     theirs = [own_client.put(key, "old") for key in (a, b)]
-    dsn = etcd_dsn(own_etcd.endpoint, prefix)
     insert = f"""
         INSERT INTO etcd_wal (key, value, force)
         VALUES (%s, 'mine', true), ('{b}', NULL, true), ('{c}', NULL, true)
     """
-    sent = kill_once_sent(daemon(*HASTE, etcd=dsn), db, own_client, insert, a)
+    sent = kill_once_sent(daemon(*HASTE, etcd=own_client), db, own_client, insert, a)
     later = own_client.put(a, "theirs")
     if compacted:
         own_client.compact(later)
-    daemon(*HASTE, etcd=dsn)
+    daemon(*HASTE, etcd=own_client)
     put, delete, nothing = (forced(db, row.id) for row in wal_rows(db))
     assert put == ("success", sent, None if compacted else theirs[0])
     assert delete == ("success", sent, None if compacted else theirs[1])
@@ -7497,10 +7490,8 @@ def test_changes_with_a_client_certificate_for_a_user(daemon, db, tmp_path):
         assert len({row.result_revision for row in wal_rows(db)}) == 1
 
 
-def test_mirror_of_everything_leaves_the_daemons_own_keys_alone(
-    daemon, command, db, own_etcd, own_client
-):
-    dsn, foreign = f"etcd://{own_etcd.endpoint}", OWN_KEYS + "of/another"
+def test_mirror_of_everything_leaves_the_daemons_own_keys_alone(daemon, command, db, own_client):
+    dsn, foreign = f"etcd://{own_client.endpoint}", OWN_KEYS + "of/another"
     own_client.put(foreign, "1")
     own_client.put("etcd_fdw", "theirs")
     running = daemon(*HASTE, etcd=dsn)
@@ -7526,7 +7517,7 @@ def test_mirror_of_everything_leaves_the_daemons_own_keys_alone(
 
 def test_changes_wait_for_etcds_space_and_are_applied_once(daemon, db, prefix, small_etcd):
     """etcd applies the change that meets the limit all the same."""
-    running = daemon(*HASTE, etcd=etcd_dsn(small_etcd.endpoint, prefix))
+    running = daemon(*HASTE, etcd=small_etcd)
     with (
         EtcdClient(small_etcd.endpoint) as client,
         Recorder(client, prefix, client.revision() + 1) as recorder,
@@ -8594,8 +8585,8 @@ def test_demo_shows_everything_and_cleans_up(tmp_path, end):
 
 
 @pytest.mark.timeout(300)
-def test_etcd_paused_for_longer_than_the_defaults(daemon, prefix, own_etcd, load):
-    running = daemon(etcd=etcd_dsn(own_etcd.endpoint, prefix))
+def test_etcd_paused_for_longer_than_the_defaults(daemon, own_etcd, load):
+    running = daemon(etcd=own_etcd)
     play = load(own_etcd.endpoint)
     play.run(100)
     mark = running.mark()
@@ -8609,13 +8600,12 @@ def test_etcd_paused_for_longer_than_the_defaults(daemon, prefix, own_etcd, load
 
 
 @pytest.mark.timeout(300)
-def test_silent_etcd_is_noticed_while_idle(daemon, db, prefix, own_etcd):
+def test_silent_etcd_is_noticed_while_idle(daemon, db, prefix, own_etcd, own_client):
     with Proxy(own_etcd.port) as proxy:
         running = daemon(etcd=f"etcd://{proxy.endpoint},{own_etcd.endpoint}{prefix}")
         proxy.stall()
         running.wait_log("watching", after=running.mark())
-        with EtcdClient(own_etcd.endpoint) as client:
-            client.put(prefix + "a", "1")
+        own_client.put(prefix + "a", "1")
         wait_until("the put did not arrive", lambda: mirror_rows(db, prefix))
 
 
@@ -8633,16 +8623,16 @@ def test_silent_postgres_is_noticed(daemon, db, load):
 
 
 @pytest.mark.timeout(300)
-def test_sync_waits_for_deletions_that_etcd_is_slow_to_tell(command, daemon, db, prefix, own_etcd):
-    dsn = etcd_dsn(own_etcd.endpoint, prefix)
-    with EtcdClient(own_etcd.endpoint) as client:
-        client.put(prefix + "a", "1")
-        daemon(etcd=dsn).stop()
-        for _ in range(9000):
-            client.txn([client.put_op(f"{prefix}other/{i}", "x" * 64) for i in range(100)])
-        client.delete(prefix, prefix=True)
-        assert command("sync", etcd=dsn).returncode == 0
-        assert scalar(db, "SELECT revision FROM etcd_sync_state") == client.revision()
+def test_sync_waits_for_deletions_that_etcd_is_slow_to_tell(
+    command, daemon, db, prefix, own_client
+):
+    own_client.put(prefix + "a", "1")
+    daemon(etcd=own_client).stop()
+    for _ in range(9000):
+        own_client.txn([own_client.put_op(f"{prefix}other/{i}", "x" * 64) for i in range(100)])
+    own_client.delete(prefix, prefix=True)
+    assert command("sync", etcd=own_client).returncode == 0
+    assert scalar(db, "SELECT revision FROM etcd_sync_state") == own_client.revision()
 
 
 @pytest.mark.timeout(300)
@@ -8651,7 +8641,7 @@ def test_catches_up_with_100_000_revisions(daemon, db, prefix, own_etcd):
 
 
 @pytest.mark.timeout(0)
-def test_soak(daemon, db, prefix, own_etcd, load, seed):
+def test_soak(daemon, db, own_etcd, load, seed):
     """Load in both directions and random faults for ETCD_FDW_SOAK_S seconds (1200)."""
     seconds = float(os.environ.get("ETCD_FDW_SOAK_S", "1200"))
     dice = random.Random(seed)
@@ -8661,7 +8651,8 @@ def test_soak(daemon, db, prefix, own_etcd, load, seed):
             daemon,
             *HASTE,
             postgres=make_dsn(db, host="127.0.0.1", port=to_postgres.port),
-            etcd=etcd_dsn(to_etcd.endpoint, prefix) + HASTY_ETCD,
+            etcd=to_etcd,
+            query=HASTY_ETCD,
         )
         running = [start(), start(ready=False)]
         play = load(own_etcd.endpoint, seed=seed)

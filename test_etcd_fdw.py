@@ -774,13 +774,13 @@ def store_revision(client: EtcdClient) -> int:
 
 
 class Recorder(Closing):
-    """An independent record of what etcd tells about a prefix, from a thread of its own."""
+    """An independent record of what etcd tells about a prefix from now on, by its own thread."""
 
-    def __init__(self, client: EtcdClient, prefix: str, start_revision: int = 1) -> None:
+    def __init__(self, client: EtcdClient, prefix: str) -> None:
         self.client, self.prefix = client, prefix.encode()
         self.events: list[Event] = []  # in order, appended by the thread
         self.leases: dict[tuple[int, bytes], int] = {}  # by revision and key; 0: none
-        self.revision = start_revision - 1  # all of it and before has been seen
+        self.revision = client.revision()  # all of it and before has been seen
         self.error: str | None = None  # a watch that etcd canceled
         self._closing = threading.Event()
         self._call: Any = None
@@ -839,7 +839,7 @@ class Recorder(Closing):
 @pytest.fixture
 def recorder(etcd: EtcdClient, prefix: str) -> Iterator[Recorder]:
     """A recorder of this test's prefix from before the test's first change."""
-    with Recorder(etcd, prefix, etcd.revision() + 1) as recorder:
+    with Recorder(etcd, prefix) as recorder:
         yield recorder
 
 
@@ -1443,7 +1443,7 @@ class Load(Closing):
     def __init__(self, db: str, endpoint: str, prefix: str, seed: int) -> None:
         self.db, self.endpoint, self.prefix = db, endpoint, prefix
         self.client = EtcdClient(endpoint)
-        self.recorder = Recorder(self.client, prefix, self.client.revision() + 1)
+        self.recorder = Recorder(self.client, prefix)
         self.etcd_changes = 0  # answered so far
         self.committed: list[int] = []  # ids of etcd_wal
         self.deleted: set[tuple[int, bytes]] = set()  # (revision, key), by the etcd side
@@ -2100,7 +2100,7 @@ def test_odd_values_and_keys_from_etcd(daemon, db, prefix, etcd, when):
     assert not rows(db, f"SELECT key FROM etcd WHERE tombstone OR {both}")
 
 
-def test_unstorable_key_is_reported_and_the_rest_goes_on(daemon, db, prefix, etcd, recorder):
+def test_unstorable_key_is_reported_and_the_rest_goes_on(daemon, command, db, prefix, etcd):
     stem = prefix.encode()
     unstorable = [stem + b"\xff", stem + b"nul\0", stem + b"x" * 2600]
     before = etcd.put(unstorable[0], b"\xfe")
@@ -2126,6 +2126,8 @@ def test_unstorable_key_is_reported_and_the_rest_goes_on(daemon, db, prefix, etc
     etcd.put(prefix + "c", "1")
     wait_until("the next key did not arrive", lambda: len(live(db, prefix)) == 3)
     assert rows(db, sql) == found  # once
+    compared = comparison_of(command)
+    assert (compared["equal"], compared["keys"], compared["unstorable"]) == (True, 3, 2)
 
 
 def test_revision_is_never_parted(daemon, db, prefix, etcd, recorder, tmp_path):
@@ -2524,18 +2526,6 @@ def test_more_operations_than_the_server_takes_are_halved(daemon, db, prefix, et
     wait_equal(db, etcd, prefix)
 
 
-def test_transactions_across_a_batch_boundary_stay_whole(daemon, db, prefix, etcd):
-    daemon().stop()
-    insert = "INSERT INTO etcd_wal (key, value) SELECT %s || i, i FROM generate_series(1, 5) i"
-    for number in range(10):
-        rows(db, insert, prefix + f"{number}/")
-    daemon("--batch-size", "3")
-    assert wait_settled(db) == ["success"] * 50
-    sql = "SELECT count(DISTINCT result_revision) FROM etcd_wal GROUP BY txid"
-    assert rows(db, sql) == [(1,)] * 10
-    wait_equal(db, etcd, prefix)
-
-
 def test_interleaved_ids_of_two_transactions_stay_whole(daemon, db, prefix, etcd):
     one = daemon()
     one.pause()
@@ -2650,20 +2640,6 @@ def test_retries_are_counted_while_etcd_is_away(daemon, db, own_etcd):
     own_etcd.resume()
     status, _, message = outcome(db, id_)
     assert (status, message) == ("success", None)
-
-
-def test_of_two_identical_inserts_one_conflicts(daemon, db, prefix, etcd):
-    one = daemon()
-    insert = "INSERT INTO etcd_wal (key, value) VALUES (%s, 'same')"
-    for _ in range(2):
-        rows(db, insert, prefix + "up")
-    assert wait_settled(db) == ["success", "conflict"]
-    one.kill()
-    for _ in range(2):
-        rows(db, insert, prefix + "down")
-    daemon()
-    assert wait_settled(db) == ["success", "conflict"] * 2
-    assert etcd.get(prefix + "up").version == etcd.get(prefix + "down").version == 1
 
 
 def test_standby_takes_over(daemon, db, prefix, etcd, recorder):
@@ -3019,6 +2995,18 @@ def test_schema_is_applied_to_a_fresh_database_without_a_word(db):
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+OLD_FUNCTIONS = [
+    "etcd_get(p_key text) RETURNS TABLE (key text, value text)",
+    "etcd_get_all(p_key text, p_min_revision bigint = 0) RETURNS TABLE (key text, value text)",
+    "etcd_list(p_prefix text DEFAULT '') RETURNS TABLE (key text, value text)",
+    "etcd_at(p_revision bigint, p_prefix text = '') RETURNS TABLE (key text, value text)",
+    "_etcd_state(p_prefix text, p_revision bigint) RETURNS TABLE (key text, value text)",
+    "etcd_set(p_key text, p_value text, p_revision bigint DEFAULT NULL) RETURNS bigint",
+    "etcd_set_bytes(p_key text, p_value bytea, p_revision bigint DEFAULT NULL) RETURNS bigint",
+    "etcd_delete(p_key text, p_revision bigint DEFAULT NULL) RETURNS bigint",
+    "_etcd_change(text, text, bytea, bigint, boolean, bigint) RETURNS bigint",
+    "_etcd_lock_key(text) RETURNS void",
+]
 # What the released versions had in place of what is there now, each on top of the next version.
 OLD_SCHEMAS = {
     3: """
@@ -3040,26 +3028,8 @@ OLD_SCHEMAS = {
         CREATE FUNCTION _etcd_kv_write() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN END';
         CREATE TRIGGER etcd_kv_write INSTEAD OF INSERT OR UPDATE OR DELETE ON etcd_kv
             FOR EACH ROW EXECUTE FUNCTION _etcd_kv_write();
-        CREATE FUNCTION etcd_get(p_key text) RETURNS TABLE (key text, value text)
-            LANGUAGE plpgsql AS 'BEGIN END';
-        CREATE FUNCTION etcd_get_all(p_key text, p_min_revision bigint DEFAULT 0)
-            RETURNS TABLE (key text, value text) LANGUAGE plpgsql AS 'BEGIN END';
-        CREATE FUNCTION etcd_list(p_prefix text DEFAULT '') RETURNS TABLE (key text, value text)
-            LANGUAGE plpgsql AS 'BEGIN END';
-        CREATE FUNCTION etcd_at(p_revision bigint, p_prefix text DEFAULT '')
-            RETURNS TABLE (key text, value text) LANGUAGE plpgsql AS 'BEGIN END';
-        CREATE FUNCTION _etcd_state(p_prefix text, p_revision bigint)
-            RETURNS TABLE (key text, value text) LANGUAGE plpgsql AS 'BEGIN END';
-        CREATE FUNCTION etcd_set(p_key text, p_value text, p_revision bigint DEFAULT NULL)
-            RETURNS bigint LANGUAGE plpgsql AS 'BEGIN END';
-        CREATE FUNCTION etcd_set_bytes(p_key text, p_value bytea, p_revision bigint DEFAULT NULL)
-            RETURNS bigint LANGUAGE plpgsql AS 'BEGIN END';
-        CREATE FUNCTION etcd_delete(p_key text, p_revision bigint DEFAULT NULL)
-            RETURNS bigint LANGUAGE plpgsql AS 'BEGIN END';
-        CREATE FUNCTION _etcd_change(text, text, bytea, bigint, boolean, bigint)
-            RETURNS bigint LANGUAGE plpgsql AS 'BEGIN END';
-        CREATE FUNCTION _etcd_lock_key(text) RETURNS void LANGUAGE plpgsql AS 'BEGIN END';
-    """,
+    """
+    + "".join(f"CREATE FUNCTION {one} LANGUAGE plpgsql AS 'BEGIN END';" for one in OLD_FUNCTIONS),
     2: """
         DROP VIEW etcd_status;
         ALTER TABLE etcd_wal DROP COLUMN dismissed_at;
@@ -3531,17 +3501,12 @@ def test_reads_fetch_current_rows_not_the_history(schema):
         for source in ["etcd_list()", "etcd_list('/k/')", "etcd_at(5000, '/k/')"]:
             assert tuples_read(cur, "etcd", f"SELECT * FROM {source}") <= 1000
         assert tuples_read(cur, "etcd", "SELECT etcd_set('/k/3', 'v')") == 1
-
-
-def test_kv_with_a_key_descends_the_index(schema):
-    long_history(schema, 20000, keys=10)
+        if version(schema) >= 16:  # before, DISTINCT reads the index entries of the key's history
+            assert tuples_read(cur, "etcd", "SELECT * FROM etcd_kv WHERE key = '/k/3'") <= 2
     for condition in ["key = '/k/3'", "key IN ('/k/3', '/k/4')", "key >= '/k/3' AND key < '/k/4'"]:
         plan = str(rows(schema, f"EXPLAIN SELECT * FROM etcd_kv WHERE {condition}"))
         assert "Seq Scan" not in plan
         assert "Index Cond: (key = " in plan
-    if version(schema) >= 16:  # before, DISTINCT reads the index entries of the key's history
-        with session(schema) as cur:
-            assert tuples_read(cur, "etcd", "SELECT * FROM etcd_kv WHERE key = '/k/3'") <= 2
 
 
 def test_revisions_of_a_long_history_are_found_by_block_ranges(schema):
@@ -4333,7 +4298,7 @@ class History:
         self.holder: ExitStack | None = None
         self.numbers = itertools.count(10)
         self.compacted = False
-        self.recorder = Recorder(client, prefix, client.revision() + 1)
+        self.recorder = Recorder(client, prefix)
 
     def close(self) -> None:
         self.recorder.close()
@@ -4528,9 +4493,12 @@ def test_two_like_changes_cannot_both_claim_one_revision(daemon, db, prefix, etc
     first = daemon()
     insert = "INSERT INTO etcd_wal (key, value) VALUES (%s, 'same')"
     sent = kill_once_sent(first, db, etcd, insert, key)
-    rows(db, insert, key)
+    for like in (key, prefix + "b", prefix + "b"):
+        rows(db, insert, like)
     daemon()
-    assert outcomes(db, 2) == [("success", sent), ("conflict", sent)]
+    assert outcomes(db, 4)[:2] == [("success", sent), ("conflict", sent)]
+    assert wait_settled(db) == ["success", "conflict"] * 2
+    assert etcd.get(key).version == etcd.get(prefix + "b").version == 1
 
 
 def test_change_made_while_down_on_a_version_that_never_was_is_a_conflict(daemon, db, prefix, etcd):
@@ -4796,9 +4764,9 @@ def test_config_validate_names_the_grant_that_is_missing(command, db, schema_use
 
 
 def test_config_validate_tells_reading_from_writing_in_etcd(own_client, command):
-    add_etcd_user(own_client, "root", "secret", "", "root")
-    add_etcd_user(own_client, "reader", "secret", "/a/", "readers", kind=0)
-    add_etcd_user(own_client, "writer", "secret", "/a/", "writers")
+    add_etcd_user(own_client, "root", "secret")
+    add_etcd_user(own_client, "reader", "secret", "/a/", kind=READ)
+    add_etcd_user(own_client, "writer", "secret", "/a/")
     own_client.call(own_client.auth.AuthEnable, etcdrpc.AuthEnableRequest())
     keys, own = "readwrite '/a/' --prefix=true", "--prefix=true readwrite etcd_fdw/"
     wait = "changes from SQL would wait until this is granted: .*"
@@ -4960,22 +4928,18 @@ def test_status_tells_an_instance_that_is_retrying(daemon, command, db, own_etcd
     assert status_of(command, etcd=own_etcd)["problems"] == ["no instance is active"]
 
 
-def test_status_says_when_a_change_outside_every_prefix_has_waited(daemon, command, db):
+def test_status_lists_what_was_refused_and_what_nobody_takes(daemon, command, db, prefix):
     daemon()
-    rows(db, "INSERT INTO etcd_wal (key, value) VALUES ('elsewhere', '1')")
+    ask(db, "elsewhere")
     assert command("status", "--check").stdout == "healthy\n"
     rows(db, "UPDATE etcd_wal SET ts = ts - interval '2 minutes'")
     done = command("status", "--check")
     assert done.returncode == 5
     assert done.stdout.startswith("1 pending change outside every mirrored prefix: ")
-
-
-def test_status_lists_what_was_refused_and_what_nobody_takes(daemon, command, db, prefix):
-    daemon()
     insert = "INSERT INTO etcd_wal (key, value, revision)"
     rows(db, insert + " SELECT %s || n, '1', 999999999 FROM generate_series(0, 5) n", prefix)
-    assert wait_settled(db) == ["conflict"] * 6
-    rows(db, "INSERT INTO etcd_wal (key, value) VALUES ('elsewhere', '1')")
+    conflicts = "SELECT conflicts FROM etcd_status WHERE prefix = %s"
+    wait_until("not all refused", lambda: scalar(db, conflicts, prefix) == 6)
     found = status_of(command)
     assert [item["key"] for item in found["refusals"]] == [f"{prefix}{n}" for n in (5, 4, 3, 2, 1)]
     assert "etcd wins" in found["refusals"][0]["message"]
@@ -4988,17 +4952,9 @@ def test_status_lists_what_was_refused_and_what_nobody_takes(daemon, command, db
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_status_watch_repeats_and_ends_quietly_with_its_reader(db, prefix, etcd_address, form):
     servers = ["-p", make_dsn(db, port=1), "-e", etcd_address.dsn(prefix)]
+    words = ["status", "--watch", "--interval=50ms", "--format", form]
     process = subprocess.Popen(
-        [
-            sys.executable,
-            SCRIPT,
-            *servers,
-            "status",
-            "--watch",
-            "--interval=50ms",
-            "--format",
-            form,
-        ],
+        [sys.executable, SCRIPT, *servers, *words],
         env=clean_environ({"COLUMNS": "40"}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -5271,15 +5227,6 @@ def test_validate_raises_no_false_alarm_while_both_sides_write(daemon, command, 
     assert compared[0]["revision"] < compared[-1]["revision"]
 
 
-def test_validate_does_not_miss_what_no_mirror_can_hold(daemon, command, prefix, etcd):
-    etcd.put(prefix.encode() + b"\xff", "1")
-    etcd.put(prefix + "long" * 1000, "1")
-    etcd.put(prefix + "a", b"\0")
-    daemon()
-    found = comparison_of(command)
-    assert (found["equal"], found["keys"], found["unstorable"]) == (True, 1, 2)
-
-
 def test_commands_cope_with_a_checkpoint_compacted_since(daemon, command, own_client, db, prefix):
     own_client.put(prefix + "a", "1")
     daemon(etcd=own_client)
@@ -5301,29 +5248,36 @@ def test_commands_cope_with_a_checkpoint_compacted_since(daemon, command, own_cl
     assert scalar(db, "SELECT count(*) FROM etcd_list(%s)", prefix) == 2
 
 
+READ, WRITE, READWRITE = 0, 1, 2  # authpb.Permission.Type, which etcdrpc does not export
+
+
+def permit(client: EtcdClient, role: str, kind: int, prefix: str) -> None:
+    """Grant READ, WRITE or READWRITE below the prefix."""
+    request = etcdrpc.AuthRoleGrantPermissionRequest(name=role)
+    request.perm.permType, request.perm.key = kind, prefix.encode()
+    request.perm.range_end = prefix_end(prefix)
+    client.call(client.auth.RoleGrantPermission, request)
+
+
 def add_etcd_user(
-    client: EtcdClient, user: str, password: str, prefix: str, role: str, kind: int = 2
+    client: EtcdClient, user: str, password: str, *prefixes: str, kind: int = READWRITE
 ) -> None:
-    """Add a user with one role; kind: 0 to read, 1 to write, 2 for both."""
-    call, auth = client.call, client.auth
-    call(auth.UserAdd, etcdrpc.AuthUserAddRequest(name=user, password=password))
-    call(auth.RoleAdd, etcdrpc.AuthRoleAddRequest(name=role))
-    if prefix:
-        request = etcdrpc.AuthRoleGrantPermissionRequest(name=role)
-        request.perm.permType, request.perm.key = kind, prefix.encode()
-        request.perm.range_end = prefix_end(prefix)
-        call(auth.RoleGrantPermission, request)
-    call(auth.UserGrantRole, etcdrpc.AuthUserGrantRoleRequest(user=user, role=role))
+    """Add a user, who has a role of the same name."""
+    client.call(client.auth.UserAdd, etcdrpc.AuthUserAddRequest(name=user, password=password))
+    client.call(client.auth.RoleAdd, etcdrpc.AuthRoleAddRequest(name=user))
+    for prefix in prefixes:
+        permit(client, user, kind, prefix)
+    client.call(client.auth.UserGrantRole, etcdrpc.AuthUserGrantRoleRequest(user=user, role=user))
 
 
 # ── metrics, signals, supervision, housekeeping ──────────────────────────────
 
 
-def http_get(address: str, path: str) -> tuple[int, str]:
-    """Status and body of a GET."""
+def http_get(address: str, path: str, data: bytes | None = None) -> tuple[int, str]:
+    """Status and body of a GET, or of a POST of data."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(f"http://{address}{path}", timeout=WAIT_S) as answer:
+        with opener.open(f"http://{address}{path}", data, timeout=WAIT_S) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as exc:
         return exc.code, exc.read().decode()
@@ -5793,9 +5747,7 @@ def test_housekeeping_goes_through_everything_in_steps(daemon, db, prefix, etcd)
         "SELECT (SELECT count(*) FROM etcd), (SELECT count(*) FROM etcd_wal),"
         " (SELECT count(*) FROM etcd_sync_event WHERE operation = 'mirror')"
     )
-    with suppress(TimeoutError):
-        wait_until("not all deleted", lambda: rows(db, left) == [(11, count, 3 * count)])
-    assert rows(db, left) == [(11, count, 3 * count)]
+    wait_until("not all deleted", lambda: rows(db, left) == [(11, count, 3 * count)])
     expected = {"etcd": count - 10, "etcd_wal": count, "etcd_sync_event": count + 1}  # first copy's
     total = 'etcd_fdw_deleted_rows_total{{table="{}"}}'
 
@@ -5831,15 +5783,7 @@ def test_audit_of_all_tells_who_and_what_became_of_it(daemon, db, prefix, etcd):
         (id_,) = cur.fetchone()
         cur.execute("INSERT INTO etcd_wal (key, value) VALUES (%s, '3')", (key,))
     assert wait_settled(db) == ["success", "conflict"]
-    sql = """
-        SELECT role_name, application_name, status, result_revision, finished_at >= ts
-        FROM etcd_wal ORDER BY id
-    """
     user, after = scalar(db, "SELECT current_user"), etcd.get(key).mod_revision
-    assert rows(db, sql) == [
-        (user, "billing", "success", after, True),
-        (user, "billing", "conflict", after, True),
-    ]
     sql = """
         SELECT operation, status, source_system, target_system, target_revision,
                details - 'message'
@@ -6130,7 +6074,7 @@ def test_what_etcd_has_not_compacted_is_not_skipped(daemon, db, prefix, own_clie
     checkpoint = own_client.revision()
     own_client.put(prefix + "changed", "2")
     compacted = own_client.put(prefix + "changed", "3")
-    with Recorder(own_client, prefix, compacted + 1) as recorder:
+    with Recorder(own_client, prefix) as recorder:
         own_client.delete(prefix + "deleted")
         own_client.put(prefix + "changed", "4")
         own_client.put(prefix + "deleted", "2")
@@ -6146,7 +6090,7 @@ def test_what_etcd_has_not_compacted_is_not_skipped(daemon, db, prefix, own_clie
 
 
 def test_compaction_while_the_prefix_is_quiet(daemon, db, prefix, own_client):
-    with Recorder(own_client, prefix, own_client.revision() + 1) as recorder:
+    with Recorder(own_client, prefix) as recorder:
         running = daemon(*HASTE, etcd=own_client)
         own_client.put(prefix + "a", "1")
         own_client.put(prefix + "b", "1")
@@ -6315,7 +6259,7 @@ def test_etcd_restored_while_the_daemon_runs(daemon, db, prefix, own_etcd, tmp_p
 def test_catch_up_of_large_values_with_slow_postgres(daemon, db, prefix, own_client):
     dsn = mirror_once(daemon, own_client, prefix)
     with (
-        Recorder(own_client, prefix, own_client.revision() + 1) as recorder,
+        Recorder(own_client, prefix) as recorder,
         Proxy(int(psycopg2.extensions.parse_dsn(db)["port"])) as proxy,
     ):
         for n in range(10, 40):
@@ -7076,16 +7020,6 @@ def granted_ttl(client: EtcdClient, lease: int) -> int:
     return int(client.call(client.leases.LeaseTimeToLive, request).grantedTTL)
 
 
-def test_key_with_a_ttl_expires_and_becomes_a_tombstone(daemon, db, prefix, etcd, recorder):
-    daemon()
-    key = prefix + "a"
-    assert outcome(db, ask(db, key, ttl="1 second"))[0] == "success"
-    wait_until("it does not expire", lambda: etcd.get(key) is None)
-    assert_same(recorder, db, prefix)
-    sql = "SELECT tombstone FROM etcd WHERE key = %s ORDER BY revision"
-    assert rows(db, sql, key) == [(False,), (True,)]
-
-
 def test_changes_of_one_transaction_with_the_same_ttl_share_a_lease(daemon, db, prefix, etcd):
     daemon()
     insert = """
@@ -7315,7 +7249,8 @@ OWN_KEYS = "etcd_fdw/"
 @pytest.mark.parametrize("limit", [100, 128])  # ours, and etcd's
 def test_transactions_around_the_largest_size_arrive(daemon, db, secure_etcd, admin, login, limit):
     """Beside the fence, the receipt and what makes a change a forced one; a login halves it."""
-    start = partial(daemon, "--max-txn-ops", str(limit), etcd=secure_etcd.dsn())
+    options = "--max-txn-ops", str(limit), "--batch-size=30"
+    start = partial(daemon, *options, etcd=secure_etcd.dsn())
     start().stop()
     insert = """
         INSERT INTO etcd_wal (key, value, revision, ttl, force)
@@ -7411,7 +7346,7 @@ def test_user_without_the_grant_for_the_daemons_own_keys(daemon, command, db, se
         wait_until("it does not mirror", arrives(db, "/t/etcd"))
         assert scalar(db, "SELECT status FROM etcd_wal WHERE id = %s", change) == "pending"
         assert root.get("/t/sql") is None
-        secure_etcd.permit(root, READWRITE, OWN_KEYS)
+        permit(root, "fdw", READWRITE, OWN_KEYS)
         wait_status(db, change, "success")
         started.wait_log("INFO changes are sent again$")
         assert started.returncode is None
@@ -7458,10 +7393,7 @@ def test_mirror_of_everything_leaves_the_daemons_own_keys_alone(daemon, command,
 def test_changes_wait_for_etcds_space_and_are_applied_once(daemon, db, prefix, small_etcd):
     """etcd applies the change that meets the limit all the same."""
     running = daemon(*HASTE, etcd=small_etcd)
-    with (
-        EtcdClient(small_etcd.endpoint) as client,
-        Recorder(client, prefix, client.revision() + 1) as recorder,
-    ):
+    with EtcdClient(small_etcd.endpoint) as client, Recorder(client, prefix) as recorder:
         insert = "INSERT INTO etcd_wal (key, value) VALUES (%s, 'sql' || %s || repeat('x', 100000))"
         tried = "SELECT status FROM etcd_wal WHERE status <> 'pending' OR retry_count > 0"
         for n in range(1, 100):
@@ -7707,9 +7639,6 @@ def test_server_name_is_verified_instead_of_the_host(daemon, db, tmp_path):
         daemon(*FAST, etcd=dsn + "&server_name=elsewhere.example")
 
 
-READ, WRITE, READWRITE = 0, 1, 2  # authpb.Permission.Type, which etcdrpc does not export
-
-
 class SecureEtcd(LocalEtcd):
     """An etcd with authentication: root/root, and fdw/secret who may touch /t/ alone."""
 
@@ -7720,19 +7649,10 @@ class SecureEtcd(LocalEtcd):
             client.call(client.auth.AuthEnable, etcdrpc.AuthEnableRequest())
         return EtcdClient(self.endpoint, "root", "root")
 
-    @classmethod
-    def add_users(cls, client: EtcdClient) -> None:
-        add_etcd_user(client, "root", "root", "", "root")
-        add_etcd_user(client, "fdw", "secret", "/t/", "fdw")
-        cls.permit(client, READWRITE, OWN_KEYS)
-
     @staticmethod
-    def permit(client: EtcdClient, kind: int, prefix: str) -> None:
-        """Grant READ, WRITE or READWRITE below the prefix to fdw."""
-        request = etcdrpc.AuthRoleGrantPermissionRequest(name="fdw")
-        request.perm.permType = kind
-        request.perm.key, request.perm.range_end = prefix.encode(), prefix_end(prefix)
-        client.call(client.auth.RoleGrantPermission, request)
+    def add_users(client: EtcdClient) -> None:
+        add_etcd_user(client, "root", "root")
+        add_etcd_user(client, "fdw", "secret", "/t/", OWN_KEYS)
 
     def dsn(self) -> str:
         return etcd_dsn(self.endpoint, "/t/", "fdw", "secret")
@@ -7762,8 +7682,8 @@ def test_etcd_user_who_may_touch_the_prefix_alone(daemon, db, secure_etcd):
 
 def test_key_that_the_etcd_user_may_not_write(daemon, db, secure_etcd):
     with secure_etcd.enable_auth() as root:
-        secure_etcd.permit(root, READ, "/t/")  # instead of READWRITE
-        secure_etcd.permit(root, READWRITE, "/t/open/")
+        permit(root, "fdw", READ, "/t/")  # instead of READWRITE
+        permit(root, "fdw", READWRITE, "/t/open/")
         started = daemon(*FAST, etcd=secure_etcd.dsn())
         started.pause()  # so that all go into one Txn, where etcd 3.4 and 3.5 would look away
         good = [ask(db, f"/t/open/{n}") for n in range(3)]
@@ -8127,15 +8047,9 @@ class PatroniMember:
 
     def ask(self, path: str, body: dict[str, str] | None = None) -> int:
         """Send a request to its REST API; return the HTTP status, 0 for no answer."""
-        data = json.dumps(body).encode() if body else None
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        try:
-            with opener.open(f"http://{self.api}/{path}", data, timeout=30) as answer:
-                return int(answer.status)
-        except urllib.error.HTTPError as exc:
-            return exc.code
-        except OSError:
-            return 0
+        with suppress(OSError):
+            return http_get(self.api, f"/{path}", json.dumps(body).encode() if body else None)[0]
+        return 0
 
 
 def patroni_postgres() -> Path | None:
@@ -8175,7 +8089,7 @@ def test_patroni_cluster_is_mirrored_through_restart_and_failover(
 ):
     prefix, members = patroni
     servers = {"etcd": etcd_address.dsn(prefix)}
-    with Recorder(etcd, prefix, etcd.revision() + 1) as recorder:
+    with Recorder(etcd, prefix) as recorder:
         first = daemon(**servers)
         members[0].start()
         wait_until("Patroni made no cluster", lambda: leader_of(members))
@@ -8574,7 +8488,7 @@ def test_sync_waits_for_deletions_told_late(command, daemon, db, prefix, own_cli
 @pytest.mark.timeout(300)
 def test_catches_up_with_100_000_revisions(daemon, db, prefix, own_client):
     daemon(etcd=own_client).stop()
-    with Recorder(own_client, prefix, own_client.revision() + 1) as recorder:
+    with Recorder(own_client, prefix) as recorder:
         bulk(own_client, prefix, 100_000)
         for n in range(40):  # responses far above gRPC's 4 MiB
             own_client.put(f"{prefix}large/{n}", "x" * 500_000)

@@ -2,23 +2,9 @@
 
 The servers are those of ETCD_FDW_TEST_POSTGRES_DSN and ETCD_FDW_TEST_ETCD_DSN, else throw-away ones
 of the programs that etcd_fdw.find_program finds. Each test has a database and a key prefix of its
-own. The sections, each of which is also a marker (pytest -m faults):
-
-harness             servers, clients, the program; what etcd told (Recorder) against the mirror
-                    (assert_same) and outcomes (assert_outcomes); Proxy, a bad network; Load
-command_line        arguments, environment, exit codes, log lines, dry run
-etcd_to_postgresql  the mirror and the first copy
-postgresql_to_etcd  changes and their outcomes
-sql_interface       schema.sql, mostly without the daemon
-random_histories    what may happen, in any order; crashes at chosen moments
-status              the commands status, sync, validate and config
-metrics             metrics, signals (SIGTERM), systemd, supervisord, housekeeping, --notify-channel
-faults              of etcd, the network, PostgreSQL, the daemon; compaction, another timeline
-exactly_once        late bytes, lost answers, failovers; leases, forced changes, copies, backups
-security            TLS, logins, grants, passwords in messages
-patroni             a Patroni cluster
-demo                the demo, README.md and the files of the package
-soak, bench         what takes minutes, and what measures; left out unless asked for
+own. The sections are the markers of .pytest.ini (pytest -m faults), but for the first, the harness:
+servers, clients, the program; what etcd told (Recorder) against the mirror (assert_same) and
+outcomes (assert_outcomes); Proxy, a bad network; Load.
 """
 
 from __future__ import annotations
@@ -532,9 +518,6 @@ class EtcdAddress(NamedTuple):
     user: str | None = None
     password: str = ""
 
-    def client(self) -> EtcdClient:
-        return EtcdClient(self.endpoint, self.user, self.password)
-
     def dsn(self, prefix: str) -> str:
         return etcd_dsn(self.endpoint, prefix, self.user, self.password)
 
@@ -564,7 +547,7 @@ def etcd_address() -> Iterator[EtcdAddress]:
 @pytest.fixture
 def etcd(etcd_address: EtcdAddress) -> Iterator[EtcdClient]:
     """A bare client of the shared etcd."""
-    with etcd_address.client() as client:
+    with EtcdClient(*etcd_address) as client:
         yield client
 
 
@@ -1210,10 +1193,6 @@ class _Half:
     def full(self) -> bool:
         """Whether no more is to be read, ever."""
         return self.ended or (self.held and self.last is not None and self.last in self.data)
-
-
-def etcd_port(endpoint: str) -> int:
-    return int(endpoint.rpartition(":")[2])
 
 
 def _in_its_thread(method: Callable[..., T]) -> Callable[..., T]:
@@ -2355,10 +2334,8 @@ def test_quickstart_conflict(daemon, db, prefix, etcd):
     gone = f"etcd wins: {key} is not there in etcd, the change was made on revision {new}"
     assert outcome(db, ask(db, key, revision=new)) == ("conflict", None, gone)
     assert etcd.get(key) is None
-    assert (
-        rows(db, "SELECT operation, status, key FROM etcd_sync_event WHERE key IS NOT NULL")
-        == [("change", "conflict", key)] * 3
-    )
+    audit = "SELECT operation, status, key FROM etcd_sync_event WHERE key IS NOT NULL"
+    assert rows(db, audit) == [("change", "conflict", key)] * 3
 
 
 def test_transaction_arrives_whole(daemon, db, prefix, etcd, recorder):
@@ -2384,11 +2361,9 @@ def test_transaction_with_a_conflict_changes_nothing(daemon, db, prefix, etcd):
         cur.executemany(insert, changes)
         cur.execute("COMMIT")
     assert wait_settled(db) == ["conflict"] * 3
-    message = (
-        f"etcd wins: {b} is at revision {newer} in etcd, the change was made on revision {rev_b}"
-    )
+    said = f"etcd wins: {b} is at revision {newer} in etcd, the change was made on revision {rev_b}"
     sql = "SELECT DISTINCT result_revision, error_message FROM etcd_wal"
-    assert rows(db, sql) == [(newer, message)]
+    assert rows(db, sql) == [(newer, said)]
     assert (etcd.get(a).value, etcd.get(b).value, etcd.get(c)) == (b"1", b"2", None)
 
 
@@ -2477,14 +2452,12 @@ def test_transaction_beyond_max_txn_ops_is_applied_key_by_key(daemon, db, prefix
     daemon("--max-txn-ops", "20")
     for stale in ("k7", "yk7"):
         etcd.put(prefix + stale, "etcd")
-    insert = (
-        "INSERT INTO etcd_wal (key, value) SELECT %s || 'k' || i, i FROM generate_series(1, %s) i"
-    )
-    rows(db, insert, prefix, 50)
+    sql = "INSERT INTO etcd_wal (key, value) SELECT %s || 'k' || i, i FROM generate_series(1, %s) i"
+    rows(db, sql, prefix, 50)
     statuses = wait_settled(db)
     assert statuses == ["success"] * 6 + ["conflict"] + ["success"] * 43
     for name, status in [("x", "success"), ("y", "conflict")]:
-        rows(db, insert, prefix + name, 17)  # beside receipt, nested transaction and refusal
+        rows(db, sql, prefix + name, 17)  # beside receipt, nested transaction and refusal
         assert wait_settled(db)[-17:] == [status] * 17
     assert len({kv.mod_revision for kv in etcd.range(prefix + "x").kvs}) == 1
     wait_equal(db, etcd, prefix)
@@ -2596,7 +2569,7 @@ def test_applied_without_an_answer_is_success(daemon, db, prefix, etcd, recorder
     there = [key for key in changed if "/insert-" not in key]
     for key in there:
         etcd.put(key, "old")
-    with Proxy(etcd_port(etcd.endpoint)) as proxy:
+    with Proxy(int(etcd.endpoint.rpartition(":")[2])) as proxy:
         one = daemon(*FAST, etcd=proxy)
         proxy.delay(0.5)
         with session(db) as cur:
@@ -2894,11 +2867,11 @@ def version(db: str) -> int:
     return scalar(db, "SELECT current_setting('server_version_num')::int / 10000")
 
 
-def grant_example(db: str, role: str, kinds: str = "GRANT") -> None:
-    """Run what the example at the end of schema.sql has for role app, with this role instead."""
+def grant_example(db: str, kinds: str = "GRANT", **names: str) -> None:
+    """Run the example at the end of schema.sql for this app, and if given, etcd_fdw and mydb."""
     for sql in re.findall(rf"^--     ((?:{kinds}) .*;)$", SCHEMA_SQL, flags=re.M):
-        if "etcd_fdw" not in sql:
-            rows(db, re.sub(r"TO app\b", f"TO {role}", sql))
+        if "etcd_fdw" in names or "etcd_fdw" not in sql:
+            rows(db, re.sub(r"(?<=TO )(etcd_fdw|app)\b|mydb", lambda m: names[m[0]], sql))
 
 
 def long_history(db: str, size: int, keys: int) -> None:
@@ -3731,7 +3704,7 @@ def test_dismissed_changes_count_no_longer(schema, role):
     refused("P0002", schema, "SELECT etcd_dismiss(99)")
     for change in (3, 4):
         refused("55000", schema, f"SELECT etcd_dismiss({change})")
-    grant_example(schema, role)
+    grant_example(schema, app=role)
     refused("42501", make_dsn(schema, user=role), "SELECT etcd_dismiss(1)")
     assert "GRANT UPDATE (dismissed_at) ON etcd_wal" in SCHEMA_SQL
     rows(schema, f"GRANT UPDATE (dismissed_at) ON etcd_wal TO {role}")
@@ -3876,9 +3849,11 @@ def test_waiting_leaves_nothing_behind(schema):
         cur.execute("COMMIT")
 
 
-@pytest.mark.parametrize(
-    ("call", "sqlstate", "message", "hint"),
-    [
+def test_waiting_says_why_it_cannot_or_not_longer(schema):
+    rows(schema, "SELECT etcd_set('/a/1', 'v'), etcd_set('/elsewhere', 'v')")
+    covers(schema, "/a/", 1, 9)
+    covers(schema, "/b/", 1, 9)
+    for call, sqlstate, message, hint in [
         ("etcd_wait(1, '0.2 s')", "57014", "waiting for change 1", "etcd_status"),
         ("etcd_wait(1, '0')", "57014", "waiting for change 1", "etcd_status"),
         ("etcd_wait(1, NULL)", "22004", "timeout", None),
@@ -3890,16 +3865,11 @@ def test_waiting_leaves_nothing_behind(schema):
         ("etcd_wait_revision(1)", "22023", "2 prefixes", "p_prefix => '/"),
         ("etcd_wait_revision(1, p_prefix => '/')", "22023", "not mirrored", "etcd_sync_state"),
         ("etcd_wait_revision(NULL)", "22004", "revision", None),
-    ],
-)
-def test_waiting_says_why_it_cannot_or_not_longer(schema, call, sqlstate, message, hint):
-    rows(schema, "SELECT etcd_set('/a/1', 'v'), etcd_set('/elsewhere', 'v')")
-    covers(schema, "/a/", 1, 9)
-    covers(schema, "/b/", 1, 9)
-    with active(schema, "/a/"):
-        error = refused(sqlstate, schema, f"SELECT {call}")
-    assert message in error.message_primary
-    assert hint is None or hint in error.message_hint
+    ]:
+        with active(schema, "/a/"):
+            error = refused(sqlstate, schema, f"SELECT {call}")
+        assert message in error.message_primary, call
+        assert hint is None or hint in error.message_hint
 
 
 @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
@@ -3994,9 +3964,7 @@ def test_kv_update_of_the_key_moves_it_in_one_transaction(schema):
         (b"\xff", "value = value", None, b"\xff"),
     ],
 )
-def test_kv_update_of_one_value_column_clears_the_other(
-    schema, old, assignment, value, value_bytes
-):
+def test_kv_update_of_a_value_column_clears_the_other(schema, old, assignment, value, value_bytes):
     mirror(schema, ("/a", 3, old))
     update = f"UPDATE etcd_kv SET {assignment} RETURNING value, value_bytes, value_json"
     assert rows(schema, update) == [(value, value_bytes, None)]
@@ -4063,7 +4031,7 @@ def test_status_shows_changes_that_no_daemon_will_take(schema):
 def test_example_grants_let_an_application_write_changes_only(schema, role):
     mirror(schema, ("/app/a", 3, "x"), ("/app/b", 3, "x"))
     covers(schema, "", 1, 5)
-    grant_example(schema, role)
+    grant_example(schema, app=role)
     app = make_dsn(schema, user=role)
     for query in [
         "SELECT etcd_set('/app/a', 'y')",
@@ -4120,7 +4088,7 @@ def test_row_level_security_holds_through_functions_and_views(schema, role):
     mirror(schema, ("/app/a", 3, "x"), ("/other", 4, "secret"))
     covers(schema, "", 1, 5)
     rows(schema, "SELECT etcd_set('/other', 'secret')")
-    grant_example(schema, role, r"GRANT|CREATE POLICY|ALTER TABLE \w+ ENABLE")
+    grant_example(schema, r"GRANT|CREATE POLICY|ALTER TABLE \w+ ENABLE", app=role)
     app = make_dsn(schema, user=role)
     for name in ("etcd_get('%s')", "etcd_get_all('%s')", "etcd_list('%s')", "etcd_at(5, '%s')"):
         assert rows(app, "SELECT key FROM " + name.replace("%s", "/app/a")) == [("/app/a",)]
@@ -4379,7 +4347,8 @@ class History:
 
 
 def test_stop_does_not_forget_what_was_sent_before_a_crash(daemon, db, prefix, own_client, network):
-    start, keys = partial(daemon, etcd=own_client), [f"{prefix}{n}" for n in range(6)]
+    start = partial(daemon, etcd=own_client)
+    keys = [f"{prefix}{n}" for n in range(6)]
     for key in keys:
         own_client.put(key, "old")
     start().stop()
@@ -4401,10 +4370,8 @@ def test_ids_that_come_late_do_not_hide_what_was_sent_before_a_crash(daemon, db,
     options = "--batch-size=1", "--max-txn-ops=2"
     first = daemon(*options)
     with session(db, "BEGIN") as late:
-        insert = (
-            "INSERT INTO etcd_wal (key, value) SELECT %s || n, 'late' FROM generate_series(1, 9) n"
-        )
-        late.execute(insert, (prefix,))
+        sql = "INSERT INTO etcd_wal (key, value) SELECT %s || n, n FROM generate_series(1, 9) n"
+        late.execute(sql, (prefix,))
         sent = kill_once_sent(first, db, etcd, "SELECT etcd_set(%s, 'mine')", prefix + "x")
         late.execute("COMMIT")
     with session(db, "BEGIN; SELECT FROM etcd_wal WHERE id <= 9 FOR UPDATE"):
@@ -4559,9 +4526,10 @@ def test_flag_beats_environment_beats_file_beats_default(tmp_path):
     assert shown["config"] == ["ETCD_FDW_CONFIG", str(file)]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+def test_wrong_config_file_is_one_line_that_says_what(tmp_path):
+    file = tmp_path / "c.yaml"
+    for content, message in [
+        (None, "--config: cannot read"),
         ("bach-size: 5\n", "c.yaml, line 1: unknown option 'bach-size'"),
         ("batch-size: 5\naudit: all\nbatch-size: 6\n", "line 3: batch-size is given twice"),
         ("batch-size: 5\nbatch_size: 6\n", "line 2: batch-size is given twice"),
@@ -4571,16 +4539,12 @@ def test_flag_beats_environment_beats_file_beats_default(tmp_path):
         ("batch-size: [1]\n", "batch-size: expected a single value"),
         ("batch-size\n", 'expected one "option: value" a line'),
         ("postgres-dsn: 'host=h password=sesame\nx: y\n", "not YAML: "),
-        (None, "--config: cannot read"),
-    ],
-)
-def test_wrong_config_file_is_one_line_that_says_what(tmp_path, content, message):
-    file = tmp_path / "c.yaml"
-    if content is not None:
-        file.write_text(content)
-    done = run_script("-c", str(file), "-p", "host=h", "-e", "etcd://h/x")
-    assert_one_error_line(done, 1, message)
-    assert "sesame" not in done.stderr
+    ]:
+        if content is not None:
+            file.write_text(content)
+        done = run_script("-c", str(file), "-p", "host=h", "-e", "etcd://h/x")
+        assert_one_error_line(done, 1, message)
+        assert "sesame" not in done.stderr
 
 
 def test_config_file_without_pyyaml_says_so(tmp_path):
@@ -4898,6 +4862,7 @@ def comparison_of(command: Callable[..., Any], *args: str, **servers: str) -> di
 
 
 def test_sync_without_a_daemon_does_one_pass_both_ways(command, db, prefix, etcd, recorder):
+    assert_one_error_line(command("validate"), 4, "there is no mirror yet")
     etcd.put(prefix + "a", "1")
     done = command("sync", exit_code=0)
     assert re.fullmatch(r"in step at revision \d+: compared 1 key, .*\n", done.stdout)
@@ -4987,9 +4952,8 @@ def test_sync_that_cannot_stop_is_no_success(daemon, db, prefix, etcd):
 
 def test_sync_retries_what_was_refused(daemon, command, db, prefix, etcd):
     daemon()
-    insert = "INSERT INTO etcd_wal (key, value, revision) VALUES (%s, %s, 999999)"
     for key in ("a", "b"):
-        rows(db, insert, prefix + key, key)
+        ask(db, prefix + key, key, revision=999999)
     assert wait_settled(db) == ["conflict"] * 2
     done = command("sync", "--retry-failed", exit_code=0)
     assert "queued 2 changes again" in done.stderr
@@ -5059,12 +5023,6 @@ def test_help_of_a_command_has_an_example(capsys, name):
         etcd_fdw.build_parser().parse_args([*name.split(), "--help"])
     assert ended.value.code == 0
     assert re.search(rf"examples:\s+etcd_fdw.py (-c \S+ )?{name}", capsys.readouterr().out)
-
-
-def test_validate_without_a_mirror(command):
-    done = command("validate")
-    assert (done.returncode, done.stdout) == (4, "")
-    assert "there is no mirror yet" in done.stderr
 
 
 PUT_AT_THE_CHECKPOINT = (
@@ -5610,6 +5568,8 @@ def test_superseded_versions_are_deleted_and_etcd_at_says_so(daemon, db, prefix,
     ]:
         assert "pruned" in refused("22023", db, sql, *args).message_primary
     assert len(rows(db, "SELECT * FROM etcd_get_all(%s)", key)) == 2
+    one.stop()
+    daemon()  # the last revision deletes what was pruned, which does not look like another etcd
 
 
 def test_housekeeping_goes_through_everything_in_steps(daemon, db, prefix, etcd):
@@ -6039,7 +5999,8 @@ def test_resync_done_by_another_instance_meanwhile(
 
 
 def restore(server: LocalEtcd, snapshot: Path) -> None:
-    """Bring a stopped etcd back to a snapshot; it keeps its cluster id."""
+    """Bring an etcd back to a snapshot; it keeps its cluster id."""
+    server.stop()
     shutil.rmtree(server.data_dir)
     program = server.program.with_name("etcdutl")
     if not program.exists():  # before etcd 3.5 it was etcdctl that restored
@@ -6053,18 +6014,7 @@ def restore(server: LocalEtcd, snapshot: Path) -> None:
     }
     command += [f"--{name}={value}" for name, value in options.items()]
     subprocess.run(command, env={**os.environ, "ETCDCTL_API": "3"}, check=True, capture_output=True)
-
-
-def test_deletion_whose_older_version_was_pruned_is_no_other_timeline(daemon, db, prefix, etcd):
-    etcd.put(prefix + "a", "1")
-    one = daemon()
-    etcd.delete(prefix + "a")
-    wait_until("not mirrored", lambda: len(mirror_rows(db)) == 2)
-    one.stop()
-    one = daemon("--history-retention=0s")
-    wait_until("not pruned", lambda: scalar(db, "SELECT array_agg(tombstone) FROM etcd") == [True])
-    one.stop()
-    daemon()
+    server.start()
 
 
 @pytest.mark.parametrize(
@@ -6088,9 +6038,7 @@ def test_etcd_restored_from_a_backup(daemon, db, prefix, own_etcd, tmp_path, how
         checkpoint = client.revision()
         wait_until("not there", lambda: mirror_rows(db, prefix)[-1].revision == checkpoint)
         running.stop()
-        own_etcd.stop()
         restore(own_etcd, tmp_path / "backup")
-        own_etcd.start()
     with EtcdClient(own_etcd.endpoint) as client:  # the connection of the other may look alive
         while where != "behind" and client.revision() < checkpoint + 5:
             client.put(prefix + "b", "other")
@@ -6113,9 +6061,7 @@ def test_etcd_restored_while_the_daemon_runs(daemon, db, prefix, own_etcd, tmp_p
         running = daemon(*HASTE, etcd=own_etcd)
         client.put(prefix + "a", "2")
         wait_until("the put did not arrive", lambda: len(mirror_rows(db, prefix)) == 2)
-        own_etcd.stop()
         restore(own_etcd, tmp_path / "backup")
-        own_etcd.start()
     assert running.wait_exit() == 4
     assert len(mirror_rows(db, prefix)) == 2
 
@@ -6123,9 +6069,7 @@ def test_etcd_restored_while_the_daemon_runs(daemon, db, prefix, own_etcd, tmp_p
 # ─ much at once ─
 
 
-def test_catch_up_of_large_values_with_slow_postgres(
-    daemon, db, prefix, own_client, postgres_network
-):
+def test_catch_up_of_much_with_slow_postgres(daemon, db, prefix, own_client, postgres_network):
     mirror_once(daemon, own_client, prefix)
     with Recorder(own_client, prefix) as recorder:
         for n in range(10, 40):
@@ -6465,23 +6409,21 @@ def test_session_that_was_given_up_does_not_keep_the_lock(db, etcd_address, pref
             silent.state()
 
 
-def test_full_queue_of_notifications_is_waited_for(daemon, etcd, prefix):
-    with ExitStack() as stack:
-        server = stack.enter_context(LocalPostgres())
-        if int(scalar(server.dsn(), "SHOW server_version_num")) < 170000:
-            pytest.skip("the size of the queue is fixed before PostgreSQL 17")
-        server.args += ["-c", "max_notify_queue_pages=64"]
-        server.restart()
-        db = server.dsn()
-        daemon(postgres=db).stop()
-        rows(db, "SELECT etcd_set(%s, 'sql')", prefix + "a")
-        with session(db, "LISTEN anything", "BEGIN; SELECT 1"):
-            sql = "SELECT pg_notify('anything', rpad(n::text, 7000)) FROM generate_series(1, 999) n"
-            with pytest.raises(psycopg2.OperationalError):
-                rows(db, sql)
-            running = daemon(*FAST, postgres=db)
-            running.wait_log(r"WARN PostgreSQL: too many notifications.*retrying")
-        assert outcomes(db, 1) == [("success", etcd.get(prefix + "a").mod_revision)]
+def test_full_queue_of_notifications_is_waited_for(daemon, own_postgres, etcd, prefix):
+    db = own_postgres.dsn()
+    if version(db) < 17:
+        pytest.skip("the size of the queue is fixed before PostgreSQL 17")
+    own_postgres.args += ["-c", "max_notify_queue_pages=64"]
+    own_postgres.restart()
+    daemon(postgres=db).stop()
+    rows(db, "SELECT etcd_set(%s, 'sql')", prefix + "a")
+    with session(db, "LISTEN anything", "BEGIN; SELECT 1"):
+        sql = "SELECT pg_notify('anything', rpad(n::text, 7000)) FROM generate_series(1, 999) n"
+        with pytest.raises(psycopg2.OperationalError):
+            rows(db, sql)
+        running = daemon(*FAST, postgres=db)
+        running.wait_log(r"WARN PostgreSQL: too many notifications.*retrying")
+    assert outcomes(db, 1) == [("success", etcd.get(prefix + "a").mod_revision)]
 
 
 def test_read_only_database_is_waited_for(daemon, db, etcd, recorder, prefix):
@@ -6526,17 +6468,18 @@ def test_killed_while_it_creates_the_schema(daemon, db, prefix, recorder):
     assert_same(recorder, db, prefix)
 
 
-def test_killed_while_it_copies(daemon, db, prefix, etcd, etcd_address, recorder):
-    for n in range(20):
-        etcd.txn([etcd.put_op(f"{prefix}{n}/{i}", "x" * 1000) for i in range(100)])
-    with Proxy(etcd_port(etcd_address.endpoint)) as proxy:
-        proxy.throttle(500_000)
-        running = daemon(*HASTE, etcd=proxy, ready=False)
-        wait_until("nothing is copied", lambda: proxy.forwarded > 500_000)
+def test_killed_while_it_copies(daemon, db, prefix, own_client, network):
+    with Recorder(own_client, prefix) as recorder:
+        for n in range(20):
+            keys = [f"{prefix}{n}/{i}" for i in range(100)]
+            own_client.txn([own_client.put_op(key, "x" * 1000) for key in keys])
+        network.throttle(500_000)
+        running = daemon(*HASTE, etcd=network, ready=False)
+        wait_until("nothing is copied", lambda: network.forwarded > 500_000)
         running.kill()
-    assert not rows(db, "SELECT FROM etcd UNION ALL SELECT FROM etcd_sync_state")
-    daemon(*HASTE)
-    assert_same(recorder, db, prefix)
+        assert not rows(db, "SELECT FROM etcd UNION ALL SELECT FROM etcd_sync_state")
+        daemon(*HASTE, etcd=own_client)
+        assert_same(recorder, db, prefix)
 
 
 def test_standbys_take_over_and_nothing_is_done_twice(daemon, db, prefix, load):
@@ -6618,9 +6561,7 @@ FORCE = "SELECT etcd_set(%s, 'mine', force => true)"
 
 
 @pytest.mark.parametrize("meanwhile", ["another applies it", "forced", "conflict", "reset"])
-def test_change_that_arrives_late(
-    daemon, command, db, prefix, own_etcd, own_client, network, meanwhile
-):
+def test_change_arrives_late(daemon, command, db, prefix, own_etcd, own_client, network, meanwhile):
     key = prefix + "a"
     first = daemon(*HASTE, etcd=network)
     apply_change(db, prefix + "first")
@@ -7189,23 +7130,19 @@ def test_what_others_write_to_the_daemons_own_keys_is_named(daemon, db, prefix, 
 
 def test_user_without_the_grant_for_the_daemons_own_keys(daemon, command, db, secure_etcd):
     with secure_etcd.enable_auth() as root:
-        request = etcdrpc.AuthRoleRevokePermissionRequest(
-            role="fdw", key=OWN_KEYS.encode(), range_end=prefix_end(OWN_KEYS)
-        )
-        root.call(root.auth.RoleRevokePermission, request)
-        done = command(*VALIDATE, etcd=secure_etcd.dsn(), exit_code=3)
-        assert re.search(rf"grant-permission .*{OWN_KEYS}", done.stdout.splitlines()[-1])
+        add_etcd_user(root, "other", "secret", "/t/")
+        dsn = etcd_dsn(secure_etcd.endpoint, "/t/", "other", "secret")
         rows(db, SCHEMA_SQL)
         change = scalar(db, "SELECT etcd_set('/t/sql', '1')")
-        done = command("sync", etcd=secure_etcd.dsn(), exit_code=3)  # which does not wait for it
+        done = command("sync", etcd=dsn, exit_code=3)  # which does not wait for it
         assert re.search(rf"grant-permission .*{OWN_KEYS}", done.stderr.splitlines()[-1])
-        started = daemon(*FAST, etcd=secure_etcd.dsn())
+        started = daemon(*FAST, etcd=dsn)
         assert OWN_KEYS in started.wait_log("ERROR .*grant-permission.*")[0]
         root.put("/t/etcd", "1")
         wait_until("it does not mirror", arrives(db, "/t/etcd"))
         assert scalar(db, "SELECT status FROM etcd_wal WHERE id = %s", change) == "pending"
         assert root.get("/t/sql") is None
-        permit(root, "fdw", READWRITE, OWN_KEYS)
+        permit(root, "other", READWRITE, OWN_KEYS)
         wait_status(db, change, "success")
         started.wait_log("INFO changes are sent again$")
         assert started.returncode is None
@@ -7291,9 +7228,7 @@ def test_backup_of_etcd_tells_what_it_has(daemon, command, db, prefix, own_etcd,
         wait_until("nothing was sent", lambda: client.get(lost))
         first.kill()
     assert [row.status for row in wal_rows(db)] == ["pending", "pending"]
-    own_etcd.stop()
     restore(own_etcd, tmp_path / "backup")
-    own_etcd.start()
     with EtcdClient(own_etcd.endpoint) as client:
         client.delete(saved)
         command("sync", "--reset", "--yes", etcd=dsn, exit_code=0)
@@ -7750,22 +7685,16 @@ def tls_postgres() -> Iterator[tuple[LocalPostgres, str]]:
         pytest.skip("this PostgreSQL was built without TLS")
 
 
-@pytest.mark.parametrize(
-    ("wrong", "exit_code", "message"),
-    [
-        ({"sslrootcert": "other"}, 2, "certificate verify failed"),
+def test_certificates_of_postgres_are_verified(daemon, tmp_path, tls_postgres):
+    for wrong, exit_code, message in [
+        ({"sslrootcert": str(Authority(tmp_path).ca)}, 2, "certificate verify failed"),
         ({"host": "elsewhere"}, 2, 'does not match host name "elsewhere"'),
         ({"sslcert": "/nonexistent"}, 3, "connection requires a valid client certificate"),
-    ],
-)
-def test_certificates_of_postgres_are_verified(
-    daemon, tmp_path, tls_postgres, wrong, exit_code, message
-):
-    wrong = {k: str(Authority(tmp_path).ca) if v == "other" else v for k, v in wrong.items()}
-    dsn = make_dsn(tls_postgres[1], **wrong)
-    started = daemon(*FAST, "--startup-timeout", "0s", postgres=dsn, ready=False)
-    assert started.wait_exit() == exit_code
-    assert message in started.log()
+    ]:
+        dsn = make_dsn(tls_postgres[1], **wrong)
+        started = daemon(*FAST, "--startup-timeout", "0s", postgres=dsn, ready=False)
+        assert started.wait_exit() == exit_code
+        assert message in started.log()
 
 
 def test_postgres_certificates_expire_and_are_replaced(daemon, tls_postgres, etcd, prefix):
@@ -7800,34 +7729,29 @@ def test_postgres_password_is_changed_while_running(daemon, tmp_path, etcd, pref
 
 
 @pytest.fixture
-def roles(db: str) -> Iterator[Callable[[str], None]]:
-    """Roles daemon_… and app_… without any rights; grant(kind) does what schema.sql documents."""
+def roles(db: str) -> Iterator[Callable[..., None]]:
+    """Roles daemon_… and app_… without any rights, for grant_example, of which kinds are given."""
     name = scalar(db, "SELECT current_database()")
     names = {"etcd_fdw": f"daemon_{RUN_ID}", "app": f"app_{RUN_ID}", "mydb": name}
     rows(db, SCHEMA_SQL)
     rows(db, f"REVOKE ALL ON SCHEMA public FROM PUBLIC; REVOKE ALL ON DATABASE {name} FROM PUBLIC")
     for role in (names["etcd_fdw"], names["app"]):
         rows(db, f"CREATE ROLE {role} LOGIN; GRANT CONNECT ON DATABASE {name} TO {role}")
-
-    def grant(kind: str) -> None:
-        for sql in re.findall(rf"^--     ((?:{kind}) .*;)$", SCHEMA_SQL, re.MULTILINE):
-            rows(db, re.sub(r"(?<=TO )(etcd_fdw|app)\b|mydb", lambda m: names[m[0]], sql))
-
-    yield grant
+    yield partial(grant_example, db, **names)
     for role in (names["etcd_fdw"], names["app"]):
         rows(db, f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
-def test_documented_roles_are_enough(daemon, db, roles, own_etcd):
+def test_documented_roles_are_enough(daemon, db, roles, own_client):
     """The grants are those in schema.sql's comments; nothing is left to PUBLIC."""
     roles("GRANT")
     app = make_dsn(db, user=f"app_{RUN_ID}")
-    with EtcdClient(own_etcd.endpoint) as etcd, Recorder(etcd, "/") as recorder:
-        etcd.put("/app/a", "1")
-        etcd.put("/other/a", "1")
-        dsn = etcd_dsn(own_etcd.endpoint, "/")
+    with Recorder(own_client, "/") as recorder:
+        own_client.put("/app/a", "1")
+        own_client.put("/other/a", "1")
+        dsn = f"etcd://{own_client.endpoint}/"
         started = daemon(*FAST, postgres=make_dsn(db, user=f"daemon_{RUN_ID}"), etcd=dsn)
-        etcd.put(b"/\xff", "no text")
+        own_client.put(b"/\xff", "no text")
         rows(app, "UPDATE etcd_kv SET value = '2' WHERE key = '/app/a'")
         apply_change(app, "/app/b")
         rows(app, "DELETE FROM etcd_kv WHERE key = '/app/a'")
@@ -7835,8 +7759,8 @@ def test_documented_roles_are_enough(daemon, db, roles, own_etcd):
         wait_status(app, conflict, "conflict")
         wait_status(app, scalar(app, "SELECT etcd_retry(%s)", conflict), "success")
 
-        roles("ALTER TABLE|CREATE POLICY")
-        etcd.put("/other/b", "1")
+        roles(r"ALTER TABLE \w+ ENABLE|CREATE POLICY")
+        own_client.put("/other/b", "1")
         apply_change(app, "/app/c")
         wait_until("/other/b did not arrive", arrives(db, "/other/b"))
         recorder.sync()  # its thread appends to what is replaced here

@@ -721,10 +721,7 @@ def daemon(
 
 @pytest.fixture
 def command(db: str, prefix: str, etcd_address: EtcdAddress) -> Callable[..., Any]:
-    """Run a command for this test's database and prefix to its end: command("status", "--check").
-
-    Without a command it is the service that runs, which must find something wrong, or a dry run.
-    """
+    """Run a command for this test's database and prefix: command("status", "--check")."""
 
     def run(
         *args: str, postgres: str = db, etcd: Any = "", **options: Any
@@ -736,8 +733,8 @@ def command(db: str, prefix: str, etcd_address: EtcdAddress) -> Callable[..., An
 
 
 @pytest.fixture
-def postgres_network(db: str) -> Iterator[Proxy]:
-    """The network between a daemon and this test's database: daemon(postgres=postgres_network)."""
+def db_network(db: str) -> Iterator[Proxy]:
+    """The network between a daemon and this test's database: daemon(postgres=db_network)."""
     with Proxy(int(psycopg2.extensions.parse_dsn(db)["port"])) as proxy:
         yield proxy
 
@@ -1938,18 +1935,22 @@ def test_etcd_dsn_round_trip(prefix, user, password):
     assert target.prefix == "/" + prefix
 
 
-@pytest.mark.parametrize(
-    ("parse", "texts", "message"),
-    [
+def test_value_of_an_option_is_refused():
+    for parse, texts, message in [
         ("duration", "|s|5|-5s|5 s|5x|1e3s|.5s|5s5s|5sec", "is not a duration such as"),
         ("address", "|9379|host|host:|h:99999|::1:9379|http://h:1", "HOST:PORT"),
         ("channel", "|etcd_changes|etcd_outcome|" + "x" * 64, "cannot be the channel"),
-    ],
-)
-def test_value_of_an_option_is_refused(parse, texts, message):
-    for text in texts.split("|"):
-        with pytest.raises(ValueError, match=message):
-            getattr(etcd_fdw, f"parse_{parse}")(text)
+    ]:
+        for text in texts.split("|"):
+            with pytest.raises(ValueError, match=message):
+                getattr(etcd_fdw, f"parse_{parse}")(text)
+
+
+@given(attempt=st.integers(1, 10**6), initial=st.floats(0.001, 60), longest=st.floats(0.001, 3600))
+def test_backoff_stays_within_its_limits(attempt, initial, longest):
+    delay = etcd_fdw.backoff(attempt, initial, longest)
+    assert 0 <= delay <= longest
+    assert delay <= initial * 2.0 ** min(attempt, 30)
 
 
 @given(prefix=ANY_TEXT, key=ANY_TEXT)
@@ -1962,6 +1963,17 @@ def test_ranges_cover_what_starts_with_the_prefix(prefix, key):
         in_sql = prefix.encode() <= data and (after is None or data < after.encode())
         assert in_etcd == (starts and data > b"")
         assert in_sql == starts
+
+
+def outbox_row(**columns: Any) -> etcd_fdw.OutboxRow:
+    """A pending change of which only these columns matter."""
+    return etcd_fdw.OutboxRow(**{**dict.fromkeys(etcd_fdw.OutboxRow._fields), **columns})
+
+
+@given(st.dictionaries(st.integers(1, 60) | st.integers(1, 2**63 - 1), st.integers(0, 3)))
+def test_rows_in_a_receipt_round_trip(queued):
+    rows = [outbox_row(id=id_, queued_at=at) for id_, at in queued.items()]
+    assert etcd_fdw.parse_rows(etcd_fdw.format_rows(rows)) == queued
 
 
 LOG_LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (DEBUG|INFO|WARN|ERROR) .+")
@@ -2338,16 +2350,24 @@ def test_quickstart_conflict(daemon, db, prefix, etcd):
     assert rows(db, audit) == [("change", "conflict", key)] * 3
 
 
-def test_transaction_arrives_whole(daemon, db, prefix, etcd, recorder):
+def test_transaction_arrives_whole_with_last_change_of_each_key(daemon, db, prefix, etcd, recorder):
     daemon()
     a, b, c = (prefix + key for key in "abc")
-    rows(db, "SELECT etcd_set(%s, '1'), etcd_set(%s, '2')", a, b)
-    assert wait_settled(db) == ["success"] * 2
+    rows(db, "SELECT etcd_set(%s, '1'), etcd_set(%s, '2'), etcd_set(%s, '3')", a, b, a)
+    assert wait_settled(db) == ["success"] * 3
     assert etcd.get(a).mod_revision == etcd.get(b).mod_revision
-    rows(db, "SELECT etcd_delete(%s), etcd_set(%s, '3'), etcd_set(%s, '4')", a, b, c)
-    assert wait_settled(db) == ["success"] * 5
+    rows(db, "SELECT etcd_delete(%s), etcd_set(%s, '4'), etcd_set(%s, '5')", a, b, c)
+    assert wait_settled(db) == ["success"] * 6
     assert_same(recorder, db, prefix)
     assert {event.revision for event in recorder.events[2:]} == {etcd.get(c).mod_revision}
+    rows(db, "SELECT etcd_set(%s, '6'), etcd_delete(%s), etcd_set(%s, '7')", b, b, b)
+    rows(db, "SELECT etcd_set(%s, '8'), etcd_delete(%s)", c, c)
+    assert wait_settled(db) == ["success"] * 11
+    assert_same(recorder, db, prefix)
+    told = {
+        key: [e.value for e in recorder.history() if e.key.decode() == key] for key in (a, b, c)
+    }
+    assert told == {a: [b"3", None], b: [b"2", b"4", b"7"], c: [b"5", None]}
 
 
 def test_transaction_with_a_conflict_changes_nothing(daemon, db, prefix, etcd):
@@ -2365,19 +2385,6 @@ def test_transaction_with_a_conflict_changes_nothing(daemon, db, prefix, etcd):
     sql = "SELECT DISTINCT result_revision, error_message FROM etcd_wal"
     assert rows(db, sql) == [(newer, said)]
     assert (etcd.get(a).value, etcd.get(b).value, etcd.get(c)) == (b"1", b"2", None)
-
-
-def test_last_change_of_a_key_in_a_transaction_counts(daemon, db, prefix, etcd, recorder):
-    daemon()
-    a, b = prefix + "a", prefix + "b"
-    rows(db, "SELECT etcd_set(%s, '1'), etcd_set(%s, '2'), etcd_set(%s, '3')", a, b, a)
-    rows(db, "SELECT etcd_set(%s, '4'), etcd_delete(%s), etcd_set(%s, '5')", b, b, b)
-    rows(db, "SELECT etcd_set(%s, '6'), etcd_delete(%s)", a, a)
-    assert wait_settled(db) == ["success"] * 8
-    assert_same(recorder, db, prefix)
-    for key, values in ((a, [b"3", None]), (b, [b"2", b"5"])):  # the last two may share a Txn
-        told = [event.value for event in recorder.history() if event.key.decode() == key]
-        assert told == values
 
 
 def test_own_writes_are_not_foreign(daemon, db, prefix, etcd, recorder):
@@ -2547,6 +2554,17 @@ def test_forged_dependencies_do_not_stall(daemon, db, prefix, etcd):
     rows(db, "SELECT etcd_set(%s, 'after')", a)
     assert wait_settled(db)[-1] == "success"
     wait_equal(db, etcd, prefix)
+
+
+def test_changes_on_top_of_a_refused_one_are_made_on_its_own_version(daemon, db, prefix, etcd):
+    daemon().stop()
+    key = prefix + "a"
+    beaten = etcd.put(key, "etcd")
+    for number in range(3):
+        rows(db, "SELECT etcd_set(%s, %s)", key, str(number))  # each depends on the one before
+    daemon()
+    assert wait_settled(db) == ["conflict"] * 3
+    assert etcd.get(key).mod_revision == beaten
 
 
 AFTERWARDS: dict[str, Callable[[EtcdClient, str], Any]] = {
@@ -3264,20 +3282,16 @@ def test_inserts_notify_once_per_transaction_without_payload(schema):
 # ─ reading ─
 
 
-def test_get_returns_the_latest_revision(schema):
-    mirror(schema, ("/a", 1, "old"), ("/a", 5, "new"), ("/b", 2, b"\xff\0"), ("/c", 3, "x"))
-    mirror(schema, ("/c", 4, None))
-    found = rows(schema, "SELECT key, value, value_bytes, revision FROM etcd_get('/a')")
-    assert found == [("/a", "new", None, 5)]
-    assert rows(schema, "SELECT value, value_bytes FROM etcd_get('/b')") == [(None, b"\xff\0")]
-    for nothing in ("'/c'", "'/'", "NULL"):
-        assert rows(schema, f"SELECT FROM etcd_get({nothing})") == []
-
-
-def test_get_all_tells_the_history_oldest_first(schema):
-    mirror(schema, ("/a", 9, b"\xff"), ("/a", 2, "x"), ("/a", 7, None), ("/b", 8, "other"))
+def test_get_returns_the_latest_revision_and_get_all_the_history(schema):
+    mirror(schema, ("/a", 9, b"\xff\0"), ("/a", 2, "x"), ("/a", 7, None), ("/b", 8, "other"))
+    mirror(schema, ("/c", 3, "x"), ("/c", 4, None))
+    query = "SELECT key, value, value_bytes, revision FROM etcd_get(%s)"
+    assert rows(schema, query, "/a") == [("/a", None, b"\xff\0", 9)]
+    assert rows(schema, query, "/b") == [("/b", "other", None, 8)]
+    for nothing in ("/c", "/", None):
+        assert rows(schema, query, nothing) == []
     query = "SELECT revision, value, value_bytes, tombstone FROM etcd_get_all(%s, %s)"
-    history = [(2, "x", None, False), (7, None, None, True), (9, None, b"\xff", False)]
+    history = [(2, "x", None, False), (7, None, None, True), (9, None, b"\xff\0", False)]
     assert rows(schema, query, "/a", 0) == history
     assert rows(schema, query, "/a", 7) == history[1:]
     assert rows(schema, query, "/a", 10) == []
@@ -3904,6 +3918,7 @@ def test_kv_turns_statements_into_changes(schema):
     rows(schema, "UPDATE etcd_kv SET value = value || 'y' WHERE key LIKE '/b%'")
     rows(schema, "DELETE FROM etcd_kv WHERE key = '/a'")
     assert rows(schema, "UPDATE etcd_kv SET value = 'z' WHERE key = '/none' RETURNING 1") == []
+    assert set(wal(schema, "ttl, force")) == {(None, False)}  # a lease stays
     assert sorted(wal(schema)) == [
         ("/a", None, None, 3, None),
         ("/b", "xy", None, 4, None),
@@ -5367,13 +5382,10 @@ def test_lines_about_a_lost_session_come_in_order(daemon, own_postgres, prefix, 
 
 
 def test_metrics_address():
-    for text, address in {
-        "127.0.0.1:9379": ("127.0.0.1", 9379),
-        ":9379": ("127.0.0.1", 9379),
-        "[::1]:9379": ("::1", 9379),
-        "metrics.example:1": ("metrics.example", 1),
-    }.items():
-        assert etcd_fdw.parse_address(text) == address
+    parse = etcd_fdw.parse_address
+    assert parse("127.0.0.1:9379") == parse(":9379") == ("127.0.0.1", 9379)
+    assert parse("[::1]:9379") == ("::1", 9379)
+    assert parse("metrics.example:1") == ("metrics.example", 1)
 
 
 class Manager(Closing):
@@ -5851,9 +5863,9 @@ def test_network_of_etcd_fails_under_load(daemon, own_etcd, network, load):
     assert_survives_network(network, load(own_etcd.endpoint))
 
 
-def test_network_of_postgres_fails_under_load(daemon, postgres_network, load):
-    daemon(*HASTE, postgres=postgres_network)
-    assert_survives_network(postgres_network, load())
+def test_network_of_postgres_fails_under_load(daemon, db_network, load):
+    daemon(*HASTE, postgres=db_network)
+    assert_survives_network(db_network, load())
 
 
 def assert_survives_network(proxy: Proxy, play: Load) -> None:
@@ -5972,25 +5984,23 @@ def test_compactions_and_kills_under_load(daemon, db, own_etcd, load):
     play.finish(gaps=True)
 
 
-def test_resync_done_by_another_instance_meanwhile(
-    daemon, command, db, prefix, own_client, network, postgres_network
-):
+def test_resync_by_another_meanwhile(daemon, command, db, prefix, own_client, network, db_network):
     mirror_once(daemon, own_client, prefix, "a")
     own_client.put(prefix + "a", "2")
     compacted = own_client.put(prefix + "a", "3")
     own_client.compact(compacted)
     network.stall()
-    servers = {"postgres": postgres_network, "etcd": network, "query": "?dial_timeout=80s"}
+    servers = {"postgres": db_network, "etcd": network, "query": "?dial_timeout=80s"}
     waiting = daemon(*HASTE, **servers, ready=False)
     wait_until("it has no session", lambda: scalar(db, SESSIONS))
-    postgres_network.black_hole()  # for the next session
+    db_network.black_hole()  # for the next session
     network.resume()
     waiting.wait_log("copying again")
     wait_until("its session goes on", lambda: scalar(db, SESSIONS) is None)
     own_client.put(prefix + "a", "4")
     command("sync", etcd=own_client, exit_code=0)
-    postgres_network.resume()
-    postgres_network.cut()
+    db_network.resume()
+    db_network.cut()
     waiting.wait_log("watching")
     assert "copied" not in waiting.log()
 
@@ -6069,13 +6079,13 @@ def test_etcd_restored_while_the_daemon_runs(daemon, db, prefix, own_etcd, tmp_p
 # ─ much at once ─
 
 
-def test_catch_up_of_much_with_slow_postgres(daemon, db, prefix, own_client, postgres_network):
+def test_catch_up_of_much_with_slow_postgres(daemon, db, prefix, own_client, db_network):
     mirror_once(daemon, own_client, prefix)
     with Recorder(own_client, prefix) as recorder:
         for n in range(10, 40):
             own_client.put(f"{prefix}{n % 20}", str(n) * 700_000)
-        postgres_network.throttle(30_000_000)
-        running = daemon(etcd=own_client, postgres=postgres_network)
+        db_network.throttle(30_000_000)
+        running = daemon(etcd=own_client, postgres=db_network)
         assert_same(recorder, db, prefix)
         assert peak_mib(running.pid) < 250
 
@@ -6578,11 +6588,9 @@ def test_change_arrives_late(daemon, command, db, prefix, own_etcd, own_client, 
     assert own_client.get(key) is None
 
 
-def test_instance_that_thaws_sends_nothing_more(
-    daemon, db, prefix, own_etcd, own_client, network, postgres_network
-):
+def test_thawed_instance_is_silent(daemon, db, prefix, own_etcd, own_client, network, db_network):
     """It was frozen with Txns in flight and packed ahead, and does not know that it has no lock."""
-    first = daemon(*HASTE, postgres=postgres_network, etcd=network)
+    first = daemon(*HASTE, postgres=db_network, etcd=network)
     second = daemon(*HASTE, etcd=own_etcd, ready=False)
     second.wait_log("standing by")
     apply_change(db, prefix + "first")
@@ -6592,7 +6600,7 @@ def test_instance_that_thaws_sends_nothing_more(
     wait_until("nothing was sent", lambda: own_client.get(prefix + "1"))
     first.pause()
     network.resume()
-    postgres_network.stall()
+    db_network.stall()
     for pid in lock_holders(db, prefix):
         rows(db, "SELECT pg_terminate_backend(%s)", pid)
     wait_settled(db)
@@ -6602,7 +6610,7 @@ def test_instance_that_thaws_sends_nothing_more(
     first.resume()
     with suppress(TimeoutError):  # it may as well see that it must not
         wait_until("it sends nothing", lambda: txns_answered(own_etcd) > before, 3)
-    postgres_network.resume()
+    db_network.resume()
     first.wait_log("standing by", after=mark)
     assert own_client.range(prefix).count == 0
 
@@ -6781,7 +6789,6 @@ KILLS = int(os.environ.get("ETCD_FDW_TEST_KILLS", "20"))
 
 @pytest.mark.timeout(300 + 10 * KILLS)
 def test_killed_at_random_moments_with_late_bytes(daemon, own_etcd, network, load, seed):
-    """SIGKILL the daemon again and again under load; some of what it sent arrives late."""
     dice = random.Random(seed)
     start = partial(daemon, *HASTE, etcd=network, query=HASTY_ETCD)
     running, late = start(), 0
@@ -7091,9 +7098,8 @@ def test_large_change_waits_until_the_receipt_beside_it_is_short(own_etcd):
         receipts = etcd_fdw.Receipts(etcd, "mirror")
         unsettled = [etcd_fdw.Sent(1, "1@1," * 15_000, "")]
         pipeline = etcd_fdw.Pipeline(etcd_fdw.Waker(), 0, unsettled)
-        columns: dict[str, Any] = dict.fromkeys(etcd_fdw.OutboxRow._fields)
-        columns.update(id=1, key="/x/large", txid="1", queued_at=1, value="x" * 1_560_000)
-        change = etcd_fdw.OutboxTransaction([etcd_fdw.OutboxRow(**columns)])
+        row = outbox_row(id=1, key="/x/large", txid="1", queued_at=1, value="x" * 1_560_000)
+        change = etcd_fdw.OutboxTransaction([row])
         change.resolve()
         txn = etcd_fdw.Txn([change], receipts, receipts.fence("database"))
         pipeline.add(txn)
@@ -7867,9 +7873,7 @@ def leader_of(members: Sequence[PatroniMember]) -> PatroniMember | None:
 
 
 @pytest.mark.timeout(600)
-def test_patroni_cluster_is_mirrored_through_restart_and_failover(
-    daemon, db, etcd_address, etcd, patroni
-):
+def test_patroni_is_mirrored_through_restart_and_failover(daemon, db, etcd_address, etcd, patroni):
     prefix, members = patroni
     servers = {"etcd": etcd_address.dsn(prefix)}
     with Recorder(etcd, prefix) as recorder:
@@ -8049,10 +8053,8 @@ def test_dns_from_sql_answers_as_readme_shows(daemon, db, own_etcd):
 
 def test_metrics_of_the_readme_exist():
     """A rule or panel on a metric that is not there never fires, and never says so."""
-    counters = etcd_fdw.Counters()
-    families = text_string_to_metric_families(
-        etcd_fdw.exposition(etcd_fdw.Metrics("/config/", counters))
-    )
+    text = etcd_fdw.exposition(etcd_fdw.Metrics("/config/", etcd_fdw.Counters()))
+    families = text_string_to_metric_families(text)
     known = {sample.name for family in families for sample in family.samples}
     known |= {"etcd_fdw_pending_changes", "etcd_fdw_oldest_pending_seconds"}  # once they are known
     panels = README.read_text().partition("<!-- panels -->")[2].partition("\n\n")[0]
@@ -8242,14 +8244,14 @@ def test_silent_etcd_is_noticed_while_idle(daemon, db, prefix, own_client, netwo
 
 
 @pytest.mark.timeout(300)
-def test_silent_postgres_is_noticed(daemon, db, postgres_network, load):
+def test_silent_postgres_is_noticed(daemon, db, db_network, load):
     host = psycopg2.extensions.parse_dsn(db)
-    ports = f"{postgres_network.port},{host['port']}"
+    ports = f"{db_network.port},{host['port']}"
     dsn = make_dsn(db, host=f"127.0.0.1,{host['host']}", port=ports)
     daemon(*HASTE, postgres=dsn)
     play = load()
     play.run(50)
-    postgres_network.stall()
+    db_network.stall()
     play.finish()
 
 
@@ -8277,11 +8279,11 @@ def test_catches_up_with_100_000_revisions(daemon, db, prefix, own_client):
 
 
 @pytest.mark.timeout(0)
-def test_soak(daemon, db, own_etcd, network, postgres_network, load, seed):
+def test_soak(daemon, db, own_etcd, network, db_network, load, seed):
     """Load in both directions and random faults for ETCD_FDW_SOAK_S seconds (1200)."""
     seconds = float(os.environ.get("ETCD_FDW_SOAK_S", "1200"))
     dice = random.Random(seed)
-    servers = {"postgres": postgres_network, "etcd": network, "query": HASTY_ETCD}
+    servers = {"postgres": db_network, "etcd": network, "query": HASTY_ETCD}
     start = partial(daemon, *HASTE, **servers)
     running = [start(), start(ready=False)]
     play = load(own_etcd.endpoint, seed=seed)
@@ -8292,7 +8294,7 @@ def test_soak(daemon, db, own_etcd, network, postgres_network, load, seed):
         running.append(start(ready=False))
 
     def fail_network() -> None:
-        proxy = dice.choice([network, postgres_network])
+        proxy = dice.choice([network, db_network])
         dice.choice([proxy.cut, proxy.stall, proxy.refuse])()
         play.run(dice.randrange(200))
         proxy.resume()

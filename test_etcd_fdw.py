@@ -2,23 +2,9 @@
 
 The servers are those of ETCD_FDW_TEST_POSTGRES_DSN and ETCD_FDW_TEST_ETCD_DSN, else throw-away ones
 of the programs that etcd_fdw.find_program finds. Each test has a database and a key prefix of its
-own. The sections, each of which is also a marker (pytest -m faults):
-
-harness             servers, clients, the program; what etcd told (Recorder) against the mirror
-                    (assert_same) and outcomes (assert_outcomes); Proxy, a bad network; Load
-command_line        arguments, environment, exit codes, log lines, dry run
-etcd_to_postgresql  the mirror and the first copy
-postgresql_to_etcd  changes and their outcomes
-sql_interface       schema.sql, mostly without the daemon
-random_histories    what may happen, in any order; crashes at chosen moments
-status              the commands status, sync, validate and config
-metrics             metrics, signals (SIGTERM), systemd, supervisord, housekeeping, --notify-channel
-faults              of etcd, the network, PostgreSQL, the daemon; compaction, another timeline
-exactly_once        late bytes, lost answers, failovers; leases, forced changes, copies, backups
-security            TLS, logins, grants, passwords in messages
-patroni             a Patroni cluster
-demo                the demo, README.md and the files of the package
-soak, bench         what takes minutes, and what measures; left out unless asked for
+own. The sections are the markers of .pytest.ini (pytest -m faults), but for the first, the harness:
+servers, clients, the program; what etcd told (Recorder) against the mirror (assert_same) and
+outcomes (assert_outcomes); Proxy, a bad network; Load.
 """
 
 from __future__ import annotations
@@ -532,11 +518,13 @@ class EtcdAddress(NamedTuple):
     user: str | None = None
     password: str = ""
 
-    def client(self) -> EtcdClient:
-        return EtcdClient(self.endpoint, self.user, self.password)
-
     def dsn(self, prefix: str) -> str:
         return etcd_dsn(self.endpoint, prefix, self.user, self.password)
+
+
+def dsn_of(etcd: Any, prefix: str) -> str:
+    """Return the --etcd-dsn for what has an endpoint (a server, a client, a proxy), or is one."""
+    return etcd if isinstance(etcd, str) else etcd_dsn(etcd.endpoint, prefix)
 
 
 def etcd_dsn(endpoint: str, prefix: str, user: str | None = None, password: str = "") -> str:
@@ -559,7 +547,7 @@ def etcd_address() -> Iterator[EtcdAddress]:
 @pytest.fixture
 def etcd(etcd_address: EtcdAddress) -> Iterator[EtcdClient]:
     """A bare client of the shared etcd."""
-    with etcd_address.client() as client:
+    with EtcdClient(*etcd_address) as client:
         yield client
 
 
@@ -576,6 +564,13 @@ def own_etcd() -> Iterator[LocalEtcd]:
     """An etcd for this test alone, to kill, pause, restart and wipe."""
     with LocalEtcd() as server:
         yield server
+
+
+@pytest.fixture
+def own_client(own_etcd: LocalEtcd) -> Iterator[EtcdClient]:
+    """A bare client of own_etcd."""
+    with EtcdClient(own_etcd.endpoint) as client:
+        yield client
 
 
 @pytest.fixture
@@ -604,18 +599,23 @@ def clean_environ(env: dict[str, str] | None = None) -> dict[str, str]:
 
 
 def run_script(
-    *args: str, env: dict[str, str] | None = None, timeout: float = WAIT_S, script: Path = SCRIPT
+    *args: str,
+    env: dict[str, str] | None = None,
+    exit_code: int | None = None,
+    script: Path = SCRIPT,
 ) -> subprocess.CompletedProcess[str]:
-    """Run `etcd_fdw.py args` to its end; return its returncode, stdout and stderr."""
-    return subprocess.run(
+    """Run `etcd_fdw.py args` to its end, which must be with the exit code, if one is given."""
+    done = subprocess.run(
         [sys.executable, str(script), *args],
         env=clean_environ(env),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=WAIT_S,
         check=False,
     )
+    assert exit_code in (None, done.returncode), done.stdout + done.stderr
+    return done
 
 
 class Daemon(Process):
@@ -688,16 +688,24 @@ def daemon(
 ) -> Iterator[StartDaemon]:
     """Start daemons for this test's database and prefix; they end with it.
 
-    daemon("--audit", "all"); daemon(postgres=other_dsn, etcd=other_dsn, env={…}); ready=False: do
-    not wait until it mirrors. The logs are shown if the test fails.
+    daemon("--audit", "all"); daemon(postgres=other_dsn, etcd=own_etcd, env={…}), see dsn_of;
+    ready=False: do not wait until it mirrors. The logs are shown if the test fails.
     """
     started: list[Daemon] = []
     failures_before = request.session.testsfailed
 
     def start(
-        *args: str, postgres: str = db, etcd: str = "", ready: bool = True, **options: Any
+        *args: str,
+        postgres: Any = db,
+        etcd: Any = "",
+        query: str = "",
+        ready: bool = True,
+        **options: Any,
     ) -> Daemon:
-        servers = ["-p", postgres, "-e", etcd or etcd_address.dsn(prefix)]
+        if not isinstance(postgres, str):
+            postgres = make_dsn(db, host="127.0.0.1", port=postgres.port)
+        dsn = dsn_of(etcd, prefix) or etcd_address.dsn(prefix)
+        servers = ["-p", postgres, "-e", dsn + query]
         log_path = tmp_path / f"daemon{len(started) + 1}.log"
         started.append(Daemon(log_path, *servers, *args, **options))
         if ready:
@@ -709,6 +717,33 @@ def daemon(
         one.kill()
         if request.session.testsfailed > failures_before:
             print(f"── {one.log_path.name}: exit code {one.returncode}\n{one.log()}")
+
+
+@pytest.fixture
+def command(db: str, prefix: str, etcd_address: EtcdAddress) -> Callable[..., Any]:
+    """Run a command for this test's database and prefix: command("status", "--check")."""
+
+    def run(
+        *args: str, postgres: str = db, etcd: Any = "", **options: Any
+    ) -> subprocess.CompletedProcess[str]:
+        servers = ["-p", postgres, "-e", dsn_of(etcd, prefix) or etcd_address.dsn(prefix)]
+        return run_script(*servers, *args, **options)
+
+    return run
+
+
+@pytest.fixture
+def db_network(db: str) -> Iterator[Proxy]:
+    """The network between a daemon and this test's database: daemon(postgres=db_network)."""
+    with Proxy(int(psycopg2.extensions.parse_dsn(db)["port"])) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def network(own_etcd: LocalEtcd) -> Iterator[Proxy]:
+    """The network between a daemon and own_etcd."""
+    with Proxy(own_etcd.port) as proxy:
+        yield proxy
 
 
 SESSIONS = """
@@ -749,13 +784,13 @@ def store_revision(client: EtcdClient) -> int:
 
 
 class Recorder(Closing):
-    """An independent record of what etcd tells about a prefix, from a thread of its own."""
+    """An independent record of what etcd tells about a prefix from now on, by its own thread."""
 
-    def __init__(self, client: EtcdClient, prefix: str, start_revision: int = 1) -> None:
+    def __init__(self, client: EtcdClient, prefix: str) -> None:
         self.client, self.prefix = client, prefix.encode()
         self.events: list[Event] = []  # in order, appended by the thread
         self.leases: dict[tuple[int, bytes], int] = {}  # by revision and key; 0: none
-        self.revision = start_revision - 1  # all of it and before has been seen
+        self.revision = client.revision()  # all of it and before has been seen
         self.error: str | None = None  # a watch that etcd canceled
         self._closing = threading.Event()
         self._call: Any = None
@@ -814,7 +849,7 @@ class Recorder(Closing):
 @pytest.fixture
 def recorder(etcd: EtcdClient, prefix: str) -> Iterator[Recorder]:
     """A recorder of this test's prefix from before the test's first change."""
-    with Recorder(etcd, prefix, etcd.revision() + 1) as recorder:
+    with Recorder(etcd, prefix) as recorder:
         yield recorder
 
 
@@ -957,9 +992,11 @@ def wal_rows(db: str, prefix: str = "") -> list[Wal]:
     return [Wal(*row) for row in rows(db, sql, prefix)]
 
 
-def queue(db: str, sql: str, *args: Any) -> int:
-    """Run a statement that returns the id of one etcd_wal row; return it."""
-    return int(scalar(db, sql, *args))
+def ask(db: str, key: str, value: str | None = "mine", **columns: Any) -> int:
+    """Insert a change with more columns, such as ttl or force; return its id."""
+    given = {"key": key, "value": value, **columns}
+    sql = f"INSERT INTO etcd_wal ({', '.join(given)}) VALUES %s RETURNING id"
+    return int(scalar(db, sql, tuple(given.values())))
 
 
 def wait_settled(db: str) -> list[str]:
@@ -1153,10 +1190,6 @@ class _Half:
     def full(self) -> bool:
         """Whether no more is to be read, ever."""
         return self.ended or (self.held and self.last is not None and self.last in self.data)
-
-
-def etcd_port(endpoint: str) -> int:
-    return int(endpoint.rpartition(":")[2])
 
 
 def _in_its_thread(method: Callable[..., T]) -> Callable[..., T]:
@@ -1416,7 +1449,7 @@ class Load(Closing):
     def __init__(self, db: str, endpoint: str, prefix: str, seed: int) -> None:
         self.db, self.endpoint, self.prefix = db, endpoint, prefix
         self.client = EtcdClient(endpoint)
-        self.recorder = Recorder(self.client, prefix, self.client.revision() + 1)
+        self.recorder = Recorder(self.client, prefix)
         self.etcd_changes = 0  # answered so far
         self.committed: list[int] = []  # ids of etcd_wal
         self.deleted: set[tuple[int, bytes]] = set()  # (revision, key), by the etcd side
@@ -1515,6 +1548,7 @@ class Load(Closing):
 
     def finish(self, gaps: bool = False) -> collections.Counter[str]:
         """Stop, and compare everything; gaps: etcd may have compacted what was not mirrored."""
+        self.wait_flow()
         self.stop()
         wait_settled(self.db)
         kvs = self.client.range
@@ -1562,7 +1596,6 @@ WRONG_CONFIGURATION = [
     (["-p", "postgresql://u:s3cret%zz@h/d", "-e", E], "bad escape"),
     (["-p", P + "?options=-csearch_path=x", "-e", E], "not written %3D"),
     (["-p", P, "-e", "127.0.0.1:2379"], "expected etcd://"),
-    (["-p", P, "-e", "http://root:s3cret@h"], "expected etcd://"),
     (["-p", P, "-e", "etcd:///x/"], "a host is missing"),
     (["-p", P, "-e", "etcd://h,/x/"], "a host is missing"),
     (["-p", P, "-e", "etcd://h:0/x/"], "port 0 of host 'h' is not one of 1 to"),
@@ -1591,14 +1624,12 @@ WRONG_CONFIGURATION = [
     (["-p", P, "-e", "etcd://h/%ff"], "the prefix is not text"),
     (["-p", P, "-e", "etcd://h/%00"], "the prefix is not text"),
     (["-p", P, "-e", "etcd://h/" + "x" * 2600], "up to 2600 bytes"),
-    (["-p", P, "-e", E, "--bogus"], "--bogus"),
     (["--postgres-dns", P, "-e", E], "unknown option --postgres-dns; see"),
     (["--postgres", P, "-e", E], "unknown option --postgres; see"),
     (["-p", P, "-e", E, "status", "--chek"], "unknown option --chek; see"),
     (["-p", P, "-e", E, "-x", "1"], "unknown option -x"),
     (["frobnicate", "-p", P, "-e", E], "frobnicate"),
     ([E, "-p", P], "COMMAND"),
-    (["-p", P, "-e", E, "--batch-size", E], "--batch-size"),
     (["-p", P, "-e", E, "--batch-size", "0"], "--batch-size: '0'"),
     (["-p", P, "-e", E, "--max-txn-ops=-1"], "--max-txn-ops: '-1'"),
     (["-p", P, "-e", E, "--max-txn-ops=1.5"], "--max-txn-ops: '1.5'"),
@@ -1610,6 +1641,9 @@ WRONG_CONFIGURATION = [
     (["-p", P, "-e", E, "-l", "loud"], "'loud' is not one of debug"),
     (["-p", P, "-e", E, "--log-format=xml"], "'xml' is not one of text"),
 ]
+
+
+VALIDATE = "config", "validate", "--connect"
 
 
 def assert_one_error_line(
@@ -1647,27 +1681,26 @@ def test_wrong_environment_variable_is_named():
         assert_one_error_line(done, 1, f"ETCD_FDW_{name}: '{value}'")
 
 
-def test_missing_schema_file_is_named(db, etcd_address, prefix, tmp_path):
+def test_missing_schema_file_is_named(command, tmp_path):
     copy = tmp_path / "etcd_fdw.py"
     copy.write_bytes(SCRIPT.read_bytes())
-    done = run_script("-p", db, "-e", etcd_address.dsn(prefix), script=copy)
+    done = command(script=copy)
     assert_one_error_line(done, 1, f"cannot read {tmp_path}/schema.sql")
 
 
-def test_unreachable_server_is_exit_code_2(db, postgres_dsn, etcd_address, prefix):
-    etcd_dsn_ = etcd_address.dsn(prefix)
+def test_unreachable_server_is_exit_code_2(command, db, postgres_dsn, etcd_address):
     wrong = [
-        (f"postgresql://u:s3cret@{NO_ONE}/d", etcd_dsn_, "port 1 failed"),
-        ("postgresql://u:s3cret@nosuch.invalid/d", etcd_dsn_, "nosuch.invalid"),
-        (make_dsn(postgres_dsn, dbname="nosuch"), etcd_dsn_, 'database "nosuch" does not exist'),
-        (make_dsn(postgres_dsn, sslmode="require"), etcd_dsn_, "SSL"),
+        (f"postgresql://u:s3cret@{NO_ONE}/d", "", "port 1 failed"),
+        ("postgresql://u:s3cret@nosuch.invalid/d", "", "nosuch.invalid"),
+        (make_dsn(postgres_dsn, dbname="nosuch"), "", 'database "nosuch" does not exist'),
+        (make_dsn(postgres_dsn, sslmode="require"), "", "SSL"),
         (db, f"etcd://root:s3cret@{NO_ONE}/x/", NO_ONE),
         (db, f"etcd://{NO_ONE},127.0.0.1:2/x/", "127.0.0.1:2"),
         (db, "etcd://nosuch.invalid/x/", "nosuch.invalid"),
         (db, f"etcd://{etcd_address.endpoint}/x/?tls=enabled", etcd_address.endpoint),
     ]
     for postgres, etcd_, text in wrong:
-        done = run_script("-p", postgres, "-e", etcd_, "--startup-timeout", "0s", "-l", "error")
+        done = command("--startup-timeout=0s", "-l", "error", postgres=postgres, etcd=etcd_)
         assert_one_error_line(done, 2, text)
 
 
@@ -1709,14 +1742,11 @@ def test_start_up_ends_in_time_although_something_silent_listens(db, side):
 
 @pytest.mark.parametrize("words", [["start"], ["--dry-run"], ["config", "validate", "--connect"]])
 @pytest.mark.parametrize("path", ["nosuch", "hidden"])
-def test_search_path_without_a_usable_schema_is_exit_code_3(
-    db, etcd_address, prefix, schema_user, words, path
-):
+def test_search_path_without_schema_is_exit_code_3(command, db, schema_user, words, path):
     rows(db, "CREATE SCHEMA hidden")
     dsn = make_dsn(db, user=schema_user, options=f"-csearch_path={path}")
-    done = run_script("-p", dsn, "-e", etcd_address.dsn(prefix), *words)
+    done = command(*words, postgres=dsn, exit_code=3)
     said = done.stdout + done.stderr
-    assert done.returncode == 3, said
     assert f"search_path is {path}, which names no schema" in said
     assert f"GRANT USAGE, CREATE ON SCHEMA … TO {schema_user}" in said
     assert "ok    PostgreSQL grants" not in said
@@ -1731,13 +1761,11 @@ def schema_user(db: str) -> Iterator[str]:
     rows(db, f"DROP OWNED BY {name}; DROP ROLE {name}")
 
 
-def test_missing_privileges_are_as_few_grants_as_do(db, etcd_address, prefix, schema_user):
+def test_missing_privileges_are_as_few_grants_as_do(command, db, schema_user):
     rows(db, SCHEMA_SQL)
     rows(db, f"GRANT SELECT ON etcd_wal TO {schema_user}")
-    args = ["-p", make_dsn(db, user=schema_user), "-e", etcd_address.dsn(prefix)]
-    commands = ["config", "validate", "--connect"], ["--dry-run"]
-    check, dry = (run_script(*args, *words) for words in commands)
-    assert check.returncode == dry.returncode == 3
+    run = partial(command, postgres=make_dsn(db, user=schema_user), exit_code=3)
+    check, dry = run(*VALIDATE), run("--dry-run")
     told = re.findall("^FAIL  a privilege is missing: (.*)$", check.stdout, re.MULTILINE)
     assert sorted(told) == [
         f"GRANT INSERT, UPDATE, DELETE ON etcd_wal TO {schema_user}",
@@ -1749,18 +1777,16 @@ def test_missing_privileges_are_as_few_grants_as_do(db, etcd_address, prefix, sc
         assert grant in dry.stderr
         rows(db, grant)
     set_version(db, 1)  # to replace functions takes more than to run
-    check, dry = (run_script(*args, *words) for words in commands)
-    assert check.returncode == dry.returncode == 3
+    check, dry = run(*VALIDATE), run("--dry-run")
     assert f"GRANT CREATE ON SCHEMA public TO {schema_user}" in check.stdout
     assert f"GRANT CREATE ON SCHEMA public TO {schema_user}" in dry.stderr
     assert "FAIL  only the schema's owner can: psql -1 -f schema.sql" in check.stdout
 
 
-def test_missing_postgres_permission_is_exit_code_3(db, etcd_address, prefix, schema_user):
+def test_missing_postgres_permission_is_exit_code_3(command, db, schema_user):
     def refused_as(role: str, text: str) -> None:
         dsn = make_dsn(db, user=role, password="s3cret")
-        done = run_script("-p", dsn, "-e", etcd_address.dsn(prefix), "--startup-timeout", "0s")
-        assert_one_error_line(done, 3, text)
+        assert_one_error_line(command("--startup-timeout=0s", postgres=dsn), 3, text)
 
     refused_as("nosuch", 'role "nosuch"')
     rows(db, f"ALTER ROLE {schema_user} NOLOGIN")
@@ -1774,8 +1800,7 @@ def test_missing_postgres_permission_is_exit_code_3(db, etcd_address, prefix, sc
     refused_as(schema_user, apply_it)
 
 
-def test_wrong_postgres_password_is_exit_code_3(etcd_address, prefix):
-    args = ["-e", etcd_address.dsn(prefix), "--startup-timeout", "0s"]
+def test_wrong_postgres_password_is_exit_code_3(command):
     with LocalPostgres(password="right") as server:
         hba = server.data_dir / "pg_hba.conf"
         hba.write_text("host postgres all 127.0.0.1/32 scram-sha-256\n")
@@ -1785,13 +1810,12 @@ def test_wrong_postgres_password_is_exit_code_3(etcd_address, prefix):
             ({"password": ""}, "no password supplied"),
             ({"dbname": "template1"}, "no pg_hba.conf entry"),
         ]:
-            done = run_script("-p", make_dsn(server.dsn(), **login), *args)
-            assert_one_error_line(done, 3, text)
-        done = run_script("-p", server.dsn(), *args, "--dry-run")
-        assert done.returncode == 0, done.stderr
+            dsn = make_dsn(server.dsn(), **login)
+            assert_one_error_line(command("--startup-timeout=0s", postgres=dsn), 3, text)
+        command("--dry-run", postgres=server.dsn(), exit_code=0)
 
 
-def test_missing_etcd_permission_is_exit_code_3(db, secure_etcd):
+def test_missing_etcd_permission_is_exit_code_3(command, secure_etcd):
     with secure_etcd.enable_auth():
         for prefix, user, password, text in [
             ("/t/", "fdw", "s3cret", "authentication failed"),
@@ -1800,25 +1824,24 @@ def test_missing_etcd_permission_is_exit_code_3(db, secure_etcd):
             ("/other/", "fdw", "secret", "permission denied"),
         ]:
             dsn = etcd_dsn(secure_etcd.endpoint, prefix, user, password)
-            done = run_script("-p", db, "-e", dsn, "--startup-timeout", "0s", "-l", "error")
+            done = command("--startup-timeout=0s", "-l", "error", etcd=dsn)
             assert_one_error_line(done, 3, text)
-        assert run_script("-p", db, "-e", secure_etcd.dsn(), "--dry-run").returncode == 0
+        command("--dry-run", etcd=secure_etcd.dsn(), exit_code=0)
 
 
-def test_what_needs_a_person_is_exit_code_4(db, postgres_dsn, etcd_address, prefix):
-    args = ["-e", etcd_address.dsn(prefix)]
+def test_what_needs_a_person_is_exit_code_4(command, db, postgres_dsn):
     rows(db, SCHEMA_SQL)
     set_version(db, "NULL::int")
-    assert_one_error_line(run_script("-p", db, *args), 4, "etcd_schema_version() returns null")
+    assert_one_error_line(command(), 4, "etcd_schema_version() returns null")
     set_version(db, 99)
-    assert_one_error_line(run_script("-p", db, *args), 4, "schema version 99, newer than")
+    assert_one_error_line(command(), 4, "schema version 99, newer than")
     refused("55000", db, SCHEMA_SQL)
     assert scalar(db, "SELECT etcd_schema_version()") == 99
     name = f"latin_{RUN_ID}_{next(_numbers)}"
     options = "ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0"
     rows(postgres_dsn, f"CREATE DATABASE {name} {options}")
     try:
-        done = run_script("-p", make_dsn(postgres_dsn, dbname=name), *args)
+        done = command(postgres=make_dsn(postgres_dsn, dbname=name))
         assert_one_error_line(done, 4, "encoding is LATIN1")
     finally:
         rows(postgres_dsn, f"DROP DATABASE {name}")
@@ -1835,22 +1858,19 @@ def test_version_and_help():
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_signal_while_it_is_loaded_stops_the_service_and_ends_a_command(
-    tmp_path, db, prefix, etcd_address, signum
-):
+def test_signal_while_it_is_loaded_stops_it(tmp_path, command, db, signum):
     (tmp_path / "psycopg2.py").write_text(
         "import os, sys\n"
         f"os.kill(os.getpid(), {int(signum)})\n"
         f"sys.path.remove({str(tmp_path)!r}); del sys.modules[__name__]\n"
         "import psycopg2\n"
     )
-    args, env = ["-p", db, "-e", etcd_address.dsn(prefix)], {"PYTHONPATH": str(tmp_path)}
-    service = run_script(*args, env=env)
-    assert service.returncode == 0, service.stderr
+    env = {"PYTHONPATH": str(tmp_path)}
+    service = command(env=env, exit_code=0)
     assert re.fullmatch(r"\S+ INFO stopped\n", service.stderr)
     assert not scalar(db, "SELECT to_regclass('etcd')")
-    command = run_script(*args, "config", "show", env=env)
-    assert (command.returncode, command.stdout, command.stderr) == (-signum, "", "")
+    shown = command("config", "show", env=env)
+    assert (shown.returncode, shown.stdout, shown.stderr) == (-signum, "", "")
 
 
 @pytest.mark.parametrize("module", ["grpc", "psycopg2", "etcd3", "google"])
@@ -1871,14 +1891,6 @@ def setting(*argv: str, **environ: str) -> Callable[[str], Any]:
     return lambda name: getattr(config, name)
 
 
-def test_flag_comes_before_environment_before_default():
-    assert setting("start", "--batch-size", "9", batch_size="7")("batch_size") == 9
-    assert setting(batch_size="7")("batch_size") == 7
-    assert setting(batch_size="")("batch_size") == 5000  # set but empty: not set
-    assert setting(dry_run="on")("dry_run") is True
-    assert setting("--dry-run", dry_run="off")("dry_run") is True
-
-
 def test_every_option_can_be_set_by_environment(db, prefix, etcd_address):
     env = {"ETCD_FDW_POSTGRES_DSN": db, "ETCD_FDW_ETCD_DSN": etcd_address.dsn(prefix)}
     done = run_script(env={**env, "ETCD_FDW_DRY_RUN": "true"})
@@ -1889,9 +1901,8 @@ def test_every_option_can_be_set_by_environment(db, prefix, etcd_address):
     assert {chosen[name] for name in names} == {("x", variable) for variable in environ}
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
+def test_etcd_dsn_says():
+    cases: list[tuple[str, dict[str, Any]]] = [
         ("etcd://h", {"hosts": ("h:2379",), "prefix": "", "tls": False}),
         ("etcd://h", {"dial_timeout": 5.0, "request_timeout": 10.0}),
         ("etcd://h/", {"prefix": "/"}),
@@ -1905,12 +1916,11 @@ def test_every_option_can_be_set_by_environment(db, prefix, etcd_address):
         ("etcd://h/?server_name=x", {"tls": True, "server_name": "x"}),
         ("etcd://h?dial_timeout=250ms", {"prefix": "", "dial_timeout": 0.25}),
         ("etcd://h/x?request_timeout=1m", {"prefix": "/x", "request_timeout": 60.0}),
-    ],
-)
-def test_etcd_dsn_says(text, expected):
-    target = etcd_fdw.parse_etcd_dsn(text)
-    assert {name: getattr(target, name) for name in expected} == expected
-    assert target.password is None or target.password not in repr(target)
+    ]
+    for text, expected in cases:
+        target = etcd_fdw.parse_etcd_dsn(text)
+        assert {name: getattr(target, name) for name in expected} == expected, text
+        assert target.password is None or target.password not in repr(target)
 
 
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
@@ -1925,16 +1935,15 @@ def test_etcd_dsn_round_trip(prefix, user, password):
     assert target.prefix == "/" + prefix
 
 
-@given(amount=st.decimals(0, 36500, places=3), unit=st.sampled_from(list(etcd_fdw.DURATION_S)))
-def test_duration_round_trip(amount, unit):
-    seconds = etcd_fdw.parse_duration(f"{amount}{unit}")
-    assert seconds == pytest.approx(float(amount) * etcd_fdw.DURATION_S[unit])
-
-
-@pytest.mark.parametrize("text", ["", "s", "5", "-5s", "5 s", "5x", "1e3s", ".5s", "5s5s", "5sec"])
-def test_not_a_duration(text):
-    with pytest.raises(ValueError, match="is not a duration such as"):
-        etcd_fdw.parse_duration(text)
+def test_value_of_an_option_is_refused():
+    for parse, texts, message in [
+        ("duration", "|s|5|-5s|5 s|5x|1e3s|.5s|5s5s|5sec", "is not a duration such as"),
+        ("address", "|9379|host|host:|h:99999|::1:9379|http://h:1", "HOST:PORT"),
+        ("channel", "|etcd_changes|etcd_outcome|" + "x" * 64, "cannot be the channel"),
+    ]:
+        for text in texts.split("|"):
+            with pytest.raises(ValueError, match=message):
+                getattr(etcd_fdw, f"parse_{parse}")(text)
 
 
 @given(attempt=st.integers(1, 10**6), initial=st.floats(0.001, 60), longest=st.floats(0.001, 3600))
@@ -1956,37 +1965,23 @@ def test_ranges_cover_what_starts_with_the_prefix(prefix, key):
         assert in_sql == starts
 
 
-def outbox_row(id_: int, key: str, txid: int, **fields: Any) -> etcd_fdw.OutboxRow:
-    """A pending change of a transaction."""
-    unset = dict.fromkeys(etcd_fdw.OutboxRow._fields)
-    fields = {"value": "v", "queued_at": txid, **fields}
-    return etcd_fdw.OutboxRow(**{**unset, "id": id_, "key": key, "txid": str(txid), **fields})
+def outbox_row(**columns: Any) -> etcd_fdw.OutboxRow:
+    """A pending change of which only these columns matter."""
+    return etcd_fdw.OutboxRow(**{**dict.fromkeys(etcd_fdw.OutboxRow._fields), **columns})
 
 
 @given(st.dictionaries(st.integers(1, 60) | st.integers(1, 2**63 - 1), st.integers(0, 3)))
 def test_rows_in_a_receipt_round_trip(queued):
-    rows = [outbox_row(id_, "k", 1, queued_at=at) for id_, at in queued.items()]
+    rows = [outbox_row(id=id_, queued_at=at) for id_, at in queued.items()]
     assert etcd_fdw.parse_rows(etcd_fdw.format_rows(rows)) == queued
 
 
 LOG_LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (DEBUG|INFO|WARN|ERROR) .+")
 
 
-def test_password_and_value_stay_out_of_the_log(daemon, db, prefix, etcd):
-    one = daemon("-l", "debug", postgres=make_dsn(db, password="s3cret"))
-    etcd.put(prefix + "a", "v4lue")
-    rows(db, "SELECT etcd_set(%s, 'v4lue')", prefix + "b")
-    rows(db, "INSERT INTO etcd_wal (key, value) VALUES (%s, 'v4lue')", prefix + "a")
-    wait_settled(db)
-    one.stop()
-    assert "s3cret" not in one.log() and "v4lue" not in one.log()
-    for line in one.log().splitlines():
-        assert LOG_LINE.fullmatch(line), line
-
-
-def test_dry_run_reports_and_writes_nothing(daemon, db, prefix, etcd, etcd_address):
+def test_dry_run_reports_and_writes_nothing(daemon, command, db, prefix, etcd):
     def dry_run() -> str:
-        done = run_script("-p", db, "-e", etcd_address.dsn(prefix), "--dry-run")
+        done = command("--dry-run")
         assert (done.returncode, done.stderr) == (0, "")
         return done.stdout
 
@@ -2001,8 +1996,7 @@ def test_dry_run_reports_and_writes_nothing(daemon, db, prefix, etcd, etcd_addre
     etcd.put(prefix + "a", "2")
     etcd.delete(prefix + "b")
     etcd.put(prefix + "c", "1")
-    insert = "INSERT INTO etcd_wal (key, value) VALUES (%s, 'x') RETURNING id"
-    conflict = queue(db, insert, prefix + "c")
+    conflict = ask(db, prefix + "c")
     rows(db, "SELECT etcd_set(%s, '1'), etcd_set(%s, '2')", prefix + "d", prefix + "e")
     rows(db, "SELECT etcd_set(%s, '3')", prefix + "d")  # on top of a pending change
     before = rows(db, EVERYTHING), list(etcd.range(prefix).kvs)
@@ -2023,15 +2017,13 @@ def test_dry_run_reports_and_writes_nothing(daemon, db, prefix, etcd, etcd_addre
     assert wait_settled(db)[-1] == "success"
 
 
-def test_commands_on_an_older_schema(daemon, db, prefix, etcd_address):
+def test_commands_on_an_older_schema(daemon, command, db):
     daemon()
     set_version(db, 1)
-    servers = ["-p", db, "-e", etcd_address.dsn(prefix)]
-    dry = run_script(*servers, "--dry-run")
-    assert dry.returncode == 0
+    dry = command("--dry-run", exit_code=0)
     assert f"schema version {etcd_fdw.SCHEMA_VERSION} would be applied" in dry.stdout
-    assert_one_error_line(run_script(*servers, "validate"), 4, "has schema version 1")
-    assert run_script(*servers, "status").returncode == 0
+    assert_one_error_line(command("validate"), 4, "has schema version 1")
+    command("status", exit_code=0)
 
 
 # ── etcd to PostgreSQL ───────────────────────────────────────────────────────
@@ -2101,7 +2093,7 @@ def test_odd_values_and_keys_from_etcd(daemon, db, prefix, etcd, when):
     assert not rows(db, f"SELECT key FROM etcd WHERE tombstone OR {both}")
 
 
-def test_unstorable_key_is_reported_and_the_rest_goes_on(daemon, db, prefix, etcd, recorder):
+def test_unstorable_key_is_reported_and_the_rest_goes_on(daemon, command, db, prefix, etcd):
     stem = prefix.encode()
     unstorable = [stem + b"\xff", stem + b"nul\0", stem + b"x" * 2600]
     before = etcd.put(unstorable[0], b"\xfe")
@@ -2127,6 +2119,8 @@ def test_unstorable_key_is_reported_and_the_rest_goes_on(daemon, db, prefix, etc
     etcd.put(prefix + "c", "1")
     wait_until("the next key did not arrive", lambda: len(live(db, prefix)) == 3)
     assert rows(db, sql) == found  # once
+    compared = comparison_of(command)
+    assert (compared["equal"], compared["keys"], compared["unstorable"]) == (True, 3, 2)
 
 
 def test_revision_is_never_parted(daemon, db, prefix, etcd, recorder, tmp_path):
@@ -2166,7 +2160,7 @@ def test_quickstart_recovery(daemon, db, prefix, etcd, recorder, end, compacted)
         etcd.put(prefix + key, "1")
     assert_same(recorder, db, prefix)
     getattr(one, end)()
-    known = etcd.revision()
+    known, checkpoint = etcd.revision(), scalar(db, "SELECT revision FROM etcd_sync_state")
     etcd.put(prefix + "a", "2")
     etcd.put(prefix + "a", "3")
     etcd.delete(prefix + "b")
@@ -2178,18 +2172,20 @@ def test_quickstart_recovery(daemon, db, prefix, etcd, recorder, end, compacted)
     rows(db, "SELECT etcd_set(%s, '1'), etcd_delete(%s)", prefix + "e", prefix + "e")
     recorder.sync()
     if compacted:
-        etcd.compact(etcd.revision())
+        etcd.compact(head := etcd.revision())
     two = daemon()
     assert wait_settled(db) == ["success", "success", "conflict", "success", "success"]
     wait_equal(db, etcd, prefix)
     if compacted:
         assert "has compacted" in two.log()
+        assert re.search(r"copied 4 keys .* \(3 new, 1 deleted\)", two.log())
         gone = [(prefix + key, True) for key in "bd"]
         sql = "SELECT key, tombstone FROM etcd WHERE tombstone AND key <> %s ORDER BY key"
         assert rows(db, sql, prefix + "e") == gone
         operations = rows(db, "SELECT operation FROM etcd_sync_event WHERE operation = 'resync'")
         assert operations == [("resync",)]
-        assert scalar(db, "SELECT cardinality(gaps) FROM etcd_sync_state") == 1
+        gaps = scalar(db, "SELECT gaps::text FROM etcd_sync_state")
+        assert gaps == f'{{"[{checkpoint + 1},{head})"}}'
         assert_same(recorder, db, prefix, since=etcd.put(prefix + "after", "1"))
     else:
         assert_same(recorder, db, prefix)
@@ -2199,71 +2195,66 @@ def test_quickstart_recovery(daemon, db, prefix, etcd, recorder, end, compacted)
     )
 
 
-def test_other_cluster_is_exit_code_4_and_touches_nothing(daemon, db, prefix, etcd, own_etcd):
+def test_other_cluster_is_exit_code_4(daemon, command, db, prefix, etcd, own_etcd):
     etcd.put(prefix + "a", "1")
     daemon().stop()
     before = rows(db, EVERYTHING)
-    done = run_script("-p", db, "-e", etcd_dsn(own_etcd.endpoint, prefix))
+    done = command(etcd=own_etcd)
     assert_one_error_line(done, 4, "belongs to another etcd timeline: it is of cluster")
     assert "sync --reset" in done.stderr
     assert rows(db, EVERYTHING) == before
 
 
 @pytest.mark.parametrize("past", [False, True], ids=["behind", "past the checkpoint"])
-def test_wiped_etcd_is_exit_code_4_and_touches_nothing(daemon, db, own_etcd, past):
-    dsn = etcd_dsn(own_etcd.endpoint, "/x/")
+def test_wiped_etcd_is_exit_code_4(daemon, command, db, prefix, own_etcd, past):
     with EtcdClient(own_etcd.endpoint) as client:
         for number in range(5):
-            client.put("/x/a", str(number))
-        daemon(etcd=dsn).stop()
+            client.put(prefix + "a", str(number))
+        daemon(etcd=own_etcd).stop()
         before = rows(db, EVERYTHING)
         own_etcd.stop()
         shutil.rmtree(own_etcd.data_dir)
         own_etcd.start()  # the same cluster id, as it is made from its members' addresses
         wait_until("etcd is away", lambda: store_revision(client))
         for number in range(20 if past else 1):
-            client.put("/x/a", f"other {number}")
-    done = run_script("-p", db, "-e", dsn)
+            client.put(prefix + "a", f"other {number}")
+    done = command(etcd=own_etcd)
     text = "is not in etcd what it is in the mirror" if past else "etcd only at 2"
     assert_one_error_line(done, 4, text)
     assert rows(db, EVERYTHING) == before
 
 
 @pytest.mark.parametrize("compacted", [False, True])
-def test_mirror_of_a_version_without_leases_gets_them(daemon, db, prefix, own_etcd, compacted):
-    dsn = etcd_dsn(own_etcd.endpoint, prefix)
+def test_mirror_of_a_version_without_leases_gets_them(daemon, db, prefix, own_client, compacted):
     leases = "SELECT key, revision, lease FROM etcd WHERE NOT tombstone ORDER BY revision"
-    with EtcdClient(own_etcd.endpoint) as etcd:
-        lease = etcd.grant(300)
-        etcd.put(prefix + "a", "1", lease)
-        etcd.put(prefix + "b", "1")
-        daemon(etcd=dsn).stop()
-        etcd.put(prefix + "b", "2", lease)
-        before = rows(db, leases)
-        rows(db, "UPDATE etcd SET lease = NULL")
-        rows(db, "UPDATE etcd_sync_state SET unrepaired = true")
-        newest = etcd.put(prefix + "b", "3")
-        if compacted:
-            etcd.compact(newest)
-        daemon(etcd=dsn)
-        between = [] if compacted else [(prefix + "b", newest - 1, lease)]
-        expected = [*before, *between, (prefix + "b", newest, None)]
-        wait_until("no leases", lambda: rows(db, leases) == expected)
+    lease = own_client.grant(300)
+    own_client.put(prefix + "a", "1", lease)
+    own_client.put(prefix + "b", "1")
+    daemon(etcd=own_client).stop()
+    own_client.put(prefix + "b", "2", lease)
+    before = rows(db, leases)
+    rows(db, "UPDATE etcd SET lease = NULL")
+    rows(db, "UPDATE etcd_sync_state SET unrepaired = true")
+    newest = own_client.put(prefix + "b", "3")
+    if compacted:
+        own_client.compact(newest)
+    daemon(etcd=own_client)
+    between = [] if compacted else [(prefix + "b", newest - 1, lease)]
+    expected = [*before, *between, (prefix + "b", newest, None)]
+    wait_until("no leases", lambda: rows(db, leases) == expected)
     assert rows(db, "SELECT unrepaired, gaps = '{}', resyncs FROM etcd_sync_state") == [
         (False, not compacted, int(compacted))
     ]
 
 
-def test_what_else_is_wrong_with_an_old_mirror_is_left_to_validate(
-    daemon, command, db, prefix, etcd
-):
+def test_what_else_is_wrong_with_an_old_mirror_is_for_validate(daemon, command, db, prefix, etcd):
     etcd.put(prefix + "a", "1")
     daemon().stop()
     extra = "INSERT INTO etcd (key, value, revision) SELECT %s, '1', revision FROM etcd_sync_state"
     rows(db, extra, prefix + "extra")
     rows(db, "UPDATE etcd_sync_state SET unrepaired = true")
     daemon()
-    assert command("validate", "--fix").returncode == 0
+    command("validate", "--fix", exit_code=0)
     wait_equal(db, etcd, prefix)
 
 
@@ -2301,25 +2292,22 @@ def test_catch_up_with_much_data_takes_little_memory(daemon, db, prefix, etcd):
     assert peak_mib(program.pid) < 150
 
 
-def test_one_revision_larger_than_an_answer_is_mirrored(daemon, db, prefix, own_etcd):
+def test_one_revision_larger_than_an_answer_is_mirrored(daemon, db, prefix, own_client):
     keys = [f"{prefix}{number:05}{'k' * 2_480}" for number in range(14_000)]
-    daemon(etcd=etcd_dsn(own_etcd.endpoint, prefix))
-    with EtcdClient(own_etcd.endpoint) as etcd:
-        for start in range(0, len(keys), 100):
-            etcd.txn(success=[etcd.put_op(key, "1") for key in keys[start : start + 100]])
-        wait_until("not mirrored", lambda: len(live(db, prefix)) == len(keys))
-        etcd.delete(prefix, prefix=True)  # 35 MB of keys in one revision
-        wait_until("not deleted", lambda: not live(db, prefix))
+    daemon(etcd=own_client)
+    for start in range(0, len(keys), 100):
+        own_client.txn(success=[own_client.put_op(key, "1") for key in keys[start : start + 100]])
+    wait_until("not mirrored", lambda: len(live(db, prefix)) == len(keys))
+    own_client.delete(prefix, prefix=True)  # 35 MB of keys in one revision
+    wait_until("not deleted", lambda: not live(db, prefix))
 
 
-def test_catch_up_with_many_small_changes_costs_etcd_little(daemon, db, prefix, own_etcd):
-    dsn = etcd_dsn(own_etcd.endpoint, prefix)
-    daemon(etcd=dsn).stop()
-    with EtcdClient(own_etcd.endpoint) as etcd:
-        for number in range(250):
-            etcd.txn([etcd.put_op(f"{prefix}{number}/{n}", "v" * 64) for n in range(100)])
+def test_catch_up_costs_etcd_little(daemon, db, prefix, own_etcd, own_client):
+    daemon(etcd=own_etcd).stop()
+    for number in range(250):
+        own_client.txn([own_client.put_op(f"{prefix}{number}/{n}", "v" * 64) for n in range(100)])
     before = cpu_s(own_etcd.process.pid)
-    daemon(etcd=dsn)
+    daemon(etcd=own_etcd)
     wait_until("no catch-up", lambda: scalar(db, "SELECT count(*) FROM etcd") == 25_000)
     assert cpu_s(own_etcd.process.pid) - before < 2  # making fragments of them takes 6
 
@@ -2348,33 +2336,38 @@ def test_quickstart_conflict(daemon, db, prefix, etcd):
     key = prefix + "a"
     old = etcd.put(key, "1")
     new = etcd.put(key, "2")
-    sql = "INSERT INTO etcd_wal (key, value, revision) VALUES (%s, 'sql', %s) RETURNING id"
     for made_on, words in [
         (old, f"the change was made on revision {old}"),
         (None, "the change was made on its absence"),
     ]:
         message = f"etcd wins: {key} is at revision {new} in etcd, {words}"
-        assert outcome(db, queue(db, sql, key, made_on)) == ("conflict", new, message)
+        assert outcome(db, ask(db, key, revision=made_on)) == ("conflict", new, message)
     etcd.delete(key)
     gone = f"etcd wins: {key} is not there in etcd, the change was made on revision {new}"
-    assert outcome(db, queue(db, sql, key, new)) == ("conflict", None, gone)
+    assert outcome(db, ask(db, key, revision=new)) == ("conflict", None, gone)
     assert etcd.get(key) is None
-    assert (
-        rows(db, "SELECT operation, status, key FROM etcd_sync_event WHERE key IS NOT NULL")
-        == [("change", "conflict", key)] * 3
-    )
+    audit = "SELECT operation, status, key FROM etcd_sync_event WHERE key IS NOT NULL"
+    assert rows(db, audit) == [("change", "conflict", key)] * 3
 
 
-def test_transaction_arrives_whole(daemon, db, prefix, etcd, recorder):
+def test_transaction_arrives_whole_with_last_change_of_each_key(daemon, db, prefix, etcd, recorder):
     daemon()
     a, b, c = (prefix + key for key in "abc")
-    rows(db, "SELECT etcd_set(%s, '1'), etcd_set(%s, '2')", a, b)
-    assert wait_settled(db) == ["success"] * 2
+    rows(db, "SELECT etcd_set(%s, '1'), etcd_set(%s, '2'), etcd_set(%s, '3')", a, b, a)
+    assert wait_settled(db) == ["success"] * 3
     assert etcd.get(a).mod_revision == etcd.get(b).mod_revision
-    rows(db, "SELECT etcd_delete(%s), etcd_set(%s, '3'), etcd_set(%s, '4')", a, b, c)
-    assert wait_settled(db) == ["success"] * 5
+    rows(db, "SELECT etcd_delete(%s), etcd_set(%s, '4'), etcd_set(%s, '5')", a, b, c)
+    assert wait_settled(db) == ["success"] * 6
     assert_same(recorder, db, prefix)
     assert {event.revision for event in recorder.events[2:]} == {etcd.get(c).mod_revision}
+    rows(db, "SELECT etcd_set(%s, '6'), etcd_delete(%s), etcd_set(%s, '7')", b, b, b)
+    rows(db, "SELECT etcd_set(%s, '8'), etcd_delete(%s)", c, c)
+    assert wait_settled(db) == ["success"] * 11
+    assert_same(recorder, db, prefix)
+    told = {
+        key: [e.value for e in recorder.history() if e.key.decode() == key] for key in (a, b, c)
+    }
+    assert told == {a: [b"3", None], b: [b"2", b"4", b"7"], c: [b"5", None]}
 
 
 def test_transaction_with_a_conflict_changes_nothing(daemon, db, prefix, etcd):
@@ -2388,25 +2381,10 @@ def test_transaction_with_a_conflict_changes_nothing(daemon, db, prefix, etcd):
         cur.executemany(insert, changes)
         cur.execute("COMMIT")
     assert wait_settled(db) == ["conflict"] * 3
-    message = (
-        f"etcd wins: {b} is at revision {newer} in etcd, the change was made on revision {rev_b}"
-    )
+    said = f"etcd wins: {b} is at revision {newer} in etcd, the change was made on revision {rev_b}"
     sql = "SELECT DISTINCT result_revision, error_message FROM etcd_wal"
-    assert rows(db, sql) == [(newer, message)]
+    assert rows(db, sql) == [(newer, said)]
     assert (etcd.get(a).value, etcd.get(b).value, etcd.get(c)) == (b"1", b"2", None)
-
-
-def test_last_change_of_a_key_in_a_transaction_counts(daemon, db, prefix, etcd, recorder):
-    daemon()
-    a, b = prefix + "a", prefix + "b"
-    rows(db, "SELECT etcd_set(%s, '1'), etcd_set(%s, '2'), etcd_set(%s, '3')", a, b, a)
-    rows(db, "SELECT etcd_set(%s, '4'), etcd_delete(%s), etcd_set(%s, '5')", b, b, b)
-    rows(db, "SELECT etcd_set(%s, '6'), etcd_delete(%s)", a, a)
-    assert wait_settled(db) == ["success"] * 8
-    assert_same(recorder, db, prefix)
-    for key, values in ((a, [b"3", None]), (b, [b"2", b"5"])):  # the last two may share a Txn
-        told = [event.value for event in recorder.history() if event.key.decode() == key]
-        assert told == values
 
 
 def test_own_writes_are_not_foreign(daemon, db, prefix, etcd, recorder):
@@ -2477,35 +2455,16 @@ def test_odd_values_and_keys_from_sql(daemon, db, prefix, etcd):
     wait_equal(db, etcd, prefix)
 
 
-def test_lease_survives_an_update_in_sql(daemon, db, prefix, etcd):
-    key, lease = prefix + "a", etcd.grant(300)
-    etcd.put(key, "1", lease)
-    daemon()
-    rows(db, "SELECT etcd_set(%s, '2')", key)
-    assert wait_settled(db) == ["success"]
-    rows(db, "UPDATE etcd_kv SET value = '3' WHERE key = %s", key)
-    assert wait_settled(db) == ["success"] * 2
-    assert (etcd.get(key).value, etcd.get(key).lease) == (b"3", lease)
-
-
-def test_delete_of_what_is_not_there_is_success_without_revision(daemon, db, prefix, etcd):
-    daemon()
-    id_ = queue(db, "SELECT etcd_delete(%s)", prefix + "a")
-    assert outcome(db, id_) == ("success", None, None)
-
-
 def test_transaction_beyond_max_txn_ops_is_applied_key_by_key(daemon, db, prefix, etcd):
     daemon("--max-txn-ops", "20")
     for stale in ("k7", "yk7"):
         etcd.put(prefix + stale, "etcd")
-    insert = (
-        "INSERT INTO etcd_wal (key, value) SELECT %s || 'k' || i, i FROM generate_series(1, %s) i"
-    )
-    rows(db, insert, prefix, 50)
+    sql = "INSERT INTO etcd_wal (key, value) SELECT %s || 'k' || i, i FROM generate_series(1, %s) i"
+    rows(db, sql, prefix, 50)
     statuses = wait_settled(db)
     assert statuses == ["success"] * 6 + ["conflict"] + ["success"] * 43
     for name, status in [("x", "success"), ("y", "conflict")]:
-        rows(db, insert, prefix + name, 17)  # beside receipt, nested transaction and refusal
+        rows(db, sql, prefix + name, 17)  # beside receipt, nested transaction and refusal
         assert wait_settled(db)[-17:] == [status] * 17
     assert len({kv.mod_revision for kv in etcd.range(prefix + "x").kvs}) == 1
     wait_equal(db, etcd, prefix)
@@ -2522,21 +2481,12 @@ def test_transaction_that_waits_for_one_key_is_not_overtaken_at_another(daemon, 
     assert (etcd.get(a).value, etcd.get(b).value) == (b"2", b"3")
 
 
-def test_transaction_beyond_a_mebibyte_is_applied_key_by_key(daemon, db, prefix, etcd):
-    daemon()
-    large = "SELECT %s || i, repeat('x', 600000) FROM generate_series(1, 5) i"
-    rows(db, f"INSERT INTO etcd_wal (key, value) {large}", prefix)
-    assert wait_settled(db) == ["success"] * 5
-    wait_equal(db, etcd, prefix)
-    assert len(held(etcd, prefix)) == 5
-
-
 def test_what_etcd_refuses_fails_alone(daemon, db, prefix, etcd):
     daemon().stop()
     for number in range(5):
         rows(db, "SELECT etcd_set(%s, 'small')", prefix + f"a{number}")
         if number == 2:
-            too_large = queue(db, "SELECT etcd_set(%s, repeat('x', 2000000))", prefix + "large")
+            too_large = scalar(db, "SELECT etcd_set(%s, repeat('x', 2000000))", prefix + "large")
     daemon()
     status, revision, message = outcome(db, too_large)
     assert (status, revision) == ("failed", None)
@@ -2554,18 +2504,6 @@ def test_more_operations_than_the_server_takes_are_halved(daemon, db, prefix, et
             cur.execute("SELECT etcd_set(%s, '1')", (prefix + str(number),))
     daemon("--max-txn-ops", "1000")  # the server takes 128
     assert wait_settled(db) == ["success"] * 200
-    wait_equal(db, etcd, prefix)
-
-
-def test_transactions_across_a_batch_boundary_stay_whole(daemon, db, prefix, etcd):
-    daemon().stop()
-    insert = "INSERT INTO etcd_wal (key, value) SELECT %s || i, i FROM generate_series(1, 5) i"
-    for number in range(10):
-        rows(db, insert, prefix + f"{number}/")
-    daemon("--batch-size", "3")
-    assert wait_settled(db) == ["success"] * 50
-    sql = "SELECT count(DISTINCT result_revision) FROM etcd_wal GROUP BY txid"
-    assert rows(db, sql) == [(1,)] * 10
     wait_equal(db, etcd, prefix)
 
 
@@ -2649,8 +2587,8 @@ def test_applied_without_an_answer_is_success(daemon, db, prefix, etcd, recorder
     there = [key for key in changed if "/insert-" not in key]
     for key in there:
         etcd.put(key, "old")
-    with Proxy(etcd_port(etcd.endpoint)) as proxy:
-        one = daemon(*FAST, etcd=etcd_dsn(proxy.endpoint, prefix))
+    with Proxy(int(etcd.endpoint.rpartition(":")[2])) as proxy:
+        one = daemon(*FAST, etcd=proxy)
         proxy.delay(0.5)
         with session(db) as cur:
             for key in changed:
@@ -2675,7 +2613,7 @@ def test_applied_without_an_answer_is_success(daemon, db, prefix, etcd, recorder
 def test_retries_are_counted_while_etcd_is_away(daemon, db, own_etcd):
     one = daemon(*FAST, etcd=etcd_dsn(own_etcd.endpoint, "/x/") + "?request_timeout=500ms")
     own_etcd.pause()
-    id_ = queue(db, "SELECT etcd_set('/x/a', '1')")
+    id_ = scalar(db, "SELECT etcd_set('/x/a', '1')")
     sql = "SELECT retry_count, error_message FROM etcd_wal WHERE retry_count > 0"
     ((_, message),) = wait_until("no retry was noted", lambda: rows(db, sql))
     assert message
@@ -2683,20 +2621,6 @@ def test_retries_are_counted_while_etcd_is_away(daemon, db, own_etcd):
     own_etcd.resume()
     status, _, message = outcome(db, id_)
     assert (status, message) == ("success", None)
-
-
-def test_of_two_identical_inserts_one_conflicts(daemon, db, prefix, etcd):
-    one = daemon()
-    insert = "INSERT INTO etcd_wal (key, value) VALUES (%s, 'same')"
-    for _ in range(2):
-        rows(db, insert, prefix + "up")
-    assert wait_settled(db) == ["success", "conflict"]
-    one.kill()
-    for _ in range(2):
-        rows(db, insert, prefix + "down")
-    daemon()
-    assert wait_settled(db) == ["success", "conflict"] * 2
-    assert etcd.get(prefix + "up").version == etcd.get(prefix + "down").version == 1
 
 
 def test_standby_takes_over(daemon, db, prefix, etcd, recorder):
@@ -2763,14 +2687,22 @@ def test_stop_and_kill_under_load_give_each_change_one_outcome(daemon, db, load)
     assert counted == [(statuses["success"], statuses["conflict"], events)]
 
 
-def test_flood_of_conflicts_is_a_few_lines(daemon, db, prefix, etcd):
+def test_flood_of_conflicts_is_a_few_lines_also_as_json(daemon, db, prefix, etcd):
     revision = etcd.put(prefix + "7", "x")
-    one = daemon("--log-format", "json")
+    one = daemon("--log-format", "json", "--metrics-address", "127.0.0.1:0")
     insert = f"INSERT INTO etcd_wal (key, value, revision) VALUES ('{prefix}' || n, '1', 1)"
-    rows(db, f"DO $$ BEGIN FOR n IN 1..60 LOOP {insert}; COMMIT; END LOOP; END $$")
+    in_transactions_of_their_own(db, 60, insert)
     wait_settled(db)
     assert one.stop() == 0
     lines = [json.loads(line) for line in one.log().splitlines()]
+    for line in lines:
+        assert set(line) >= {"ts", "level", "message", "prefix", "pid"}
+        assert (line["prefix"], line["pid"]) == (prefix, one.pid)
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", line["ts"])
+    (port,) = [line for line in lines if "port" in line]
+    assert port["level"] == "info" and isinstance(port["port"], int)
+    assert port["message"].endswith(f" on {port['host']}:{port['port']}")
+    assert lines[-1]["message"] == "stopped"
     conflicts = [line for line in lines if line["message"].startswith("conflict: change")]
     assert len(conflicts) == etcd_fdw.CONFLICTS_SHOWN
     seventh = conflicts[6]
@@ -2824,50 +2756,25 @@ def test_polling_does_without_the_trigger(daemon, db, prefix, etcd):
     assert wait_settled(db) == ["success"]
 
 
-def test_reconnects_and_what_cannot_be_mirrored_are_counted_once(daemon, db, prefix, own_etcd):
-    dsn = etcd_dsn(own_etcd.endpoint, prefix)
-    with EtcdClient(own_etcd.endpoint) as client:
-        client.put(prefix.encode() + b"\xff", "1")
-        daemon(etcd=dsn).stop()
-        client.put(prefix + "a", "1")
-        client.compact(client.put(prefix + "a", "2"))
-    running = daemon(*HASTE, etcd=dsn)
-    mark = running.mark()
-    own_etcd.restart()
-    running.wait_log("watching", after=mark)
-    with EtcdClient(own_etcd.endpoint) as client:  # the other one's connection is gone
-        client.put(prefix + "a", "3")
-        sql = "SELECT unstorable, resyncs, reconnects > 0 FROM etcd_sync_state"
-        wait_until("miscounted", lambda: rows(db, sql) == [(1, 1, True)])
-        running.signal(signal.SIGUSR1)
-        running.wait_log(r"resyncs 1, reconnects [1-9]\d*, unstorable 0$")
-
-
 def test_etcd_status_tells_what_is_going_on(daemon, db, prefix, etcd):
     one = daemon()
     revision = etcd.put(prefix + "a", "1")
     wait_equal(db, etcd, prefix)
-    rows(db, "INSERT INTO etcd_wal (key, value) VALUES (%s, 'x')", prefix + "a")
-    rows(db, "INSERT INTO etcd_wal (key, value) VALUES (%s, repeat('x', 2000000))", prefix + "b")
-    wait_settled(db)
-    (row,) = rows(
-        db,
-        """
-        SELECT prefix, revision, etcd_revision >= revision, pid, version, pending,
-               oldest_pending_age, conflicts, failures, unstorable,
-               heartbeat_age < interval '1 minute'
-        FROM etcd_status
-        """,
-    )
-    version = etcd_fdw.__version__
-    assert row == (prefix, revision, True, one.pid, version, 0, None, 1, 1, 0, True)
+    ask(db, prefix + "a")
+    ask(db, prefix + "b", "x" * 2_000_000)
+    assert wait_settled(db) == ["conflict", "failed"]
+    state = "SELECT prefix, revision, pid, version, heartbeat_age < '1 min' FROM etcd_status"
+    assert rows(db, state) == [(prefix, revision, one.pid, etcd_fdw.__version__, True)]
+    counts = "SELECT etcd_revision >= revision, pending, conflicts, failures FROM etcd_status"
+    assert rows(db, counts) == [(True, 0, 1, 1)]
     one.stop()
-    rows(db, "SELECT etcd_retry(id) FROM etcd_wal WHERE status = 'conflict'")
-    sql = "SELECT pid, heartbeat_age, pending, conflicts, oldest_pending_age > '0' FROM etcd_status"
-    assert rows(db, sql) == [(None, None, 1, 0, True)]
+    rows(db, "SELECT etcd_retry(1)")
+    assert rows(db, counts) == [(True, 1, 0, 1)]
+    sql = "SELECT pid, heartbeat_age, oldest_pending_age > '0' FROM etcd_status"
+    assert rows(db, sql) == [(None, None, True)]
     daemon()
     assert wait_settled(db)[-1] == "success"
-    assert etcd.get(prefix + "a").value == b"x"
+    assert etcd.get(prefix + "a").value == b"mine"
 
 
 def test_backlog_of_a_killed_program_takes_few_statements(daemon, db, prefix, etcd):
@@ -2978,11 +2885,11 @@ def version(db: str) -> int:
     return scalar(db, "SELECT current_setting('server_version_num')::int / 10000")
 
 
-def grant_example(db: str, role: str, kinds: str = "GRANT") -> None:
-    """Run what the example at the end of schema.sql has for role app, with this role instead."""
+def grant_example(db: str, kinds: str = "GRANT", **names: str) -> None:
+    """Run the example at the end of schema.sql for this app, and if given, etcd_fdw and mydb."""
     for sql in re.findall(rf"^--     ((?:{kinds}) .*;)$", SCHEMA_SQL, flags=re.M):
-        if "etcd_fdw" not in sql:
-            rows(db, re.sub(r"TO app\b", f"TO {role}", sql))
+        if "etcd_fdw" in names or "etcd_fdw" not in sql:
+            rows(db, re.sub(r"(?<=TO )(etcd_fdw|app)\b|mydb", lambda m: names[m[0]], sql))
 
 
 def long_history(db: str, size: int, keys: int) -> None:
@@ -3035,14 +2942,14 @@ ORDER BY 1, 2
 
 
 @pytest.mark.usefixtures("altered")
-def test_schema_applied_again_changes_nothing(schema: str) -> None:
+def test_schema_applied_again_changes_nothing(schema):
     rows(schema, "ALTER TABLE etcd_wal DISABLE TRIGGER etcd_wal_notify")  # an operator's choice
     before = rows(schema, CATALOG)
     rows(schema, SCHEMA_SQL)
     assert rows(schema, CATALOG) == before
 
 
-def test_schema_is_applied_to_a_fresh_database_without_a_word(db: str) -> None:
+def test_schema_is_applied_to_a_fresh_database_without_a_word(db):
     with session(db, SCHEMA_SQL) as cur:
         assert cur.connection.notices == []
     if psql := shutil.which("psql"):
@@ -3053,6 +2960,18 @@ def test_schema_is_applied_to_a_fresh_database_without_a_word(db: str) -> None:
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+OLD_FUNCTIONS = [
+    "etcd_get(p_key text) RETURNS TABLE (key text, value text)",
+    "etcd_get_all(p_key text, p_min_revision bigint = 0) RETURNS TABLE (key text, value text)",
+    "etcd_list(p_prefix text DEFAULT '') RETURNS TABLE (key text, value text)",
+    "etcd_at(p_revision bigint, p_prefix text = '') RETURNS TABLE (key text, value text)",
+    "_etcd_state(p_prefix text, p_revision bigint) RETURNS TABLE (key text, value text)",
+    "etcd_set(p_key text, p_value text, p_revision bigint DEFAULT NULL) RETURNS bigint",
+    "etcd_set_bytes(p_key text, p_value bytea, p_revision bigint DEFAULT NULL) RETURNS bigint",
+    "etcd_delete(p_key text, p_revision bigint DEFAULT NULL) RETURNS bigint",
+    "_etcd_change(text, text, bytea, bigint, boolean, bigint) RETURNS bigint",
+    "_etcd_lock_key(text) RETURNS void",
+]
 # What the released versions had in place of what is there now, each on top of the next version.
 OLD_SCHEMAS = {
     3: """
@@ -3074,26 +2993,8 @@ OLD_SCHEMAS = {
         CREATE FUNCTION _etcd_kv_write() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN END';
         CREATE TRIGGER etcd_kv_write INSTEAD OF INSERT OR UPDATE OR DELETE ON etcd_kv
             FOR EACH ROW EXECUTE FUNCTION _etcd_kv_write();
-        CREATE FUNCTION etcd_get(p_key text) RETURNS TABLE (key text, value text)
-            LANGUAGE plpgsql AS 'BEGIN END';
-        CREATE FUNCTION etcd_get_all(p_key text, p_min_revision bigint DEFAULT 0)
-            RETURNS TABLE (key text, value text) LANGUAGE plpgsql AS 'BEGIN END';
-        CREATE FUNCTION etcd_list(p_prefix text DEFAULT '') RETURNS TABLE (key text, value text)
-            LANGUAGE plpgsql AS 'BEGIN END';
-        CREATE FUNCTION etcd_at(p_revision bigint, p_prefix text DEFAULT '')
-            RETURNS TABLE (key text, value text) LANGUAGE plpgsql AS 'BEGIN END';
-        CREATE FUNCTION _etcd_state(p_prefix text, p_revision bigint)
-            RETURNS TABLE (key text, value text) LANGUAGE plpgsql AS 'BEGIN END';
-        CREATE FUNCTION etcd_set(p_key text, p_value text, p_revision bigint DEFAULT NULL)
-            RETURNS bigint LANGUAGE plpgsql AS 'BEGIN END';
-        CREATE FUNCTION etcd_set_bytes(p_key text, p_value bytea, p_revision bigint DEFAULT NULL)
-            RETURNS bigint LANGUAGE plpgsql AS 'BEGIN END';
-        CREATE FUNCTION etcd_delete(p_key text, p_revision bigint DEFAULT NULL)
-            RETURNS bigint LANGUAGE plpgsql AS 'BEGIN END';
-        CREATE FUNCTION _etcd_change(text, text, bytea, bigint, boolean, bigint)
-            RETURNS bigint LANGUAGE plpgsql AS 'BEGIN END';
-        CREATE FUNCTION _etcd_lock_key(text) RETURNS void LANGUAGE plpgsql AS 'BEGIN END';
-    """,
+    """
+    + "".join(f"CREATE FUNCTION {one} LANGUAGE plpgsql AS 'BEGIN END';" for one in OLD_FUNCTIONS),
     2: """
         DROP VIEW etcd_status;
         ALTER TABLE etcd_wal DROP COLUMN dismissed_at;
@@ -3127,9 +3028,7 @@ def shape(db: str) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("old", OLD_SCHEMAS)
-def test_schema_is_upgraded_from_every_release_with_rows_in_flight(
-    db, daemon, prefix, etcd, old: int
-):
+def test_schema_is_upgraded_with_rows_in_flight(db, daemon, prefix, etcd, old):
     rows(db, SCHEMA_SQL)
     fresh = shape(db)
     etcd.put(prefix + "a", "1")
@@ -3156,7 +3055,7 @@ def test_schema_is_upgraded_from_every_release_with_rows_in_flight(
     assert rows(db, "SELECT status FROM etcd_wait(5, '60 s')") == [("success",)]
 
 
-def test_schema_upgrade_stops_at_what_would_break(db: str, etcd_address, prefix) -> None:
+def test_schema_upgrade_stops_at_what_would_break(db, command):
     rows(db, SCHEMA_SQL)
     downgrade(db, 3)
     rows(db, "CREATE VIEW mine AS SELECT key FROM etcd_list('/mine/')")
@@ -3164,12 +3063,11 @@ def test_schema_upgrade_stops_at_what_would_break(db: str, etcd_address, prefix)
     error = refused("2BP01", db, SCHEMA_SQL)
     depends = "view mine depends on function etcd_list(text)"
     assert depends in error.message_detail
-    done = run_script("-p", db, "-e", etcd_address.dsn(prefix))
-    assert_one_error_line(done, 4, depends)
+    assert_one_error_line(command(), 4, depends)
     assert rows(db, CATALOG) == before
 
 
-def test_schema_goes_where_search_path_says(db: str) -> None:
+def test_schema_goes_where_search_path_says(db):
     rows(db, 'CREATE SCHEMA "My Schema"')
     there = make_dsn(db, options='-csearch_path="My\\ Schema"')
     rows(there, SCHEMA_SQL)
@@ -3217,16 +3115,11 @@ def shadow(db: str, role: str, calls: str) -> None:
     rows(make_dsn(db, user=role), ";".join(statements))
 
 
-@pytest.fixture
-def shadows(schema: str, altered: None, role: str) -> None:
-    """Somebody has shadowed all that schema.sql calls."""
-    shadow(schema, role, SCHEMA_SQL)
-
-
-@pytest.mark.usefixtures("shadows")
+@pytest.mark.usefixtures("altered")
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("applied", ["before", "again"])
-def test_code_of_others_never_runs_with_the_rights_of_the_caller(schema: str, applied: str) -> None:
+def test_functions_never_run_code_of_others(schema, role, applied):
+    shadow(schema, role, SCHEMA_SQL)
     with pytest.raises(psycopg2.errors.RaiseException, match="shadow ran as"):
         rows(schema, "SELECT hashtextextended('x'::text, 0)")  # the trap is set
     if applied == "again":
@@ -3284,16 +3177,13 @@ def test_code_of_others_never_runs_with_the_rights_of_the_caller(schema: str, ap
     status = "SELECT pending, conflicts FROM etcd_status ORDER BY prefix"
     assert rows(schema, status) == [(8, 0), (1, 0)]
     rows(schema, """SELECT etcd_set_many('{"/x": 1, "/y": null}', ttl => '9 s', force => true)""")
-    rows(
-        schema, "SELECT etcd_set('/h', '1'::jsonb, ttl => '1 h'), etcd_delete('/h', force => true)"
-    )
+    rows(schema, "SELECT etcd_set('/h', '1'::jsonb, ttl => '1 h')")
+    rows(schema, "SELECT etcd_delete('/h', force => true)")
     assert scalar(schema, "SELECT etcd_delete_prefix('/')") == 6
 
 
 @pytest.mark.timeout(300)
-def test_code_of_others_never_runs_with_the_rights_of_the_daemon(
-    daemon, own_postgres, etcd, etcd_address, prefix
-):
+def test_daemon_never_runs_code_of_others(daemon, command, own_postgres, etcd, prefix):
     db = own_postgres.dsn()
     rows(db, SCHEMA_SQL)
     rows(db, "CREATE ROLE other LOGIN")
@@ -3309,17 +3199,15 @@ def test_code_of_others_never_runs_with_the_rights_of_the_daemon(
     two = daemon(*FAST, *nothing_kept, "-l", "debug", postgres=db)
     for table in ("etcd", "etcd_wal", "etcd_sync_event"):
         two.wait_log(f"housekeeping deleted .* of {table}$")
-    servers = ["-p", db, "-e", etcd_address.dsn(prefix)]
     for words in (["status", "--check"], ["sync"], ["validate"], ["--dry-run"]):
-        done = run_script(*servers, *words)
-        assert done.returncode == 0, (words, done.stdout + done.stderr)
+        command(*words, postgres=db, exit_code=0)
     assert two.stop() == 0
     assert "shadow ran as" not in own_postgres.log()
     with pytest.raises(psycopg2.errors.RaiseException, match="shadow ran as"):
         rows(db, "SELECT hashtextextended('x'::text, 0)")  # the trap was set
 
 
-def test_every_object_explains_itself_and_every_function_has_its_search_path(schema: str) -> None:
+def test_every_object_explains_itself_and_every_function_has_its_search_path(schema):
     silent = """
         SELECT relname || '.' || attname FROM pg_attribute a JOIN pg_class c ON c.oid = attrelid
         WHERE relname IN ('etcd', 'etcd_wal', 'etcd_kv') AND attnum > 0 AND attname <> 'key'
@@ -3339,9 +3227,8 @@ def test_every_object_explains_itself_and_every_function_has_its_search_path(sch
 # ─ tables ─
 
 
-@pytest.mark.parametrize(
-    ("table", "values"),
-    [
+def test_tables_refuse_contradictory_rows(schema):
+    for table, values in [
         ("etcd (key, revision)", "'/a', 1"),  # neither a value nor a tombstone
         ("etcd (key, revision, value, value_bytes)", "'/a', 1, 'a', 'a'"),
         ("etcd (key, revision, value, tombstone)", "'/a', 1, 'a', true"),
@@ -3356,13 +3243,11 @@ def test_every_object_explains_itself_and_every_function_has_its_search_path(sch
         ("etcd_wal (key, finished_at)", "'/a', now()"),  # still pending
         ("etcd_wal (key, value, ttl)", "'/a', 'a', '-1 s'"),
         ("etcd_wal (key, value, ttl)", "'/a', 'a', '2500001 h'"),
-    ],
-)
-def test_tables_refuse_contradictory_rows(schema: str, table: str, values: str) -> None:
-    refused("23514", schema, f"INSERT INTO {table} VALUES ({values})")
+    ]:
+        refused("23514", schema, f"INSERT INTO {table} VALUES ({values})")
 
 
-def test_longest_key_fits_every_index(schema: str) -> None:
+def test_longest_key_fits_every_index(schema):
     noise = random.Random(1)
     key = "".join(chr(noise.randrange(0x20, 0x7F)) for _ in range(2600))  # does not compress
     assert rows(schema, "SELECT etcd_set(%s, '')", key) == [(1,)]
@@ -3370,7 +3255,7 @@ def test_longest_key_fits_every_index(schema: str) -> None:
     assert scalar(schema, "SELECT value FROM etcd_list(%s)", key) == "v"
 
 
-def test_outbox_records_who_and_which_transaction(schema: str) -> None:
+def test_outbox_records_who_and_which_transaction(schema):
     with session(schema, application_name="shop") as cur:
         cur.execute("BEGIN; INSERT INTO etcd_wal (key, value) VALUES ('/a', '1')")
         cur.execute("SAVEPOINT s; SELECT etcd_set('/b', '2'); COMMIT")
@@ -3380,7 +3265,7 @@ def test_outbox_records_who_and_which_transaction(schema: str) -> None:
     assert a[1:] == (scalar(schema, "SELECT current_user::text"), "shop", "pending", 0)
 
 
-def test_inserts_notify_once_per_transaction_without_payload(schema: str) -> None:
+def test_inserts_notify_once_per_transaction_without_payload(schema):
     with session(schema, "LISTEN etcd_changes") as cur:
         listener = cur.connection
         one = "SELECT etcd_set('/a', repeat('x', 100000))"  # no payload holds this
@@ -3397,20 +3282,16 @@ def test_inserts_notify_once_per_transaction_without_payload(schema: str) -> Non
 # ─ reading ─
 
 
-def test_get_returns_the_latest_revision(schema: str) -> None:
-    mirror(schema, ("/a", 1, "old"), ("/a", 5, "new"), ("/b", 2, b"\xff\0"), ("/c", 3, "x"))
-    mirror(schema, ("/c", 4, None))
-    found = rows(schema, "SELECT key, value, value_bytes, revision FROM etcd_get('/a')")
-    assert found == [("/a", "new", None, 5)]
-    assert rows(schema, "SELECT value, value_bytes FROM etcd_get('/b')") == [(None, b"\xff\0")]
-    for nothing in ("'/c'", "'/'", "NULL"):
-        assert rows(schema, f"SELECT FROM etcd_get({nothing})") == []
-
-
-def test_get_all_tells_the_history_oldest_first(schema: str) -> None:
-    mirror(schema, ("/a", 9, b"\xff"), ("/a", 2, "x"), ("/a", 7, None), ("/b", 8, "other"))
+def test_get_returns_the_latest_revision_and_get_all_the_history(schema):
+    mirror(schema, ("/a", 9, b"\xff\0"), ("/a", 2, "x"), ("/a", 7, None), ("/b", 8, "other"))
+    mirror(schema, ("/c", 3, "x"), ("/c", 4, None))
+    query = "SELECT key, value, value_bytes, revision FROM etcd_get(%s)"
+    assert rows(schema, query, "/a") == [("/a", None, b"\xff\0", 9)]
+    assert rows(schema, query, "/b") == [("/b", "other", None, 8)]
+    for nothing in ("/c", "/", None):
+        assert rows(schema, query, nothing) == []
     query = "SELECT revision, value, value_bytes, tombstone FROM etcd_get_all(%s, %s)"
-    history = [(2, "x", None, False), (7, None, None, True), (9, None, b"\xff", False)]
+    history = [(2, "x", None, False), (7, None, None, True), (9, None, b"\xff\0", False)]
     assert rows(schema, query, "/a", 0) == history
     assert rows(schema, query, "/a", 7) == history[1:]
     assert rows(schema, query, "/a", 10) == []
@@ -3420,7 +3301,7 @@ def test_get_all_tells_the_history_oldest_first(schema: str) -> None:
 @pytest.mark.parametrize(
     "prefix", ["/a%", "/a_", "/a\\", "/a\\%", "/a'", '/a"', "/a\U0010ffff", "/aé", "/a\n"]
 )
-def test_list_takes_the_prefix_literally(schema: str, prefix: str) -> None:
+def test_list_takes_the_prefix_literally(schema, prefix):
     inside = [prefix, prefix + "\x01", prefix + "/x", prefix + "\U0010ffff\U0010ffff"]
     outside = ["/a", "/a!", "/aX", "/aXx", "/b", prefix[:-1] + "\x02" + prefix[-1]]
     mirror(schema, *((key, 1, "v") for key in {*inside, *outside}))
@@ -3446,7 +3327,7 @@ JSON_VALUES = {
 }
 
 
-def test_value_json_and_lease_are_shown_where_keys_are_read(schema: str) -> None:
+def test_value_json_and_lease_are_shown_where_keys_are_read(schema):
     mirror(schema, *((f"/{n:03}", n + 1, value) for n, value in enumerate(JSON_VALUES)))
     mirror(schema, ("/null", 900, "null"), ("/bytes", 901, b"\xff"))
     rows(schema, "UPDATE etcd SET lease = 77 WHERE key = '/000'")
@@ -3461,7 +3342,7 @@ def test_value_json_and_lease_are_shown_where_keys_are_read(schema: str) -> None
             assert found == [(True, lease)], source
 
 
-def test_values_are_parsed_only_where_their_json_is_asked_for(schema: str) -> None:
+def test_values_are_parsed_only_where_their_json_is_asked_for(schema):
     mirror(schema, ("/a", 1, "{}"))
     for columns, parsed in [("key, value, revision, lease", False), ("value_json", True)]:
         plan = rows(schema, f"EXPLAIN VERBOSE SELECT {columns} FROM etcd_kv WHERE key = '/a'")
@@ -3469,7 +3350,7 @@ def test_values_are_parsed_only_where_their_json_is_asked_for(schema: str) -> No
     assert "_etcd_json" not in str(rows(schema, "EXPLAIN VERBOSE SELECT count(*) FROM etcd_kv"))
 
 
-def test_list_and_at_agree_with_a_full_scan(schema: str) -> None:
+def test_list_and_at_agree_with_a_full_scan(schema):
     dice = random.Random(7)
     keys = [f"/{dice.choice('abc')}/{n:03}" for n in range(150)]
     history = {
@@ -3497,16 +3378,18 @@ def test_list_and_at_agree_with_a_full_scan(schema: str) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 128, 129])
-def test_list_is_complete_at_every_batch_boundary(schema: str, size: int) -> None:
+def test_list_is_complete_at_every_batch_boundary(schema, size):
     keys = [f"/a/{n:03}" for n in range(size)]
     mirror(schema, *((key, 1, "v") for key in [*keys, "/b"]))
     assert rows(schema, "SELECT key FROM etcd_list('/a/')") == [(key,) for key in keys]
     assert scalar(schema, "SELECT count(*) FROM etcd_list()") == size + 1
 
 
-@pytest.mark.parametrize(
-    ("revision", "prefix", "message"),
-    [
+def test_at_refuses_what_the_mirror_cannot_know(schema):
+    covers(schema, "/a/", 10, 50, gaps='{"[30,40)"}')
+    covers(schema, "/p/", 10, 90, pruned_revision=20)
+    mirror(schema, ("/retired/a", 40, "v"))
+    for revision, prefix, message in [
         (9, "/a/", "before the mirror"),
         (19, "/p/x", "pruned"),
         (30, "/a/", "was compacted"),
@@ -3517,20 +3400,13 @@ def test_list_is_complete_at_every_batch_boundary(schema: str, size: int) -> Non
         (45, "/b/", "not mirrored"),
         (45, "/retired/", "not mirrored"),
         (0, "/a/", "before the mirror"),
-    ],
-)
-def test_at_refuses_what_the_mirror_cannot_know(
-    schema: str, revision: int, prefix: str, message: str
-) -> None:
-    covers(schema, "/a/", 10, 50, gaps='{"[30,40)"}')
-    covers(schema, "/p/", 10, 90, pruned_revision=20)
-    mirror(schema, ("/retired/a", 40, "v"))
-    error = refused("22023", schema, "SELECT * FROM etcd_at(%s, %s)", revision, prefix)
-    assert message in error.message_primary
-    assert ("It was: etcd_get_all" in error.message_hint) == (prefix == "/retired/")
+    ]:
+        error = refused("22023", schema, "SELECT * FROM etcd_at(%s, %s)", revision, prefix)
+        assert message in error.message_primary
+        assert ("It was: etcd_get_all" in error.message_hint) == (prefix == "/retired/")
 
 
-def test_at_answers_up_to_the_edges_of_what_is_known(schema: str) -> None:
+def test_at_answers_up_to_the_edges_of_what_is_known(schema):
     covers(schema, "/a/", 10, 50, pruned_revision=20, gaps='{"[30,40)"}')
     mirror(schema, ("/a/1", 15, "v"))
     known = [(20, "/a/"), (29, "/a/1"), (40, "/a/"), (50, "/a/"), (50, ""), (50, "/a")]
@@ -3540,7 +3416,7 @@ def test_at_answers_up_to_the_edges_of_what_is_known(schema: str) -> None:
         refused("22004", schema, "SELECT * FROM etcd_at(%s, %s)", *unknown)
 
 
-def test_at_asks_the_mirrors_that_matter(schema: str) -> None:
+def test_at_asks_the_mirrors_that_matter(schema):
     covers(schema, "/a/", 10, 50, pruned_revision=12)
     covers(schema, "/b/", 20, 60)
     assert rows(schema, "SELECT * FROM etcd_at(50, '/a/x/')") == []  # /a/ covers it all
@@ -3549,7 +3425,7 @@ def test_at_asks_the_mirrors_that_matter(schema: str) -> None:
     assert rows(schema, "SELECT * FROM etcd_at(20, '/')") == []
 
 
-def test_keys_of_any_collation_are_welcome(schema: str) -> None:
+def test_keys_of_any_collation_are_welcome(schema):
     mirror(schema, ("/a", 1, "v"))
     covers(schema, "", 1, 1)
     for query in [
@@ -3562,7 +3438,7 @@ def test_keys_of_any_collation_are_welcome(schema: str) -> None:
         assert scalar(schema, query) == 1, query
 
 
-def test_reads_fetch_current_rows_not_the_history(schema: str) -> None:
+def test_reads_fetch_current_rows_not_the_history(schema):
     long_history(schema, 20000, keys=10)
     covers(schema, "", 1, 20000)
     with session(schema) as cur:
@@ -3571,20 +3447,15 @@ def test_reads_fetch_current_rows_not_the_history(schema: str) -> None:
         for source in ["etcd_list()", "etcd_list('/k/')", "etcd_at(5000, '/k/')"]:
             assert tuples_read(cur, "etcd", f"SELECT * FROM {source}") <= 1000
         assert tuples_read(cur, "etcd", "SELECT etcd_set('/k/3', 'v')") == 1
-
-
-def test_kv_with_a_key_descends_the_index(schema: str) -> None:
-    long_history(schema, 20000, keys=10)
+        if version(schema) >= 16:  # before, DISTINCT reads the index entries of the key's history
+            assert tuples_read(cur, "etcd", "SELECT * FROM etcd_kv WHERE key = '/k/3'") <= 2
     for condition in ["key = '/k/3'", "key IN ('/k/3', '/k/4')", "key >= '/k/3' AND key < '/k/4'"]:
         plan = str(rows(schema, f"EXPLAIN SELECT * FROM etcd_kv WHERE {condition}"))
         assert "Seq Scan" not in plan
         assert "Index Cond: (key = " in plan
-    if version(schema) >= 16:  # before, DISTINCT reads the index entries of the key's history
-        with session(schema) as cur:
-            assert tuples_read(cur, "etcd", "SELECT * FROM etcd_kv WHERE key = '/k/3'") <= 2
 
 
-def test_revisions_of_a_long_history_are_found_by_block_ranges(schema: str) -> None:
+def test_revisions_of_a_long_history_are_found_by_block_ranges(schema):
     long_history(schema, 100000, keys=1000)
     for many in (100, 3000):  # with larger ranges, PostgreSQL 18 would visit all keys
         query = f"SELECT * FROM etcd WHERE revision BETWEEN 50001 AND {50000 + many}"
@@ -3594,7 +3465,7 @@ def test_revisions_of_a_long_history_are_found_by_block_ranges(schema: str) -> N
         assert plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] < 120, plan
 
 
-def test_plans_made_while_the_tables_were_empty_stay_good(schema: str) -> None:
+def test_plans_made_while_the_tables_were_empty_stay_good(schema):
     mirror(schema, ("/x", 1, "v"))
     rows(schema, "SELECT etcd_set('/x', 'v')")
     finish(schema, 1, "success", 2)
@@ -3615,7 +3486,7 @@ def test_plans_made_while_the_tables_were_empty_stay_good(schema: str) -> None:
 # ─ writing ─
 
 
-def test_set_is_made_on_the_latest_known_version(schema: str) -> None:
+def test_set_is_made_on_the_latest_known_version(schema):
     mirror(schema, ("/a", 3, "x"), ("/a", 8, "y"), ("/gone", 4, "x"), ("/gone", 9, None))
     rows(schema, "SELECT etcd_set('/a', ''), etcd_set('/gone', '1')")
     rows(schema, "SELECT etcd_set_bytes('/new', '\\xff00'), etcd_delete('/nothing')")
@@ -3627,7 +3498,7 @@ def test_set_is_made_on_the_latest_known_version(schema: str) -> None:
     ]
 
 
-def test_changes_to_one_key_build_on_each_other(schema: str) -> None:
+def test_changes_to_one_key_build_on_each_other(schema):
     mirror(schema, ("/a", 3, "x"))
     rows(schema, "SELECT etcd_set('/a', '1'), etcd_set('/b', '1'), etcd_delete('/a')")
     rows(schema, "SELECT etcd_set('/a', '2')")
@@ -3643,7 +3514,7 @@ def test_changes_to_one_key_build_on_each_other(schema: str) -> None:
     assert wal(schema, "depends_on")[-1] == (None,)  # nothing pending any more
 
 
-def test_set_with_a_revision_takes_only_the_current_version(schema: str) -> None:
+def test_set_with_a_revision_takes_only_the_current_version(schema):
     mirror(schema, ("/a", 3, "x"), ("/a", 8, "y"), ("/gone", 9, None))
     for call in [
         "etcd_set('/a', '1', 3)", "etcd_set('/a', '1', 9)", "etcd_set('/a', '1', 0)",
@@ -3659,9 +3530,8 @@ def test_set_with_a_revision_takes_only_the_current_version(schema: str) -> None
         assert re.search(r"row \d of etcd_wal", error.message_detail)
 
 
-@pytest.mark.parametrize(
-    ("call", "sqlstate", "hint"),
-    [
+def test_writing_refuses_bad_arguments(schema):
+    for call, sqlstate, hint in [
         ("etcd_set('/a', NULL)", "22004", "etcd_delete"),
         ("etcd_set('/a', NULL::jsonb)", "22004", "etcd_delete"),
         ("etcd_set_bytes('/a', NULL)", "22004", "etcd_delete"),
@@ -3682,17 +3552,13 @@ def test_set_with_a_revision_takes_only_the_current_version(schema: str) -> None
         ("etcd_delete_prefix('')", "22023", "DELETE FROM etcd_kv"),
         ("etcd_retry(1)", "P0002", "etcd_status"),
         ("etcd_dismiss(NULL)", "P0002", "etcd_status"),
-    ],
-)
-def test_writing_refuses_bad_arguments(
-    schema: str, call: str, sqlstate: str, hint: str | None
-) -> None:
-    error = refused(sqlstate, schema, f"SELECT {call}")
-    assert hint is None or hint in error.message_hint
-    assert wal(schema) == []
+    ]:
+        error = refused(sqlstate, schema, f"SELECT {call}")
+        assert hint is None or hint in error.message_hint
+        assert wal(schema) == []
 
 
-def test_a_literal_is_text_and_jsonb_is_its_text(schema: str) -> None:
+def test_a_literal_is_text_and_jsonb_is_its_text(schema):
     rows(schema, """SELECT etcd_set('/a', '{"x":1}'), etcd_set('/a', '{"x":1}'::jsonb)""")
     rows(schema, "SELECT etcd_set('/a', %s), etcd_set('/a', '5'::varchar)", '{"x":1}')
     rows(schema, "SELECT etcd_set('/a', to_jsonb('t'::text), ttl => '1 s', force => true)")
@@ -3700,18 +3566,15 @@ def test_a_literal_is_text_and_jsonb_is_its_text(schema: str) -> None:
     assert wal(schema, "value") == [(value,) for value in values]
 
 
-def test_ttl_is_queued_with_what_is_put(schema: str) -> None:
-    rows(
-        schema,
-        "SELECT etcd_set('/a', 'v', 0, '90 s'), etcd_set('/b', 'v', ttl => '0'),"
-        " etcd_set_bytes('/c', 'v', ttl => '0.5 s'), etcd_set('/d', 'v', ttl => NULL)",
-    )
-    assert wal(schema, "ttl::text, force") == [
-        (ttl, False) for ttl in ("00:01:30", "00:00:00", "00:00:00.5", None)
-    ]
+def test_ttl_is_queued_with_what_is_put(schema):
+    rows(schema, "SELECT etcd_set('/a', 'v', 0, '90 s'), etcd_set('/b', 'v', ttl => '0')")
+    rows(schema, "SELECT etcd_set_bytes('/c', 'v', ttl => '0.5 s')")
+    rows(schema, "SELECT etcd_set('/d', 'v', ttl => NULL)")
+    expected = ["00:01:30", "00:00:00", "00:00:00.5", None]
+    assert wal(schema, "ttl::text, force") == [(ttl, False) for ttl in expected]
 
 
-def test_forced_changes_are_made_on_no_version(schema: str) -> None:
+def test_forced_changes_are_made_on_no_version(schema):
     mirror(schema, ("/a", 3, "x"), ("/b", 4, "x"))
     rows(schema, "SELECT etcd_set('/a', 'v')")
     rows(schema, "SELECT etcd_set('/a', 'v', force => true), etcd_delete('/b', force => true)")
@@ -3725,7 +3588,7 @@ def test_forced_changes_are_made_on_no_version(schema: str) -> None:
     ]
 
 
-def test_set_many_puts_and_deletes_the_keys_of_an_object(schema: str) -> None:
+def test_set_many_puts_and_deletes_the_keys_of_an_object(schema):
     mirror(schema, ("/n", 3, "x"), ("/o", 4, "x"))
     values = """{"/s": "te\\"xt", "/o": {"a": [1]}, "/n": null, "/b": true, "/B": 1.50}"""
     ids = rows(schema, "SELECT etcd_set_many(%s, ttl => '5 s')", values)
@@ -3743,7 +3606,7 @@ def test_set_many_puts_and_deletes_the_keys_of_an_object(schema: str) -> None:
     assert wal(schema, "force, value")[5:] == [(True, ""), (True, None)]
 
 
-def test_delete_prefix_leaves_nothing_live(schema: str) -> None:
+def test_delete_prefix_leaves_nothing_live(schema):
     mirror(schema, ("/a/1", 3, "x"), ("/a/2", 4, "x"), ("/a/gone", 5, None), ("/ab", 6, "x"))
     mirror(schema, ("/a/%", 7, "x"), ("/a/own", 8, "x"))
     rows(schema, "SELECT etcd_set('/a/2', 'y'), etcd_set('/a/new', 'y'), etcd_delete('/a/own')")
@@ -3762,7 +3625,7 @@ def test_delete_prefix_leaves_nothing_live(schema: str) -> None:
     assert wal(schema, "revision, force") == [(None, True)] * 4
 
 
-def test_concurrent_sessions_on_one_key_form_one_chain(schema: str) -> None:
+def test_concurrent_sessions_on_one_key_form_one_chain(schema):
     def write(_: int) -> None:
         for _ in range(50):
             rows(schema, "SELECT etcd_set('/hot', 'v')")
@@ -3773,7 +3636,7 @@ def test_concurrent_sessions_on_one_key_form_one_chain(schema: str) -> None:
     assert wal(schema, "depends_on") == [(None,), *((change,) for change in ids[:-1])]
 
 
-def test_a_bulk_change_leaves_room_in_the_lock_table(schema: str) -> None:
+def test_a_bulk_change_leaves_room_in_the_lock_table(schema):
     locks = "FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()"
     with session(schema, "BEGIN") as cur:
         cur.execute("SELECT count(etcd_set('/k/' || g, 'v')) FROM generate_series(1, 5000) g")
@@ -3782,7 +3645,7 @@ def test_a_bulk_change_leaves_room_in_the_lock_table(schema: str) -> None:
         assert cur.fetchone() == (True,)
 
 
-def test_own_success_is_not_mistaken_for_a_foreign_change(schema: str) -> None:
+def test_own_success_is_not_mistaken_for_a_foreign_change(schema):
     mirror(schema, ("/a", 3, "x"))
     mirrored = "INSERT INTO etcd (key, value, revision) VALUES ('/a', 'y', %s)"
     settled = """
@@ -3803,7 +3666,7 @@ def test_own_success_is_not_mistaken_for_a_foreign_change(schema: str) -> None:
             rows(schema, "DELETE FROM etcd_wal WHERE status = 'pending'")
 
 
-def test_retry_queues_the_change_on_the_current_version(schema: str) -> None:
+def test_retry_queues_the_change_on_the_current_version(schema):
     mirror(schema, ("/a", 3, "x"))
     rows(schema, "SELECT etcd_set_bytes('/a', '\\xff', 3, ttl => '7 s')")
     mirror(schema, ("/a", 5, "theirs"))
@@ -3825,7 +3688,7 @@ def test_retry_queues_the_change_on_the_current_version(schema: str) -> None:
     assert wal(schema, "value, revision, force")[4:] == [(None, None, True)]
 
 
-def test_change_outside_every_prefix_earns_a_warning(schema: str, role: str) -> None:
+def test_change_outside_every_prefix_earns_a_warning(schema, role):
     def notices(sql: str, **options: str) -> list[str]:
         with session(schema, sql, **options) as cur:
             return list(cur.connection.notices)
@@ -3841,7 +3704,7 @@ def test_change_outside_every_prefix_earns_a_warning(schema: str, role: str) -> 
     assert notices("SELECT etcd_set('/d', 'v')", user=role) == []  # may not see the mirrors
 
 
-def test_dismissed_changes_count_no_longer(schema: str, role: str) -> None:
+def test_dismissed_changes_count_no_longer(schema, role):
     covers(schema, "", 1, 9)
     rows(schema, "SELECT etcd_set('/' || n, 'v') FROM generate_series(1, 4) n")
     for change, status in [(1, "conflict"), (2, "failed"), (3, "success")]:
@@ -3855,7 +3718,7 @@ def test_dismissed_changes_count_no_longer(schema: str, role: str) -> None:
     refused("P0002", schema, "SELECT etcd_dismiss(99)")
     for change in (3, 4):
         refused("55000", schema, f"SELECT etcd_dismiss({change})")
-    grant_example(schema, role)
+    grant_example(schema, app=role)
     refused("42501", make_dsn(schema, user=role), "SELECT etcd_dismiss(1)")
     assert "GRANT UPDATE (dismissed_at) ON etcd_wal" in SCHEMA_SQL
     rows(schema, f"GRANT UPDATE (dismissed_at) ON etcd_wal TO {role}")
@@ -3863,7 +3726,7 @@ def test_dismissed_changes_count_no_longer(schema: str, role: str) -> None:
     assert rows(schema, "SELECT etcd_retry(1)") == [(5,)]  # one may think again
 
 
-def test_only_a_later_change_of_the_same_key_is_a_retry(schema: str) -> None:
+def test_only_a_later_change_of_the_same_key_is_a_retry(schema):
     covers(schema, "", 1, 9)
     rows(schema, "INSERT INTO etcd_wal (key, retry_of) VALUES ('/a', 2), ('/a', NULL), ('/b', 2)")
     rows(schema, "INSERT INTO etcd_wal (key, retry_of) VALUES ('/c', 2), ('/a', 4)")
@@ -3874,7 +3737,7 @@ def test_only_a_later_change_of_the_same_key_is_a_retry(schema: str) -> None:
     assert "row 6" in refused("55000", schema, "SELECT etcd_retry(2)").message_detail
 
 
-def test_a_change_is_tried_again_once_even_by_two_at_once(schema: str) -> None:
+def test_a_change_is_tried_again_once_even_by_two_at_once(schema):
     rows(schema, "SELECT etcd_set('/a', 'v')")
     finish(schema, 1, "failed")
     with ThreadPoolExecutor(4) as pool:
@@ -3936,9 +3799,7 @@ def blocked(db: str) -> int | None:
         ("etcd_wait_revision(10, '90 s', '/a/x')", ADVANCE, (10,)),
     ],
 )
-def test_waiting_sleeps_until_the_daemon_commits_it(
-    schema: str, call: str, done: str, result: tuple[Any, ...]
-) -> None:
+def test_waiting_sleeps_until_the_daemon_commits_it(schema, call, done, result):
     covers(schema, "/a/", 1, 9)
     rows(schema, "SELECT etcd_set('/a/1', 'v')")
     with active(schema, "/a/") as commit, ThreadPoolExecutor() as pool:
@@ -3954,7 +3815,7 @@ def test_waiting_sleeps_until_the_daemon_commits_it(
         assert cur.fetchall() == [result]
 
 
-def test_waiting_works_where_no_daemon_is_active(schema: str) -> None:
+def test_waiting_works_where_no_daemon_is_active(schema):
     covers(schema, "/a/", 1, 9)
     rows(schema, "SELECT etcd_set('/a/1', 'v')")
     with ThreadPoolExecutor() as pool:
@@ -3964,7 +3825,7 @@ def test_waiting_works_where_no_daemon_is_active(schema: str) -> None:
         assert waiter.result(timeout=WAIT_S) == [("conflict", 7, "theirs")]
 
 
-def test_waiting_works_on_a_standby(own_postgres: LocalPostgres) -> None:
+def test_waiting_works_on_a_standby(own_postgres):
     db = own_postgres.dsn()
     rows(db, SCHEMA_SQL)
     covers(db, "/a/", 1, 9)
@@ -3975,7 +3836,7 @@ def test_waiting_works_on_a_standby(own_postgres: LocalPostgres) -> None:
         assert waiter.result(timeout=90) == 10
 
 
-def test_waiting_leaves_nothing_behind(schema: str) -> None:
+def test_waiting_leaves_nothing_behind(schema):
     covers(schema, "/a/", 1, 9)
     rows(schema, "SELECT etcd_set('/a/1', 'v')")
     nothing = """
@@ -4002,9 +3863,11 @@ def test_waiting_leaves_nothing_behind(schema: str) -> None:
         cur.execute("COMMIT")
 
 
-@pytest.mark.parametrize(
-    ("call", "sqlstate", "message", "hint"),
-    [
+def test_waiting_says_why_it_cannot_or_not_longer(schema):
+    rows(schema, "SELECT etcd_set('/a/1', 'v'), etcd_set('/elsewhere', 'v')")
+    covers(schema, "/a/", 1, 9)
+    covers(schema, "/b/", 1, 9)
+    for call, sqlstate, message, hint in [
         ("etcd_wait(1, '0.2 s')", "57014", "waiting for change 1", "etcd_status"),
         ("etcd_wait(1, '0')", "57014", "waiting for change 1", "etcd_status"),
         ("etcd_wait(1, NULL)", "22004", "timeout", None),
@@ -4016,22 +3879,15 @@ def test_waiting_leaves_nothing_behind(schema: str) -> None:
         ("etcd_wait_revision(1)", "22023", "2 prefixes", "p_prefix => '/"),
         ("etcd_wait_revision(1, p_prefix => '/')", "22023", "not mirrored", "etcd_sync_state"),
         ("etcd_wait_revision(NULL)", "22004", "revision", None),
-    ],
-)
-def test_waiting_says_why_it_cannot_or_not_longer(
-    schema: str, call: str, sqlstate: str, message: str, hint: str | None
-) -> None:
-    rows(schema, "SELECT etcd_set('/a/1', 'v'), etcd_set('/elsewhere', 'v')")
-    covers(schema, "/a/", 1, 9)
-    covers(schema, "/b/", 1, 9)
-    with active(schema, "/a/"):
-        error = refused(sqlstate, schema, f"SELECT {call}")
-    assert message in error.message_primary
-    assert hint is None or hint in error.message_hint
+    ]:
+        with active(schema, "/a/"):
+            error = refused(sqlstate, schema, f"SELECT {call}")
+        assert message in error.message_primary, call
+        assert hint is None or hint in error.message_hint
 
 
 @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
-def test_waiting_is_refused_where_the_snapshot_never_moves(schema: str, level: str) -> None:
+def test_waiting_is_refused_where_the_snapshot_never_moves(schema, level):
     covers(schema, "/a/", 1, 9)
     rows(schema, "SELECT etcd_set('/a/1', 'v')")
     for call in ("etcd_wait(1)", "etcd_wait_revision(10)"):
@@ -4041,7 +3897,7 @@ def test_waiting_is_refused_where_the_snapshot_never_moves(schema: str, level: s
 
 def test_applications_wait_for_what_they_wrote(db, daemon, own_etcd):
     daemon(etcd=etcd_dsn(own_etcd.endpoint, "/"))
-    change = queue(db, "SELECT etcd_set('/a', 'v')")
+    change = scalar(db, "SELECT etcd_set('/a', 'v')")
     ended = rows(db, "SELECT * FROM etcd_wait(%s, '60 s')", change)
     with EtcdClient(own_etcd.endpoint) as etcd, ThreadPoolExecutor() as pool:
         assert ended == [("success", etcd.get("/a").mod_revision, None)]
@@ -4056,12 +3912,13 @@ def test_applications_wait_for_what_they_wrote(db, daemon, own_etcd):
 # ─ etcd_kv ─
 
 
-def test_kv_turns_statements_into_changes(schema: str) -> None:
+def test_kv_turns_statements_into_changes(schema):
     mirror(schema, ("/a", 3, "x"), ("/b", 4, "x"), ("/b2", 4, "x"), ("/gone", 5, None))
     rows(schema, "INSERT INTO etcd_kv (key, value) VALUES ('/new', '1'), ('/gone', '2')")
     rows(schema, "UPDATE etcd_kv SET value = value || 'y' WHERE key LIKE '/b%'")
     rows(schema, "DELETE FROM etcd_kv WHERE key = '/a'")
     assert rows(schema, "UPDATE etcd_kv SET value = 'z' WHERE key = '/none' RETURNING 1") == []
+    assert set(wal(schema, "ttl, force")) == {(None, False)}  # a lease stays
     assert sorted(wal(schema)) == [
         ("/a", None, None, 3, None),
         ("/b", "xy", None, 4, None),
@@ -4071,7 +3928,7 @@ def test_kv_turns_statements_into_changes(schema: str) -> None:
     ]
 
 
-def test_kv_refuses_a_key_with_a_pending_change(schema: str) -> None:
+def test_kv_refuses_a_key_with_a_pending_change(schema):
     mirror(schema, ("/a", 3, "x"))
     refused("23505", schema, "INSERT INTO etcd_kv (key, value) VALUES ('/a', 'y')")
     rows(schema, "UPDATE etcd_kv SET value = 'y' WHERE key = '/a'")
@@ -4089,7 +3946,7 @@ def test_kv_refuses_a_key_with_a_pending_change(schema: str) -> None:
 @pytest.mark.parametrize(
     "statement", ["UPDATE etcd_kv SET value = 'mine' WHERE key = '/a'", "DELETE FROM etcd_kv"]
 )
-def test_kv_refuses_a_version_that_has_moved_on(schema: str, statement: str) -> None:
+def test_kv_refuses_a_version_that_has_moved_on(schema, statement):
     mirror(schema, ("/a", 3, "x"))
     # holds the writer between its look and its change
     hold = "BEGIN; SELECT etcd_set('/a', 'x'); DELETE FROM etcd_wal"
@@ -4101,7 +3958,7 @@ def test_kv_refuses_a_version_that_has_moved_on(schema: str, statement: str) -> 
     assert wal(schema) == []
 
 
-def test_kv_update_of_the_key_moves_it_in_one_transaction(schema: str) -> None:
+def test_kv_update_of_the_key_moves_it_in_one_transaction(schema):
     mirror(schema, ("/a", 3, "x"), ("/taken", 4, "x"))
     rows(schema, "UPDATE etcd_kv SET key = '/b' WHERE key = '/a'")
     assert wal(schema) == [("/a", None, None, 3, None), ("/b", "x", None, None, None)]
@@ -4122,21 +3979,16 @@ def test_kv_update_of_the_key_moves_it_in_one_transaction(schema: str) -> None:
         (b"\xff", "value = value", None, b"\xff"),
     ],
 )
-def test_kv_update_of_one_value_column_clears_the_other(
-    schema: str, old: str | bytes, assignment: str, value: str | None, value_bytes: bytes | None
-) -> None:
+def test_kv_update_of_a_value_column_clears_the_other(schema, old, assignment, value, value_bytes):
     mirror(schema, ("/a", 3, old))
-    returned = rows(
-        schema,
-        f"UPDATE etcd_kv SET {assignment} RETURNING value, value_bytes, value_json",
-    )
-    assert returned == [(value, value_bytes, None)]
+    update = f"UPDATE etcd_kv SET {assignment} RETURNING value, value_bytes, value_json"
+    assert rows(schema, update) == [(value, value_bytes, None)]
     assert wal(schema) == [("/a", value, value_bytes, 3, None)]
 
 
-@pytest.mark.parametrize(
-    ("statement", "sqlstate"),
-    [
+def test_kv_refuses_what_etcd_could_not_do(schema):
+    mirror(schema, ("/a", 3, "x"))
+    for statement, sqlstate in [
         ("INSERT INTO etcd_kv (key) VALUES ('/n')", "22004"),
         ("INSERT INTO etcd_kv (value) VALUES ('x')", "22004"),
         ("INSERT INTO etcd_kv (key, value) VALUES ('', 'x')", "22023"),
@@ -4152,19 +4004,16 @@ def test_kv_update_of_one_value_column_clears_the_other(
         ("UPDATE etcd_kv SET value = 'y', ts = now()", "428C9"),
         ("UPDATE etcd_kv SET lease = 7", "428C9"),
         ("UPDATE etcd_kv SET value_json = '{}'", "428C9"),
-    ],
-)
-def test_kv_refuses_what_etcd_could_not_do(schema: str, statement: str, sqlstate: str) -> None:
-    mirror(schema, ("/a", 3, "x"))
-    error = refused(sqlstate, schema, statement)
-    assert error.message_hint or " key " in f" {error.message_primary} "
-    assert wal(schema) == []
+    ]:
+        error = refused(sqlstate, schema, statement)
+        assert error.message_hint or " key " in f" {error.message_primary} "
+        assert wal(schema) == []
 
 
 # ─ etcd_status ─
 
 
-def test_status_counts_open_changes_by_prefix(schema: str) -> None:
+def test_status_counts_open_changes_by_prefix(schema):
     covers(schema, "/a/", 1, 5, etcd_revision=9, heartbeat_at="now", unstorable=2)
     covers(schema, "/b/", 1, 6)
     rows(schema, "SELECT etcd_set('/a/' || g, 'v') FROM generate_series(1, 6) g")
@@ -4181,7 +4030,7 @@ def test_status_counts_open_changes_by_prefix(schema: str) -> None:
     assert scalar(schema, f"SELECT {ages} FROM etcd_status WHERE prefix = '/a/'") is True
 
 
-def test_status_shows_changes_that_no_daemon_will_take(schema: str) -> None:
+def test_status_shows_changes_that_no_daemon_will_take(schema):
     rows(schema, "SELECT etcd_set('/lost', 'v')")
     query = "SELECT prefix, revision, pending FROM etcd_status ORDER BY prefix"
     assert rows(schema, query) == [(None, None, 1)]
@@ -4194,10 +4043,10 @@ def test_status_shows_changes_that_no_daemon_will_take(schema: str) -> None:
 # ─ privileges ─
 
 
-def test_example_grants_let_an_application_write_changes_only(schema: str, role: str) -> None:
+def test_example_grants_let_an_application_write_changes_only(schema, role):
     mirror(schema, ("/app/a", 3, "x"), ("/app/b", 3, "x"))
     covers(schema, "", 1, 5)
-    grant_example(schema, role)
+    grant_example(schema, app=role)
     app = make_dsn(schema, user=role)
     for query in [
         "SELECT etcd_set('/app/a', 'y')",
@@ -4237,7 +4086,7 @@ def test_example_grants_let_an_application_write_changes_only(schema: str, role:
     refused("42501", app, "SELECT etcd_set('/app/g', 'y', ttl => '9 s')")
 
 
-def test_functions_give_no_rights_that_the_caller_lacks(schema: str, role: str) -> None:
+def test_functions_give_no_rights_that_the_caller_lacks(schema, role):
     rows(schema, "SELECT etcd_set('/a', 'v')")
     finish(schema, 1, "failed")
     for call in [
@@ -4250,11 +4099,11 @@ def test_functions_give_no_rights_that_the_caller_lacks(schema: str, role: str) 
 
 
 @pytest.mark.usefixtures("altered")
-def test_row_level_security_holds_through_functions_and_views(schema: str, role: str) -> None:
+def test_row_level_security_holds_through_functions_and_views(schema, role):
     mirror(schema, ("/app/a", 3, "x"), ("/other", 4, "secret"))
     covers(schema, "", 1, 5)
     rows(schema, "SELECT etcd_set('/other', 'secret')")
-    grant_example(schema, role, r"GRANT|CREATE POLICY|ALTER TABLE \w+ ENABLE")
+    grant_example(schema, r"GRANT|CREATE POLICY|ALTER TABLE \w+ ENABLE", app=role)
     app = make_dsn(schema, user=role)
     for name in ("etcd_get('%s')", "etcd_get_all('%s')", "etcd_list('%s')", "etcd_at(5, '%s')"):
         assert rows(app, "SELECT key FROM " + name.replace("%s", "/app/a")) == [("/app/a",)]
@@ -4274,7 +4123,7 @@ def test_row_level_security_holds_through_functions_and_views(schema: str, role:
 
 
 @pytest.mark.usefixtures("altered")
-def test_row_level_security_does_not_make_lists_scan_the_rest(schema: str, role: str) -> None:
+def test_row_level_security_does_not_make_lists_scan_the_rest(schema, role):
     rows(
         schema,
         f"""
@@ -4379,7 +4228,7 @@ class History:
         self.holder: ExitStack | None = None
         self.numbers = itertools.count(10)
         self.compacted = False
-        self.recorder = Recorder(client, prefix, client.revision() + 1)
+        self.recorder = Recorder(client, prefix)
 
     def close(self) -> None:
         self.recorder.close()
@@ -4512,23 +4361,23 @@ class History:
         assert set(statuses) <= {"success", "conflict"}, statuses
 
 
-def test_stop_does_not_forget_what_was_sent_before_a_crash(daemon, db, prefix, etcd, etcd_address):
+def test_stop_does_not_forget_what_was_sent_before_a_crash(daemon, db, prefix, own_client, network):
+    start = partial(daemon, etcd=own_client)
     keys = [f"{prefix}{n}" for n in range(6)]
     for key in keys:
-        etcd.put(key, "old")
-    daemon().stop()
+        own_client.put(key, "old")
+    start().stop()
     for key in keys:
         rows(db, "SELECT etcd_set(%s, 'mine')", key)
     with frozen_mirror(db):
-        first = daemon("--max-txn-ops=2")
-        wait_until("not all was sent", lambda: etcd.get(keys[-1]).value == b"mine")
+        first = start("--max-txn-ops=2")
+        wait_until("not all was sent", lambda: own_client.get(keys[-1]).value == b"mine")
         first.kill()
-    with Proxy(etcd_port(etcd_address.endpoint)) as proxy:
-        proxy.delay(0.3)
-        second = daemon("--max-txn-ops=2", etcd=etcd_dsn(proxy.endpoint, prefix))
-        wait_until("not all was mirrored", lambda: len(mirror_rows(db, prefix)) == 12)
-        assert second.stop() == 0
-    daemon()
+    network.delay(0.3)
+    second = daemon("--max-txn-ops=2", etcd=network)
+    wait_until("not all was mirrored", lambda: len(mirror_rows(db, prefix)) == 12)
+    assert second.stop() == 0
+    start()
     assert [status for status, _ in outcomes(db, 6)] == ["success"] * 6
 
 
@@ -4536,10 +4385,8 @@ def test_ids_that_come_late_do_not_hide_what_was_sent_before_a_crash(daemon, db,
     options = "--batch-size=1", "--max-txn-ops=2"
     first = daemon(*options)
     with session(db, "BEGIN") as late:
-        insert = (
-            "INSERT INTO etcd_wal (key, value) SELECT %s || n, 'late' FROM generate_series(1, 9) n"
-        )
-        late.execute(insert, (prefix,))
+        sql = "INSERT INTO etcd_wal (key, value) SELECT %s || n, n FROM generate_series(1, 9) n"
+        late.execute(sql, (prefix,))
         sent = kill_once_sent(first, db, etcd, "SELECT etcd_set(%s, 'mine')", prefix + "x")
         late.execute("COMMIT")
     with session(db, "BEGIN; SELECT FROM etcd_wal WHERE id <= 9 FOR UPDATE"):
@@ -4574,9 +4421,12 @@ def test_two_like_changes_cannot_both_claim_one_revision(daemon, db, prefix, etc
     first = daemon()
     insert = "INSERT INTO etcd_wal (key, value) VALUES (%s, 'same')"
     sent = kill_once_sent(first, db, etcd, insert, key)
-    rows(db, insert, key)
+    for like in (key, prefix + "b", prefix + "b"):
+        rows(db, insert, like)
     daemon()
-    assert outcomes(db, 2) == [("success", sent), ("conflict", sent)]
+    assert outcomes(db, 4)[:2] == [("success", sent), ("conflict", sent)]
+    assert wait_settled(db) == ["success", "conflict"] * 2
+    assert etcd.get(key).version == etcd.get(prefix + "b").version == 1
 
 
 def test_change_made_while_down_on_a_version_that_never_was_is_a_conflict(daemon, db, prefix, etcd):
@@ -4590,16 +4440,17 @@ def test_change_made_while_down_on_a_version_that_never_was_is_a_conflict(daemon
     rows(db, insert, prefix + "long ago")
     rows(db, "SELECT etcd_delete(%s)", prefix + "later")
     later = etcd.put(prefix + "later", "theirs")
+    etcd.put(prefix + "gone", "theirs")
+    etcd.delete(prefix + "gone")
+    ask(db, prefix + "gone", revision=etcd.revision())
     daemon()
-    met = [there, None, None, None, later]
-    assert outcomes(db, 5) == [("conflict", revision) for revision in met]
+    met = [there, None, None, None, later, None]
+    assert outcomes(db, 6) == [("conflict", revision) for revision in met]
     assert etcd.get(prefix + "later").mod_revision == later
 
 
 @pytest.mark.parametrize("written", [0, 54])
-def test_rest_of_a_transaction_too_large_for_etcd_is_not_taken_for_a_whole_one(
-    daemon, db, prefix, etcd, written
-):
+def test_rest_of_a_long_transaction_is_not_taken_for_a_whole_one(daemon, db, prefix, etcd, written):
     """One of its changes is beaten: the others are applied, whatever was written before a crash."""
     keys = [f"{prefix}{number:02}" for number in range(60)]
     daemon().stop()
@@ -4619,9 +4470,7 @@ def test_rest_of_a_transaction_too_large_for_etcd_is_not_taken_for_a_whole_one(
     wait_until("it is not known to be done", lambda: scalar(db, split) == 0)
 
 
-def test_rest_of_a_transaction_of_too_many_bytes_is_not_taken_for_a_whole_one(
-    daemon, db, prefix, etcd
-):
+def test_rest_of_a_large_transaction_is_not_taken_for_a_whole_one(daemon, db, prefix, etcd):
     sizes = {"a": 600_000, "b": 400_000, "c": 300_000}
     old = [etcd.put(prefix + key, "old") for key in sizes]
     daemon().stop()
@@ -4692,9 +4541,10 @@ def test_flag_beats_environment_beats_file_beats_default(tmp_path):
     assert shown["config"] == ["ETCD_FDW_CONFIG", str(file)]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
+def test_wrong_config_file_is_one_line_that_says_what(tmp_path):
+    file = tmp_path / "c.yaml"
+    for content, message in [
+        (None, "--config: cannot read"),
         ("bach-size: 5\n", "c.yaml, line 1: unknown option 'bach-size'"),
         ("batch-size: 5\naudit: all\nbatch-size: 6\n", "line 3: batch-size is given twice"),
         ("batch-size: 5\nbatch_size: 6\n", "line 2: batch-size is given twice"),
@@ -4704,16 +4554,12 @@ def test_flag_beats_environment_beats_file_beats_default(tmp_path):
         ("batch-size: [1]\n", "batch-size: expected a single value"),
         ("batch-size\n", 'expected one "option: value" a line'),
         ("postgres-dsn: 'host=h password=sesame\nx: y\n", "not YAML: "),
-        (None, "--config: cannot read"),
-    ],
-)
-def test_wrong_config_file_is_one_line_that_says_what(tmp_path, content, message):
-    file = tmp_path / "c.yaml"
-    if content is not None:
-        file.write_text(content)
-    done = run_script("-c", str(file), "-p", "host=h", "-e", "etcd://h/x")
-    assert_one_error_line(done, 1, message)
-    assert "sesame" not in done.stderr
+    ]:
+        if content is not None:
+            file.write_text(content)
+        done = run_script("-c", str(file), "-p", "host=h", "-e", "etcd://h/x")
+        assert_one_error_line(done, 1, message)
+        assert "sesame" not in done.stderr
 
 
 def test_config_file_without_pyyaml_says_so(tmp_path):
@@ -4727,8 +4573,11 @@ def test_config_file_means_what_it_says(tmp_path):
     file.write_text(
         "dry_run: yes\nmetrics-address: off\nnotify_channel: 007\nhistory-retention: keep\n"
     )
-    value = setting("-c", str(file))
+    value = setting("-c", str(file), batch_size="")
+    assert value("batch_size") == 5000  # set but empty: not set
     assert value("dry_run") is True
+    assert setting("-c", str(file), dry_run="off")("dry_run") is False
+    assert setting("-c", str(file), "--dry-run", dry_run="off")("dry_run") is True
     assert value("metrics_address") is None and value("history_retention") is None
     assert value("notify_channel") == "007"  # as written, not as YAML reads a number
     assert setting("-c", str(file), notify_channel="off")("notify_channel") is None
@@ -4760,8 +4609,7 @@ def test_config_show_masks_passwords():
         r"host=h password=ses\ ame sslpassword=ses&me",
     ):
         for etcd_ in ("etcd://u:sesame3@h/x", "etcd://h/?usernam%65=u&passwor%64=sesame"):
-            done = run_script("-p", postgres, "-e", etcd_, "config", "show")
-            assert done.returncode == 0
+            done = run_script("-p", postgres, "-e", etcd_, "config", "show", exit_code=0)
             assert done.stdout.count("****") == 3
             assert not re.search("ses|ame$|me2|&me", done.stdout)
     done = run_script("-p", "host=h pass word=sesame", "-e", "etcd://u:ses#me@h", "config", "show")
@@ -4786,27 +4634,13 @@ def test_password_or_key_that_everybody_can_read_earns_a_warning(tmp_path):
 
 
 def test_config_validate_names_every_problem():
-    done = run_script("-p", "nonsense", "--batch-size", "0", "config", "validate")
-    assert done.returncode == 1
+    done = run_script("-p", "nonsense", "--batch-size", "0", "config", "validate", exit_code=1)
     failed = re.findall(r"^FAIL +(\S+)", done.stdout, re.MULTILINE)
     assert failed == ["--postgres-dsn:", "--etcd-dsn", "--batch-size:"]
 
 
-@pytest.fixture
-def command(db: str, prefix: str, etcd_address: EtcdAddress) -> Callable[..., Any]:
-    """Run a command for this test's database and prefix: command("status", "--check")."""
-
-    def run(
-        *args: str, postgres: str | None = None, etcd: str | None = None, **options: Any
-    ) -> subprocess.CompletedProcess[str]:
-        servers = ["-p", postgres or db, "-e", etcd or etcd_address.dsn(prefix)]
-        return run_script(*servers, *args, **options)
-
-    return run
-
-
 def test_config_validate_connects_to_both_servers(command, db, prefix):
-    done = command("config", "validate", "--connect")
+    done = command(*VALIDATE)
     assert (done.returncode, done.stderr) == (0, "")
     assert all(line.startswith("ok ") for line in done.stdout.splitlines())
     assert "no schema yet" in done.stdout
@@ -4817,35 +4651,27 @@ def test_config_validate_connects_to_both_servers(command, db, prefix):
         ({"postgres": make_dsn(db, port=nowhere)}, "PostgreSQL: .*refused", "etcd"),
         ({"etcd": away}, f"etcd at 127.0.0.1:{nowhere}: ", "PostgreSQL"),
     ]:
-        done = command("config", "validate", "--connect", **server)
-        assert done.returncode == 2
+        done = command(*VALIDATE, **server, exit_code=2)
         assert re.search(f"^FAIL  {wrong}", done.stdout, re.MULTILINE)
         assert f"ok    {right} grants" in done.stdout
 
 
-def test_config_validate_names_the_grant_that_is_missing(command, db):
-    role = f"limited_{RUN_ID}_{next(_numbers)}"
+def test_config_validate_names_the_grant_that_is_missing(command, db, schema_user):
     name = scalar(db, "SELECT current_database()")
-    rows(db, f"CREATE ROLE {role} LOGIN; REVOKE ALL ON DATABASE {name} FROM PUBLIC")
-    rows(db, f"GRANT CONNECT ON DATABASE {name} TO {role}")
-    rows(db, "REVOKE CREATE ON SCHEMA public FROM PUBLIC")
-    validate = partial(command, "config", "validate", "--connect", postgres=make_dsn(db, user=role))
-    done = validate()
-    assert done.returncode == 3
-    for grant in (
-        f"GRANT TEMPORARY ON DATABASE {name} TO {role}",
-        f"GRANT CREATE ON SCHEMA public TO {role}",
-    ):
-        assert f"FAIL  a privilege is missing: {grant}\n" in done.stdout
-        rows(db, grant)
+    rows(db, f"REVOKE ALL ON DATABASE {name} FROM PUBLIC")
+    rows(db, f"GRANT CONNECT ON DATABASE {name} TO {schema_user}")
+    validate = partial(command, *VALIDATE, postgres=make_dsn(db, user=schema_user))
+    done = validate(exit_code=3)
+    for grant in (f"GRANT TEMPORARY ON DATABASE {name}", "GRANT CREATE ON SCHEMA public"):
+        assert f"FAIL  a privilege is missing: {grant} TO {schema_user}\n" in done.stdout
+        rows(db, f"{grant} TO {schema_user}")
     assert validate().returncode == 0
-    rows(db, f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
 def test_config_validate_tells_reading_from_writing_in_etcd(own_client, command):
-    add_etcd_user(own_client, "root", "secret", "", "root")
-    add_etcd_user(own_client, "reader", "secret", "/a/", "readers", kind=0)
-    add_etcd_user(own_client, "writer", "secret", "/a/", "writers")
+    add_etcd_user(own_client, "root", "secret")
+    add_etcd_user(own_client, "reader", "secret", "/a/", kind=READ)
+    add_etcd_user(own_client, "writer", "secret", "/a/")
     own_client.call(own_client.auth.AuthEnable, etcdrpc.AuthEnableRequest())
     keys, own = "readwrite '/a/' --prefix=true", "--prefix=true readwrite etcd_fdw/"
     wait = "changes from SQL would wait until this is granted: .*"
@@ -4855,7 +4681,7 @@ def test_config_validate_tells_reading_from_writing_in_etcd(own_client, command)
         ("writer", "/a/", 3, f"FAIL  {wait}{own}"),
     ]:
         dsn = etcd_dsn(own_client.endpoint, prefix, user, "secret")
-        done = command("config", "validate", "--connect", etcd=dsn)
+        done = command(*VALIDATE, etcd=dsn)
         assert done.returncode == exit_code
         assert re.fullmatch(last, done.stdout.splitlines()[-1])
         assert "secret" not in done.stdout
@@ -4906,23 +4732,12 @@ def test_status_of_a_running_daemon(daemon, command, db, prefix, etcd):
     assert (found["checkpoint"], found["lag_revisions"], found["lag_s"]) == (revision, 0, 0)
     assert (found["keys"], found["revisions"], found["pending"]) == (1, 1, 0)
     assert found["postgresql"]["reachable"] and found["etcd"]["reachable"]
-    done = command("status")
-    assert done.returncode == 0
+    done = command("status", exit_code=0)
     assert f"pid {one.pid} on " in done.stdout
     assert f"{revision}, in step with etcd" in done.stdout
     assert "\x1b" not in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 100
     assert command("status", "--check").stdout == "healthy\n"
-
-
-def test_status_shows_who_stands_by(daemon, command):
-    daemon()
-    standby = daemon(ready=False)
-    standby.wait_log("standing by")
-    assert len(status_of(command)["standbys"]) == 1
-    assert re.search(r"^standbys +1: 127\.0\.0\.1 since 2", command("status").stdout, re.MULTILINE)
-    standby.stop()
-    wait_until("still there", lambda: not status_of(command)["standbys"])
 
 
 def status_when(command: Callable[..., Any], condition: Callable[[Any], bool]) -> Any:
@@ -4975,24 +4790,22 @@ def test_status_with_one_server_down(daemon, command, db, prefix):
     found = status_of(command, postgres=postgres_down)
     assert (found["postgresql"]["reachable"], found["etcd"]["reachable"]) == (False, True)
     assert "refused" in found["postgresql"]["error"]
-    done = command("status", postgres=postgres_down)
-    assert done.returncode == 0
+    done = command("status", postgres=postgres_down, exit_code=0)
     assert "PROBLEM: PostgreSQL: connection to server" in done.stdout
     assert re.search(r"^etcd +3\.", done.stdout, re.MULTILINE)
     assert max(map(len, done.stdout.splitlines())) <= 100
-    assert command("status", postgres=postgres_down, etcd=etcd_down).returncode == 2
+    command("status", postgres=postgres_down, etcd=etcd_down, exit_code=2)
 
 
-def test_status_tells_an_instance_that_is_retrying(daemon, command, db, prefix, own_etcd):
-    dsn = etcd_dsn(own_etcd.endpoint, prefix)
-    one = daemon(*HASTE, etcd=dsn)
+def test_status_tells_an_instance_that_is_retrying(daemon, command, db, own_etcd):
+    one = daemon(*HASTE, etcd=own_etcd)
     own_etcd.stop()
     sql = "SELECT last_error_at FROM etcd_sync_state WHERE last_error IS NOT NULL"
     (since,) = wait_until("no error was noted", lambda: rows(db, sql))[0]
     mark = one.mark()
     for _ in range(3):
         mark += one.wait_log("WARN etcd at .*; retrying in .*s$", after=mark).end()
-    found = status_of(command, etcd=dsn)
+    found = status_of(command, etcd=own_etcd)
     assert (found["pid"], found["host"]) == (one.pid, socket.gethostname())
     assert own_etcd.endpoint in found["last_error"]
     assert found["last_error_at"] == etcd_fdw.utc(since.timestamp())
@@ -5002,28 +4815,24 @@ def test_status_tells_an_instance_that_is_retrying(daemon, command, db, prefix, 
     one.wait_log(r"watching .*: connected again after \d+\.\ds$", after=mark)
     one.signal(signal.SIGUSR1)
     one.wait_log("reconnects 1, ")  # sessions that were lost, not attempts
-    found = status_of(command, etcd=dsn)
+    assert scalar(db, "SELECT reconnects FROM etcd_sync_state") == 1
+    found = status_of(command, etcd=own_etcd)
     assert (found["healthy"], found["last_error"]) == (True, None)
     one.kill()
-    assert status_of(command, etcd=dsn)["problems"] == ["no instance is active"]
-
-
-def test_status_says_when_a_change_outside_every_prefix_has_waited(daemon, command, db):
-    daemon()
-    rows(db, "INSERT INTO etcd_wal (key, value) VALUES ('elsewhere', '1')")
-    assert command("status", "--check").stdout == "healthy\n"
-    rows(db, "UPDATE etcd_wal SET ts = ts - interval '2 minutes'")
-    done = command("status", "--check")
-    assert done.returncode == 5
-    assert done.stdout.startswith("1 pending change outside every mirrored prefix: ")
+    assert status_of(command, etcd=own_etcd)["problems"] == ["no instance is active"]
 
 
 def test_status_lists_what_was_refused_and_what_nobody_takes(daemon, command, db, prefix):
     daemon()
+    ask(db, "elsewhere")
+    assert command("status", "--check").stdout == "healthy\n"
+    rows(db, "UPDATE etcd_wal SET ts = ts - interval '2 minutes'")
+    done = command("status", "--check", exit_code=5)
+    assert done.stdout.startswith("1 pending change outside every mirrored prefix: ")
     insert = "INSERT INTO etcd_wal (key, value, revision)"
     rows(db, insert + " SELECT %s || n, '1', 999999999 FROM generate_series(0, 5) n", prefix)
-    assert wait_settled(db) == ["conflict"] * 6
-    rows(db, "INSERT INTO etcd_wal (key, value) VALUES ('elsewhere', '1')")
+    conflicts = "SELECT conflicts FROM etcd_status WHERE prefix = %s"
+    wait_until("not all refused", lambda: scalar(db, conflicts, prefix) == 6)
     found = status_of(command)
     assert [item["key"] for item in found["refusals"]] == [f"{prefix}{n}" for n in (5, 4, 3, 2, 1)]
     assert "etcd wins" in found["refusals"][0]["message"]
@@ -5036,17 +4845,9 @@ def test_status_lists_what_was_refused_and_what_nobody_takes(daemon, command, db
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_status_watch_repeats_and_ends_quietly_with_its_reader(db, prefix, etcd_address, form):
     servers = ["-p", make_dsn(db, port=1), "-e", etcd_address.dsn(prefix)]
+    words = ["status", "--watch", "--interval=50ms", "--format", form]
     process = subprocess.Popen(
-        [
-            sys.executable,
-            SCRIPT,
-            *servers,
-            "status",
-            "--watch",
-            "--interval=50ms",
-            "--format",
-            form,
-        ],
+        [sys.executable, SCRIPT, *servers, *words],
         env=clean_environ({"COLUMNS": "40"}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -5076,17 +4877,16 @@ def comparison_of(command: Callable[..., Any], *args: str, **servers: str) -> di
 
 
 def test_sync_without_a_daemon_does_one_pass_both_ways(command, db, prefix, etcd, recorder):
+    assert_one_error_line(command("validate"), 4, "there is no mirror yet")
     etcd.put(prefix + "a", "1")
-    done = command("sync")
-    assert done.returncode == 0, done.stderr
+    done = command("sync", exit_code=0)
     assert re.fullmatch(r"in step at revision \d+: compared 1 key, .*\n", done.stdout)
     for value in "234":
         etcd.put(prefix + "a", value)
     etcd.put(prefix + "b", "1")
     etcd.delete(prefix + "a")
     rows(db, "SELECT etcd_set(%s, 'from sql')", prefix + "c")
-    done = command("sync")
-    assert done.returncode == 0, done.stderr
+    done = command("sync", exit_code=0)
     line = r"mirrored (\d+) events? up to .*; applied (\d+) changes?, 0 in conflict, 0 failed"
     batches = [tuple(map(int, found)) for found in re.findall(line, done.stderr)]
     assert [sum(column) for column in zip(*batches)] == [6, 1]
@@ -5103,8 +4903,7 @@ def test_sync_beside_the_active_instance(daemon, command, db, prefix, etcd):
     rows(db, "ALTER TABLE etcd_wal DISABLE TRIGGER etcd_wal_notify")
     rows(db, "SELECT etcd_set(%s, 'unnoticed')", prefix + "b")
     rows(db, "UPDATE etcd SET value = 'wrong' WHERE key = %s", prefix + "a")
-    done = command("sync")
-    assert done.returncode == 0, done.stderr
+    done = command("sync", exit_code=0)
     assert "compared 2 keys, repaired 1 difference, nothing pending" in done.stdout
     assert etcd.get(prefix + "b").value == b"unnoticed"
     assert scalar(db, "SELECT value FROM etcd_get(%s)", prefix + "a") == "1"
@@ -5121,11 +4920,10 @@ def test_sync_says_why_it_cannot_repair(daemon, command, db, prefix, etcd):
     wait_equal(db, etcd, prefix)
     rows(db, "UPDATE etcd SET value = 'wrong' WHERE key = %s", prefix + "a")
     rows(db, "CREATE INDEX somebody_s ON etcd (value)")
-    done = command("sync")
-    assert done.returncode == 2
+    done = command("sync", exit_code=2)
     assert "etcd_fdw: PostgreSQL: index row size" in done.stderr
     rows(db, "DROP INDEX somebody_s")
-    assert command("sync").returncode == 0
+    command("sync", exit_code=0)
     wait_equal(db, etcd, prefix)
     assert "retrying" not in one.log()
 
@@ -5169,39 +4967,33 @@ def test_sync_that_cannot_stop_is_no_success(daemon, db, prefix, etcd):
 
 def test_sync_retries_what_was_refused(daemon, command, db, prefix, etcd):
     daemon()
-    insert = "INSERT INTO etcd_wal (key, value, revision) VALUES (%s, %s, 999999)"
     for key in ("a", "b"):
-        rows(db, insert, prefix + key, key)
+        ask(db, prefix + key, key, revision=999999)
     assert wait_settled(db) == ["conflict"] * 2
-    done = command("sync", "--retry-failed")
-    assert done.returncode == 0, done.stderr
+    done = command("sync", "--retry-failed", exit_code=0)
     assert "queued 2 changes again" in done.stderr
     assert [kv.value for kv in etcd.range(prefix).kvs] == [b"a", b"b"]
     assert status_of(command)["conflicts"] == 0
     assert "queued 0 changes again" in command("sync", "--retry-failed").stderr
 
 
-def test_reset_starts_over_and_spares_other_mirrors(
-    daemon, command, db, prefix, etcd, etcd_address
-):
+def test_reset_spares_other_mirrors(daemon, command, db, prefix, etcd, etcd_address):
     for key in ("a/1", "b/1"):
         etcd.put(prefix + key, "1")
-    assert command("sync", etcd=etcd_address.dsn(prefix + "a/")).returncode == 0
+    command("sync", etcd=etcd_address.dsn(prefix + "a/"), exit_code=0)
     mine = {"etcd": etcd_address.dsn(prefix + "b/")}
     one = daemon(**mine)
-    done = command("sync", "--reset", "--yes", **mine)
-    assert done.returncode == 4
+    done = command("sync", "--reset", "--yes", **mine, exit_code=4)
     assert "an instance is active: stop it" in done.stderr
     one.stop()
     rows(db, "UPDATE etcd_sync_state SET cluster_id = 'dead' WHERE prefix = %s", prefix + "b/")
-    assert command("validate", **mine).returncode == 4
+    command("validate", **mine, exit_code=4)
     assert daemon(ready=False, **mine).wait_exit() == 4
     done = command("sync", "--reset", **mine)
     assert (done.returncode, done.stdout) == (1, "")
     assert "add --yes" in done.stderr
     rows(db, "UPDATE etcd SET ts = '2020-01-01'")
-    done = command("sync", "--reset", "--yes", **mine)
-    assert done.returncode == 0, done.stderr
+    done = command("sync", "--reset", "--yes", **mine, exit_code=0)
     assert "dropped the mirror: 1 row" in done.stderr
     old = rows(db, "SELECT key, ts < '2021-01-01' FROM etcd ORDER BY key")
     assert old == [(prefix + "a/1", True), (prefix + "b/1", False)]
@@ -5210,7 +5002,7 @@ def test_reset_starts_over_and_spares_other_mirrors(
 
 def test_commands_say_which_server_is_down(command, db, prefix):
     nowhere = free_port()
-    assert command("sync").returncode == 0
+    command("sync", exit_code=0)
     for args in (["sync"], ["validate"], ["validate", "--fix"]):
         done = command(*args, "--startup-timeout", "0s", postgres=make_dsn(db, port=nowhere))
         assert (done.returncode, done.stdout) == (2, "")
@@ -5222,18 +5014,18 @@ def test_commands_say_which_server_is_down(command, db, prefix):
 
 
 def test_dry_run_keeps_commands_from_writing(command, db, prefix, etcd):
-    assert command("sync").returncode == 0
+    command("sync", exit_code=0)
     etcd.put(prefix + "a", "1")
     rows(db, "INSERT INTO etcd (key, value, revision) VALUES (%s, 'x', 1)", prefix + "b")
     rows(db, "SELECT etcd_set(%s, '1')", prefix + "c")
     assert "nothing was written" in command("sync", "--dry-run").stdout
-    assert command("validate", "--fix", "--dry-run").returncode == 5
+    command("validate", "--fix", "--dry-run", exit_code=5)
     assert [key for _, key, _ in mirror_rows(db, prefix)] == [prefix.encode() + b"b"]
     assert etcd.get(prefix + "c") is None
 
 
 def test_keys_cannot_move_the_cursor_nor_break_a_poor_terminal(command, db, prefix):
-    assert command("sync").returncode == 0
+    command("sync", exit_code=0)
     rows(db, "INSERT INTO etcd (key, value, revision) VALUES (%s, 'x', 1)", prefix + "\x1b[2J\né")
     done = command("validate", env={"PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stderr) == (5, "")
@@ -5246,12 +5038,6 @@ def test_help_of_a_command_has_an_example(capsys, name):
         etcd_fdw.build_parser().parse_args([*name.split(), "--help"])
     assert ended.value.code == 0
     assert re.search(rf"examples:\s+etcd_fdw.py (-c \S+ )?{name}", capsys.readouterr().out)
-
-
-def test_validate_without_a_mirror(command):
-    done = command("validate")
-    assert (done.returncode, done.stdout) == (4, "")
-    assert "there is no mirror yet" in done.stderr
 
 
 PUT_AT_THE_CHECKPOINT = (
@@ -5321,62 +5107,56 @@ def test_validate_raises_no_false_alarm_while_both_sides_write(daemon, command, 
     assert compared[0]["revision"] < compared[-1]["revision"]
 
 
-def test_validate_does_not_miss_what_no_mirror_can_hold(daemon, command, prefix, etcd):
-    etcd.put(prefix.encode() + b"\xff", "1")
-    etcd.put(prefix + "long" * 1000, "1")
-    etcd.put(prefix + "a", b"\0")
-    daemon()
-    found = comparison_of(command)
-    assert (found["equal"], found["keys"], found["unstorable"]) == (True, 1, 2)
-
-
-def test_commands_cope_with_a_checkpoint_that_etcd_has_forgotten(
-    daemon, command, own_client, db, prefix
-):
-    dsn = etcd_dsn(own_client.endpoint, prefix)
+def test_commands_cope_with_a_checkpoint_compacted_since(daemon, command, own_client, db, prefix):
     own_client.put(prefix + "a", "1")
-    daemon(etcd=dsn)
+    daemon(etcd=own_client)
     own_client.put(prefix + "b", "1")
     wait_until("not mirrored", lambda: len(mirror_rows(db)) == 2)
     for _ in range(3):
         own_client.put("elsewhere", "1")
     own_client.compact(own_client.revision())
-    assert command("status", "--check", etcd=dsn).stdout == "healthy\n"
-    assert command("validate", etcd=dsn).returncode == 0  # etcd holds the same as then
-    assert command("sync", etcd=dsn).returncode == 0
+    assert command("status", "--check", etcd=own_client).stdout == "healthy\n"
+    command("validate", etcd=own_client, exit_code=0)  # etcd holds the same as then
+    command("sync", etcd=own_client, exit_code=0)
     assert scalar(db, "SELECT resyncs FROM etcd_sync_state") == 0
     rows(db, "DELETE FROM etcd WHERE key = %s", prefix + "a")
-    done = command("validate", etcd=dsn)
-    assert done.returncode == 4
+    done = command("validate", etcd=own_client, exit_code=4)
     assert "etcd has compacted revision" in done.stderr
-    done = command("validate", "--fix", etcd=dsn)  # the active instance copies again
-    assert done.returncode == 0, done.stderr
+    # the active instance copies again
+    command("validate", "--fix", etcd=own_client, exit_code=0)
     assert scalar(db, "SELECT count(*) FROM etcd_list(%s)", prefix) == 2
 
 
+READ, WRITE, READWRITE = 0, 1, 2  # authpb.Permission.Type, which etcdrpc does not export
+
+
+def permit(client: EtcdClient, role: str, kind: int, prefix: str) -> None:
+    """Grant READ, WRITE or READWRITE below the prefix."""
+    request = etcdrpc.AuthRoleGrantPermissionRequest(name=role)
+    request.perm.permType, request.perm.key = kind, prefix.encode()
+    request.perm.range_end = prefix_end(prefix)
+    client.call(client.auth.RoleGrantPermission, request)
+
+
 def add_etcd_user(
-    client: EtcdClient, user: str, password: str, prefix: str, role: str, kind: int = 2
+    client: EtcdClient, user: str, password: str, *prefixes: str, kind: int = READWRITE
 ) -> None:
-    """Add a user with one role; kind: 0 to read, 1 to write, 2 for both."""
-    call, auth = client.call, client.auth
-    call(auth.UserAdd, etcdrpc.AuthUserAddRequest(name=user, password=password))
-    call(auth.RoleAdd, etcdrpc.AuthRoleAddRequest(name=role))
-    if prefix:
-        request = etcdrpc.AuthRoleGrantPermissionRequest(name=role)
-        request.perm.permType, request.perm.key = kind, prefix.encode()
-        request.perm.range_end = prefix_end(prefix)
-        call(auth.RoleGrantPermission, request)
-    call(auth.UserGrantRole, etcdrpc.AuthUserGrantRoleRequest(user=user, role=role))
+    """Add a user, who has a role of the same name."""
+    client.call(client.auth.UserAdd, etcdrpc.AuthUserAddRequest(name=user, password=password))
+    client.call(client.auth.RoleAdd, etcdrpc.AuthRoleAddRequest(name=user))
+    for prefix in prefixes:
+        permit(client, user, kind, prefix)
+    client.call(client.auth.UserGrantRole, etcdrpc.AuthUserGrantRoleRequest(user=user, role=user))
 
 
 # ── metrics, signals, supervision, housekeeping ──────────────────────────────
 
 
-def http_get(address: str, path: str) -> tuple[int, str]:
-    """Status and body of a GET."""
+def http_get(address: str, path: str, data: bytes | None = None) -> tuple[int, str]:
+    """Status and body of a GET, or of a POST of data."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(f"http://{address}{path}", timeout=WAIT_S) as answer:
+        with opener.open(f"http://{address}{path}", data, timeout=WAIT_S) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as exc:
         return exc.code, exc.read().decode()
@@ -5429,28 +5209,26 @@ def test_metrics_tell_what_happened(daemon, db, prefix, etcd):
     assert after["etcd_fdw_info" + f'{{prefix="{prefix}",version="{etcd_fdw.__version__}"}}'] == 1
 
 
-def test_metrics_and_readiness_tell_which_side_is_away(daemon, db, prefix, etcd_address):
-    with Proxy(etcd_port(etcd_address.endpoint)) as proxy:
-        dsn = etcd_dsn(proxy.endpoint, prefix, etcd_address.user, etcd_address.password)
-        one = daemon(*FAST, "--metrics-address", "127.0.0.1:0", etcd=dsn)
-        address = metrics_address(one)
-        wait_until("not ready", lambda: http_get(address, "/readyz")[0] == 200)
-        proxy.refuse()
-        away = 503, "etcd is unavailable\n"
-        wait_until("ready without etcd", lambda: http_get(address, "/readyz") == away)
-        lost = read_metrics(one)
-        assert lost['etcd_fdw_connected{side="etcd"}'] == 0
-        assert lost['etcd_fdw_connected{side="postgresql"}'] == 1
-        assert lost['etcd_fdw_reconnects_total{side="etcd"}'] >= 1
-        assert lost['etcd_fdw_reconnects_total{side="postgresql"}'] == 0
-        assert lost["etcd_fdw_lag_seconds"] > 0
-        assert http_get(address, "/healthz") == (200, "ok\n")
-        proxy.resume()
-        wait_until("not ready again", lambda: http_get(address, "/readyz")[0] == 200)
-        wait_until("still behind", lambda: read_metrics(one)["etcd_fdw_lag_seconds"] == 0)
+def test_metrics_and_readiness_tell_which_side_is_away(daemon, network):
+    one = daemon(*FAST, "--metrics-address", "127.0.0.1:0", etcd=network)
+    address = metrics_address(one)
+    wait_until("not ready", lambda: http_get(address, "/readyz")[0] == 200)
+    network.refuse()
+    away = 503, "etcd is unavailable\n"
+    wait_until("ready without etcd", lambda: http_get(address, "/readyz") == away)
+    lost = read_metrics(one)
+    assert lost['etcd_fdw_connected{side="etcd"}'] == 0
+    assert lost['etcd_fdw_connected{side="postgresql"}'] == 1
+    assert lost['etcd_fdw_reconnects_total{side="etcd"}'] >= 1
+    assert lost['etcd_fdw_reconnects_total{side="postgresql"}'] == 0
+    assert lost["etcd_fdw_lag_seconds"] > 0
+    assert http_get(address, "/healthz") == (200, "ok\n")
+    network.resume()
+    wait_until("not ready again", lambda: http_get(address, "/readyz")[0] == 200)
+    wait_until("still behind", lambda: read_metrics(one)["etcd_fdw_lag_seconds"] == 0)
 
 
-def test_standby_is_healthy_but_not_ready_and_answers_signals(daemon):
+def test_standby_is_shown_and_is_healthy_but_not_ready_and_answers_signals(daemon, command):
     daemon()
     standby = daemon("--metrics-address", "127.0.0.1:0", ready=False)
     standby.wait_log("standing by")
@@ -5463,6 +5241,10 @@ def test_standby_is_healthy_but_not_ready_and_answers_signals(daemon):
     standby.wait_log("status: standing by, ")
     standby.signal(signal.SIGHUP)
     standby.wait_log("changed: nothing; changes only with a restart: nothing")
+    assert len(status_of(command)["standbys"]) == 1
+    assert re.search(r"^standbys +1: 127\.0\.0\.1 since 2", command("status").stdout, re.MULTILINE)
+    standby.stop()
+    wait_until("still there", lambda: not status_of(command)["standbys"])
 
 
 def test_catching_up_is_lag(daemon, db, prefix, etcd):
@@ -5580,7 +5362,7 @@ def test_metrics_port_in_use_is_one_line(command):
     assert_one_error_line(done, 1, message)
 
 
-def test_lines_about_a_lost_session_come_in_order(daemon, own_postgres, prefix):
+def test_lines_about_a_lost_session_come_in_order(daemon, own_postgres, prefix, etcd):
     db = own_postgres.dsn()
     one = daemon(*HASTE, postgres=db)
     rows(db, "SELECT etcd_set(%s, 'x')", prefix + "a")
@@ -5590,51 +5372,23 @@ def test_lines_about_a_lost_session_come_in_order(daemon, own_postgres, prefix):
     one.stop()
     lines = [line.partition("Z ")[2] for line in one.log().splitlines()]
     lost = next(number for number, line in enumerate(lines) if line.startswith("WARN"))
-    applied = "INFO mirrored 1 event up to revision .* applied 1 change, 0 in conflict, 0 failed"
-    assert re.fullmatch(applied, lines[lost - 1])
+    put = etcd.get(prefix + "a").mod_revision
+    mirrored = f"INFO mirrored 1 event up to revision {put}; applied 1 change, 0 in conflict, "
+    assert lines[lost - 1] == mirrored + "0 failed"
     reason = "terminating connection due to administrator command"
     assert re.fullmatch(f"WARN PostgreSQL: {reason}; retrying in .*s", lines[lost])
     assert re.fullmatch(r"INFO watching .*: connected again after \d+\.\ds", lines[-2])
     assert lines[-1] == "INFO stopped"
 
 
-def test_summary_names_the_revision_that_the_mirror_is_at(db, etcd_address, prefix, etcd, caplog):
-    caplog.set_level(logging.INFO, "etcd_fdw")
-    engine = engine_of(db, etcd_address, prefix)
-    with (
-        closing(etcd_fdw.Postgres(engine.config, engine.guard)) as postgres,
-        closing(engine.connect_etcd()) as client,
-        closing(etcd_fdw.Session(engine, postgres, client)) as session,
-    ):
-        postgres.ensure_schema()
-        session.mirror.snapshot(None, 0)
-        session.mirror.watch(scalar(db, "SELECT revision FROM etcd_sync_state"), False)
-        put = etcd.put(prefix + "a", "1")
-        wait_until("nothing came", lambda: session.write() and mirror_rows(db, prefix))
-        engine.summarise()
-    assert f"mirrored 1 event up to revision {put};" in caplog.text
+def test_metrics_address():
+    parse = etcd_fdw.parse_address
+    assert parse("127.0.0.1:9379") == parse(":9379") == ("127.0.0.1", 9379)
+    assert parse("[::1]:9379") == ("::1", 9379)
+    assert parse("metrics.example:1") == ("metrics.example", 1)
 
 
-@pytest.mark.parametrize(
-    ("text", "address"),
-    [
-        ("127.0.0.1:9379", ("127.0.0.1", 9379)),
-        (":9379", ("127.0.0.1", 9379)),
-        ("[::1]:9379", ("::1", 9379)),
-        ("metrics.example:1", ("metrics.example", 1)),
-    ],
-)
-def test_metrics_address(text, address):
-    assert etcd_fdw.parse_address(text) == address
-
-
-@pytest.mark.parametrize("text", ["9379", "host", "host:", "h:99999", "::1:9379", "http://h:1", ""])
-def test_metrics_address_is_refused(text):
-    with pytest.raises(ValueError, match="HOST:PORT"):
-        etcd_fdw.parse_address(text)
-
-
-class Manager:
+class Manager(Closing):
     """The other end of NOTIFY_SOCKET, as systemd has it."""
 
     def __init__(self, address: str) -> None:
@@ -5652,10 +5406,7 @@ class Manager:
 
         return wait_until(f"no {line}", look)
 
-    def __enter__(self) -> Manager:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
+    def close(self) -> None:
         self.sock.close()
 
 
@@ -5697,11 +5448,11 @@ def test_systemd_is_told(daemon, prefix, tmp_path, abstract):
         assert one.wait_exit() == 0
 
 
-def test_systemd_hears_of_a_lost_server(daemon, tmp_path, own_etcd, prefix):
+def test_systemd_hears_of_a_lost_server(daemon, tmp_path, own_etcd):
     with Manager(str(tmp_path / "notify")) as manager:
         # a ping each second, not three: the socket keeps ten messages that were not read yet
         env = {**manager.env, "WATCHDOG_USEC": "9000000"}
-        daemon(env=env, etcd=etcd_dsn(own_etcd.endpoint, prefix))
+        daemon(env=env, etcd=own_etcd)
         manager.wait("READY=1")
         own_etcd.stop()
         manager.wait("STATUS=etcd is unavailable")
@@ -5730,20 +5481,6 @@ def test_sigusr1_logs_the_status(daemon, db, prefix, etcd):
     assert "events 1, applied 0, conflicts 0, failures 0" in line
 
 
-def test_json_log_is_objects_with_what_the_message_names(daemon, prefix):
-    one = daemon("--log-format", "json", "--metrics-address", "127.0.0.1:0")
-    one.stop()
-    lines = [json.loads(line) for line in one.log().splitlines()]
-    for line in lines:
-        assert set(line) >= {"ts", "level", "message", "prefix", "pid"}
-        assert (line["prefix"], line["pid"], line["level"]) == (prefix, one.pid, "info")
-        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", line["ts"])
-    assert lines[-1]["message"] == "stopped"
-    (port,) = [line for line in lines if "port" in line]
-    assert port["message"].endswith(f" on {port['host']}:{port['port']}")
-    assert isinstance(port["port"], int)
-
-
 def test_json_log_line_keeps_its_own_members_and_takes_any_value():
     record = logging.makeLogRecord(
         {"msg": "%(key)s: %(error)s", "args": {"key": "/a", "error": OSError("x"), "pid": 0}}
@@ -5755,8 +5492,7 @@ def test_json_log_line_keeps_its_own_members_and_takes_any_value():
 
 def test_json_log_has_the_last_words_too(command):
     dead = f"postgresql://127.0.0.1:{free_port()}/x"
-    done = command("--startup-timeout", "0s", "--log-format", "json", postgres=dead)
-    assert done.returncode == 2
+    done = command("--startup-timeout", "0s", "--log-format", "json", postgres=dead, exit_code=2)
     last = [json.loads(line) for line in done.stderr.splitlines()][-1]
     assert (last["level"], last["exit_code"]) == ("error", 2)
 
@@ -5780,14 +5516,13 @@ def test_finished_changes_are_deleted_after_their_retention(daemon, db, prefix, 
     one = daemon("--poll-interval", "100ms")
     for n in range(5):
         rows(db, "SELECT etcd_set(%s, 'x')", f"{prefix}k{n}")
-    insert = "INSERT INTO etcd_wal (key, value) VALUES (%s, 'conflict') RETURNING id"
-    conflict = queue(db, insert, prefix + "k0")
+    conflict = ask(db, prefix + "k0")
     wait_status(db, conflict, "conflict")
-    retry = queue(db, "SELECT etcd_retry(%s)", conflict)
+    retry = scalar(db, "SELECT etcd_retry(%s)", conflict)
     wait_status(db, retry, "success")
     one.stop()
     rows(db, "UPDATE etcd_wal SET finished_at = finished_at - interval '8 days'")
-    young = queue(db, "SELECT etcd_set(%s, 'x')", prefix + "young")
+    young = scalar(db, "SELECT etcd_set(%s, 'x')", prefix + "young")
     rows(db, "INSERT INTO etcd_wal (key, value) VALUES ('elsewhere', 'stray')")
     one = daemon("-l", "debug")
     one.wait_log("housekeeping deleted 5 rows of etcd_wal")
@@ -5798,8 +5533,7 @@ def test_finished_changes_are_deleted_after_their_retention(daemon, db, prefix, 
 
 def test_dismissed_changes_are_deleted_after_their_retention(daemon, command, db, prefix):
     one = daemon(*FAST)
-    insert = "INSERT INTO etcd_wal (key, value, revision) VALUES (%s, 'x', 1) RETURNING id"
-    first, second, third = [queue(db, insert, f"{prefix}{n}") for n in range(3)]
+    first, second, third = [ask(db, f"{prefix}{n}", revision=1) for n in range(3)]
     wait_settled(db)
     rows(db, "UPDATE etcd_wal SET finished_at = finished_at - interval '9 days'")
     rows(db, "SELECT etcd_dismiss(%s), etcd_dismiss(%s)", first, second)
@@ -5809,7 +5543,7 @@ def test_dismissed_changes_are_deleted_after_their_retention(daemon, command, db
     older = "UPDATE etcd_wal SET dismissed_at = dismissed_at - interval '8 days' WHERE id = %s"
     rows(db, older, first)
     one.stop()
-    assert command("sync", "--retry-failed").returncode == 0
+    command("sync", "--retry-failed", exit_code=0)
     retries = rows(db, "SELECT retry_of FROM etcd_wal WHERE retry_of IS NOT NULL")
     assert retries == [(third,)]
     daemon()
@@ -5844,9 +5578,10 @@ def test_superseded_versions_are_deleted_and_etcd_at_says_so(daemon, db, prefix,
         ("SELECT * FROM etcd_at(%s, %s)", (gone, prefix)),
         ("SELECT * FROM etcd_get_all(%s, %s)", (key, first)),
     ]:
-        with pytest.raises(psycopg2.errors.InvalidParameterValue, match="pruned"):
-            rows(db, sql, *args)
+        assert "pruned" in refused("22023", db, sql, *args).message_primary
     assert len(rows(db, "SELECT * FROM etcd_get_all(%s)", key)) == 2
+    one.stop()
+    daemon()  # the last revision deletes what was pruned, which does not look like another etcd
 
 
 def test_housekeeping_goes_through_everything_in_steps(daemon, db, prefix, etcd):
@@ -5873,9 +5608,7 @@ def test_housekeeping_goes_through_everything_in_steps(daemon, db, prefix, etcd)
         "SELECT (SELECT count(*) FROM etcd), (SELECT count(*) FROM etcd_wal),"
         " (SELECT count(*) FROM etcd_sync_event WHERE operation = 'mirror')"
     )
-    with suppress(TimeoutError):
-        wait_until("not all deleted", lambda: rows(db, left) == [(11, count, 3 * count)])
-    assert rows(db, left) == [(11, count, 3 * count)]
+    wait_until("not all deleted", lambda: rows(db, left) == [(11, count, 3 * count)])
     expected = {"etcd": count - 10, "etcd_wal": count, "etcd_sync_event": count + 1}  # first copy's
     total = 'etcd_fdw_deleted_rows_total{{table="{}"}}'
 
@@ -5911,15 +5644,7 @@ def test_audit_of_all_tells_who_and_what_became_of_it(daemon, db, prefix, etcd):
         (id_,) = cur.fetchone()
         cur.execute("INSERT INTO etcd_wal (key, value) VALUES (%s, '3')", (key,))
     assert wait_settled(db) == ["success", "conflict"]
-    sql = """
-        SELECT role_name, application_name, status, result_revision, finished_at >= ts
-        FROM etcd_wal ORDER BY id
-    """
     user, after = scalar(db, "SELECT current_user"), etcd.get(key).mod_revision
-    assert rows(db, sql) == [
-        (user, "billing", "success", after, True),
-        (user, "billing", "conflict", after, True),
-    ]
     sql = """
         SELECT operation, status, source_system, target_system, target_revision,
                details - 'message'
@@ -5941,7 +5666,7 @@ def test_application_waits_for_its_outcome_without_polling(daemon, db, prefix, e
             ("SELECT etcd_set(%s, '1')", "success"),
             ("INSERT INTO etcd_wal (key) VALUES (%s) RETURNING id", "conflict"),
         ]:
-            id_, conn = queue(db, sql, prefix + "a"), cur.connection
+            id_, conn = scalar(db, sql, prefix + "a"), cur.connection
 
             def told(conn: Any = conn, id_: int = id_) -> bool:
                 select.select([conn], [], [], WAIT_S)
@@ -5967,12 +5692,6 @@ def test_application_is_told_of_revisions(daemon, db, prefix, etcd):
         covered = [r for r in revisions if any(first <= r <= last for first, last in ranges[1:])]
         assert covered == revisions
         assert ranges == sorted(ranges)
-
-
-@pytest.mark.parametrize("name", ["", "x" * 64, "etcd_changes", "etcd_outcome"])
-def test_notify_channel_is_refused(name):
-    with pytest.raises(ValueError, match="cannot be the channel"):
-        etcd_fdw.parse_channel(name)
 
 
 def test_sighup_changes_what_can_be_changed(daemon, db, prefix, etcd, tmp_path):
@@ -6074,8 +5793,8 @@ def test_supervisord_starts_restarts_and_stops_it(supervisord, db, prefix, etcd)
 
 
 @pytest.mark.parametrize("fault", ["restart", "kill", "pause"])
-def test_etcd_goes_away_under_load(daemon, prefix, own_etcd, load, fault):
-    running = daemon(*HASTE, etcd=etcd_dsn(own_etcd.endpoint, prefix) + HASTY_ETCD)
+def test_etcd_goes_away_under_load(daemon, own_etcd, load, fault):
+    running = daemon(*HASTE, etcd=own_etcd, query=HASTY_ETCD)
     play = load(own_etcd.endpoint)
     play.run(100)
     mark = running.mark()
@@ -6125,7 +5844,6 @@ def test_cluster_loses_leader_endpoint_and_majority(daemon, prefix, own_cluster,
         member.launch()
     for member in (first, second):
         member.wait_ready()
-    play.wait_flow()
     play.finish()
 
 
@@ -6137,20 +5855,17 @@ def test_black_holed_endpoint_is_left(daemon, prefix, own_etcd, network, load):
     mark = running.mark()
     network.stall()
     running.wait_log(f"watching .* at {own_etcd.endpoint}", after=mark)
-    play.wait_flow()
     play.finish()
 
 
-def test_network_of_etcd_fails_under_load(daemon, prefix, own_etcd, network, load):
-    daemon(*HASTE, etcd=etcd_dsn(network.endpoint, prefix) + HASTY_ETCD)
+def test_network_of_etcd_fails_under_load(daemon, own_etcd, network, load):
+    daemon(*HASTE, etcd=network, query=HASTY_ETCD)
     assert_survives_network(network, load(own_etcd.endpoint))
 
 
-def test_network_of_postgres_fails_under_load(daemon, db, load):
-    host = psycopg2.extensions.parse_dsn(db)
-    with Proxy(int(host["port"])) as proxy:
-        daemon(*HASTE, postgres=make_dsn(db, host="127.0.0.1", port=proxy.port))
-        assert_survives_network(proxy, load())
+def test_network_of_postgres_fails_under_load(daemon, db_network, load):
+    daemon(*HASTE, postgres=db_network)
+    assert_survives_network(db_network, load())
 
 
 def assert_survives_network(proxy: Proxy, play: Load) -> None:
@@ -6167,25 +5882,7 @@ def assert_survives_network(proxy: Proxy, play: Load) -> None:
     proxy.throttle(50_000)
     play.run(100)
     proxy.resume()
-    play.wait_flow()
     play.finish()
-
-
-@pytest.fixture
-def small_etcd() -> Iterator[LocalEtcd]:
-    """An etcd that is full soon."""
-    with LocalEtcd(["--quota-backend-bytes", str(4 << 20)]) as server:
-        yield server
-
-
-def fill(client: EtcdClient) -> str:
-    """Write until etcd takes no more; return what it says then."""
-    for n in itertools.count():
-        try:
-            client.put("filler", str(n) * 100_000)
-        except grpc.RpcError as exc:
-            return str(exc.details())
-    raise AssertionError("not reached")
 
 
 def make_room(client: EtcdClient) -> None:
@@ -6199,83 +5896,38 @@ def make_room(client: EtcdClient) -> None:
     client.call(client.maintenance.Alarm, alarm)
 
 
-def test_etcd_without_space_makes_changes_wait(daemon, db, prefix, small_etcd):
-    running = daemon(*HASTE, etcd=etcd_dsn(small_etcd.endpoint, prefix))
-    with (
-        EtcdClient(small_etcd.endpoint) as client,
-        Recorder(client, prefix, client.revision() + 1) as recorder,
-    ):
-        client.put(prefix + "doomed", "etcd")
-        assert "database space exceeded" in fill(client)
-        for n in range(10):
-            rows(db, "SELECT etcd_set(%s, %s)", f"{prefix}{n}", f"sql-{n}")
-        sql = """
-            SELECT FROM etcd_wal WHERE status = 'pending' AND retry_count > 0
-               AND error_message LIKE '%database space exceeded%'
-        """  # etcd applies the change that meets the limit all the same
-        wait_until("no change was refused", lambda: rows(db, sql))
-        request = etcdrpc.DeleteRangeRequest(key=(prefix + "doomed").encode())
-        client.call(client.kv.DeleteRange, request)  # which needs no space
-        sql = "SELECT tombstone FROM etcd WHERE key = %s ORDER BY revision DESC LIMIT 1"
-        wait_until("the mirror stands still", lambda: scalar(db, sql, prefix + "doomed"))
-        recorder.sync()
-        make_room(client)
-        assert assert_outcomes(recorder, db) == {"success": 10}
-        assert_same(recorder, db, prefix)
-        assert running.returncode is None
-
-
 # ─ compaction ─
 
 
-def mirror_once(daemon, client: EtcdClient, prefix: str, *keys: str) -> str:
-    """Put these keys and let a daemon mirror them, which then stops; return etcd's DSN."""
-    dsn = etcd_dsn(client.endpoint, prefix)
+def mirror_once(daemon, client: EtcdClient, prefix: str, *keys: str) -> None:
+    """Put these keys and let a daemon mirror them, which then stops."""
     for key in keys:
         client.put(prefix + key, "1")
-    daemon(etcd=dsn).stop()
-    return dsn
+    daemon(etcd=client).stop()
 
 
 @pytest.mark.parametrize("offset", [-1, 0, 1])
 def test_compaction_next_to_the_checkpoint_loses_no_delete(daemon, db, prefix, own_client, offset):
-    dsn = mirror_once(daemon, own_client, prefix, "before", "doomed")
+    mirror_once(daemon, own_client, prefix, "before", "doomed")
     checkpoint = scalar(db, "SELECT revision FROM etcd_sync_state")
     own_client.delete(prefix + "doomed")  # at checkpoint + 1
     own_client.compact(checkpoint + offset)
-    daemon(*HASTE, etcd=dsn)
-    wait_equal(db, own_client, prefix)
-
-
-def test_compaction_while_stopped(daemon, db, prefix, own_client):
-    dsn = mirror_once(daemon, own_client, prefix, "kept", "changed", "deleted")
-    checkpoint = scalar(db, "SELECT revision FROM etcd_sync_state")
-    own_client.put(prefix + "changed", "2")
-    own_client.put(prefix + "changed", "3")
-    own_client.delete(prefix + "deleted")
-    own_client.put(prefix + "new", "1")
-    own_client.compact(own_client.revision())
-    running = daemon(*HASTE, etcd=dsn)
-    running.wait_log(r"copied 3 keys .* \(2 new, 1 deleted\)")
-    wait_equal(db, own_client, prefix)
-    gaps = scalar(db, "SELECT gaps::text FROM etcd_sync_state")
-    assert gaps == f'{{"[{checkpoint + 1},{own_client.revision()})"}}'
-    own_client.put(prefix + "after", "1")
+    daemon(*HASTE, etcd=own_client)
     wait_equal(db, own_client, prefix)
 
 
 def test_what_etcd_has_not_compacted_is_not_skipped(daemon, db, prefix, own_client):
-    dsn = mirror_once(daemon, own_client, prefix, "changed", "deleted")
+    mirror_once(daemon, own_client, prefix, "changed", "deleted")
     checkpoint = own_client.revision()
     own_client.put(prefix + "changed", "2")
     compacted = own_client.put(prefix + "changed", "3")
-    with Recorder(own_client, prefix, compacted + 1) as recorder:
+    with Recorder(own_client, prefix) as recorder:
         own_client.delete(prefix + "deleted")
         own_client.put(prefix + "changed", "4")
         own_client.put(prefix + "deleted", "2")
         own_client.delete(prefix + "deleted")
         own_client.compact(compacted)
-        daemon(*HASTE, etcd=dsn)
+        daemon(*HASTE, etcd=own_client)
         wait_equal(db, own_client, prefix)
         recorder.sync()
         mirrored = [event for event in mirror_rows(db, prefix) if event.revision > compacted]
@@ -6285,9 +5937,8 @@ def test_what_etcd_has_not_compacted_is_not_skipped(daemon, db, prefix, own_clie
 
 
 def test_compaction_while_the_prefix_is_quiet(daemon, db, prefix, own_client):
-    dsn = etcd_dsn(own_client.endpoint, prefix)
-    with Recorder(own_client, prefix, own_client.revision() + 1) as recorder:
-        running = daemon(*HASTE, etcd=dsn)
+    with Recorder(own_client, prefix) as recorder:
+        running = daemon(*HASTE, etcd=own_client)
         own_client.put(prefix + "a", "1")
         own_client.put(prefix + "b", "1")
         assert_same(recorder, db, prefix)
@@ -6300,7 +5951,7 @@ def test_compaction_while_the_prefix_is_quiet(daemon, db, prefix, own_client):
             own_client.put(f"elsewhere/{n}", "2")
         own_client.compact(recorder.sync())
         running.kill()
-        daemon(*HASTE, etcd=dsn)  # copies again, which finds nothing
+        daemon(*HASTE, etcd=own_client)  # copies again, which finds nothing
         own_client.put(prefix + "b", "2")
         assert_same(recorder, db, prefix)
 
@@ -6309,7 +5960,7 @@ def test_compaction_while_it_copies(daemon, db, prefix, own_client, network):
     for n in range(15):
         own_client.txn([own_client.put_op(f"{prefix}{n}/{i}", "x" * 5000) for i in range(100)])
     network.throttle(2_000_000)
-    running = daemon(*HASTE, etcd=etcd_dsn(network.endpoint, prefix), ready=False)
+    running = daemon(*HASTE, etcd=network, ready=False)
     wait_until("nothing is copied", lambda: network.forwarded > 500_000)
     own_client.delete(f"{prefix}0/", prefix=True)
     own_client.put(prefix + "14/99", "new")
@@ -6319,9 +5970,8 @@ def test_compaction_while_it_copies(daemon, db, prefix, own_client, network):
     wait_equal(db, own_client, prefix)
 
 
-def test_compactions_and_kills_under_load(daemon, db, prefix, own_etcd, load):
-    dsn = etcd_dsn(own_etcd.endpoint, prefix)
-    running = daemon(*HASTE, etcd=dsn)
+def test_compactions_and_kills_under_load(daemon, db, own_etcd, load):
+    running = daemon(*HASTE, etcd=own_etcd)
     play = load(own_etcd.endpoint)
     for turn in range(6):
         play.run(40)
@@ -6330,45 +5980,37 @@ def test_compactions_and_kills_under_load(daemon, db, prefix, own_etcd, load):
             play.run(20)
         play.compact()
         if turn % 2:
-            running = daemon(*HASTE, etcd=dsn)
-    play.wait_flow()
+            running = daemon(*HASTE, etcd=own_etcd)
     play.finish(gaps=True)
 
 
-def test_resync_that_another_instance_has_done_meanwhile(
-    daemon, command, db, prefix, own_client, network
-):
-    dsn = mirror_once(daemon, own_client, prefix, "a")
+def test_resync_by_another_meanwhile(daemon, command, db, prefix, own_client, network, db_network):
+    mirror_once(daemon, own_client, prefix, "a")
     own_client.put(prefix + "a", "2")
     compacted = own_client.put(prefix + "a", "3")
     own_client.compact(compacted)
-    port = int(psycopg2.extensions.parse_dsn(db)["port"])
-    with Proxy(port) as to_postgres:
-        network.stall()
-        waiting = daemon(
-            *HASTE,
-            postgres=make_dsn(db, host="127.0.0.1", port=to_postgres.port),
-            etcd=etcd_dsn(network.endpoint, prefix) + "?dial_timeout=80s",
-            ready=False,
-        )
-        wait_until("it has no session", lambda: scalar(db, SESSIONS))
-        to_postgres.black_hole()  # for the next session
-        network.resume()
-        waiting.wait_log("copying again")
-        wait_until("its session goes on", lambda: scalar(db, SESSIONS) is None)
-        own_client.put(prefix + "a", "4")
-        assert command("sync", etcd=dsn).returncode == 0
-        to_postgres.resume()
-        to_postgres.cut()
-        waiting.wait_log("watching")
-        assert "copied" not in waiting.log()
+    network.stall()
+    servers = {"postgres": db_network, "etcd": network, "query": "?dial_timeout=80s"}
+    waiting = daemon(*HASTE, **servers, ready=False)
+    wait_until("it has no session", lambda: scalar(db, SESSIONS))
+    db_network.black_hole()  # for the next session
+    network.resume()
+    waiting.wait_log("copying again")
+    wait_until("its session goes on", lambda: scalar(db, SESSIONS) is None)
+    own_client.put(prefix + "a", "4")
+    command("sync", etcd=own_client, exit_code=0)
+    db_network.resume()
+    db_network.cut()
+    waiting.wait_log("watching")
+    assert "copied" not in waiting.log()
 
 
 # ─ another timeline ─
 
 
 def restore(server: LocalEtcd, snapshot: Path) -> None:
-    """Bring a stopped etcd back to a snapshot; it keeps its cluster id."""
+    """Bring an etcd back to a snapshot; it keeps its cluster id."""
+    server.stop()
     shutil.rmtree(server.data_dir)
     program = server.program.with_name("etcdutl")
     if not program.exists():  # before etcd 3.5 it was etcdctl that restored
@@ -6382,18 +6024,7 @@ def restore(server: LocalEtcd, snapshot: Path) -> None:
     }
     command += [f"--{name}={value}" for name, value in options.items()]
     subprocess.run(command, env={**os.environ, "ETCDCTL_API": "3"}, check=True, capture_output=True)
-
-
-def test_deletion_whose_older_version_was_pruned_is_no_other_timeline(daemon, db, prefix, etcd):
-    etcd.put(prefix + "a", "1")
-    one = daemon()
-    etcd.delete(prefix + "a")
-    wait_until("not mirrored", lambda: len(mirror_rows(db)) == 2)
-    one.stop()
-    one = daemon("--history-retention=0s")
-    wait_until("not pruned", lambda: scalar(db, "SELECT array_agg(tombstone) FROM etcd") == [True])
-    one.stop()
-    daemon()
+    server.start()
 
 
 @pytest.mark.parametrize(
@@ -6404,13 +6035,12 @@ def test_deletion_whose_older_version_was_pruned_is_no_other_timeline(daemon, db
     ],
 )
 def test_etcd_restored_from_a_backup(daemon, db, prefix, own_etcd, tmp_path, how, where):
-    dsn = etcd_dsn(own_etcd.endpoint, prefix)
     with EtcdClient(own_etcd.endpoint) as client:
         client.put(prefix + "a", "1")
         client.put(prefix + "b", "1")
         client.snapshot(tmp_path / "backup")
-        daemon(etcd=dsn).stop()
-        running = daemon(etcd=dsn)
+        daemon(etcd=own_etcd).stop()
+        running = daemon(etcd=own_etcd)
         if how != "delete":
             client.put(prefix + ("a" if how == "put" else "c"), "2")
         if how != "put":
@@ -6418,9 +6048,7 @@ def test_etcd_restored_from_a_backup(daemon, db, prefix, own_etcd, tmp_path, how
         checkpoint = client.revision()
         wait_until("not there", lambda: mirror_rows(db, prefix)[-1].revision == checkpoint)
         running.stop()
-        own_etcd.stop()
         restore(own_etcd, tmp_path / "backup")
-        own_etcd.start()
     with EtcdClient(own_etcd.endpoint) as client:  # the connection of the other may look alive
         while where != "behind" and client.revision() < checkpoint + 5:
             client.put(prefix + "b", "other")
@@ -6428,7 +6056,7 @@ def test_etcd_restored_from_a_backup(daemon, db, prefix, own_etcd, tmp_path, how
             client.compact(client.revision())
     sql = "SELECT cluster_id, revision, last_key, gaps FROM etcd_sync_state"
     before, state = mirror_rows(db, prefix), rows(db, sql)
-    refused = daemon(*HASTE, etcd=dsn, ready=False)
+    refused = daemon(*HASTE, etcd=own_etcd, ready=False)
     assert refused.wait_exit() == 4
     assert "another etcd timeline" in refused.log()
     assert "sync --reset" in refused.log()
@@ -6437,16 +6065,13 @@ def test_etcd_restored_from_a_backup(daemon, db, prefix, own_etcd, tmp_path, how
 
 
 def test_etcd_restored_while_the_daemon_runs(daemon, db, prefix, own_etcd, tmp_path):
-    dsn = etcd_dsn(own_etcd.endpoint, prefix)
     with EtcdClient(own_etcd.endpoint) as client:
         client.put(prefix + "a", "1")
         client.snapshot(tmp_path / "backup")
-        running = daemon(*HASTE, etcd=dsn)
+        running = daemon(*HASTE, etcd=own_etcd)
         client.put(prefix + "a", "2")
         wait_until("the put did not arrive", lambda: len(mirror_rows(db, prefix)) == 2)
-        own_etcd.stop()
         restore(own_etcd, tmp_path / "backup")
-        own_etcd.start()
     assert running.wait_exit() == 4
     assert len(mirror_rows(db, prefix)) == 2
 
@@ -6454,28 +6079,25 @@ def test_etcd_restored_while_the_daemon_runs(daemon, db, prefix, own_etcd, tmp_p
 # ─ much at once ─
 
 
-def test_catch_up_of_large_values_with_slow_postgres(daemon, db, prefix, own_client):
-    dsn = mirror_once(daemon, own_client, prefix)
-    with (
-        Recorder(own_client, prefix, own_client.revision() + 1) as recorder,
-        Proxy(int(psycopg2.extensions.parse_dsn(db)["port"])) as proxy,
-    ):
+def test_catch_up_of_much_with_slow_postgres(daemon, db, prefix, own_client, db_network):
+    mirror_once(daemon, own_client, prefix)
+    with Recorder(own_client, prefix) as recorder:
         for n in range(10, 40):
             own_client.put(f"{prefix}{n % 20}", str(n) * 700_000)
-        proxy.throttle(30_000_000)
-        running = daemon(etcd=dsn, postgres=make_dsn(db, host="127.0.0.1", port=proxy.port))
+        db_network.throttle(30_000_000)
+        running = daemon(etcd=own_client, postgres=db_network)
         assert_same(recorder, db, prefix)
         assert peak_mib(running.pid) < 250
 
 
-def test_large_changes_wait_for_etcd_not_in_memory(daemon, db, prefix, own_etcd):
-    dsn = etcd_dsn(own_etcd.endpoint, prefix)
-    daemon(etcd=dsn).stop()
+def test_large_changes_wait_for_etcd_not_in_memory(daemon, db, prefix, own_client):
+    daemon(etcd=own_client).stop()
     sql = "SELECT etcd_set(%s || n %% 20, repeat(n::text, 350000)) FROM generate_series(10, 69) n"
     rows(db, sql, prefix)
-    running = daemon(etcd=dsn)
+    running = daemon(etcd=own_client)
     assert wait_settled(db) == ["success"] * 60
     assert peak_mib(running.pid) < 250
+    wait_equal(db, own_client, prefix)
 
 
 def bulk(client: EtcdClient, prefix: str, count: int) -> None:
@@ -6488,20 +6110,6 @@ def bulk(client: EtcdClient, prefix: str, count: int) -> None:
             done.popleft().result()
     while done:
         done.popleft().result()
-
-
-def assert_catches_up(daemon, db, prefix, own_etcd, count: int) -> None:
-    dsn = etcd_dsn(own_etcd.endpoint, prefix)
-    daemon(etcd=dsn).stop()
-    with EtcdClient(own_etcd.endpoint) as client:
-        with Recorder(client, prefix, client.revision() + 1) as recorder:
-            bulk(client, prefix, count)
-            for n in range(40):  # responses far above gRPC's 4 MiB
-                client.put(f"{prefix}large/{n}", "x" * 500_000)
-            running = daemon(etcd=dsn)
-            assert_same(recorder, db, prefix)
-            print(f"peak: {peak_mib(running.pid):.0f} MiB")
-            assert peak_mib(running.pid) < 250
 
 
 # ─ the clock ─
@@ -6541,9 +6149,7 @@ def test_clock_steps_do_not_matter(daemon, load, fake_clock):
 
 
 @pytest.mark.parametrize("step", ["+400d", "-400d"])
-def test_steps_of_the_clock_of_postgres_around_a_crash(
-    daemon, prefix, etcd, fake_clock, monkeypatch, step
-):
+def test_clock_of_postgres_steps_at_a_crash(daemon, prefix, etcd, fake_clock, monkeypatch, step):
     clock, env = fake_clock
     key, insert = prefix + "a", "INSERT INTO etcd_wal (key, value) VALUES (%s, 'sql')"
     with ExitStack() as stack:
@@ -6811,23 +6417,21 @@ def test_session_that_was_given_up_does_not_keep_the_lock(db, etcd_address, pref
             silent.state()
 
 
-def test_full_queue_of_notifications_is_waited_for(daemon, etcd, prefix):
-    with ExitStack() as stack:
-        server = stack.enter_context(LocalPostgres())
-        if int(scalar(server.dsn(), "SHOW server_version_num")) < 170000:
-            pytest.skip("the size of the queue is fixed before PostgreSQL 17")
-        server.args += ["-c", "max_notify_queue_pages=64"]
-        server.restart()
-        db = server.dsn()
-        daemon(postgres=db).stop()
-        rows(db, "SELECT etcd_set(%s, 'sql')", prefix + "a")
-        with session(db, "LISTEN anything", "BEGIN; SELECT 1"):
-            sql = "SELECT pg_notify('anything', rpad(n::text, 7000)) FROM generate_series(1, 999) n"
-            with pytest.raises(psycopg2.OperationalError):
-                rows(db, sql)
-            running = daemon(*FAST, postgres=db)
-            running.wait_log(r"WARN PostgreSQL: too many notifications.*retrying")
-        assert outcomes(db, 1) == [("success", etcd.get(prefix + "a").mod_revision)]
+def test_full_queue_of_notifications_is_waited_for(daemon, own_postgres, etcd, prefix):
+    db = own_postgres.dsn()
+    if version(db) < 17:
+        pytest.skip("the size of the queue is fixed before PostgreSQL 17")
+    own_postgres.args += ["-c", "max_notify_queue_pages=64"]
+    own_postgres.restart()
+    daemon(postgres=db).stop()
+    rows(db, "SELECT etcd_set(%s, 'sql')", prefix + "a")
+    with session(db, "LISTEN anything", "BEGIN; SELECT 1"):
+        sql = "SELECT pg_notify('anything', rpad(n::text, 7000)) FROM generate_series(1, 999) n"
+        with pytest.raises(psycopg2.OperationalError):
+            rows(db, sql)
+        running = daemon(*FAST, postgres=db)
+        running.wait_log(r"WARN PostgreSQL: too many notifications.*retrying")
+    assert outcomes(db, 1) == [("success", etcd.get(prefix + "a").mod_revision)]
 
 
 def test_read_only_database_is_waited_for(daemon, db, etcd, recorder, prefix):
@@ -6860,22 +6464,6 @@ def test_delete_of_nothing_and_what_followed_it_before_a_crash(daemon, db, prefi
     assert assert_outcomes(recorder, db) == {"success": 3}
 
 
-def ask(db: str, key: str, value: str | None = "mine", **columns: Any) -> int:
-    """Insert a change with more columns, such as ttl or force; return its id."""
-    given = {"key": key, "value": value, **columns}
-    sql = f"INSERT INTO etcd_wal ({', '.join(given)}) VALUES %s RETURNING id"
-    return int(scalar(db, sql, tuple(given.values())))
-
-
-def test_change_made_on_a_deletion_conflicts(daemon, db, prefix, etcd):
-    daemon(*HASTE).stop()
-    etcd.put(prefix + "a", "etcd")
-    etcd.delete(prefix + "a")
-    change = ask(db, prefix + "a", revision=etcd.revision())
-    daemon(*HASTE)
-    assert outcome(db, change)[0] == "conflict"
-
-
 def test_killed_while_it_creates_the_schema(daemon, db, prefix, recorder):
     # something that a statement in the middle of schema.sql has to wait for
     with session(db, "BEGIN; CREATE TABLE etcd_sync_event (n int)"):
@@ -6888,17 +6476,18 @@ def test_killed_while_it_creates_the_schema(daemon, db, prefix, recorder):
     assert_same(recorder, db, prefix)
 
 
-def test_killed_while_it_copies(daemon, db, prefix, etcd, etcd_address, recorder):
-    for n in range(20):
-        etcd.txn([etcd.put_op(f"{prefix}{n}/{i}", "x" * 1000) for i in range(100)])
-    with Proxy(etcd_port(etcd_address.endpoint)) as proxy:
-        proxy.throttle(500_000)
-        running = daemon(*HASTE, etcd=etcd_dsn(proxy.endpoint, prefix), ready=False)
-        wait_until("nothing is copied", lambda: proxy.forwarded > 500_000)
+def test_killed_while_it_copies(daemon, db, prefix, own_client, network):
+    with Recorder(own_client, prefix) as recorder:
+        for n in range(20):
+            keys = [f"{prefix}{n}/{i}" for i in range(100)]
+            own_client.txn([own_client.put_op(key, "x" * 1000) for key in keys])
+        network.throttle(500_000)
+        running = daemon(*HASTE, etcd=network, ready=False)
+        wait_until("nothing is copied", lambda: network.forwarded > 500_000)
         running.kill()
-    assert not rows(db, "SELECT FROM etcd UNION ALL SELECT FROM etcd_sync_state")
-    daemon(*HASTE)
-    assert_same(recorder, db, prefix)
+        assert not rows(db, "SELECT FROM etcd UNION ALL SELECT FROM etcd_sync_state")
+        daemon(*HASTE, etcd=own_client)
+        assert_same(recorder, db, prefix)
 
 
 def test_standbys_take_over_and_nothing_is_done_twice(daemon, db, prefix, load):
@@ -6921,7 +6510,6 @@ def test_standbys_take_over_and_nothing_is_done_twice(daemon, db, prefix, load):
         second.kill()
         if version(db) >= 14:  # before, its session waits for the table, and keeps the lock
             wait_until("nobody took over", active)[0].kill()
-    play.wait_flow()
     play.finish()
 
 
@@ -6938,20 +6526,6 @@ def test_two_prefixes_side_by_side(daemon, db, prefix, etcd, etcd_address, recor
 
 
 # ── exactly once ─────────────────────────────────────────────────────────────
-
-
-@pytest.fixture
-def own_client(own_etcd: LocalEtcd) -> Iterator[EtcdClient]:
-    """A bare client of own_etcd."""
-    with EtcdClient(own_etcd.endpoint) as client:
-        yield client
-
-
-@pytest.fixture
-def network(own_etcd: LocalEtcd) -> Iterator[Proxy]:
-    """The network between a daemon and own_etcd."""
-    with Proxy(own_etcd.port) as proxy:
-        yield proxy
 
 
 def txns_answered(server: LocalEtcd) -> float:
@@ -6995,19 +6569,16 @@ FORCE = "SELECT etcd_set(%s, 'mine', force => true)"
 
 
 @pytest.mark.parametrize("meanwhile", ["another applies it", "forced", "conflict", "reset"])
-def test_change_that_arrives_late(
-    daemon, command, db, prefix, own_etcd, own_client, network, meanwhile
-):
-    key, dsn = prefix + "a", etcd_dsn(own_etcd.endpoint, prefix)
-    first = daemon(*HASTE, etcd=etcd_dsn(network.endpoint, prefix))
+def test_change_arrives_late(daemon, command, db, prefix, own_etcd, own_client, network, meanwhile):
+    key = prefix + "a"
+    first = daemon(*HASTE, etcd=network)
     apply_change(db, prefix + "first")
     keep_back(network, db, FORCE if meanwhile == "forced" else SET, key)
     first.kill()
     theirs = own_client.put(key, "theirs") if meanwhile == "conflict" else 0
     if meanwhile == "reset":
-        done = command("sync", "--reset", "--yes", etcd=dsn)
-        assert done.returncode == 0, done.stderr
-    daemon(*HASTE, etcd=dsn)
+        command("sync", "--reset", "--yes", etcd=own_etcd, exit_code=0)
+    daemon(*HASTE, etcd=own_etcd)
     ended = became(db, key)
     assert ended == (("conflict", theirs) if theirs else ("success", revision_of(own_client, key)))
     own_client.delete(key)
@@ -7015,40 +6586,36 @@ def test_change_that_arrives_late(
     assert own_client.get(key) is None
 
 
-def test_instance_that_thaws_sends_nothing_more(daemon, db, prefix, own_etcd, own_client, network):
+def test_thawed_instance_is_silent(daemon, db, prefix, own_etcd, own_client, network, db_network):
     """It was frozen with Txns in flight and packed ahead, and does not know that it has no lock."""
-    with Proxy(int(psycopg2.extensions.parse_dsn(db)["port"])) as to_postgres:
-        through = make_dsn(db, host="127.0.0.1", port=to_postgres.port)
-        first = daemon(*HASTE, postgres=through, etcd=etcd_dsn(network.endpoint, prefix))
-        second = daemon(*HASTE, etcd=etcd_dsn(own_etcd.endpoint, prefix), ready=False)
-        second.wait_log("standing by")
-        apply_change(db, prefix + "first")
-        network.delay(0.5)  # time to pack while the first is on its way
-        insert = f"INSERT INTO etcd_wal (key, value) VALUES ('{prefix}' || n, 'mine')"
-        in_transactions_of_their_own(db, 2000, insert)
-        wait_until("nothing was sent", lambda: own_client.get(prefix + "1"))
-        first.pause()
-        network.resume()
-        to_postgres.stall()
-        for pid in lock_holders(db, prefix):
-            rows(db, "SELECT pg_terminate_backend(%s)", pid)
-        wait_settled(db)
-        assert {row.status for row in wal_rows(db)} == {"success"}
-        own_client.delete(prefix, prefix=True)
-        before, mark = txns_answered(own_etcd), first.mark()
-        first.resume()
-        with suppress(TimeoutError):  # it may as well see that it must not
-            wait_until("it sends nothing", lambda: txns_answered(own_etcd) > before, 3)
-        to_postgres.resume()
-        first.wait_log("standing by", after=mark)
-        assert own_client.range(prefix).count == 0
+    first = daemon(*HASTE, postgres=db_network, etcd=network)
+    second = daemon(*HASTE, etcd=own_etcd, ready=False)
+    second.wait_log("standing by")
+    apply_change(db, prefix + "first")
+    network.delay(0.5)  # time to pack while the first is on its way
+    insert = f"INSERT INTO etcd_wal (key, value) VALUES ('{prefix}' || n, 'mine')"
+    in_transactions_of_their_own(db, 2000, insert)
+    wait_until("nothing was sent", lambda: own_client.get(prefix + "1"))
+    first.pause()
+    network.resume()
+    db_network.stall()
+    for pid in lock_holders(db, prefix):
+        rows(db, "SELECT pg_terminate_backend(%s)", pid)
+    wait_settled(db)
+    assert {row.status for row in wal_rows(db)} == {"success"}
+    own_client.delete(prefix, prefix=True)
+    before, mark = txns_answered(own_etcd), first.mark()
+    first.resume()
+    with suppress(TimeoutError):  # it may as well see that it must not
+        wait_until("it sends nothing", lambda: txns_answered(own_etcd) > before, 3)
+    db_network.resume()
+    first.wait_log("standing by", after=mark)
+    assert own_client.range(prefix).count == 0
 
 
-def test_bytes_that_stalled_beyond_the_timeout_arrive_late(
-    daemon, db, prefix, own_etcd, own_client, network
-):
+def test_bytes_arrive_after_the_timeout(daemon, db, prefix, own_etcd, own_client, network):
     key = prefix + "a"
-    daemon(*HASTE, etcd=etcd_dsn(network.endpoint, prefix) + "?request_timeout=3s")
+    daemon(*HASTE, etcd=network, query="?request_timeout=3s")
     apply_change(db, prefix + "first")
     keep_back(network, db, SET, key)
     assert became(db, key) == ("success", revision_of(own_client, key))  # by new connections
@@ -7099,24 +6666,23 @@ def test_lost_answer_behind_much_that_others_did(daemon, db, prefix):
     """etcd reads all of it before it tells what became of the key, and is silent meanwhile."""
     key = prefix + "a"
     with LocalEtcd(["--max-txn-ops=100000"]) as server, EtcdClient(server.endpoint) as client:
-        dsn = etcd_dsn(server.endpoint, prefix)
-        sent = kill_once_sent(daemon(etcd=dsn), db, client, SET, key)
+        sent = kill_once_sent(daemon(etcd=server), db, client, SET, key)
         client.delete(key)
         for _ in range(16):
             client.txn([client.put_op(f"_other/{n}", "") for n in range(20_000)])
         with slowed(server):
-            daemon(etcd=dsn)
+            daemon(etcd=server)
             assert became(db, key) == ("success", sent)
         assert client.get(key) is None
 
 
-def test_lost_answer_to_an_update_that_etcd_has_compacted(daemon, db, prefix, own_etcd, own_client):
-    key, dsn = prefix + "a", etcd_dsn(own_etcd.endpoint, prefix)
+def test_lost_answer_to_an_update_that_etcd_has_compacted(daemon, db, prefix, own_client):
+    key = prefix + "a"
     own_client.put(key, "old")
-    sent = kill_once_sent(daemon(etcd=dsn), db, own_client, SET, key)
+    sent = kill_once_sent(daemon(etcd=own_client), db, own_client, SET, key)
     own_client.put(key, "theirs")
     own_client.compact(own_client.revision())
-    daemon(etcd=dsn)
+    daemon(etcd=own_client)
     assert became(db, key) == ("success", sent)
     assert own_client.get(key).value == b"theirs"
 
@@ -7124,14 +6690,14 @@ def test_lost_answer_to_an_update_that_etcd_has_compacted(daemon, db, prefix, ow
 def test_like_value_of_others_is_no_success(daemon, db, prefix, own_etcd, own_client, network):
     key = prefix + "a"
     own_client.put(key, "old")
-    first = daemon(*HASTE, etcd=etcd_dsn(network.endpoint, prefix))
+    first = daemon(*HASTE, etcd=network)
     apply_change(db, prefix + "first")
     keep_back(network, db, SET, key)
     first.kill()
     own_client.put(key, "theirs")
     like = own_client.put(key, "mine")
     own_client.compact(like)
-    daemon(*HASTE, etcd=etcd_dsn(own_etcd.endpoint, prefix))
+    daemon(*HASTE, etcd=own_etcd)
     assert became(db, key) == ("conflict", like)
     deliver(network, own_etcd)
     assert revision_of(own_client, key) == like
@@ -7163,9 +6729,7 @@ def test_failover_to_a_standby_that_lacks_the_outcome(daemon, prefix, own_postgr
         assert etcd.get(key) is None
 
 
-def test_ids_used_again_after_a_failover_are_other_changes(
-    daemon, prefix, own_postgres, etcd, recorder
-):
+def test_ids_used_again_after_a_failover(daemon, prefix, own_postgres, etcd, recorder):
     """On the new timeline both ids and transaction ids go on where the standby was."""
     db = own_postgres.dsn()
     rows(db, "ALTER SYSTEM SET autovacuum = off")  # it takes transaction ids
@@ -7222,10 +6786,9 @@ KILLS = int(os.environ.get("ETCD_FDW_TEST_KILLS", "20"))
 
 
 @pytest.mark.timeout(300 + 10 * KILLS)
-def test_killed_at_random_moments_with_late_bytes(daemon, prefix, own_etcd, network, load, seed):
-    """SIGKILL the daemon again and again under load; some of what it sent arrives late."""
+def test_killed_at_random_moments_with_late_bytes(daemon, own_etcd, network, load, seed):
     dice = random.Random(seed)
-    start = partial(daemon, *HASTE, etcd=etcd_dsn(network.endpoint, prefix) + HASTY_ETCD)
+    start = partial(daemon, *HASTE, etcd=network, query=HASTY_ETCD)
     running, late = start(), 0
     play = load(own_etcd.endpoint, seed=seed)
     for _ in range(KILLS):
@@ -7241,43 +6804,24 @@ def test_killed_at_random_moments_with_late_bytes(daemon, prefix, own_etcd, netw
         running = start(ready=False)
     play.wait_flow()
     network.release()
-    play.wait_flow()
     print(f"{KILLS} kills, {late} with late bytes, SQL changes {dict(play.finish())}")
 
 
-def test_backlog_of_refused_changes_shrinks_although_it_is_killed(
-    daemon, db, prefix, own_etcd, own_client
-):
-    dsn = etcd_dsn(own_etcd.endpoint, prefix)
-    daemon(*HASTE, etcd=dsn).stop()
+def test_backlog_of_refused_changes_shrinks_although_it_is_killed(daemon, db, prefix, own_client):
+    daemon(*HASTE, etcd=own_client).stop()
     values = f"'{prefix}' || n % 10, n, 1 + n % 1000"
     insert = f"INSERT INTO etcd_wal (key, value, revision) VALUES ({values})"
     in_transactions_of_their_own(db, 1000, insert)
     pending = "SELECT count(*) FROM etcd_wal WHERE status = 'pending'"
     while left := scalar(db, pending):
         own_client.put("_elsewhere", "")
-        running = daemon(*HASTE, "--batch-size=1000", etcd=dsn)
+        running = daemon(*HASTE, "--batch-size=1000", etcd=own_client)
         wait_until("it does not shrink", lambda: scalar(db, pending) < left)
         running.kill()
     assert own_client.range(prefix).count == 0
 
 
 # ─ leases ─
-
-
-def granted_ttl(client: EtcdClient, lease: int) -> int:
-    request = etcdrpc.LeaseTimeToLiveRequest(ID=lease)
-    return int(client.call(client.leases.LeaseTimeToLive, request).grantedTTL)
-
-
-def test_key_with_a_ttl_expires_and_becomes_a_tombstone(daemon, db, prefix, etcd, recorder):
-    daemon()
-    key = prefix + "a"
-    assert outcome(db, ask(db, key, ttl="1 second"))[0] == "success"
-    wait_until("it does not expire", lambda: etcd.get(key) is None)
-    assert_same(recorder, db, prefix)
-    sql = "SELECT tombstone FROM etcd WHERE key = %s ORDER BY revision"
-    assert rows(db, sql, key) == [(False,), (True,)]
 
 
 def test_changes_of_one_transaction_with_the_same_ttl_share_a_lease(daemon, db, prefix, etcd):
@@ -7293,13 +6837,15 @@ def test_changes_of_one_transaction_with_the_same_ttl_share_a_lease(daemon, db, 
     found = collections.Counter(kv.lease for kv in etcd.range(prefix).kvs)
     assert found.pop(0) == 6
     assert sorted(found.values()) == [3, 3, 3, 3]
-    assert sorted(granted_ttl(etcd, lease) for lease in found) == [300, 300, 600, 600]
+    asked = [etcdrpc.LeaseTimeToLiveRequest(ID=lease) for lease in found]
+    granted = [etcd.call(etcd.leases.LeaseTimeToLive, one).grantedTTL for one in asked]
+    assert sorted(granted) == [300, 300, 600, 600]
 
 
-def test_lease_is_renewed_kept_and_taken_off(daemon, db, prefix, etcd):
+def test_lease_is_kept_renewed_and_taken_off(daemon, db, prefix, etcd):
     daemon()
-    key = prefix + "a"
-    revision: int | None = None
+    key, theirs = prefix + "a", etcd.grant(300)
+    revision: int | None = etcd.put(key, "1", theirs)
 
     def lease_after(ttl: str | None) -> int:
         nonlocal revision
@@ -7307,8 +6853,9 @@ def test_lease_is_renewed_kept_and_taken_off(daemon, db, prefix, etcd):
         assert status == "success"
         return int(etcd.get(key).lease)
 
+    assert lease_after(None) == theirs
     first = lease_after("5 minutes")
-    assert first
+    assert first not in (0, theirs)
     assert lease_after(None) == first
     renewed = lease_after("5 minutes")
     assert renewed not in (0, first)
@@ -7336,11 +6883,9 @@ def slow_grant(network: Proxy, db: str, client: EtcdClient, key: str) -> int:
     return lease
 
 
-def test_lease_that_runs_out_on_the_way_is_granted_anew(
-    daemon, db, prefix, own_etcd, own_client, network
-):
+def test_lease_that_runs_out_on_the_way_is_granted_anew(daemon, db, prefix, own_client, network):
     key = prefix + "a"
-    daemon(etcd=etcd_dsn(network.endpoint, prefix) + "?request_timeout=60s")
+    daemon(etcd=network, query="?request_timeout=60s")
     apply_change(db, prefix + "first")
     own_client.revoke(slow_grant(network, db, own_client, key))
     network.resume()
@@ -7350,28 +6895,26 @@ def test_lease_that_runs_out_on_the_way_is_granted_anew(
     assert kv.mod_revision == revision and kv.lease
 
 
-def test_crash_between_grant_and_put_leaves_a_lease_that_expires(
-    daemon, db, prefix, own_etcd, own_client, network
-):
+def test_crash_between_grant_and_put(daemon, db, prefix, own_client, network):
     key = prefix + "a"
-    first = daemon(etcd=etcd_dsn(network.endpoint, prefix) + "?request_timeout=60s")
+    first = daemon(etcd=network, query="?request_timeout=60s")
     apply_change(db, prefix + "first")
     left = slow_grant(network, db, own_client, key)
     first.kill()
     assert own_client.get(key) is None
-    daemon(etcd=etcd_dsn(own_etcd.endpoint, prefix))
+    daemon(etcd=own_client)
     status, revision = became(db, key)
     assert status == "success"
     assert own_client.range(key, revision=revision).kvs[0].lease != left
     wait_until("it does not expire", lambda: left not in leases(own_client))
 
 
-def test_lost_answer_to_a_put_with_a_lease(daemon, db, prefix, own_etcd, own_client):
-    key, dsn = prefix + "a", etcd_dsn(own_etcd.endpoint, prefix)
+def test_lost_answer_to_a_put_with_a_lease(daemon, db, prefix, own_client):
+    key = prefix + "a"
     sql = "INSERT INTO etcd_wal (key, value, ttl) VALUES (%s, 'mine', '1 hour')"
-    sent = kill_once_sent(daemon(etcd=dsn), db, own_client, sql, key)
+    sent = kill_once_sent(daemon(etcd=own_client), db, own_client, sql, key)
     lease = own_client.get(key).lease
-    daemon(etcd=dsn)
+    daemon(etcd=own_client)
     assert became(db, key) == ("success", sent)
     assert own_client.get(key).lease == lease
     assert leases(own_client) == {lease}
@@ -7484,19 +7027,18 @@ def test_forced_changes_to_a_key_keep_their_order(daemon, db, prefix, etcd, reco
 
 
 @pytest.mark.parametrize("compacted", [False, True])
-def test_lost_answer_to_forced_changes(daemon, db, prefix, own_etcd, own_client, compacted):
+def test_lost_answer_to_forced_changes(daemon, db, prefix, own_client, compacted):
     a, b, c = (prefix + name for name in "abc")
     theirs = [own_client.put(key, "old") for key in (a, b)]
-    dsn = etcd_dsn(own_etcd.endpoint, prefix)
     insert = f"""
         INSERT INTO etcd_wal (key, value, force)
         VALUES (%s, 'mine', true), ('{b}', NULL, true), ('{c}', NULL, true)
     """
-    sent = kill_once_sent(daemon(*HASTE, etcd=dsn), db, own_client, insert, a)
+    sent = kill_once_sent(daemon(*HASTE, etcd=own_client), db, own_client, insert, a)
     later = own_client.put(a, "theirs")
     if compacted:
         own_client.compact(later)
-    daemon(*HASTE, etcd=dsn)
+    daemon(*HASTE, etcd=own_client)
     put, delete, nothing = (forced(db, row.id) for row in wal_rows(db))
     assert put == ("success", sent, None if compacted else theirs[0])
     assert delete == ("success", sent, None if compacted else theirs[1])
@@ -7513,7 +7055,8 @@ OWN_KEYS = "etcd_fdw/"
 @pytest.mark.parametrize("limit", [100, 128])  # ours, and etcd's
 def test_transactions_around_the_largest_size_arrive(daemon, db, secure_etcd, admin, login, limit):
     """Beside the fence, the receipt and what makes a change a forced one; a login halves it."""
-    start = partial(daemon, "--max-txn-ops", str(limit), etcd=secure_etcd.dsn())
+    options = "--max-txn-ops", str(limit), "--batch-size=30"
+    start = partial(daemon, *options, etcd=secure_etcd.dsn())
     start().stop()
     insert = """
         INSERT INTO etcd_wal (key, value, revision, ttl, force)
@@ -7553,7 +7096,7 @@ def test_large_change_waits_until_the_receipt_beside_it_is_short(own_etcd):
         receipts = etcd_fdw.Receipts(etcd, "mirror")
         unsettled = [etcd_fdw.Sent(1, "1@1," * 15_000, "")]
         pipeline = etcd_fdw.Pipeline(etcd_fdw.Waker(), 0, unsettled)
-        row = outbox_row(1, "/x/large", 1, value="x" * 1_560_000)
+        row = outbox_row(id=1, key="/x/large", txid="1", queued_at=1, value="x" * 1_560_000)
         change = etcd_fdw.OutboxTransaction([row])
         change.resolve()
         txn = etcd_fdw.Txn([change], receipts, receipts.fence("database"))
@@ -7591,25 +7134,19 @@ def test_what_others_write_to_the_daemons_own_keys_is_named(daemon, db, prefix, 
 
 def test_user_without_the_grant_for_the_daemons_own_keys(daemon, command, db, secure_etcd):
     with secure_etcd.enable_auth() as root:
-        request = etcdrpc.AuthRoleRevokePermissionRequest(
-            role="fdw", key=OWN_KEYS.encode(), range_end=prefix_end(OWN_KEYS)
-        )
-        root.call(root.auth.RoleRevokePermission, request)
-        done = command("config", "validate", "--connect", etcd=secure_etcd.dsn())
-        assert done.returncode == 3, done.stdout
-        assert re.search(rf"grant-permission .*{OWN_KEYS}", done.stdout.splitlines()[-1])
+        add_etcd_user(root, "other", "secret", "/t/")
+        dsn = etcd_dsn(secure_etcd.endpoint, "/t/", "other", "secret")
         rows(db, SCHEMA_SQL)
         change = scalar(db, "SELECT etcd_set('/t/sql', '1')")
-        done = command("sync", etcd=secure_etcd.dsn())  # which does not wait for it
-        assert done.returncode == 3, done.stderr
+        done = command("sync", etcd=dsn, exit_code=3)  # which does not wait for it
         assert re.search(rf"grant-permission .*{OWN_KEYS}", done.stderr.splitlines()[-1])
-        started = daemon(*FAST, etcd=secure_etcd.dsn())
+        started = daemon(*FAST, etcd=dsn)
         assert OWN_KEYS in started.wait_log("ERROR .*grant-permission.*")[0]
         root.put("/t/etcd", "1")
         wait_until("it does not mirror", arrives(db, "/t/etcd"))
         assert scalar(db, "SELECT status FROM etcd_wal WHERE id = %s", change) == "pending"
         assert root.get("/t/sql") is None
-        secure_etcd.permit(root, READWRITE, OWN_KEYS)
+        permit(root, "other", READWRITE, OWN_KEYS)
         wait_status(db, change, "success")
         started.wait_log("INFO changes are sent again$")
         assert started.returncode is None
@@ -7628,10 +7165,8 @@ def test_changes_with_a_client_certificate_for_a_user(daemon, db, tmp_path):
         assert len({row.result_revision for row in wal_rows(db)}) == 1
 
 
-def test_mirror_of_everything_leaves_the_daemons_own_keys_alone(
-    daemon, command, db, own_etcd, own_client
-):
-    dsn, foreign = f"etcd://{own_etcd.endpoint}", OWN_KEYS + "of/another"
+def test_mirror_of_everything_leaves_the_daemons_own_keys_alone(daemon, command, db, own_client):
+    dsn, foreign = f"etcd://{own_client.endpoint}", OWN_KEYS + "of/another"
     own_client.put(foreign, "1")
     own_client.put("etcd_fdw", "theirs")
     running = daemon(*HASTE, etcd=dsn)
@@ -7655,12 +7190,14 @@ def test_mirror_of_everything_leaves_the_daemons_own_keys_alone(
 # ─ space, resets, backups, copies ─
 
 
-def test_change_that_met_the_limit_of_etcds_space_is_applied_once(daemon, db, prefix, small_etcd):
-    daemon(*HASTE, etcd=etcd_dsn(small_etcd.endpoint, prefix))
+def test_changes_wait_for_etcds_space_and_are_applied_once(daemon, db, prefix):
+    """etcd applies the change that meets the limit all the same."""
     with (
-        EtcdClient(small_etcd.endpoint) as client,
-        Recorder(client, prefix, client.revision() + 1) as recorder,
+        LocalEtcd(["--quota-backend-bytes", str(4 << 20)]) as server,
+        EtcdClient(server.endpoint) as client,
+        Recorder(client, prefix) as recorder,
     ):
+        running = daemon(*HASTE, etcd=server)
         insert = "INSERT INTO etcd_wal (key, value) VALUES (%s, 'sql' || %s || repeat('x', 100000))"
         tried = "SELECT status FROM etcd_wal WHERE status <> 'pending' OR retry_count > 0"
         for n in range(1, 100):
@@ -7668,18 +7205,20 @@ def test_change_that_met_the_limit_of_etcds_space_is_applied_once(daemon, db, pr
             wait_until("nothing was sent", lambda: len(rows(db, tried)) == n)  # noqa: B023
             if ("pending",) in rows(db, tried):
                 break
+        assert "database space exceeded" in scalar(db, "SELECT max(error_message) FROM etcd_wal")
         for n in range(100, 110):
             rows(db, insert, f"{prefix}{n}", str(n))
         request = etcdrpc.DeleteRangeRequest(key=prefix.encode(), range_end=prefix_end(prefix))
-        assert client.call(client.kv.DeleteRange, request).deleted > 20
+        assert client.call(client.kv.DeleteRange, request).deleted > 20  # which needs no space
+        wait_until("the mirror stands still", lambda: not live(db, prefix))
         recorder.sync()
         make_room(client)
         assert set(assert_outcomes(recorder, db)) == {"success"}
+        assert_same(recorder, db, prefix)
+        assert running.returncode is None
 
 
-def test_backup_of_etcd_tells_which_pending_changes_it_has(
-    daemon, command, db, prefix, own_etcd, tmp_path
-):
+def test_backup_of_etcd_tells_what_it_has(daemon, command, db, prefix, own_etcd, tmp_path):
     """Outcomes wait for a mirror that is far behind, changes do not."""
     dsn, saved, lost = etcd_dsn(own_etcd.endpoint, prefix), prefix + "saved", prefix + "lost"
     daemon(etcd=dsn).stop()
@@ -7693,13 +7232,10 @@ def test_backup_of_etcd_tells_which_pending_changes_it_has(
         wait_until("nothing was sent", lambda: client.get(lost))
         first.kill()
     assert [row.status for row in wal_rows(db)] == ["pending", "pending"]
-    own_etcd.stop()
     restore(own_etcd, tmp_path / "backup")
-    own_etcd.start()
     with EtcdClient(own_etcd.endpoint) as client:
         client.delete(saved)
-        done = command("sync", "--reset", "--yes", etcd=dsn)
-        assert done.returncode == 0, done.stderr
+        command("sync", "--reset", "--yes", etcd=dsn, exit_code=0)
         daemon(*HASTE, etcd=dsn)
         assert became(db, saved) == ("success", sent)
         assert became(db, lost) == ("success", revision_of(client, lost))
@@ -7747,8 +7283,7 @@ def test_copy_of_the_database_does_no_harm(daemon, command, db, prefix, copied, 
     wait_until("neither says anything of the other", told)
     for one in running:
         assert one.stop() == 0
-    done = command("sync", "--reset", "--yes", postgres=sides["copy"])
-    assert done.returncode == 0, done.stderr
+    command("sync", "--reset", "--yes", postgres=sides["copy"], exit_code=0)
     running = [daemon(*HASTE, postgres=dsn) for dsn in sides.values()]
     for _ in range(20):
         change()
@@ -7787,7 +7322,9 @@ def test_many_keys_that_cannot_be_stored_stall_nothing(daemon, db, prefix, etcd)
     wait_until("the good key did not arrive", arrives(db, prefix + "b"))
     sql = "SELECT details ->> 'key_hex' FROM etcd_sync_event WHERE status = 'unstorable'"
     reported = [key for (key,) in rows(db, sql)]
+    counts = "SELECT unstorable, resyncs FROM etcd_sync_state"
     assert len(reported) == len(set(reported)) == 3001
+    wait_until("miscounted", lambda: rows(db, counts) == [(3001, 1)])
 
 
 class Authority:
@@ -7904,9 +7441,6 @@ def test_server_name_is_verified_instead_of_the_host(daemon, db, tmp_path):
         daemon(*FAST, etcd=dsn + "&server_name=elsewhere.example")
 
 
-READ, WRITE, READWRITE = 0, 1, 2  # authpb.Permission.Type, which etcdrpc does not export
-
-
 class SecureEtcd(LocalEtcd):
     """An etcd with authentication: root/root, and fdw/secret who may touch /t/ alone."""
 
@@ -7917,19 +7451,10 @@ class SecureEtcd(LocalEtcd):
             client.call(client.auth.AuthEnable, etcdrpc.AuthEnableRequest())
         return EtcdClient(self.endpoint, "root", "root")
 
-    @classmethod
-    def add_users(cls, client: EtcdClient) -> None:
-        add_etcd_user(client, "root", "root", "", "root")
-        add_etcd_user(client, "fdw", "secret", "/t/", "fdw")
-        cls.permit(client, READWRITE, OWN_KEYS)
-
     @staticmethod
-    def permit(client: EtcdClient, kind: int, prefix: str) -> None:
-        """Grant READ, WRITE or READWRITE below the prefix to fdw."""
-        request = etcdrpc.AuthRoleGrantPermissionRequest(name="fdw")
-        request.perm.permType = kind
-        request.perm.key, request.perm.range_end = prefix.encode(), prefix_end(prefix)
-        client.call(client.auth.RoleGrantPermission, request)
+    def add_users(client: EtcdClient) -> None:
+        add_etcd_user(client, "root", "root")
+        add_etcd_user(client, "fdw", "secret", "/t/", OWN_KEYS)
 
     def dsn(self) -> str:
         return etcd_dsn(self.endpoint, "/t/", "fdw", "secret")
@@ -7959,8 +7484,8 @@ def test_etcd_user_who_may_touch_the_prefix_alone(daemon, db, secure_etcd):
 
 def test_key_that_the_etcd_user_may_not_write(daemon, db, secure_etcd):
     with secure_etcd.enable_auth() as root:
-        secure_etcd.permit(root, READ, "/t/")  # instead of READWRITE
-        secure_etcd.permit(root, READWRITE, "/t/open/")
+        permit(root, "fdw", READ, "/t/")  # instead of READWRITE
+        permit(root, "fdw", READWRITE, "/t/open/")
         started = daemon(*FAST, etcd=secure_etcd.dsn())
         started.pause()  # so that all go into one Txn, where etcd 3.4 and 3.5 would look away
         good = [ask(db, f"/t/open/{n}") for n in range(3)]
@@ -8086,26 +7611,30 @@ def test_every_etcd_error_has_a_kind(text, code):
     assert "\n" not in str(error)
 
 
-def test_password_is_nowhere_to_be_seen(daemon, db, prefix, etcd_address):
-    """Not in the log, whatever fails."""
+def test_password_and_value_are_nowhere_to_be_seen(daemon, db, prefix, etcd, etcd_address):
     password = "Kx7q'%@:/ \\Zw9p"
     login = {**psycopg2.extensions.parse_dsn(db), "password": password}
     uri = "postgresql://?" + urllib.parse.urlencode(login, quote_via=urllib.parse.quote)
     one = daemon(*FAST, "-l", "debug", postgres=make_dsn(db, password=password))
     two = daemon(*FAST, "-l", "debug", postgres=uri, etcd=etcd_address.dsn(prefix), ready=False)
     two.wait_log("standing by")
+    etcd.put(prefix + "a", "v4lue")
+    rows(db, "SELECT etcd_set(%s, 'v4lue')", prefix + "b")
+    rows(db, "INSERT INTO etcd_wal (key, value) VALUES (%s, 'v4lue')", prefix + "a")
+    wait_settled(db)
     away = etcd_dsn(NO_ONE, "/x/", "u", password)
     three = daemon(*FAST, "-l", "debug", postgres=uri, etcd=away, ready=False)
     three.wait_log("retrying")
     for each in (one, two, three):
         each.stop()
-        assert not re.search("Kx7q|Zw9p|Traceback", each.log())
+        assert not re.search("Kx7q|Zw9p|v4lue|Traceback", each.log())
+        for line in each.log().splitlines():
+            assert LOG_LINE.fullmatch(line), line
     assert not rows(db, "SELECT FROM etcd_sync_event e WHERE e::text ~ 'Kx7q|Zw9p'")
 
 
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
+def test_password_in_an_error_is_masked():
+    for text, shown in [
         ("no answer from etcd://u:Kx7q@h:1/x", "no answer from etcd://u:****@h:1/x"),
         ("bad URI postgresql://u:K:/x@7q@h, sorry", "bad URI postgresql://u:****@h, sorry"),
         ("?user=u&password=Kx7q&sslmode=x", "?user=u&password=****&sslmode=x"),
@@ -8113,10 +7642,8 @@ def test_password_is_nowhere_to_be_seen(daemon, db, prefix, etcd_address):
         (r"password = 'K x\'7q' host=h", "password = **** host=h"),
         ('password authentication failed for user "u"',) * 2,
         ("dns:///h:2379: no such host",) * 2,
-    ],
-)
-def test_password_in_an_error_is_masked(text, shown):
-    assert etcd_fdw.masked(text) == shown
+    ]:
+        assert etcd_fdw.masked(text) == shown
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
@@ -8162,22 +7689,16 @@ def tls_postgres() -> Iterator[tuple[LocalPostgres, str]]:
         pytest.skip("this PostgreSQL was built without TLS")
 
 
-@pytest.mark.parametrize(
-    ("wrong", "exit_code", "message"),
-    [
-        ({"sslrootcert": "other"}, 2, "certificate verify failed"),
+def test_certificates_of_postgres_are_verified(daemon, tmp_path, tls_postgres):
+    for wrong, exit_code, message in [
+        ({"sslrootcert": str(Authority(tmp_path).ca)}, 2, "certificate verify failed"),
         ({"host": "elsewhere"}, 2, 'does not match host name "elsewhere"'),
         ({"sslcert": "/nonexistent"}, 3, "connection requires a valid client certificate"),
-    ],
-)
-def test_postgres_certificates_are_verified(
-    daemon, tmp_path, tls_postgres, wrong, exit_code, message
-):
-    wrong = {k: str(Authority(tmp_path).ca) if v == "other" else v for k, v in wrong.items()}
-    dsn = make_dsn(tls_postgres[1], **wrong)
-    started = daemon(*FAST, "--startup-timeout", "0s", postgres=dsn, ready=False)
-    assert started.wait_exit() == exit_code
-    assert message in started.log()
+    ]:
+        dsn = make_dsn(tls_postgres[1], **wrong)
+        started = daemon(*FAST, "--startup-timeout", "0s", postgres=dsn, ready=False)
+        assert started.wait_exit() == exit_code
+        assert message in started.log()
 
 
 def test_postgres_certificates_expire_and_are_replaced(daemon, tls_postgres, etcd, prefix):
@@ -8212,34 +7733,29 @@ def test_postgres_password_is_changed_while_running(daemon, tmp_path, etcd, pref
 
 
 @pytest.fixture
-def roles(db: str) -> Iterator[Callable[[str], None]]:
-    """Roles daemon_… and app_… without any rights; grant(kind) does what schema.sql documents."""
+def roles(db: str) -> Iterator[Callable[..., None]]:
+    """Roles daemon_… and app_… without any rights, for grant_example, of which kinds are given."""
     name = scalar(db, "SELECT current_database()")
     names = {"etcd_fdw": f"daemon_{RUN_ID}", "app": f"app_{RUN_ID}", "mydb": name}
     rows(db, SCHEMA_SQL)
     rows(db, f"REVOKE ALL ON SCHEMA public FROM PUBLIC; REVOKE ALL ON DATABASE {name} FROM PUBLIC")
     for role in (names["etcd_fdw"], names["app"]):
         rows(db, f"CREATE ROLE {role} LOGIN; GRANT CONNECT ON DATABASE {name} TO {role}")
-
-    def grant(kind: str) -> None:
-        for sql in re.findall(rf"^--     ((?:{kind}) .*;)$", SCHEMA_SQL, re.MULTILINE):
-            rows(db, re.sub(r"(?<=TO )(etcd_fdw|app)\b|mydb", lambda m: names[m[0]], sql))
-
-    yield grant
+    yield partial(grant_example, db, **names)
     for role in (names["etcd_fdw"], names["app"]):
         rows(db, f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
-def test_documented_roles_are_enough(daemon, db, roles, own_etcd):
+def test_documented_roles_are_enough(daemon, db, roles, own_client):
     """The grants are those in schema.sql's comments; nothing is left to PUBLIC."""
     roles("GRANT")
     app = make_dsn(db, user=f"app_{RUN_ID}")
-    with EtcdClient(own_etcd.endpoint) as etcd, Recorder(etcd, "/") as recorder:
-        etcd.put("/app/a", "1")
-        etcd.put("/other/a", "1")
-        dsn = etcd_dsn(own_etcd.endpoint, "/")
+    with Recorder(own_client, "/") as recorder:
+        own_client.put("/app/a", "1")
+        own_client.put("/other/a", "1")
+        dsn = f"etcd://{own_client.endpoint}/"
         started = daemon(*FAST, postgres=make_dsn(db, user=f"daemon_{RUN_ID}"), etcd=dsn)
-        etcd.put(b"/\xff", "no text")
+        own_client.put(b"/\xff", "no text")
         rows(app, "UPDATE etcd_kv SET value = '2' WHERE key = '/app/a'")
         apply_change(app, "/app/b")
         rows(app, "DELETE FROM etcd_kv WHERE key = '/app/a'")
@@ -8247,8 +7763,8 @@ def test_documented_roles_are_enough(daemon, db, roles, own_etcd):
         wait_status(app, conflict, "conflict")
         wait_status(app, scalar(app, "SELECT etcd_retry(%s)", conflict), "success")
 
-        roles("ALTER TABLE|CREATE POLICY")
-        etcd.put("/other/b", "1")
+        roles(r"ALTER TABLE \w+ ENABLE|CREATE POLICY")
+        own_client.put("/other/b", "1")
         apply_change(app, "/app/c")
         wait_until("/other/b did not arrive", arrives(db, "/other/b"))
         recorder.sync()  # its thread appends to what is replaced here
@@ -8318,15 +7834,9 @@ class PatroniMember:
 
     def ask(self, path: str, body: dict[str, str] | None = None) -> int:
         """Send a request to its REST API; return the HTTP status, 0 for no answer."""
-        data = json.dumps(body).encode() if body else None
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        try:
-            with opener.open(f"http://{self.api}/{path}", data, timeout=30) as answer:
-                return int(answer.status)
-        except urllib.error.HTTPError as exc:
-            return exc.code
-        except OSError:
-            return 0
+        with suppress(OSError):
+            return http_get(self.api, f"/{path}", json.dumps(body).encode() if body else None)[0]
+        return 0
 
 
 def patroni_postgres() -> Path | None:
@@ -8361,12 +7871,10 @@ def leader_of(members: Sequence[PatroniMember]) -> PatroniMember | None:
 
 
 @pytest.mark.timeout(600)
-def test_patroni_cluster_is_mirrored_through_restart_and_failover(
-    daemon, db, etcd_address, etcd, patroni
-):
+def test_patroni_is_mirrored_through_restart_and_failover(daemon, db, etcd_address, etcd, patroni):
     prefix, members = patroni
     servers = {"etcd": etcd_address.dsn(prefix)}
-    with Recorder(etcd, prefix, etcd.revision() + 1) as recorder:
+    with Recorder(etcd, prefix) as recorder:
         first = daemon(**servers)
         members[0].start()
         wait_until("Patroni made no cluster", lambda: leader_of(members))
@@ -8523,7 +8031,6 @@ class LocalCoreDns(Breakable):
 
 
 def test_dns_from_sql_answers_as_readme_shows(daemon, db, own_etcd):
-    """CoreDNS's etcd plugin and SQL share the keys."""
     program = shutil.which("coredns", path=os.environ.get("ETCD_FDW_TEST_COREDNS_BIN"))
     if not program:
         pytest.skip("needs ETCD_FDW_TEST_COREDNS_BIN, see bash .ci/servers coredns-1.15.0")
@@ -8544,10 +8051,8 @@ def test_dns_from_sql_answers_as_readme_shows(daemon, db, own_etcd):
 
 def test_metrics_of_the_readme_exist():
     """A rule or panel on a metric that is not there never fires, and never says so."""
-    counters = etcd_fdw.Counters()
-    families = text_string_to_metric_families(
-        etcd_fdw.exposition(etcd_fdw.Metrics("/config/", counters))
-    )
+    text = etcd_fdw.exposition(etcd_fdw.Metrics("/config/", etcd_fdw.Counters()))
+    families = text_string_to_metric_families(text)
     known = {sample.name for family in families for sample in family.samples}
     known |= {"etcd_fdw_pending_changes", "etcd_fdw_oldest_pending_seconds"}  # once they are known
     panels = README.read_text().partition("<!-- panels -->")[2].partition("\n\n")[0]
@@ -8714,8 +8219,8 @@ def test_demo_shows_everything_and_cleans_up(tmp_path, end):
 
 
 @pytest.mark.timeout(300)
-def test_etcd_paused_for_longer_than_the_defaults(daemon, prefix, own_etcd, load):
-    running = daemon(etcd=etcd_dsn(own_etcd.endpoint, prefix))
+def test_etcd_paused_for_longer_than_the_defaults(daemon, own_etcd, load):
+    running = daemon(etcd=own_etcd)
     play = load(own_etcd.endpoint)
     play.run(100)
     mark = running.mark()
@@ -8724,114 +8229,108 @@ def test_etcd_paused_for_longer_than_the_defaults(daemon, prefix, own_etcd, load
         running.wait_log(r"WARN .*retrying", after=mark)
         mark = running.mark()
     own_etcd.resume()
-    play.wait_flow()
     play.finish()
 
 
 @pytest.mark.timeout(300)
-def test_silent_etcd_is_noticed_while_idle(daemon, db, prefix, own_etcd):
-    with Proxy(own_etcd.port) as proxy:
-        running = daemon(etcd=f"etcd://{proxy.endpoint},{own_etcd.endpoint}{prefix}")
-        proxy.stall()
-        running.wait_log("watching", after=running.mark())
-        with EtcdClient(own_etcd.endpoint) as client:
-            client.put(prefix + "a", "1")
-        wait_until("the put did not arrive", lambda: mirror_rows(db, prefix))
+def test_silent_etcd_is_noticed_while_idle(daemon, db, prefix, own_client, network):
+    running = daemon(etcd=f"etcd://{network.endpoint},{own_client.endpoint}{prefix}")
+    network.stall()
+    running.wait_log("watching", after=running.mark())
+    own_client.put(prefix + "a", "1")
+    wait_until("the put did not arrive", lambda: mirror_rows(db, prefix))
 
 
 @pytest.mark.timeout(300)
-def test_silent_postgres_is_noticed(daemon, db, load):
+def test_silent_postgres_is_noticed(daemon, db, db_network, load):
     host = psycopg2.extensions.parse_dsn(db)
-    with Proxy(int(host["port"])) as proxy:
-        dsn = make_dsn(db, host=f"127.0.0.1,{host['host']}", port=f"{proxy.port},{host['port']}")
-        daemon(*HASTE, postgres=dsn)
-        play = load()
-        play.run(50)
-        proxy.stall()
-        play.wait_flow()
-        play.finish()
+    ports = f"{db_network.port},{host['port']}"
+    dsn = make_dsn(db, host=f"127.0.0.1,{host['host']}", port=ports)
+    daemon(*HASTE, postgres=dsn)
+    play = load()
+    play.run(50)
+    db_network.stall()
+    play.finish()
 
 
 @pytest.mark.timeout(300)
-def test_sync_waits_for_deletions_that_etcd_is_slow_to_tell(command, daemon, db, prefix, own_etcd):
-    dsn = etcd_dsn(own_etcd.endpoint, prefix)
-    with EtcdClient(own_etcd.endpoint) as client:
-        client.put(prefix + "a", "1")
-        daemon(etcd=dsn).stop()
-        for _ in range(9000):
-            client.txn([client.put_op(f"{prefix}other/{i}", "x" * 64) for i in range(100)])
-        client.delete(prefix, prefix=True)
-        assert command("sync", etcd=dsn).returncode == 0
-        assert scalar(db, "SELECT revision FROM etcd_sync_state") == client.revision()
+def test_sync_waits_for_deletions_told_late(command, daemon, db, prefix, own_client):
+    own_client.put(prefix + "a", "1")
+    daemon(etcd=own_client).stop()
+    for _ in range(9000):
+        own_client.txn([own_client.put_op(f"{prefix}other/{i}", "x" * 64) for i in range(100)])
+    own_client.delete(prefix, prefix=True)
+    command("sync", etcd=own_client, exit_code=0)
+    assert scalar(db, "SELECT revision FROM etcd_sync_state") == own_client.revision()
 
 
 @pytest.mark.timeout(300)
-def test_catches_up_with_100_000_revisions(daemon, db, prefix, own_etcd):
-    assert_catches_up(daemon, db, prefix, own_etcd, 100_000)
+def test_catches_up_with_100_000_revisions(daemon, db, prefix, own_client):
+    daemon(etcd=own_client).stop()
+    with Recorder(own_client, prefix) as recorder:
+        bulk(own_client, prefix, 100_000)
+        for n in range(40):  # responses far above gRPC's 4 MiB
+            own_client.put(f"{prefix}large/{n}", "x" * 500_000)
+        running = daemon(etcd=own_client)
+        assert_same(recorder, db, prefix)
+        assert peak_mib(running.pid) < 250
 
 
 @pytest.mark.timeout(0)
-def test_soak(daemon, db, prefix, own_etcd, load, seed):
+def test_soak(daemon, db, own_etcd, network, db_network, load, seed):
     """Load in both directions and random faults for ETCD_FDW_SOAK_S seconds (1200)."""
     seconds = float(os.environ.get("ETCD_FDW_SOAK_S", "1200"))
     dice = random.Random(seed)
-    port = int(psycopg2.extensions.parse_dsn(db)["port"])
-    with Proxy(own_etcd.port) as to_etcd, Proxy(port) as to_postgres:
-        start = partial(
-            daemon,
-            *HASTE,
-            postgres=make_dsn(db, host="127.0.0.1", port=to_postgres.port),
-            etcd=etcd_dsn(to_etcd.endpoint, prefix) + HASTY_ETCD,
-        )
-        running = [start(), start(ready=False)]
-        play = load(own_etcd.endpoint, seed=seed)
-        counts: collections.Counter[str] = collections.Counter()
+    servers = {"postgres": db_network, "etcd": network, "query": HASTY_ETCD}
+    start = partial(daemon, *HASTE, **servers)
+    running = [start(), start(ready=False)]
+    play = load(own_etcd.endpoint, seed=seed)
+    counts: collections.Counter[str] = collections.Counter()
 
-        def kill_daemon() -> None:
-            running.pop(dice.randrange(2)).kill()
-            running.append(start(ready=False))
+    def kill_daemon() -> None:
+        running.pop(dice.randrange(2)).kill()
+        running.append(start(ready=False))
 
-        def fail_network() -> None:
-            proxy = dice.choice([to_etcd, to_postgres])
-            dice.choice([proxy.cut, proxy.stall, proxy.refuse])()
-            play.run(dice.randrange(200))
-            proxy.resume()
+    def fail_network() -> None:
+        proxy = dice.choice([network, db_network])
+        dice.choice([proxy.cut, proxy.stall, proxy.refuse])()
+        play.run(dice.randrange(200))
+        proxy.resume()
 
-        def bytes_arrive_late() -> None:  # those of the last time
-            to_etcd.release()
-            to_etcd.hold()
+    def bytes_arrive_late() -> None:  # those of the last time
+        network.release()
+        network.hold()
 
-        def pause_etcd() -> None:
-            own_etcd.pause()
-            threading.Event().wait(dice.uniform(0.5, 6))
-            own_etcd.resume()
+    def pause_etcd() -> None:
+        own_etcd.pause()
+        threading.Event().wait(dice.uniform(0.5, 6))
+        own_etcd.resume()
 
-        def kill_etcd() -> None:
-            own_etcd.kill()
-            own_etcd.start()
+    def kill_etcd() -> None:
+        own_etcd.kill()
+        own_etcd.start()
 
-        def terminate_backends() -> None:
-            whose = "datname = current_database() AND application_name LIKE 'etcd_fdw %'"
-            rows(db, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {whose}")
+    def terminate_backends() -> None:
+        whose = "datname = current_database() AND application_name LIKE 'etcd_fdw %'"
+        rows(db, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {whose}")
 
-        def lock_mirror() -> None:
-            with frozen_mirror(db):
-                play.run(dice.randrange(100))
+    def lock_mirror() -> None:
+        with frozen_mirror(db):
+            play.run(dice.randrange(100))
 
-        faults: list[Callable[[], None]] = [kill_daemon, fail_network, bytes_arrive_late, kill_etcd]
-        faults += [pause_etcd, own_etcd.restart, play.compact, terminate_backends, lock_mirror]
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            play.run(dice.randrange(200))
-            fault = dice.choice(faults)
-            with suppress(grpc.RpcError):
-                fault()
-            counts[fault.__name__] += 1
-            if sum(counts.values()) % 5 == 0:
-                play.wait_flow()
-        to_etcd.release()
-        play.wait_flow()
-        statuses = play.finish(gaps=True)
+    faults: list[Callable[[], None]] = [kill_daemon, fail_network, bytes_arrive_late, kill_etcd]
+    faults += [pause_etcd, own_etcd.restart, play.compact, terminate_backends, lock_mirror]
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        play.run(dice.randrange(200))
+        fault = dice.choice(faults)
+        with suppress(grpc.RpcError):
+            fault()
+        counts[fault.__name__] += 1
+        if sum(counts.values()) % 5 == 0:
+            play.wait_flow()
+    network.release()
+    statuses = play.finish(gaps=True)
     print(f"{seconds:.0f} s, faults: {dict(counts)}; etcd changes:")
     print(f"{play.etcd_changes}; SQL changes: {dict(statuses)}; differences: 0")
 
@@ -9341,7 +8840,7 @@ def bench_waiting(bench: Bench) -> None:
     samples = []
 
     def change(n: int) -> None:
-        id_ = queue(db, "SELECT etcd_set(%s, %s)", f"{prefix}{n % 10}", str(n))
+        id_ = scalar(db, "SELECT etcd_set(%s, %s)", f"{prefix}{n % 10}", str(n))
         samples.append(scalar(db, "SELECT waited(%s)", id_))
 
     whole = timed(scaled(1000), change)

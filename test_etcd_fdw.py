@@ -2142,14 +2142,31 @@ def test_revision_is_never_parted(daemon, db, prefix, etcd, recorder, tmp_path):
     assert rows(db, sql) == []
 
 
-def test_first_copy_takes_many_pages(daemon, db, prefix, etcd):
-    value = os.urandom(700_000)
+def test_first_copy_takes_many_pages_of_one_revision(daemon, db, prefix, etcd):
+    value, copied = os.urandom(700_000), threading.Event()
     for start in range(0, 1000, 100):
         etcd.txn([etcd.put_op(prefix + f"s{start + i:04}", "1") for i in range(100)])
         etcd.put(prefix + f"large{start}", value)
-    one = daemon("--batch-size", "100")
+
+    def change_what_is_copied_last() -> None:
+        while not copied.is_set():
+            etcd.put(prefix + "s0999", random_text(9))
+
+    with ThreadPoolExecutor() as pool:
+        changing = pool.submit(change_what_is_copied_last)
+        try:
+            one = daemon("--batch-size", "100")
+        finally:
+            copied.set()
+        changing.result()
     wait_equal(db, etcd, prefix)
     assert "copied 1010 keys" in one.log()
+    first = scalar(db, "SELECT first_revision FROM etcd_sync_state")
+    (last_key,) = etcd.range(prefix + "s0999", first).kvs
+    sql = "SELECT value, revision FROM etcd_at(%s, %s)"
+    assert rows(db, sql, first, last_key.key.decode()) == [
+        (last_key.value.decode(), last_key.mod_revision)
+    ]
 
 
 @pytest.mark.parametrize("compacted", [False, True], ids=["", "compacted"])

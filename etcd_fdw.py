@@ -96,7 +96,7 @@ import types
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
@@ -172,37 +172,25 @@ log = Log(logging.getLogger("etcd_fdw"), {})
 # ── packages; etcd3 on today's protobuf ────────────────────────────────────────
 
 
-def _load_etcd3() -> None:
-    """Import etcd3; build its message classes at run time where its generated code is too old.
+def _build_etcd3_messages() -> None:
+    """Build the message classes of etcd3, as today's generated code does.
 
     etcd3 0.12.0 (2020) ships modules made by protoc 3.6, which every protobuf since 4.21
     refuses ("Descriptors cannot be created directly").  Their file descriptors are still
-    good: they are read from the source as literals, without running it, and turned into
-    classes as today's generated code does.  The descriptors lack etcd 3.4's watch
-    fragmentation, which is added on the way.  To be removed once etcd3 is regenerated.
+    good: they are read from the source as literals, without running it.  The descriptors lack
+    etcd 3.4's watch fragmentation, which is added.  To be removed once etcd3 is regenerated.
     """
-    try:
-        importlib.import_module("etcd3")
-        return
-    except TypeError:
-        pass
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
     spec = importlib.util.find_spec("etcd3")
-    assert spec is not None and spec.submodule_search_locations
-    folder = Path(spec.submodule_search_locations[0]) / "etcdrpc"
+    assert spec is not None and spec.origin
     pool = descriptor_pool.DescriptorPool()  # our own: "rpc.proto" is a name others use too
     for name in ("kv", "auth", "rpc"):
-        tree = ast.parse((folder / f"{name}_pb2.py").read_text())
-        literal = next(
-            node.value.args[0]
-            for node in ast.walk(tree)
-            if isinstance(node, ast.keyword)
-            and node.arg == "serialized_pb"
-            and isinstance(node.value, ast.Call)
-        )
+        source = Path(spec.origin).with_name("etcdrpc").joinpath(f"{name}_pb2.py").read_text()
+        literal = re.search(r"serialized_pb=_b\((.*)\)", source)
+        assert literal
         file = descriptor_pb2.FileDescriptorProto.FromString(
-            ast.literal_eval(literal).encode("latin-1")
+            ast.literal_eval(literal[1]).encode("latin-1")
         )
         for message in file.message_type:
             number = {"WatchCreateRequest": 8, "WatchResponse": 7}.get(message.name)
@@ -217,7 +205,6 @@ def _load_etcd3() -> None:
             for value in enum.values:
                 setattr(module, value.name, value.number)
         sys.modules[module.__name__] = module
-    importlib.import_module("etcd3")
 
 
 try:
@@ -226,8 +213,11 @@ try:
     import psycopg2.extensions
     import psycopg2.extras
 
-    _load_etcd3()
-    import etcd3
+    try:
+        import etcd3
+    except TypeError:
+        _build_etcd3_messages()
+        import etcd3
     from etcd3 import etcdrpc as etcdrpc
 except ImportError as exc:
     if __name__ != "__main__":
@@ -932,10 +922,7 @@ def utc(timestamp: float) -> str:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per line: ts, level, message, prefix, pid, and what the message names.
-
-    log.info("copied %(keys)d keys", keys=7) has a member keys.
-    """
+    """One JSON object per line: ts, level, message, prefix, pid, and what the message names."""
 
     def __init__(self, prefix: str) -> None:
         super().__init__()
@@ -1261,19 +1248,17 @@ class MetricsServer:
         self.clients: collections.deque[asyncio.StreamWriter] = collections.deque()  # oldest first
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         try:
-            self.socket = socket.create_server(address, family=family, backlog=128)
+            listener = socket.create_server(address, family=family, backlog=128)
         except OSError as exc:
             where, why = "{}:{}".format(*address), (exc.strerror or "").partition(" (")[0]
             raise ConfigurationError(f"--metrics-address: cannot listen on {where}: {why}") from exc
-        host, port = self.socket.getsockname()[:2]
+        host, port = listener.getsockname()[:2]
         log.info(
             "serving /metrics, /healthz and /readyz on %(host)s:%(port)d", host=host, port=port
         )
-        threading.Thread(target=asyncio.run, args=(self.serve(),), daemon=True).start()
-
-    async def serve(self) -> None:
-        async with await asyncio.start_server(self.client, sock=self.socket) as server:
-            await server.serve_forever()
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(asyncio.start_server(self.client, sock=listener))
+        threading.Thread(target=loop.run_forever, daemon=True).start()
 
     async def client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.clients.append(writer)
@@ -5088,49 +5073,46 @@ GROUP BY txid ORDER BY pg_catalog.min(id)
 END_HOLDER_SQL = f"SELECT pg_catalog.pg_terminate_backend(pid) FROM ({LOCK_HOLDER_SQL}) holder"
 
 
-@dataclass
-class Goal:
-    """What sync waits for: both sides have what either had as it began, whoever brings it there."""
+def wait_in_step(
+    work: Future[None], engine: Engine, observer: Engine, postgres: Postgres, etcd: Etcd
+) -> dict[str, Any] | None:
+    """Wait until both sides have what either has now, then compare and repair; the summary.
 
-    engine: Engine  # which works, or stands by, in another thread
-    revision: int | None = None  # of etcd
-    last: int | None = None  # id of the last pending change
+    work is engine's, which is active, or stands by.  None: it ended before.  Raises Stopped, and
+    EtcdFdwError if the active instance does not get on.
+    """
+    goal, last = etcd.header.revision, None  # id of the last change that was pending at first
     seen: tuple[int, int] | None = None  # checkpoint, number of pending changes
-    moved_at: float = field(default_factory=time.monotonic)  # when these last changed
-    pause_s: float = 0.1  # before the next look
-
-    def reached(
-        self, postgres: Postgres, etcd: Etcd, progress: Callable[[int, int], None]
-    ) -> dict[str, Any] | None:
-        """Compare and repair once nothing is pending; the summary, None if it is not there yet.
-
-        Raises EtcdFdwError if the active instance does not get on.
-        """
-        metrics, session, now = self.engine.metrics, self.engine.current, time.monotonic()
+    moved_at, pause_s = time.monotonic(), 0.1
+    while not work.done():
+        session, metrics, now = engine.current, engine.metrics, time.monotonic()
         if session and session.outbox_error:
             raise session.outbox_error  # it takes longer than anybody waits for a command
-        self.pause_s = min(1.5 * self.pause_s, 5.0)
-        self.revision = self.revision or etcd.header.revision
         state = postgres.state() if postgres.schema_version() == SCHEMA_VERSION else None
-        if state and self.last is None:
-            self.last = postgres.query(LAST_PENDING_SQL)[0]["last"] or 0
-        pending = postgres.query(WAITS_SQL, last=self.last)[0]["pending"] if state else 0
-        seen = state and (state.revision, pending)
-        if seen != self.seen or metrics.state == COPYING:
-            self.seen, self.moved_at = seen, now
-        if now > self.moved_at + SYNC_LIMIT_S:
+        if state and last is None:
+            last = postgres.query(LAST_PENDING_SQL)[0]["last"] or 0
+        pending = postgres.query(WAITS_SQL, last=last)[0]["pending"] if state else 0
+        before, seen = seen, (state.revision, pending) if state else None
+        if seen != before or metrics.state == COPYING:
+            moved_at = now
+        if now > moved_at + SYNC_LIMIT_S:
             raise EtcdFdwError("the active instance does not get on: see status, try again")
-        if not state or pending:
-            return None
-        if state.revision < self.revision and metrics.active and not metrics.caught_up:
-            return None
-        try:
-            return compare_up_to(postgres, etcd, state.revision, self.revision, progress=progress)
-        except Compacted:
-            # the watch may still bring the difference; else end the session: the next one copies
-            if now > self.moved_at + LAG_LIMIT_S:
-                postgres.query(END_HOLDER_SQL)
-            return None
+        behind = state and state.revision < goal and metrics.active and not metrics.caught_up
+        if state and not (pending or behind):
+            try:
+                summary = compare_up_to(
+                    postgres, etcd, state.revision, goal, progress=lambda *_: observer.check_stop()
+                )
+                if summary:
+                    return summary
+            except Compacted:
+                # the watch may still bring the difference; else end the session: the next copies
+                if now > moved_at + LAG_LIMIT_S:
+                    postgres.query(END_HOLDER_SQL)
+        observer.pause(pause_s)
+        observer.check_stop()
+        pause_s = min(1.5 * pause_s, 5.0)
+    return None
 
 
 def bring_in_step(config: Config) -> dict[str, Any]:
@@ -5142,22 +5124,20 @@ def bring_in_step(config: Config) -> dict[str, Any]:
     engine.guard.exit_code = observer.guard.exit_code = EtcdFdwError.exit_code
     observer.guard.listen()
     engine.guard.start()
-    goal, summary = Goal(engine), None
+    summary = None
     with ThreadPoolExecutor() as pool:
         work = pool.submit(engine.work)
         try:
-            while not (summary or observer.guard.stopping or work.done()):
-                observer.pause(goal.pause_s)
-                try:
+            with suppress(Stopped):
+                while not (engine.connected or work.done()):  # it says when to give up
+                    observer.pause(0.1)
+                    observer.check_stop()
+                if engine.connected:
                     with (
-                        suppress(Stopped),
-                        closing(Postgres(config, observer.guard)) as postgres,
+                        closing(Postgres(config, observer.guard, listen=False)) as postgres,
                         closing(observer.connect_etcd()) as etcd,
                     ):
-                        summary = goal.reached(postgres, etcd, lambda *_: observer.check_stop())
-                except Unavailable:
-                    if engine.connected:  # else it says when to give up
-                        raise
+                        summary = wait_in_step(work, engine, observer, postgres, etcd)
         finally:
             engine.guard.stop()
     engine.guard.stop_by = None  # it has stopped in time

@@ -5074,16 +5074,19 @@ END_HOLDER_SQL = f"SELECT pg_catalog.pg_terminate_backend(pid) FROM ({LOCK_HOLDE
 
 
 def wait_in_step(
-    work: Future[None], engine: Engine, observer: Engine, postgres: Postgres, etcd: Etcd
+    work: Future[None], engine: Engine, observer: Engine, postgres: Postgres
 ) -> dict[str, Any] | None:
     """Wait until both sides have what either has now, then compare and repair; the summary.
 
     work is engine's, which is active, or stands by.  None: it ended before.  Raises Stopped, and
     EtcdFdwError if the active instance does not get on.
     """
-    goal, last = etcd.header.revision, None  # id of the last change that was pending at first
+    with closing(observer.connect_etcd()) as etcd:
+        goal = etcd.header.revision
+    last: int | None = None  # id of the last change that was pending at first
     seen: tuple[int, int] | None = None  # checkpoint, number of pending changes
     moved_at, pause_s = time.monotonic(), 0.1
+    compared = partial(compare_up_to, postgres, progress=lambda *_: observer.check_stop())
     while not work.done():
         session, metrics, now = engine.current, engine.metrics, time.monotonic()
         if session and session.outbox_error:
@@ -5100,11 +5103,9 @@ def wait_in_step(
         behind = state and state.revision < goal and metrics.active and not metrics.caught_up
         if state and not (pending or behind):
             try:
-                summary = compare_up_to(
-                    postgres, etcd, state.revision, goal, progress=lambda *_: observer.check_stop()
-                )
-                if summary:
-                    return summary
+                with closing(observer.connect_etcd()) as etcd:
+                    if summary := compared(etcd, state.revision, goal):
+                        return summary
             except Compacted:
                 # the watch may still bring the difference; else end the session: the next copies
                 if now > moved_at + LAG_LIMIT_S:
@@ -5133,11 +5134,8 @@ def bring_in_step(config: Config) -> dict[str, Any]:
                     observer.pause(0.1)
                     observer.check_stop()
                 if engine.connected:
-                    with (
-                        closing(Postgres(config, observer.guard, listen=False)) as postgres,
-                        closing(observer.connect_etcd()) as etcd,
-                    ):
-                        summary = wait_in_step(work, engine, observer, postgres, etcd)
+                    with closing(Postgres(config, observer.guard, listen=False)) as postgres:
+                        summary = wait_in_step(work, engine, observer, postgres)
         finally:
             engine.guard.stop()
     engine.guard.stop_by = None  # it has stopped in time
@@ -5373,13 +5371,6 @@ def wait_until(message: str, predicate: Callable[[], T], timeout: float = 10.0) 
         time.sleep(0.02)
 
 
-def free_port() -> int:
-    """A port of 127.0.0.1 that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def find_program(name: str) -> Path:
     """Return the path of a server program, such as etcd, etcdctl, initdb. Raises LocalServerError.
 
@@ -5411,7 +5402,6 @@ class LocalServer:
     """A server on 127.0.0.1 with a temporary directory of its own, both gone after `with`."""
 
     stop_signal = signal.SIGKILL
-    free_port = staticmethod(free_port)
     command: Callable[..., list[str]]  # the server's command line
     is_ready: Callable[..., bool]  # whether it answers
 
@@ -5422,6 +5412,12 @@ class LocalServer:
         self.log_path = self.directory / "log"
         self.account: dict[str, Any] = {}  # subprocess arguments: who runs the server
         self.process: subprocess.Popen[bytes] | None = None
+
+    @staticmethod
+    def free_port() -> int:
+        """A port of 127.0.0.1 that nothing listens on now."""
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            return int(probe.getsockname()[1])
 
     def run(self, command: Sequence[str | Path]) -> subprocess.Popen[bytes]:
         """Start a program as the server's account, out of reach of the terminal's Ctrl-C."""
@@ -5682,13 +5678,9 @@ class DemoStage:
 
     def wait_for(self, condition: str) -> None:
         """Wait until a condition is true, without showing it."""
-
-        def holds() -> bool:
-            with self.connection.cursor() as cur:
-                cur.execute(f"SELECT WHERE {condition}")
-                return bool(cur.rowcount)
-
-        wait_until(f"not yet: {condition}", holds)
+        sql = f"SELECT WHERE {condition}"
+        with self.connection.cursor() as cur:
+            wait_until(f"not yet: {condition}", lambda: cur.execute(sql) or cur.rowcount)
 
 
 # ── command line ───────────────────────────────────────────────────────────────

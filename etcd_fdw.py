@@ -4759,6 +4759,7 @@ WHERE datname = current_database() AND application_name = pg_catalog.left(
               pg_catalog.length('etcd_fdw status '::text) + 1), 63)
 ORDER BY backend_start
 """
+CHECKPOINT_NOW_SQL = "SELECT revision FROM etcd_sync_state WHERE prefix = %(prefix)s"
 STATUS_SQL = """
 SELECT s.host, s.pid, s.version, s.started_at, s.cluster_id, s.first_revision,
        s.revision AS checkpoint, s.events, s.applied, s.resyncs, s.reconnects, s.unstorable,
@@ -4848,8 +4849,8 @@ def lag(etcd: Etcd, postgres: Postgres, facts: dict[str, Any], waker: Waker) -> 
     deadline = time.monotonic() + (LAG_LIMIT_S if facts["locked"] else 0)
     while waiting and checkpoint < waiting[-1] and time.monotonic() < deadline:
         time.sleep(0.05)
-        if state := postgres.state():
-            checkpoint = state.revision
+        for row in postgres.query(CHECKPOINT_NOW_SQL):
+            checkpoint = row["revision"]
     behind = sum(revision > checkpoint for revision in waiting)
     age = facts["checkpoint_age_s"]
     return {"checkpoint": checkpoint, "lag_revisions": behind, "lag_s": age if behind else 0.0}

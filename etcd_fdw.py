@@ -1719,14 +1719,6 @@ class Postgres:
         row = self.query(PENDING_GAUGES_SQL)[0]
         return row["pending"], row["oldest_s"]
 
-    def pending_outside(self) -> int:
-        """How many pending changes lie outside every mirrored prefix."""
-        return int(self.query(PENDING_OUTSIDE_SQL)[0]["pending_outside"])
-
-    def is_standby(self) -> bool:
-        """Whether the server only replays what another one writes."""
-        return bool(self.query("SELECT pg_catalog.pg_is_in_recovery() AS yes")[0]["yes"])
-
     def version_text(self) -> str:
         """The server's version, such as 15.4."""
         return f"{self.version // 10000}.{self.version % 10000}"
@@ -3466,9 +3458,9 @@ class Mirror:
         engine.count(news)
         warn_of_unstorable(staged.unstorable)
         log.info(
-            "copied %(keys)d keys from etcd to PostgreSQL at revision %(revision)d"
+            "copied %(keys)s from etcd to PostgreSQL at revision %(revision)d"
             " (%(new)d new, %(deleted)d deleted) in %(seconds).2fs",
-            keys=staged.keys,
+            keys=describe(staged.keys, "key"),
             revision=staged.revision,
             new=put,
             deleted=deleted,
@@ -4150,7 +4142,7 @@ class Session:
     def poll(self) -> float:
         """Look for pending changes even if no notification came."""
         self.dirty = True
-        pending_outside = self.postgres.pending_outside()
+        pending_outside = self.postgres.query(PENDING_OUTSIDE_SQL)[0]["pending_outside"]
         if pending_outside > self.engine.pending_outside:
             log.warning(
                 "%(changes)s outside every mirrored prefix: left alone",
@@ -4732,7 +4724,8 @@ def revisions_after(etcd: Etcd, checkpoint: int, waker: Waker) -> list[int]:
 def postgres_status(postgres: Postgres) -> dict[str, Any]:
     """What PostgreSQL knows of the prefix; the names are those of status --format json."""
     postgres.name_session("status")
-    version, standby = postgres.version_text(), postgres.is_standby()
+    version = postgres.version_text()
+    standby = postgres.query("SELECT pg_catalog.pg_is_in_recovery() AS yes")[0]["yes"]
     side = {"reachable": True, "endpoint": postgres.where, "version": version, "standby": standby}
     facts: dict[str, Any] = {"postgresql": side, "schema_version": postgres.schema_version()}
     facts["holder"] = postgres.holder()
@@ -5089,10 +5082,13 @@ def compare_mirror(config: Config) -> dict[str, Any]:
     give_up_at = time.monotonic() + LAG_LIMIT_S
     with connection(config) as (engine, postgres):
         version = postgres.usable_schema_version()
-        if 0 < version < SCHEMA_VERSION:
+        if version not in (0, SCHEMA_VERSION):
+            remedy = "start it, which applies that"
+            if version > SCHEMA_VERSION:
+                remedy = "use the etcd_fdw.py that belongs to it"
             raise EtcdFdwError(
                 f"the database has schema version {version}, this script's is {SCHEMA_VERSION}:"
-                " start it, which applies that"
+                f" {remedy}"
             )
         while True:
             state = postgres.state() if version else None

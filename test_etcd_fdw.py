@@ -1835,6 +1835,7 @@ def test_what_needs_a_person_is_exit_code_4(command, db, postgres_dsn):
     assert_one_error_line(command(), 4, "etcd_schema_version() returns null")
     set_version(db, 99)
     assert_one_error_line(command(), 4, "schema version 99, newer than")
+    assert_one_error_line(command("validate"), 4, "use the etcd_fdw.py that belongs to it")
     refused("55000", db, SCHEMA_SQL)
     assert scalar(db, "SELECT etcd_schema_version()") == 99
     name = f"latin_{RUN_ID}_{next(_numbers)}"

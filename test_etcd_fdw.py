@@ -4971,6 +4971,17 @@ def test_sync_that_waits_ends_at_once(daemon, db, prefix, signum):
     one.resume()
 
 
+def test_sync_that_waits_says_that_etcd_is_gone(daemon, db, prefix, own_etcd):
+    one = daemon(etcd=own_etcd)
+    one.pause()
+    rows(db, "INSERT INTO etcd_wal (key, value) VALUES (%s, '1')", prefix + "a")  # waits for it
+    client = daemon("sync", etcd=own_etcd, ready=False)
+    client.wait_log("standing by")
+    own_etcd.kill()
+    assert client.wait_exit() == 2
+    assert f"etcd_fdw: etcd at {own_etcd.endpoint}: " in client.log()
+
+
 def test_sync_that_cannot_stop_is_no_success(daemon, db, prefix, etcd):
     etcd.put(prefix + "a", "1")
     with session(db, SCHEMA_SQL) as cur:

@@ -4975,8 +4975,9 @@ def test_sync_that_waits_says_that_etcd_is_gone(daemon, db, prefix, own_etcd):
     one = daemon(etcd=own_etcd)
     one.pause()
     rows(db, "INSERT INTO etcd_wal (key, value) VALUES (%s, '1')", prefix + "a")  # waits for it
-    client = daemon("sync", etcd=own_etcd, ready=False)
-    client.wait_log("standing by")
+    with session(db, "LISTEN etcd_changes") as cur:
+        client, conn = daemon("sync", etcd=own_etcd, ready=False), cur.connection
+        wait_until("sync does not look for pending changes", lambda: conn.poll() or conn.notifies)
     own_etcd.kill()
     assert client.wait_exit() == 2
     assert f"etcd_fdw: etcd at {own_etcd.endpoint}: " in client.log()

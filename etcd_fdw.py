@@ -2334,8 +2334,8 @@ class Outcomes:
     def count(self) -> Counters:
         """The number of outcomes by status."""
         tally = collections.Counter(outcome.status for outcome in self.list)
-        success, conflict, failed = map(tally.__getitem__, ("success", "conflict", "failed"))
-        return Counters(applied=success, conflicts=conflict, failures=failed)
+        applied, conflicts, failures = tally["success"], tally["conflict"], tally["failed"]
+        return Counters(applied=applied, conflicts=conflicts, failures=failures)
 
     def record(self, postgres: Postgres, cur: Any, audit: bool) -> None:
         """Write them into etcd_wal, refusals (and with audit all) into etcd_sync_event."""
@@ -2343,9 +2343,10 @@ class Outcomes:
             return
         refused = [o for o in self.list if o.status != "success"]
         ordered = refused + [o for o in self.list if o.status == "success"]
+        ids = [o.id for o in ordered]
         forced = any(o.replaced for o in ordered)
         arguments = {
-            "ids": int_array(o.id for o in ordered),
+            "ids": int_array(ids),
             "revisions": int_array(o.revision for o in ordered),
             "replaced": int_array(o.replaced for o in ordered) if forced else "{}",
             "statuses": [o.status for o in refused],
@@ -2355,10 +2356,9 @@ class Outcomes:
         cur.defer(BY_KEY_SQL)
         cur.defer(execute, arguments)
         if audit or refused:
-            ids = int_array(o.id for o in (ordered if audit else refused))
-            cur.defer(AUDIT_CHANGES_SQL, {"prefix": postgres.prefix, "ids": ids})
-        numbers = [o.id for o in ordered]
-        postgres.notify(cur, OUTCOME_CHANNEL, min(numbers), max(numbers))
+            audited = int_array(ids if audit else ids[: len(refused)])
+            cur.defer(AUDIT_CHANGES_SQL, {"prefix": postgres.prefix, "ids": audited})
+        postgres.notify(cur, OUTCOME_CHANNEL, min(ids), max(ids))
 
 
 def conflict_message(changes: Sequence[Change], current: Sequence[int | None]) -> str:
@@ -4231,7 +4231,6 @@ class Engine:
         self.guard = Guard(self.waker)
         self.counters = Counters()  # of what PostgreSQL has
         self.reported = Counters()  # these, as of the last summary
-        self.lost = 0  # sessions, of which PostgreSQL does not know yet
         self.metrics = Metrics(config.etcd_dsn.prefix, self.counters)
         self.conflicts = ConflictLog()
         self.current: Session | None = None  # the one whose loop turns
@@ -4401,7 +4400,6 @@ class Engine:
         if self.established_at is not None:
             lasted_s = now - self.established_at
             self.metrics.reconnects[side] += 1
-            self.lost += 1
             self.lost_at = now
         if lasted_s > STEADY_S or side != self.failed_side:
             self.attempt = 0
@@ -4460,7 +4458,11 @@ class Engine:
         """Count what a transaction has written."""
         for name, number in vars(news).items():
             vars(self.counters)[name] += number
-        self.lost -= news.reconnects
+
+    @property
+    def lost(self) -> int:
+        """How many sessions were lost of which PostgreSQL does not know yet."""
+        return sum(self.metrics.reconnects.values()) - self.counters.reconnects
 
     # ─ signals ─
 

@@ -4325,16 +4325,16 @@ class Engine:
                 postgres.end_backend(*self.backend)
             if not waiting:
                 holder = postgres.holder() or collections.defaultdict(lambda: "unknown")
+                self.connected = waiting = True
+                self.resync = None  # the active instance copies
+                postgres.name_session("standby")
+                self.set_state("standing by")
                 log.info(
                     "standing by: another instance is active on %(prefix)r: backend %(backend)s of"
                     " role %(role)s, %(application_name)s",
                     **{**holder, "prefix": postgres.prefix, "backend": holder["pid"]},
                 )
-                self.connected = waiting = True
-                postgres.name_session("standby")
-                self.set_state("standing by")
                 self.guard.notifier.tell(READY=1)
-                self.resync = None  # the active instance copies
             self.pause(STANDBY_POLL_S)
             self.check_stop()
             postgres.notified()
@@ -4373,10 +4373,10 @@ class Engine:
             text += " etcd %(etcd)s"
             facts.update(version=__version__, pid=os.getpid(), database=postgres.database)
             facts.update(postgresql=postgres.version_text(), etcd=etcd.version)
-        log.info(text, **facts, revision=session.mirror.checkpoint)
         self.current = session
         self.connected, self.established_at, self.lost_at = True, now, None
         self.set_state(MIRRORING)
+        log.info(text, **facts, revision=session.mirror.checkpoint)
         self.guard.notifier.tell(READY=1)
 
     def disconnected(self) -> None:

@@ -320,6 +320,19 @@ class TooLarge(EtcdFdwError):
     """the answer is larger than gRPC was told to take: ask for less"""
 
 
+class OtherSchema(EtcdFdwError):
+    """the database has the schema of another version of this script"""
+
+    def __init__(self, version: int) -> None:
+        remedy = "start the daemon, which applies that"
+        if version > SCHEMA_VERSION:
+            remedy = "install the etcd_fdw.py that belongs to it"
+        super().__init__(
+            f"the database has schema version {version}, this script's is {SCHEMA_VERSION}:"
+            f" {remedy}"
+        )
+
+
 class Stopped(EtcdFdwError):
     """asked to stop"""
 
@@ -1634,6 +1647,13 @@ class Postgres:
             raise self.no_schema()
         return self.schema_version()
 
+    def has_tables(self) -> bool:
+        """Whether the schema was applied. Raises AccessDenied, OtherSchema."""
+        version = self.usable_schema_version()
+        if version not in (0, SCHEMA_VERSION):
+            raise OtherSchema(version)
+        return bool(version)
+
     def missing_grants(self, applies: bool) -> list[str]:
         """The fewest statements that give this role what it lacks; applies: to apply the schema."""
         return [row["format"] for row in self.query(PRIVILEGES_SQL, applies=applies)]
@@ -1657,10 +1677,7 @@ class Postgres:
         cur.execute(SCHEMA_LOCK_SQL)
         found = self.schema_version()
         if found > SCHEMA_VERSION:
-            raise EtcdFdwError(
-                f"the database has schema version {found}, newer than this script's"
-                f" {SCHEMA_VERSION}: install the etcd_fdw.py that belongs to it"
-            )
+            raise OtherSchema(found)
         if found == SCHEMA_VERSION:
             return False
         cur.execute("SHOW server_encoding")
@@ -4732,7 +4749,7 @@ def postgres_status(postgres: Postgres) -> dict[str, Any]:
     facts: dict[str, Any] = {"postgresql": side, "schema_version": postgres.schema_version()}
     facts["holder"] = postgres.holder()
     facts["standbys"] = postgres.query(STANDBYS_SQL)
-    if facts["schema_version"]:
+    if facts["schema_version"] == SCHEMA_VERSION:
         facts.update(next(iter(postgres.query(STATUS_SQL)), {}))
         facts.update(postgres.query(PENDING_OUTSIDE_SQL)[0])
         facts["refusals"] = postgres.query(REFUSALS_SQL)
@@ -4803,6 +4820,9 @@ def problems_of(found: Mapping[str, Any]) -> Iterator[str]:
         if not found[side]["reachable"]:
             yield found[side]["error"]
     if not found["postgresql"]["reachable"]:
+        return
+    if found["schema_version"] not in (0, SCHEMA_VERSION):
+        yield str(OtherSchema(found["schema_version"]))
         return
     if is_retrying(found):
         yield (
@@ -5061,7 +5081,7 @@ def bring_in_step(config: Config) -> dict[str, Any]:
 def retry_failed(config: Config) -> None:
     """Queue conflicts and failures again, on top of what there is now."""
     with connection(config) as (_, postgres):
-        found = postgres.query(REFUSED_SQL) if postgres.schema_version() else []
+        found = postgres.query(REFUSED_SQL) if postgres.has_tables() else []
         for row in found:
             postgres.query(RETRY_TOGETHER_SQL, **row)
     count = sum(len(row["ids"]) for row in found)
@@ -5090,17 +5110,9 @@ def compare_mirror(config: Config) -> dict[str, Any]:
     """Compare both sides at the checkpoint, or at a newer one if etcd has compacted that."""
     give_up_at = time.monotonic() + LAG_LIMIT_S
     with connection(config) as (engine, postgres):
-        version = postgres.usable_schema_version()
-        if version not in (0, SCHEMA_VERSION):
-            remedy = "start it, which applies that"
-            if version > SCHEMA_VERSION:
-                remedy = "use the etcd_fdw.py that belongs to it"
-            raise EtcdFdwError(
-                f"the database has schema version {version}, this script's is {SCHEMA_VERSION}:"
-                f" {remedy}"
-            )
+        applied = postgres.has_tables()
         while True:
-            state = postgres.state() if version else None
+            state = postgres.state() if applied else None
             if state is None:
                 raise EtcdFdwError("there is no mirror yet: start the daemon, or run sync")
             # connect only now: etcd's revision must not be older than the checkpoint
@@ -5176,7 +5188,7 @@ def check_postgres(config: Config) -> Iterator[Finding]:
             yield EtcdFdwError(f"the database's encoding is {encoding}: create one with UTF8")
         found = postgres.usable_schema_version()
         if found > SCHEMA_VERSION:
-            yield EtcdFdwError(f"its schema version {found} is newer: install that etcd_fdw.py")
+            yield OtherSchema(found)
         yield f"schema version {found}" if found else "no schema yet: the first start applies it"
         if 0 < found < SCHEMA_VERSION:
             yield f"the next start applies schema version {SCHEMA_VERSION}"

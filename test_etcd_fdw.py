@@ -5804,6 +5804,8 @@ def supervisord(db: str, prefix: str, etcd_address: EtcdAddress) -> Iterator[tup
         finally:
             process.terminate()
             process.wait(30)
+            for log in Path(name).glob("*.log"):  # shown if the test fails
+                print(f"── {log.name}\n{log.read_text()}")
 
 
 def test_supervisord_starts_restarts_and_stops_it(supervisord, db, prefix, etcd):

@@ -1834,8 +1834,9 @@ def test_what_needs_a_person_is_exit_code_4(command, db, postgres_dsn):
     set_version(db, "NULL::int")
     assert_one_error_line(command(), 4, "etcd_schema_version() returns null")
     set_version(db, 99)
+    newer = f"schema version 99, this script's is {etcd_fdw.SCHEMA_VERSION}: install"
     for args in ((), ("validate",), ("sync", "--retry-failed")):
-        assert_one_error_line(command(*args), 4, "install the etcd_fdw.py that belongs to it")
+        assert_one_error_line(command(*args), 4, newer)
     refused("55000", db, SCHEMA_SQL)
     assert scalar(db, "SELECT etcd_schema_version()") == 99
     name = f"latin_{RUN_ID}_{next(_numbers)}"
@@ -3073,6 +3074,7 @@ def test_commands_on_an_older_schema(daemon, command, db, old):
     problem = f"has schema version {old}, this script's is {etcd_fdw.SCHEMA_VERSION}: start"
     for args in ("validate", "sync --retry-failed"):
         assert_one_error_line(command(*args.split()), 4, problem)
+    assert "PROBLEM: " in command("status", exit_code=0).stdout
     (found,) = status_of(command)["problems"]
     assert problem in found
 

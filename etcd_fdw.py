@@ -82,6 +82,7 @@ import ast
 import asyncio
 import bisect
 import collections
+import enum
 import gc
 import glob
 import http
@@ -217,8 +218,8 @@ def _build_etcd3_messages() -> None:
         descriptor = pool.FindFileByName(file.name)
         for message_name, message_type in descriptor.message_types_by_name.items():
             setattr(module, message_name, message_factory.GetMessageClass(message_type))
-        for enum in descriptor.enum_types_by_name.values():
-            for value in enum.values:
+        for enumeration in descriptor.enum_types_by_name.values():
+            for value in enumeration.values:
                 setattr(module, value.name, value.number)
         sys.modules[module.__name__] = module
 
@@ -240,13 +241,41 @@ except ImportError as exc:
         raise
     sys.exit(f"etcd_fdw: cannot import: {exc}: python3 -m pip install psycopg2-binary etcd3")
 
-# ── errors ─────────────────────────────────────────────────────────────────────
+# ── errors: whom each belongs to ───────────────────────────────────────────────
+
+
+class Room(enum.IntEnum):
+    """What an error stops: nothing outside of the smallest room that it belongs to.
+
+    The rooms lie within one another.  Who works in one takes every error that belongs to it or
+    to a smaller one, and lets all others through to the next:
+
+    room     who takes it        what happens
+    CHANGE   Outbox              the etcd_wal row with its transaction, found by halving the Txn,
+                                 becomes failed with the reason; all others go on
+    CHORE    Session.run_chore   WARN, once an hour; that chore alone waits longer each time
+    PUSH     Session.pause_push  changes wait, the mirror goes on
+    SESSION  Engine.retry        WARN, or ERROR if it needs a person; a new session after a backoff
+    PROCESS  main                one line and an exit code
+
+    A new kind of error is a class below, with its room, and a line in ETCD_MESSAGES, ETCD_CODES
+    or POSTGRES_CODES.
+    """
+
+    CHANGE = 1
+    CHORE = 2
+    PUSH = 3
+    SESSION = 4
+    PROCESS = 5
 
 
 class EtcdFdwError(Exception):
     """something that needs a person"""
 
     exit_code = 4
+    belongs_to = Room.PROCESS
+    side = "etcd_fdw"  # or the server that it comes from: etcd, postgresql
+    needs_person = False  # an ERROR and a long pause, though it is tried again
 
     def __init__(self, message: str = "") -> None:
         super().__init__(" ".join((message or str(self.__doc__)).split()))
@@ -258,66 +287,8 @@ class ConfigurationError(EtcdFdwError):
     exit_code = 1
 
 
-class Unavailable(EtcdFdwError):
-    """a server cannot be reached, or not now: try again"""
-
-    exit_code = 2
-
-
-class EtcdUnavailable(Unavailable):
-    """etcd cannot be reached"""
-
-
-class Fenced(EtcdUnavailable):
-    """another session sends changes for this mirror"""
-
-    copy = False  # whether that session works for another database, so one is a copy of the other
-
-
-class NoSpace(EtcdUnavailable):
-    """etcd's quota is used up: reads go on, writes wait"""
-
-
-class PostgresUnavailable(Unavailable):
-    """PostgreSQL cannot be reached"""
-
-
-class CopyRefused(PostgresUnavailable):
-    """PostgreSQL cannot COPY it: a row is there already, or the table has row-level security"""
-
-
-class AccessDenied(EtcdFdwError):
-    """permission or authentication failed"""
-
-    exit_code = 3
-
-
-class PermissionDenied(AccessDenied):
-    """etcd does not let this user do that"""
-
-
-class TokenExpired(AccessDenied):
-    """etcd no longer takes this token: authenticate again"""
-
-
-class Compacted(EtcdFdwError):
-    """etcd has compacted the revision asked for: copying again"""
-
-    def __init__(self, message: str = "", revision: int | None = None) -> None:
-        super().__init__(message)
-        self.revision = revision  # to copy at, 0: the current one; None: the next watch tells it
-
-
-class Rejected(EtcdFdwError):
-    """etcd refuses this one change, and would refuse it again"""
-
-
-class LeaseNotFound(Rejected):
-    """the lease ran out before etcd got the put that uses it"""
-
-
-class TooLarge(EtcdFdwError):
-    """the answer is larger than gRPC was told to take: ask for less"""
+class AnotherTimeline(EtcdFdwError):
+    """etcd's history is not the one that was mirrored"""
 
 
 class OtherSchema(EtcdFdwError):
@@ -339,29 +310,207 @@ class Stopped(EtcdFdwError):
     exit_code = 0
 
 
+class InternalError(EtcdFdwError):
+    """nobody has thought of this"""
+
+    exit_code = 2  # supervisors are told not to restart 4
+    belongs_to = Room.SESSION
+    needs_person = True
+
+
+class Unavailable(EtcdFdwError):
+    """a server cannot be reached, or not now: try again"""
+
+    exit_code = 2
+    belongs_to = Room.SESSION
+
+
+class AccessDenied(EtcdFdwError):
+    """permission or authentication failed"""
+
+    exit_code = 3
+    belongs_to = Room.SESSION
+    needs_person = True
+
+
+# ─ etcd ─
+
+
+class EtcdUnavailable(Unavailable):
+    """etcd cannot be reached"""
+
+    side = "etcd"
+
+
+class Fenced(EtcdUnavailable):
+    """another session sends changes for this mirror"""
+
+
+class FencedByCopy(Fenced):
+    """that session works for another database, so one is a copy of the other"""
+
+    needs_person = True
+
+
+class Compacted(EtcdUnavailable):
+    """etcd has compacted the revision asked for: copying again"""
+
+    def __init__(self, message: str = "", revision: int | None = None) -> None:
+        super().__init__(message)
+        self.revision = revision  # to copy at, 0: the current one; None: the next watch tells it
+
+
+class TooLarge(EtcdUnavailable):
+    """the answer is larger than gRPC was told to take: ask for less, or take more"""
+
+
+class EtcdDenied(AccessDenied):
+    """etcd does not know this user"""
+
+    side = "etcd"
+
+
+class TokenExpired(EtcdDenied):
+    """etcd no longer takes this token: authenticate again"""
+
+
+class PermissionDenied(EtcdDenied):
+    """etcd does not let this user do that"""
+
+    belongs_to = Room.PUSH
+
+
+class WritesRefused(EtcdUnavailable):
+    """etcd takes no writes now, and may have applied this one; reads go on"""
+
+    belongs_to = Room.PUSH
+
+
+class Corrupt(WritesRefused):
+    """etcd finds its own data corrupt"""
+
+    needs_person = True
+
+
+class Unsupported(WritesRefused):
+    """this server takes no such transactions: it can only be mirrored"""
+
+    needs_person = True
+
+
+class Rejected(EtcdUnavailable):
+    """etcd refuses this one change, and would refuse it again"""
+
+    belongs_to = Room.CHANGE
+
+
+class TooManyOperations(Rejected):
+    """--max-txn-ops is above the server's own limit"""
+
+
+class LeaseNotFound(Rejected):
+    """the lease ran out before etcd got the put that uses it"""
+
+
+# ─ PostgreSQL ─
+
+
+class PostgresUnavailable(Unavailable):
+    """PostgreSQL cannot be reached"""
+
+    side = "postgresql"
+
+
+class PostgresDenied(AccessDenied):
+    """PostgreSQL does not let this role log in"""
+
+    side = "postgresql"
+
+
+class StatementRefused(PostgresUnavailable):
+    """a statement failed, the session has not: somebody's trigger, constraint or lock, or a bug"""
+
+    belongs_to = Room.CHORE
+    needs_person = True
+
+
+class NotNow(StatementRefused):
+    """a statement ran into a lock, a limit or another transaction: the next try may pass"""
+
+    needs_person = False
+
+
+class GrantMissing(PostgresDenied, StatementRefused):
+    """PostgreSQL does not let this role do that"""
+
+    belongs_to = Room.CHORE
+
+
+class CopyRefused(StatementRefused):
+    """PostgreSQL cannot COPY it: a row is there already, or the table has row-level security"""
+
+
+class BadValue(StatementRefused):
+    """PostgreSQL cannot compute with what a row holds"""
+
+    belongs_to = Room.CHANGE
+
+
 # etcd's messages come first: its codes vary by version (etcd's rpctypes/error.go).
 ETCD_MESSAGES: list[tuple[str, type[EtcdFdwError]]] = [
     ("required revision has been compacted", Compacted),
-    ("database space exceeded", NoSpace),
-    ("too many requests", NoSpace),  # raft is behind: passes by itself, and reads go on
+    ("required revision is a future revision", EtcdUnavailable),
+    ("database space exceeded", WritesRefused),
+    ("too many requests", WritesRefused),  # raft is behind
+    ("no leader", WritesRefused),  # the watch says so as well, if it lasts
+    ("leader changed", WritesRefused),
+    ("request timed out", WritesRefused),  # no quorum
+    ("corrupt cluster", Corrupt),
+    ("unsupported operations in txn request", Unsupported),  # kine
     ("request is too large", Rejected),
-    ("too many operations", Rejected),
+    ("too many operations", TooManyOperations),
     ("grpc: received message larger than max", Rejected),  # Go, on the server
     ("Received message larger than max", TooLarge),  # C core, here
-    ("key is not provided", Rejected),
     ("requested lease not found", LeaseNotFound),
     ("key not found", Rejected),
     ("invalid auth token", TokenExpired),
     ("revision of auth store is old", TokenExpired),
     ("revision in header is old", TokenExpired),
     ("user name is empty", TokenExpired),
-    ("authentication failed", AccessDenied),
+    ("authentication failed", EtcdDenied),
     ("permission denied", PermissionDenied),
+    # what says something of the member that was asked, with a code that elsewhere means a change
+    ("not leader", EtcdUnavailable),
+    ("not capable", EtcdUnavailable),
+    ("not supported for learner", EtcdUnavailable),
 ]
 ETCD_CODES: dict[Any, type[EtcdFdwError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: Rejected,
+    grpc.StatusCode.OUT_OF_RANGE: Rejected,
+    grpc.StatusCode.FAILED_PRECONDITION: Rejected,
     grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
     grpc.StatusCode.UNAUTHENTICATED: TokenExpired,
-    grpc.StatusCode.DATA_LOSS: EtcdFdwError,
+    grpc.StatusCode.UNIMPLEMENTED: Unsupported,
+    grpc.StatusCode.DATA_LOSS: Corrupt,
+}
+# By SQLSTATE, or its class; source: PostgreSQL's errcodes appendix.  Others: StatementRefused.
+POSTGRES_CODES: dict[str, type[EtcdFdwError]] = {
+    "": PostgresUnavailable,  # libpq has lost the connection
+    "08": PostgresUnavailable,
+    "25006": PostgresUnavailable,  # a primary that became a standby
+    "57P": PostgresUnavailable,
+    "58": PostgresUnavailable,
+    "28": PostgresDenied,
+    "42501": GrantMissing,
+    "23505": CopyRefused,
+    "0A000": CopyRefused,
+    "22": BadValue,
+    "54": BadValue,
+    "40": NotNow,
+    "53": NotNow,
+    "55": NotNow,
+    "57": NotNow,
+    "2BP01": EtcdFdwError,  # somebody's view keeps the schema from being upgraded
 }
 
 
@@ -397,17 +546,6 @@ def etcd_error(exc: grpc.RpcError, endpoint: str) -> EtcdFdwError:
     return kind(f"etcd at {endpoint}: {details}")
 
 
-# By SQLSTATE, or its class; source: PostgreSQL's errcodes appendix.
-POSTGRES_CODES: dict[str, type[EtcdFdwError]] = {
-    "23505": CopyRefused,
-    "0A000": CopyRefused,
-    "42501": AccessDenied,
-    "25006": PostgresUnavailable,
-    "28": AccessDenied,
-    "2BP01": EtcdFdwError,  # somebody's view keeps the schema from being upgraded
-    "42": EtcdFdwError,
-    "XX": EtcdFdwError,
-}
 # By message, where there is no SQLSTATE: libpq gives none if a connection fails, nor if it finds
 # a value of the DSN wrong itself.
 POSTGRES_LOGIN_MESSAGES = re.compile(
@@ -422,7 +560,7 @@ POSTGRES_DSN_MESSAGES = re.compile(
 
 
 def postgres_error(exc: psycopg2.Error, notices: Sequence[str] = ()) -> EtcdFdwError:
-    """The kind of error that a failed PostgreSQL call is; the default is PostgresUnavailable.
+    """The kind of error that a failed PostgreSQL call is.
 
     notices: the session's; where the server ends it, the last one says why.
     """
@@ -434,14 +572,23 @@ def postgres_error(exc: psycopg2.Error, notices: Sequence[str] = ()) -> EtcdFdwE
     if code == "2BP01":
         message += f": {exc.diag.message_detail}"  # which names it
     message = masked(message.strip()) or type(exc).__name__
-    kind = POSTGRES_CODES.get(code) or POSTGRES_CODES.get(code[:2], PostgresUnavailable)
+    lookups = (POSTGRES_CODES.get(code[:length]) for length in (5, 3, 2))
+    kind = next(filter(None, lookups), StatementRefused)
     if exc.diag.source_file == "async.c":
-        kind = PostgresUnavailable  # the queue of notifications is full: not this change's fault
+        kind = NotNow  # the queue of notifications is full: not this change's fault
     elif not code and POSTGRES_LOGIN_MESSAGES.search(message):
-        kind = AccessDenied
+        kind = PostgresDenied
     elif not code and POSTGRES_DSN_MESSAGES.search(message):
         kind = ConfigurationError
     return kind(f"PostgreSQL: {message}" + (f" ({code})" if code else ""))
+
+
+def internal_error(exc: Exception) -> InternalError:
+    """The error for an exception that nobody has thought of; its traceback is logged at debug."""
+    where = traceback.extract_tb(exc.__traceback__)[-1]
+    log.debug("%s", masked("".join(traceback.format_exception(type(exc), exc, exc.__traceback__))))
+    message = masked(f"{type(exc).__name__}: {one_line(exc)}")
+    return InternalError(f"internal error: {message} (line {where.lineno})")
 
 
 # ── values ─────────────────────────────────────────────────────────────────────
@@ -1176,7 +1323,7 @@ class Metrics:
         self.state = "starting"  # copying, mirroring, standing by, … is unavailable
         self.active = False
         self.connected = {"etcd": False, "postgresql": False}
-        self.reconnects = {"etcd": 0, "postgresql": 0}
+        self.reconnects = {"etcd": 0, "postgresql": 0, "etcd_fdw": 0}
         self.batches = 0
         self.batch_s = 0.0
         self.checkpoint = 0  # see Mirror
@@ -1599,12 +1746,12 @@ class Postgres:
             raise self.no_schema()
         return bool(locked)
 
-    def no_schema(self) -> AccessDenied:
+    def no_schema(self) -> GrantMissing:
         """The error that says why search_path names no schema that this role may use."""
         row = self.query(
             "SELECT pg_catalog.current_setting('search_path') AS path, current_user AS role"
         )[0]
-        return AccessDenied(
+        return GrantMissing(
             f"PostgreSQL: search_path is {row['path']}, which names no schema that exists and that"
             f" role {row['role']} may use: CREATE SCHEMA, or GRANT USAGE, CREATE ON SCHEMA … TO"
             f" {row['role']}"
@@ -1664,7 +1811,7 @@ class Postgres:
             with self.transaction(LONG_STATEMENT_LIMIT_S) as cur:
                 applied = self.apply_schema(cur)
         except AccessDenied as exc:
-            raise AccessDenied(
+            raise GrantMissing(
                 f"{exc}: have the owner of the schema apply it: psql -1 -f {SCHEMA_FILE.name}"
             ) from exc
         if applied:
@@ -1832,7 +1979,7 @@ class Etcd:
         except EtcdFdwError as exc:
             self.close()
             if isinstance(exc, TokenExpired) and not target.username:
-                raise AccessDenied(f"{exc}: the DSN names no user and password") from exc
+                raise EtcdDenied(f"{exc}: the DSN names no user and password") from exc
             raise with_hint(exc) from exc
 
     @property
@@ -3002,9 +3149,8 @@ class Outbox:
         except (IndexError, KeyError, ValueError, TypeError):
             key = self.receipts.owner.decode()
             return Fenced(f"etcd: somebody has deleted or overwritten the key {key}")
-        error = Fenced(f"{who}, has begun to send changes for this mirror: nothing more is sent")
-        error.copy = other["database"] != self.postgres.database
-        return error
+        kind = Fenced if other["database"] == self.postgres.database else FencedByCopy
+        return kind(f"{who}, has begun to send changes for this mirror: nothing more is sent")
 
     def applied(self, transaction: OutboxTransaction, revision: int) -> list[Outcome]:
         """The outcomes of a transaction that etcd took at a revision."""
@@ -3644,9 +3790,9 @@ def check_cluster(etcd: Etcd, state: SyncState) -> None:
         )
 
 
-def another_timeline(prefix: str, reason: str) -> EtcdFdwError:
+def another_timeline(prefix: str, reason: str) -> AnotherTimeline:
     """The error that says why the mirror cannot go on, and what to do."""
-    return EtcdFdwError(
+    return AnotherTimeline(
         f"the mirror of {prefix or 'the whole key space'!r} belongs to another etcd timeline:"
         f" {reason}; nothing was changed; if etcd is right, drop this mirror and copy again"
         ' with the command "sync --reset"'
@@ -4075,12 +4221,12 @@ class Session:
                 worked = self.outbox.receive()
             if not self.engine.guard.stopping:
                 worked |= self.send()
-        except (NoSpace, PermissionDenied) as exc:
+        except (WritesRefused, PermissionDenied) as exc:
             self.pause_outbox(exc)
         return worked
 
     def send(self) -> bool:
-        """Send what is pending; whether there was any. Raises NoSpace, PermissionDenied."""
+        """Send what is pending; whether there was any. Raises WritesRefused, PermissionDenied."""
         if self.outbox and self.outbox.retired:
             if not self.outbox.settled():
                 return False
@@ -4196,9 +4342,15 @@ class Session:
 
 # ── engine ─────────────────────────────────────────────────────────────────────
 
-COPY_REMEDY = (
-    'is that a copy of this database? give it a mirror of its own with the command "sync --reset"; '
-)
+GRANT_REMEDY = "grant what is missing; "
+REMEDIES: dict[type[EtcdFdwError], str] = {
+    **dict.fromkeys(
+        (EtcdDenied, TokenExpired, PermissionDenied, PostgresDenied, GrantMissing), GRANT_REMEDY
+    ),
+    FencedByCopy: "is that a copy of this database? give it a mirror of its own with the command"
+    ' "sync --reset"; ',
+    Corrupt: 'see "etcdctl alarm list"; ',
+}
 RELOADABLE = tuple(option.name for option in OPTIONS if option.reloadable)
 
 
@@ -4256,8 +4408,8 @@ class Engine:
         self.fragment = False  # the next session's watch asks for fragments: one was TooLarge
         self.pending_outside = 0
         self.backend: tuple[int, str] | None = None  # of the last session that had the lock
-        self.failed_side = ""  # the server that the last attempts failed at
-        self.attempt = 0
+        self.attempt = 0  # sessions in a row that did not last
+        self.delay = 0.0  # seconds, before the last of them
         self.connected = False  # a session got as far as its loop, or stood by: never give up
         self.established_at: float | None = None  # when this session's loop began
         self.lost_at: float | None = None  # when the last one was lost
@@ -4285,29 +4437,21 @@ class Engine:
         while not self.guard.stopping:
             try:
                 self.session()
+                continue
             except Stopped:
                 break
-            except TooLarge:
-                self.fragment = True
-                self.retry(EtcdUnavailable("much to catch up with"), quiet=True)
-            except Compacted as exc:
-                self.resync = exc.revision
-                log.warning(
-                    "etcd has compacted up to revision %(compacted)s, the mirror is at"
-                    " %(revision)d: copying again",
-                    compacted=exc.revision or "?",
-                    revision=self.metrics.checkpoint,
-                )
-                self.retry(EtcdUnavailable("resync needed"), quiet=True)
-            except Unavailable as exc:
-                if not self.connected and time.monotonic() > give_up_at:
-                    raise
-                self.retry(exc)
-            except AccessDenied as exc:
-                renewable = isinstance(exc, TokenExpired) and not self.attempt  # by a new session
-                if not (self.connected or renewable):
-                    raise
-                self.retry(exc)
+            except EtcdFdwError as exc:
+                error = exc
+            except Exception as exc:  # noqa: BLE001  a bug ends a session, not the process
+                error = internal_error(exc)
+            if error.belongs_to > Room.SESSION:
+                raise error
+            if not self.connected:
+                renewable = isinstance(error, TokenExpired) and not self.attempt
+                denied = isinstance(error, AccessDenied) and not renewable
+                if denied or time.monotonic() > give_up_at:
+                    raise error
+            self.retry(error)
 
     def session(self) -> None:
         """Connect, lock, schema, and work until asked to stop or a connection is lost."""
@@ -4329,7 +4473,7 @@ class Engine:
                 stack.callback(session.close)
                 session.run()
             except EtcdFdwError as exc:
-                if isinstance(exc, (EtcdUnavailable, AccessDenied)):
+                if exc.belongs_to <= Room.SESSION and not isinstance(exc, PostgresUnavailable):
                     with suppress(EtcdFdwError):  # it may be gone as well
                         postgres.activate(one_line(exc))
                 raise
@@ -4403,38 +4547,42 @@ class Engine:
         self.current, self.metrics.active = None, False
         self.metrics.note_caught_up(False)
 
-    def retry(self, error: EtcdFdwError, quiet: bool = False) -> None:
+    def retry(self, error: EtcdFdwError) -> None:
         """Log the error, and wait before the next session.
 
-        An expired token is a warning at first, as the next session gets another; if that does not
-        help either, it is a missing permission.
+        The pauses grow until a session has lasted, whichever side the errors come from.
         """
-        text, now = str(error), time.monotonic()
-        side = "postgresql" if text.startswith("PostgreSQL") else "etcd"
-        self.metrics.connected[side] = False
-        self.set_state(f"{side} is unavailable")
-        lasted_s = 0.0
+        now, lasted_s = time.monotonic(), 0.0
         if self.established_at is not None:
             lasted_s = now - self.established_at
-            self.metrics.reconnects[side] += 1
-            self.lost_at = now
-        if lasted_s > STEADY_S or side != self.failed_side:
+            self.metrics.reconnects[error.side] += 1
+            self.established_at, self.lost_at = None, now
+        if lasted_s > max(STEADY_S, self.delay):
             self.attempt = 0
-        self.established_at, self.failed_side = None, side
         self.attempt += 1
-        delay = backoff(self.attempt, self.config.retry_initial, self.config.retry_max)
-        level, remedy = logging.WARNING, ""
-        just_expired = isinstance(error, TokenExpired) and self.attempt == 1
-        if isinstance(error, AccessDenied) and not just_expired:
-            level, remedy = logging.ERROR, "grant what is missing; "
-        elif isinstance(error, Fenced) and error.copy:
-            level, remedy = logging.ERROR, COPY_REMEDY
-        if remedy:
-            delay = self.config.retry_max
-        if not quiet:
+        self.delay = backoff(self.attempt, self.config.retry_initial, self.config.retry_max)
+        just_expired = isinstance(error, TokenExpired) and self.attempt == 1  # the next has another
+        level = logging.WARNING
+        if error.needs_person and not just_expired:
+            level, self.delay = logging.ERROR, self.config.retry_max
+        if error.side in self.metrics.connected:
+            self.metrics.connected[error.side] = False
+        self.set_state(f"{error.side} is unavailable")
+        if isinstance(error, Compacted):
+            self.resync = error.revision
+            log.warning(
+                "etcd has compacted up to revision %(compacted)s, the mirror is at"
+                " %(revision)d: copying again",
+                compacted=error.revision or "?",
+                revision=self.metrics.checkpoint,
+            )
+        elif isinstance(error, TooLarge) and not self.fragment:
+            self.fragment = True
+        else:
+            remedy = REMEDIES.get(type(error), "") if level == logging.ERROR else ""
             text = f"%(error)s; {remedy}retrying in %(delay).1fs"
-            log.log(level, text, error=str(error), side=side, delay=delay)
-        self.pause(delay)
+            log.log(level, text, error=str(error), side=error.side, delay=self.delay)
+        self.pause(self.delay)
 
     def pause(self, seconds: float) -> None:
         """Sleep, unless asked to stop."""
@@ -4615,7 +4763,7 @@ def dry_run(config: Config, given: Mapping[str, Any]) -> int:
         found = postgres.usable_schema_version()
         missing = postgres.missing_grants(found < SCHEMA_VERSION)
         if missing:
-            raise AccessDenied(f"PostgreSQL: a privilege is missing: {'; '.join(missing)}")
+            raise GrantMissing(f"PostgreSQL: a privilege is missing: {'; '.join(missing)}")
         if found < SCHEMA_VERSION:
             print(f"schema version {SCHEMA_VERSION} would be applied")
         if found in (0, SCHEMA_VERSION):
@@ -5760,10 +5908,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where what is left goes as Python ends
         return report_failure(config, one_line(exc), 4)
     except Exception as exc:  # noqa: BLE001  a bug, or something that nobody has thought of
-        where = traceback.extract_tb(exc.__traceback__)[-1]
-        message = masked(f"{type(exc).__name__}: {one_line(exc)}")
-        log.debug("%s", masked(traceback.format_exc()))
-        return report_failure(config, f"internal error: {message} (line {where.lineno})", 4)
+        return report_failure(config, str(internal_error(exc)), 4)
 
 
 if __name__ == "__main__":

@@ -932,7 +932,7 @@ class Option(NamedTuple):
     help: str
     short: str | None = None
     required: bool = False
-    reloadable: bool = False  # a SIGHUP changes it
+    fixed: Callable[[Any], Any] = lambda value: value  # what of it a SIGHUP cannot change
 
     @property
     def key(self) -> str:
@@ -955,24 +955,38 @@ def option(parse: Callable[[str], Any], default: str | None, help: str, **more: 
     return field(metadata={"parse": parse, "default": default, "help": help, **more})
 
 
-reloadable = partial(option, reloadable=True)
+def without_password(dsn: str) -> dict[str, str]:
+    """The parameters of a libpq connection string, but for the passwords."""
+    parts: dict[str, str] = psycopg2.extensions.parse_dsn(dsn)
+    return {name: value for name, value in parts.items() if not name.endswith("password")}
+
+
+reloadable = partial(option, fixed=lambda value: None)
 dsn = partial(option, default=None, required=True)
 ETCD_DSN_FORM = "etcd://[user:password@]host[:2379][,host…]/[prefix][?param=value…]"
 keep_or_duration = unless("keep", parse_duration)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(repr=False)
 class Config:
-    """Every option, parsed. A new one takes a field here, and a row in the table of README.md."""
+    """Every option, parsed. A new one takes a field here, and a row in the table of README.md.
 
-    postgres_dsn: str = dsn(parse_postgres_dsn, short="-p", help="libpq URI or keyword string")
-    etcd_dsn: EtcdTarget = dsn(parse_etcd_dsn, short="-e", help=ETCD_DSN_FORM)  # noqa: RUF009
+    There is one object, which everybody may hold: reload() changes its fields in place.
+    """
+
+    postgres_dsn: str = dsn(
+        parse_postgres_dsn, short="-p", help="libpq URI or keyword string", fixed=without_password
+    )
+    etcd_dsn: EtcdTarget = dsn(  # noqa: RUF009
+        parse_etcd_dsn, short="-e", help=ETCD_DSN_FORM, fixed=lambda target: target.prefix
+    )
     config: str | None = option(str, None, "YAML file with one key per option", short="-c")
     log_level: int = reloadable(parse_log_level, "info", "debug, info, warn or error", short="-l")
     log_format: str = option(choice(text="text", json="json"), "text", "text or json")
     dry_run: bool = option(parse_flag, "false", "report what would be written, write nothing")
     batch_size: int = reloadable(parse_count, "5000", "most changes in one PostgreSQL transaction")
     max_txn_ops: int = reloadable(parse_count, "100", "operations per etcd transaction")
+    push: bool = reloadable(parse_flag, "on", "off: only mirror; changes from SQL wait")
     poll_interval: float = reloadable(
         parse_positive_duration, "30s", "look for pending changes even without a notification"
     )
@@ -1004,6 +1018,20 @@ class Config:
         "off",
         "NOTIFY this channel of the revisions <from>-<to> of each mirrored batch",
     )
+
+    def reload(self, new: Config) -> tuple[list[str], list[str]]:
+        """Take what a running process can change; the options that changed, and those that cannot.
+
+        Of a DSN the next connection takes the new login, files and limits.
+        """
+        names: tuple[list[str], list[str]] = [], []
+        for o in OPTIONS:
+            before, after = getattr(self, o.name), getattr(new, o.name)
+            if before != after:
+                same = o.fixed(before) == o.fixed(after)
+                names[0 if same else 1].append(o.key)
+                setattr(self, o.name, after if same else before)
+        return names
 
 
 OPTIONS = tuple(Option(item.name, **item.metadata) for item in fields(Config))
@@ -4351,7 +4379,6 @@ REMEDIES: dict[type[EtcdFdwError], str] = {
     ' "sync --reset"; ',
     Corrupt: 'see "etcdctl alarm list"; ',
 }
-RELOADABLE = tuple(option.name for option in OPTIONS if option.reloadable)
 
 
 class ConflictLog:
@@ -4659,17 +4686,16 @@ class Engine:
         except EtcdFdwError as exc:
             log.error("%(error)s; going on with the configuration as it was", error=exc)
         else:
-            changed = [
-                name for name in vars(new) if getattr(new, name) != getattr(self.config, name)
-            ]
-            now = {name: getattr(new, name) for name in changed if name in RELOADABLE}
-            self.config = replace(self.config, **now)
+            changed, restart = self.config.reload(new)
             log.setLevel(self.config.log_level)
+            session = self.current
+            for timer in (*session.timers, *session.chores) if session else ():
+                timer.due_at = time.monotonic()  # as an interval may be shorter now
             log.info(
                 "read the configuration again; changed: %(changed)s; changes only with a restart:"
                 " %(restart)s",
-                changed=", ".join(now) or "nothing",
-                restart=", ".join(n for n in changed if n not in RELOADABLE) or "nothing",
+                changed=", ".join(changed) or "nothing",
+                restart=", ".join(restart) or "nothing",
             )
         if ready:
             notifier.tell(READY=1)
@@ -5803,7 +5829,7 @@ def build_parser() -> Parser:
     for option in OPTIONS:
         flags = filter(None, (option.short, option.flag))
         text = option.help + (f" (default: {option.default})" if option.default else "")
-        if option.parse is parse_flag:
+        if option.default == "false":
             common.add_argument(*flags, action="store_const", const="true", help=option.help)
         else:
             metavar = option.key.rpartition("-")[2].upper()

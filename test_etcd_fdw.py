@@ -5743,10 +5743,10 @@ def test_sighup_changes_what_can_be_changed(daemon, db, prefix, etcd, tmp_path):
         "metrics-address: 127.0.0.1:1\n"
     )
     one.signal(signal.SIGHUP)
-    # poll_interval stays, since the flag wins
+    # poll-interval stays, since the flag wins
     one.wait_log(
-        r"INFO read the configuration again; changed: log_level, batch_size, audit;"
-        r" changes only with a restart: metrics_address$"
+        r"INFO read the configuration again; changed: log-level, batch-size, audit;"
+        r" changes only with a restart: metrics-address$"
     )
     etcd.put(prefix + "a", "1")
     audit = "SELECT FROM etcd_sync_event WHERE operation = 'mirror'"
@@ -5756,6 +5756,46 @@ def test_sighup_changes_what_can_be_changed(daemon, db, prefix, etcd, tmp_path):
     one.signal(signal.SIGHUP)
     one.wait_log("ERROR .*log-level.*; going on with the configuration as it was$", after=mark)
     assert one.returncode is None
+
+
+def test_sighup_shortens_an_interval_that_has_begun(daemon, db, prefix, tmp_path):
+    file = tmp_path / "etcd_fdw.yaml"
+    file.write_text("poll-interval: 1h\n")
+    one = daemon("-c", str(file))
+    rows(db, "ALTER TABLE etcd_wal DISABLE TRIGGER etcd_wal_notify")
+    for value in "12":  # at once, and from then on
+        id_ = ask(db, prefix + value)
+        file.write_text("poll-interval: 1s\n")
+        one.signal(signal.SIGHUP)
+        wait_status(db, id_, "success")
+
+
+def test_sighup_gives_the_next_connection_new_passwords(daemon, tmp_path, secure_etcd):
+    file = tmp_path / "etcd_fdw.yaml"
+
+    def write(password: str, port: int) -> None:
+        dsn = f"postgresql://postgres:{password}@127.0.0.1:{port}/postgres"
+        etcd_ = etcd_dsn(secure_etcd.endpoint, "/t/", "fdw", password)
+        file.write_text(f"postgres-dsn: {dsn}\netcd-dsn: {etcd_}\n")
+
+    with LocalPostgres(password="secret") as server, secure_etcd.enable_auth() as root:
+        write("secret", server.port)
+        log = Daemon(tmp_path / "log", *FAST, "-c", str(file))
+        log.wait_log("watching")
+        rows(server.dsn(), "ALTER ROLE postgres PASSWORD 'new'")
+        change = etcdrpc.AuthUserChangePasswordRequest(name="fdw", password="new")
+        root.call(root.auth.UserChangePassword, change)
+        server.password = "new"
+        write("new", server.port)
+        log.signal(signal.SIGHUP)
+        log.wait_log("changed: postgres-dsn, etcd-dsn; changes only with a restart: nothing$")
+        server.restart()
+        secure_etcd.restart()
+        mark = log.wait_log("connected again").end()
+        write("new", server.port + 1)
+        log.signal(signal.SIGHUP)
+        log.wait_log("changed: nothing; changes only with a restart: postgres-dsn$", after=mark)
+        assert log.stop() == 0
 
 
 SUPERVISORD_CONF = """

@@ -262,6 +262,69 @@ class LocalPostgres(Breakable, etcd_fdw.LocalPostgres):
                 os.kill(pid, signum)
 
 
+# ─ data like the world's ─
+
+
+class World:
+    """What people keep in etcd. Whatever draws keys, values and leases draws them here."""
+
+    KEYS: tuple[str, ...] = (  # what follows the prefix; "" is the prefix itself
+        "app/timeout", "a", "a/", "a//b", " ", "  a  b ", "web 1.example", "%", "%41", "a%_\\b",
+        "\t", "\n", "\\N", "\\.", "'\"", "\x01", "ä/ö", "/", "ключ", "鍵", "🐘", "e\u0301", "", "0",
+    )  # fmt: skip
+    JSON = '{"kind": "Pod", "labels": {"größe": "10 €"}, "ports": [80, 443], "spec": null}'
+    TEXTS: tuple[str, ...] = (  # one to four bytes a character
+        "", "0", "30s", "true", " ", "\\N", "\\.", "\\.\n", "a\tb\nc\rd\\e\\\\f", "'\"`$$%s%%{}",
+        "größe: 10 €", "naïve 🐘 \u2028 \ufeff \U0010ffff", "日本語", JSON, f"---\n- {JSON}\n",
+    )  # fmt: skip
+    BYTES: tuple[bytes, ...] = (  # no text, as PostgreSQL has it
+        b"k8s\0\n\t\n\x02v1\x12\x03Pod\x12\x0e\n\x0c\n\x05web-1\x1a\0\"\x01x\x1a\0\"\0",  # protobuf
+        b"\0", b"\xff\xfe\x00", b"\xed\xa0\x80",  # a surrogate is no UTF-8
+        bytes(range(256)), bytes.fromhex("1f8b0800000000000003"),
+    )  # fmt: skip
+    SIZES = (1, 10, 100, 1_000, 10_000, 100_000, 1_500_000)  # etcd takes requests of 1.5 MiB
+
+    @classmethod
+    def values(cls) -> list[bytes]:
+        """Return each of them, of each size, and each byte by itself."""
+        short = [*(text.encode() for text in cls.TEXTS), *(bytes([byte]) for byte in range(256))]
+        return [
+            *short,
+            *cls.BYTES,
+            *(b"x" * size for size in cls.SIZES),
+            *map(os.urandom, cls.SIZES),
+        ]
+
+    @classmethod
+    def text(cls, dice: random.Random, mark: str = "") -> str:
+        """Return text that begins with the mark."""
+        return mark + dice.choice(cls.TEXTS)
+
+    @classmethod
+    def value(cls, dice: random.Random, mark: str = "", largest: int = 100_000) -> bytes:
+        """Return what begins with the mark: text, or no text, and now and then something large."""
+        kind = dice.random()
+        if kind < 0.02:
+            size = dice.choice([size for size in cls.SIZES if size <= largest])
+            return mark.encode() + dice.getrandbits(8 * size).to_bytes(size, "big")
+        return mark.encode() + (dice.choice(cls.BYTES) if kind < 0.3 else cls.text(dice).encode())
+
+    @classmethod
+    def key(cls, number: int) -> str:
+        """Return one of the keys: always the same of a number, never the same of two."""
+        return f"{number}{cls.KEYS[number % len(cls.KEYS)]}"
+
+    @staticmethod
+    def lease(dice: random.Random) -> int:
+        """Return an id for a lease; clients choose them, or leave it to etcd (0)."""
+        return dice.choice((0, 1, -1)) * dice.randrange(1, 2**63)
+
+
+ANY_TEXT = st.sampled_from(World.TEXTS) | st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0")
+)
+
+
 # ─ PostgreSQL ─
 
 
@@ -473,9 +536,10 @@ class EtcdClient(Closing):
         target = etcdrpc.Compare.MOD
         return etcdrpc.Compare(key=_bytes(key), target=target, mod_revision=mod_revision)
 
-    def grant(self, ttl: int) -> int:
-        """Return the id of a new lease of ttl seconds."""
-        return int(self.call(self.leases.LeaseGrant, etcdrpc.LeaseGrantRequest(TTL=ttl)).ID)
+    def grant(self, ttl: int, id_: int = 0) -> int:
+        """Return the id of a new lease of ttl seconds; 0: etcd chooses it."""
+        request = etcdrpc.LeaseGrantRequest(TTL=ttl, ID=id_)
+        return int(self.call(self.leases.LeaseGrant, request).ID)
 
     def revoke(self, lease: int) -> None:
         self.call(self.leases.LeaseRevoke, etcdrpc.LeaseRevokeRequest(ID=lease))
@@ -674,10 +738,11 @@ class Daemon(Process):
         return self.wait_exit()
 
 
-# Options under which faults are over soon; the second has timeouts that a test does not wait for.
-HASTE = ("--retry-initial", "50ms", "--retry-max", "300ms", "--poll-interval", "2s")
-HASTY_ETCD = "?dial_timeout=1s&request_timeout=2s"
+# Options under which faults are over soon, and timeouts of etcd that a test does not wait for;
+# without them a daemon has its defaults, which are slow.
 FAST = ("--retry-initial", "50ms", "--retry-max", "200ms", "--poll-interval", "500ms")
+FAST_ETCD = "?dial_timeout=1s&request_timeout=2s"
+HASTE, HASTY_ETCD = FAST, FAST_ETCD
 
 StartDaemon = Callable[..., Daemon]
 
@@ -980,16 +1045,20 @@ class Wal(NamedTuple):
     force: bool
     replaced_revision: int | None
 
+    @property
+    def outcome(self) -> tuple[str, int | None]:
+        return self.status, self.result_revision
 
-def wal_rows(db: str, prefix: str = "") -> list[Wal]:
-    """Return the rows of etcd_wal in order."""
+
+def wal_rows(db: str, prefix: str = "", id_: int | None = None) -> list[Wal]:
+    """Return the rows of etcd_wal, or the one with the id, in order."""
     sql = """
         SELECT id, convert_to(key, 'UTF8'), coalesce(value_bytes, convert_to(value, 'UTF8')),
                revision, status, result_revision, error_message, txid::text, depends_on,
                ttl, force, replaced_revision
-        FROM etcd_wal WHERE starts_with(key, %s) ORDER BY id
+        FROM etcd_wal WHERE starts_with(key, %s) AND coalesce(id = %s, true) ORDER BY id
     """
-    return [Wal(*row) for row in rows(db, sql, prefix)]
+    return [Wal(*row) for row in rows(db, sql, prefix, id_)]
 
 
 def ask(db: str, key: str, value: str | None = "mine", **columns: Any) -> int:
@@ -999,8 +1068,15 @@ def ask(db: str, key: str, value: str | None = "mine", **columns: Any) -> int:
     return int(scalar(db, sql, tuple(given.values())))
 
 
-def wait_settled(db: str) -> list[str]:
-    """Wait until no change is pending; return the status of each change in id order."""
+def ended(db: str, change: int | str) -> Wal:
+    """Wait until a change, by its id or as the first one to a key, is not pending; return it."""
+    sql = "SELECT id FROM etcd_wal WHERE status <> 'pending' AND %s IN (id::text, key) ORDER BY id"
+    id_ = wait_until(f"change {change} stays pending", lambda: scalar(db, sql, str(change)))
+    return wal_rows(db, id_=id_)[0]
+
+
+def statuses(db: str) -> list[str]:
+    """Wait until no change is pending; return how each ended, in id order."""
 
     def settled() -> bool:
         with suppress(psycopg2.OperationalError):  # PostgreSQL may be restarting
@@ -1011,32 +1087,18 @@ def wait_settled(db: str) -> list[str]:
     return [status for (status,) in rows(db, "SELECT status FROM etcd_wal ORDER BY id")]
 
 
+wait_settled = statuses
+
+
 def outcome(db: str, id_: int) -> tuple[str, int | None, str | None]:
-    """Wait until a change is not pending; return its status, result_revision and error_message."""
-    sql = """
-        SELECT status, result_revision, error_message FROM etcd_wal
-        WHERE id = %s AND status <> 'pending'
-    """
-    return wait_until(f"change {id_} is still pending", lambda: rows(db, sql, id_))[0]
-
-
-def outcomes(db: str, count: int) -> list[tuple[Any, ...]]:
-    """Wait until that many changes are done; return (status, result_revision) of each."""
-    sql = "SELECT status, result_revision FROM etcd_wal WHERE finished_at IS NOT NULL ORDER BY id"
-    return wait_until("changes stay pending", lambda: (r := rows(db, sql))[count - 1 :] and r)
-
-
-def became(db: str, key: str) -> tuple[str, int | None]:
-    """Wait until the one change to a key is done; return (status, result_revision)."""
-    sql = "SELECT status, result_revision FROM etcd_wal WHERE key = %s AND status <> 'pending'"
-    return wait_until(f"the change to {key} is pending", lambda: rows(db, sql, key))[0]
+    row = ended(db, id_)
+    return (*row.outcome, row.error_message)
 
 
 def wait_status(db: str, change: int, status: str) -> str:
-    """The change ends with that status; return its error_message."""
-    ended, _, message = outcome(db, change)
-    assert ended == status, message
-    return str(message)
+    row = ended(db, change)
+    assert row.status == status, row
+    return str(row.error_message)
 
 
 class Told:
@@ -1107,17 +1169,17 @@ def assert_outcomes(
       success. So is each deletion, but for those by the load in etcd and of leases.
     - An event belongs to one transaction. Up to `whole` changes of one end alike, at one revision.
 
-    compacted: etcd may have forgotten what a forced change replaced. Returns the statuses.
+    compacted: etcd may have forgotten what a forced change replaced. Returns the statuses, counted.
     """
     for db in dbs:
-        wait_settled(db)
+        statuses(db)
     recorder.sync()
     told, wrong = Told(recorder), list[str]()
     claims: dict[tuple[int, bytes], str] = {}
-    statuses: collections.Counter[str] = collections.Counter()
+    counts: collections.Counter[str] = collections.Counter()
     for db in dbs:
         wal = {row.id: row for row in wal_rows(db, recorder.prefix.decode())}
-        statuses.update(row.status for row in wal.values())
+        counts.update(row.status for row in wal.values())
         transactions: dict[str, list[Wal]] = collections.defaultdict(list)
         for row in wal.values():
             transactions[row.txid].append(row)
@@ -1140,7 +1202,7 @@ def assert_outcomes(
         if len(gone) > load.unsure:
             wrong.append(f"nobody claims the deletes {gone[:9]}, {load.unsure} are in doubt")
     assert not wrong, f"{len(wrong)} outcomes are not true:\n" + "\n".join(wrong[:10])
-    return statuses
+    return counts
 
 
 @contextmanager
@@ -1462,17 +1524,17 @@ class Load(Closing):
 
     def _key(self, dice: random.Random, side: str) -> str:
         kind = "both" if dice.random() < 0.3 else side
-        return f"{self.prefix}{kind}/{dice.randrange(20 if kind == 'both' else 100)}"
+        return f"{self.prefix}{kind}/{World.key(dice.randrange(20 if kind == 'both' else 100))}"
 
     def _change_etcd(self) -> None:
         dice = self._random[0]
         with EtcdClient(self.endpoint, timeout=5) as client:
             while not self._ended.wait(self.PAUSE_S):
-                value = f"etcd-{next(_numbers)}"
+                value = World.value(dice, f"etcd-{next(_numbers)} ")
                 keys = {self._key(dice, "etcd") for _ in range(dice.choice((1, 1, 1, 3)))}
                 doomed = {key for key in sorted(keys) if dice.random() < 0.2}
                 try:
-                    lease = client.grant(2) if dice.random() < 0.02 else 0  # which expires
+                    lease = client.grant(2, World.lease(dice)) if dice.random() < 0.02 else 0
                     puts = [client.put_op(key, value, lease) for key in keys - doomed]
                     answer = client.txn([*puts, *map(client.delete_op, doomed)])
                 except grpc.RpcError:
@@ -1484,7 +1546,7 @@ class Load(Closing):
     def _change_sql(self) -> None:
         dice, db = self._random[1], make_dsn(self.db, options="-cstatement_timeout=5s")
         while not self._ended.wait(self.PAUSE_S):
-            sql, args = self._statement(dice, f"sql-{next(_numbers)}")
+            sql, args = self._statement(dice, f"sql-{next(_numbers)} ")
             try:
                 self.committed += [id_ for (id_,) in rows(db, sql, *args)]
             except psycopg2.OperationalError:  # away, or a lock that does not come
@@ -1492,12 +1554,14 @@ class Load(Closing):
             except psycopg2.Error as exc:
                 self.errors.append(f"{exc.pgcode}: {exc}")
 
-    def _statement(self, dice: random.Random, value: str) -> tuple[str, tuple[Any, ...]]:
+    def _statement(self, dice: random.Random, mark: str) -> tuple[str, tuple[Any, ...]]:
         """What returns the ids of its changes."""
-        key, kind = self._key(dice, "sql"), dice.random()
+        key, kind, value = self._key(dice, "sql"), dice.random(), World.text(dice, mark)
         if kind < 0.02:
             sql = "SELECT etcd_delete_prefix(%s);"
             return sql + OWN_CHANGES_SQL, (f"{self.prefix}both/{dice.randrange(10)}",)
+        if kind < 0.1:
+            return "SELECT etcd_set_bytes(%s, %s)", (key, World.value(dice, mark))
         if kind < 0.2:
             return "SELECT etcd_delete(%s)", (key,)
         if kind < 0.3:  # one transaction, one Txn
@@ -1550,17 +1614,17 @@ class Load(Closing):
         """Stop, and compare everything; gaps: etcd may have compacted what was not mirrored."""
         self.wait_flow()
         self.stop()
-        wait_settled(self.db)
+        statuses(self.db)
         kvs = self.client.range
         wait_until("a lease stays", lambda: not any(kv.lease for kv in kvs(self.prefix).kvs))
         assert_same(self.recorder, self.db, self.prefix, gaps=gaps)
         wait_equal(self.db, self.client, self.prefix)
-        statuses = assert_outcomes(self.recorder, self.db, load=self, compacted=gaps)
+        counts = assert_outcomes(self.recorder, self.db, load=self, compacted=gaps)
         lost = set(self.committed) - {row.id for row in wal_rows(self.db)}
         assert not lost, f"committed changes are gone: {lost}"
-        assert self.etcd_changes > 20 < statuses["success"], statuses  # or there was no load
-        assert not statuses["failed"], statuses
-        return statuses
+        assert self.etcd_changes > 20 < counts["success"], counts  # or there was no load
+        assert not counts["failed"], counts
+        return counts
 
     def close(self) -> None:
         self._ended.set()
@@ -1925,9 +1989,6 @@ def test_etcd_dsn_says():
         assert target.password is None or target.password not in repr(target)
 
 
-ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
-
-
 @given(prefix=ANY_TEXT, user=ANY_TEXT.filter(bool), password=ANY_TEXT.filter(bool))
 def test_etcd_dsn_round_trip(prefix, user, password):
     quoted = urllib.parse.quote
@@ -2013,27 +2074,13 @@ def test_dry_run_reports_and_writes_nothing(daemon, command, db, prefix, etcd):
     assert (rows(db, EVERYTHING), list(etcd.range(prefix).kvs)) == before
 
     daemon()
-    assert wait_settled(db) == ["conflict", *["success"] * 3]  # as it was foretold
+    assert statuses(db) == ["conflict", *["success"] * 3]  # as it was foretold
     assert "0 to copy, 0 to mark as deleted" in dry_run()  # beside the daemon, which goes on
     rows(db, "SELECT etcd_set(%s, '2')", prefix + "a")
-    assert wait_settled(db)[-1] == "success"
+    assert statuses(db)[-1] == "success"
 
 
 # ── etcd to PostgreSQL ───────────────────────────────────────────────────────
-
-
-ODD_VALUES = [
-    *(bytes([byte]) for byte in range(256)), bytes(range(256)), b"",
-    b"\\N", b"\\.", b"\\.\n", b"a\tb\nc\rd\\e\\\\f", b"'\"`$$%s%%{}",
-    "naïve 🐘 \u2028 \ufeff \U0010ffff".encode(),
-    b"\xed\xa0\x80",  # a surrogate is no UTF-8
-    b"\xff\xfe\x00",
-    b"x" * (1 << 20),
-    os.urandom(1 << 20),
-]  # fmt: skip
-ODD_KEYS = [
-    " ", "  a  b ", "%", "%41", "a%_\\b", "\t", "\n", "\\N", "\\.", "'\"", "🐘", "\x01", "ä/ö", "/",
-]  # fmt: skip
 
 
 def test_every_kind_of_event_arrives(daemon, db, prefix, etcd, recorder):
@@ -2073,15 +2120,15 @@ def test_only_the_prefix_is_mirrored(daemon, db, prefix, etcd):
 def test_odd_values_and_keys_from_etcd(daemon, db, prefix, etcd, when):
     if when == "while":
         daemon()
-    for number, value in enumerate(ODD_VALUES):
+    for number, value in enumerate(World.values()):
         etcd.put(prefix + f"v{number}", value)
     room = etcd_fdw.KEY_MAX_BYTES - len(prefix)
-    for key in (*ODD_KEYS, "x" * room, os.urandom(room // 2).hex()):  # hex does not compress
+    for key in (*World.KEYS, "x" * room, os.urandom(room // 2).hex()):  # hex does not compress
         etcd.put(prefix + key, key)
     if when == "before":
         daemon()
     wait_equal(db, etcd, prefix)
-    assert scalar(db, "SELECT value FROM etcd_get(%s)", prefix + "v257") == ""
+    assert scalar(db, "SELECT value FROM etcd_get(%s)", prefix + "v0") == ""
     both = "value IS NOT NULL AND value_bytes IS NOT NULL"
     assert not rows(db, f"SELECT key FROM etcd WHERE tombstone OR {both}")
 
@@ -2184,7 +2231,7 @@ def test_quickstart_recovery(daemon, db, prefix, etcd, recorder, end, compacted)
     if compacted:
         etcd.compact(head := etcd.revision())
     two = daemon()
-    assert wait_settled(db) == ["success", "success", "conflict", "success", "success"]
+    assert statuses(db) == ["success", "success", "conflict", "success", "success"]
     wait_equal(db, etcd, prefix)
     if compacted:
         assert "has compacted" in two.log()
@@ -2338,7 +2385,7 @@ def test_quickstart_insert_arrives_and_is_mirrored_before_it_is_success(daemon, 
     kv = etcd.get(key)
     assert kv.value == b"true"
     assert revisions == (kv.mod_revision, kv.mod_revision)
-    assert wait_settled(db) == ["success"]
+    assert statuses(db) == ["success"]
 
 
 def test_quickstart_conflict(daemon, db, prefix, etcd):
@@ -2351,10 +2398,12 @@ def test_quickstart_conflict(daemon, db, prefix, etcd):
         (None, "the change was made on its absence"),
     ]:
         message = f"etcd wins: {key} is at revision {new} in etcd, {words}"
-        assert outcome(db, ask(db, key, revision=made_on)) == ("conflict", new, message)
+        beaten = ended(db, ask(db, key, revision=made_on))
+        assert (*beaten.outcome, beaten.error_message) == ("conflict", new, message)
     etcd.delete(key)
     gone = f"etcd wins: {key} is not there in etcd, the change was made on revision {new}"
-    assert outcome(db, ask(db, key, revision=new)) == ("conflict", None, gone)
+    beaten = ended(db, ask(db, key, revision=new))
+    assert (*beaten.outcome, beaten.error_message) == ("conflict", None, gone)
     assert etcd.get(key) is None
     audit = "SELECT operation, status, key FROM etcd_sync_event WHERE key IS NOT NULL"
     assert rows(db, audit) == [("change", "conflict", key)] * 3
@@ -2364,15 +2413,15 @@ def test_transaction_arrives_whole_with_last_change_of_each_key(daemon, db, pref
     daemon()
     a, b, c = (prefix + key for key in "abc")
     rows(db, "SELECT etcd_set(%s, '1'), etcd_set(%s, '2'), etcd_set(%s, '3')", a, b, a)
-    assert wait_settled(db) == ["success"] * 3
+    assert statuses(db) == ["success"] * 3
     assert etcd.get(a).mod_revision == etcd.get(b).mod_revision
     rows(db, "SELECT etcd_delete(%s), etcd_set(%s, '4'), etcd_set(%s, '5')", a, b, c)
-    assert wait_settled(db) == ["success"] * 6
+    assert statuses(db) == ["success"] * 6
     assert_same(recorder, db, prefix)
     assert {event.revision for event in recorder.events[2:]} == {etcd.get(c).mod_revision}
     rows(db, "SELECT etcd_set(%s, '6'), etcd_delete(%s), etcd_set(%s, '7')", b, b, b)
     rows(db, "SELECT etcd_set(%s, '8'), etcd_delete(%s)", c, c)
-    assert wait_settled(db) == ["success"] * 11
+    assert statuses(db) == ["success"] * 11
     assert_same(recorder, db, prefix)
     told = {
         key: [e.value for e in recorder.history() if e.key.decode() == key] for key in (a, b, c)
@@ -2390,7 +2439,7 @@ def test_transaction_with_a_conflict_changes_nothing(daemon, db, prefix, etcd):
         insert = "INSERT INTO etcd_wal (key, value, revision) VALUES (%s, 'x', %s)"
         cur.executemany(insert, changes)
         cur.execute("COMMIT")
-    assert wait_settled(db) == ["conflict"] * 3
+    assert statuses(db) == ["conflict"] * 3
     said = f"etcd wins: {b} is at revision {newer} in etcd, the change was made on revision {rev_b}"
     sql = "SELECT DISTINCT result_revision, error_message FROM etcd_wal"
     assert rows(db, sql) == [(newer, said)]
@@ -2407,7 +2456,7 @@ def test_own_writes_are_not_foreign(daemon, db, prefix, etcd, recorder):
                 cur.execute("SELECT etcd_set(%s, %s)", (key, f"sql-{worker}.{number}"))
 
     in_threads(4, write)
-    wait_settled(db)
+    statuses(db)
     last = scalar(db, "SELECT value FROM etcd_wal ORDER BY id DESC LIMIT 1")
     assert etcd.get(key).value.decode() == last
     assert_same(recorder, db, prefix)
@@ -2426,7 +2475,7 @@ def test_counter_misses_no_step(daemon, db, prefix, etcd):
             cur.execute(f"{update}; {OWN_CHANGES_SQL}", (key,))
         except psycopg2.errors.SerializationFailure:
             return False
-        status, _, _ = outcome(db, cur.fetchone()[0])
+        status = ended(db, cur.fetchone()[0]).status
         assert status in ("success", "conflict")
         return status == "success"
 
@@ -2444,14 +2493,14 @@ def test_counter_misses_no_step(daemon, db, prefix, etcd):
 
     in_threads(8, work)
     assert etcd.get(key).value == b"440"
-    assert wait_settled(db).count("success") == 400
+    assert statuses(db).count("success") == 400
     wait_equal(db, etcd, prefix)
 
 
 def test_odd_values_and_keys_from_sql(daemon, db, prefix, etcd):
     daemon()
-    changes: dict[str, bytes | str] = {key: key for key in ODD_KEYS}
-    for number, value in enumerate(ODD_VALUES):
+    changes: dict[str, bytes | str] = {key: key for key in World.KEYS}
+    for number, value in enumerate(World.values()):
         changes[f"b{number}"] = value
         if etcd_fdw.is_text(value):
             changes[f"t{number}"] = value.decode()
@@ -2459,7 +2508,7 @@ def test_odd_values_and_keys_from_sql(daemon, db, prefix, etcd):
         for key, change in changes.items():
             function = "etcd_set" if isinstance(change, str) else "etcd_set_bytes"
             cur.execute(f"SELECT {function}(%s, %s)", (prefix + key, change))
-    assert set(wait_settled(db)) == {"success"}
+    assert set(statuses(db)) == {"success"}
     expected = {(prefix + key).encode(): _bytes(change) for key, change in changes.items()}
     assert {key: value for key, (value, _) in held(etcd, prefix).items()} == expected
     wait_equal(db, etcd, prefix)
@@ -2471,11 +2520,11 @@ def test_transaction_beyond_max_txn_ops_is_applied_key_by_key(daemon, db, prefix
         etcd.put(prefix + stale, "etcd")
     sql = "INSERT INTO etcd_wal (key, value) SELECT %s || 'k' || i, i FROM generate_series(1, %s) i"
     rows(db, sql, prefix, 50)
-    statuses = wait_settled(db)
-    assert statuses == ["success"] * 6 + ["conflict"] + ["success"] * 43
+    counts = statuses(db)
+    assert counts == ["success"] * 6 + ["conflict"] + ["success"] * 43
     for name, status in [("x", "success"), ("y", "conflict")]:
         rows(db, sql, prefix + name, 17)  # beside receipt, nested transaction and refusal
-        assert wait_settled(db)[-17:] == [status] * 17
+        assert statuses(db)[-17:] == [status] * 17
     assert len({kv.mod_revision for kv in etcd.range(prefix + "x").kvs}) == 1
     wait_equal(db, etcd, prefix)
 
@@ -2487,7 +2536,7 @@ def test_transaction_that_waits_for_one_key_is_not_overtaken_at_another(daemon, 
     for value, keys in [("1", [a]), ("2", [a, b]), ("3", [b])]:
         rows(db, insert, value, keys)
     daemon()
-    assert wait_settled(db) == ["success"] * 4
+    assert statuses(db) == ["success"] * 4
     assert (etcd.get(a).value, etcd.get(b).value) == (b"2", b"3")
 
 
@@ -2498,10 +2547,10 @@ def test_what_etcd_refuses_fails_alone(daemon, db, prefix, etcd):
         if number == 2:
             too_large = scalar(db, "SELECT etcd_set(%s, repeat('x', 2000000))", prefix + "large")
     daemon()
-    status, revision, message = outcome(db, too_large)
-    assert (status, revision) == ("failed", None)
-    assert message is not None and "request is too large" in message
-    assert wait_settled(db).count("success") == 5
+    refused_ = ended(db, too_large)
+    assert refused_.outcome == ("failed", None)
+    assert "request is too large" in str(refused_.error_message)
+    assert statuses(db).count("success") == 5
     sql = "SELECT status FROM etcd_sync_event WHERE operation = 'change' AND key = %s"
     assert rows(db, sql, prefix + "large") == [("failed",)]
     assert len(held(etcd, prefix)) == 5
@@ -2513,7 +2562,7 @@ def test_more_operations_than_the_server_takes_are_halved(daemon, db, prefix, et
         for number in range(200):
             cur.execute("SELECT etcd_set(%s, '1')", (prefix + str(number),))
     daemon("--max-txn-ops", "1000")  # the server takes 128
-    assert wait_settled(db) == ["success"] * 200
+    assert statuses(db) == ["success"] * 200
     wait_equal(db, etcd, prefix)
 
 
@@ -2530,7 +2579,7 @@ def test_interleaved_ids_of_two_transactions_stay_whole(daemon, db, prefix, etcd
         wait_until("b did not arrive", lambda: len(held(etcd, prefix + "b")) == 6)
         assert not held(etcd, prefix + "a")
         first.execute("COMMIT")
-    assert wait_settled(db) == ["success"] * 12
+    assert statuses(db) == ["success"] * 12
     for name in "ab":
         assert len({revision for _, revision in held(etcd, prefix + name).values()}) == 1
 
@@ -2556,13 +2605,13 @@ def test_forged_dependencies_do_not_stall(daemon, db, prefix, etcd):
     ]:
         rows(db, insert, *forged)
     daemon()
-    statuses = wait_settled(db)
-    assert set(statuses) <= {"success", "conflict"}
+    found = statuses(db)
+    assert set(found) <= {"success", "conflict"}
     # made on the absence of c, and on top of number 6 number 7 holds; the others are beaten
-    assert statuses[4:] == ["success", "conflict", "conflict", "conflict", "conflict"]
+    assert found[4:] == ["success", "conflict", "conflict", "conflict", "conflict"]
     rows(db, "SELECT setval(pg_get_serial_sequence('etcd_wal', 'id'), 100)")
     rows(db, "SELECT etcd_set(%s, 'after')", a)
-    assert wait_settled(db)[-1] == "success"
+    assert statuses(db)[-1] == "success"
     wait_equal(db, etcd, prefix)
 
 
@@ -2573,7 +2622,7 @@ def test_changes_on_top_of_a_refused_one_are_made_on_its_own_version(daemon, db,
     for number in range(3):
         rows(db, "SELECT etcd_set(%s, %s)", key, str(number))  # each depends on the one before
     daemon()
-    assert wait_settled(db) == ["conflict"] * 3
+    assert statuses(db) == ["conflict"] * 3
     assert etcd.get(key).mod_revision == beaten
 
 
@@ -2615,7 +2664,7 @@ def test_applied_without_an_answer_is_success(daemon, db, prefix, etcd, recorder
             daemon()
         else:
             proxy.resume()
-        assert wait_settled(db) == ["success"] * len(changed)
+        assert statuses(db) == ["success"] * len(changed)
         assert dict(rows(db, "SELECT key, result_revision FROM etcd_wal")) == revisions
         assert_same(recorder, db, prefix)
 
@@ -2629,8 +2678,8 @@ def test_retries_are_counted_while_etcd_is_away(daemon, db, own_etcd):
     assert message
     one.wait_log("WARN .*retrying in")
     own_etcd.resume()
-    status, _, message = outcome(db, id_)
-    assert (status, message) == ("success", None)
+    row = ended(db, id_)
+    assert (row.status, row.error_message) == ("success", None)
 
 
 def test_standby_takes_over(daemon, db, prefix, etcd, recorder):
@@ -2639,13 +2688,13 @@ def test_standby_takes_over(daemon, db, prefix, etcd, recorder):
     standby.wait_log("standing by: another instance is active")
     etcd.put(prefix + "a", "1")
     rows(db, "SELECT etcd_set(%s, '1')", prefix + "b")
-    assert wait_settled(db) == ["success"]
+    assert statuses(db) == ["success"]
     assert "watching" not in standby.log()
     active.kill()
     rows(db, "SELECT etcd_set(%s, '2')", prefix + "b")
     etcd.put(prefix + "a", "2")
     standby.wait_log(f"took over from pid {active.pid}")
-    assert wait_settled(db) == ["success"] * 2
+    assert statuses(db) == ["success"] * 2
     assert_same(recorder, db, prefix)
     assert scalar(db, "SELECT pid FROM etcd_status") == standby.pid
     sql = "SELECT details->>'from_pid' FROM etcd_sync_event WHERE operation = 'takeover'"
@@ -2702,7 +2751,7 @@ def test_flood_of_conflicts_is_a_few_lines_also_as_json(daemon, db, prefix, etcd
     one = daemon("--log-format", "json", "--metrics-address", "127.0.0.1:0")
     insert = f"INSERT INTO etcd_wal (key, value, revision) VALUES ('{prefix}' || n, '1', 1)"
     in_transactions_of_their_own(db, 60, insert)
-    wait_settled(db)
+    statuses(db)
     assert one.stop() == 0
     lines = [json.loads(line) for line in one.log().splitlines()]
     for line in lines:
@@ -2763,7 +2812,7 @@ def test_polling_does_without_the_trigger(daemon, db, prefix, etcd):
     daemon("--poll-interval=50ms")
     rows(db, "ALTER TABLE etcd_wal DISABLE TRIGGER etcd_wal_notify")
     rows(db, "SELECT etcd_set(%s, '1')", prefix + "a")
-    assert wait_settled(db) == ["success"]
+    assert statuses(db) == ["success"]
 
 
 def test_etcd_status_tells_what_is_going_on(daemon, db, prefix, etcd):
@@ -2772,7 +2821,7 @@ def test_etcd_status_tells_what_is_going_on(daemon, db, prefix, etcd):
     wait_equal(db, etcd, prefix)
     ask(db, prefix + "a")
     ask(db, prefix + "b", "x" * 2_000_000)
-    assert wait_settled(db) == ["conflict", "failed"]
+    assert statuses(db) == ["conflict", "failed"]
     state = "SELECT prefix, revision, pid, version, heartbeat_age < '1 min' FROM etcd_status"
     assert rows(db, state) == [(prefix, revision, one.pid, etcd_fdw.__version__, True)]
     counts = "SELECT etcd_revision >= revision, pending, conflicts, failures FROM etcd_status"
@@ -2783,7 +2832,7 @@ def test_etcd_status_tells_what_is_going_on(daemon, db, prefix, etcd):
     sql = "SELECT pid, heartbeat_age, oldest_pending_age > '0' FROM etcd_status"
     assert rows(db, sql) == [(None, None, True)]
     daemon()
-    assert wait_settled(db)[-1] == "success"
+    assert statuses(db)[-1] == "success"
     assert etcd.get(prefix + "a").value == b"mine"
 
 
@@ -4169,7 +4218,7 @@ def test_row_level_security_does_not_make_lists_scan_the_rest(schema, role):
 # ETCD_FDW_TEST_HISTORIES=500 runs that many, other ones each time; the default runs the same few.
 HISTORIES = int(os.environ.get("ETCD_FDW_TEST_HISTORIES", "0"))
 
-_key = st.sampled_from("abc")
+_key = st.sampled_from([World.key(number) for number in (1, 2, 20)])
 _value = st.integers(0, 2) | st.none()  # some of them equal; None: one that nobody else writes
 _made_on = st.sampled_from(
     ["null"] * 4 + ["mirror"] * 2 + ["held", "old", "store", "future", "zero"]
@@ -4185,7 +4234,7 @@ MADE_ON = {
 }
 STATEMENTS = [
     "SELECT etcd_set(%(key)s, %(value)s, ({made_on}))",
-    "SELECT etcd_set_bytes(%(key)s, %(value)s::bytea, ({made_on}))",
+    "SELECT etcd_set_bytes(%(key)s, %(bytes)s, ({made_on}))",
     "SELECT etcd_delete(%(key)s, ({made_on}))",
     "INSERT INTO etcd_wal (key, revision) VALUES (%(key)s, ({made_on}))",
     "INSERT INTO etcd_wal (key, value, revision, ttl, force)"
@@ -4250,7 +4299,7 @@ class History:
         self.start_daemon, self.max_ops = start, max_ops
         self.daemon: Daemon | None = None
         self.holder: ExitStack | None = None
-        self.numbers = itertools.count(10)
+        self.numbers, self.dice = itertools.count(10), random.Random(prefix)
         self.compacted = False
         self.recorder = Recorder(client, prefix)
 
@@ -4262,8 +4311,8 @@ class History:
 
     # others write to etcd
 
-    def fresh(self) -> str:
-        return f"f{next(self.numbers)}"
+    def fresh(self) -> bytes:
+        return World.value(self.dice, f"f{next(self.numbers)} ", largest=1_500_000)
 
     def put(self, key: str) -> None:
         self.client.put(self.prefix + key, self.fresh())
@@ -4276,7 +4325,7 @@ class History:
 
     def lend(self, key: str, revoke: bool) -> None:
         """Put with a lease, which ends at once or some seconds later."""
-        lease = self.client.grant(1)
+        lease = self.client.grant(1, World.lease(self.dice))
         self.client.put(self.prefix + key, self.fresh(), lease)
         if revoke:
             self.client.revoke(lease)
@@ -4314,7 +4363,10 @@ class History:
                 given = {
                     "prefix": self.prefix,
                     "key": key,
-                    "value": f"sql{next(self.numbers) if number is None else number}",
+                    "value": World.text(self.dice, f"sql{next(self.numbers)} ")
+                    if number is None
+                    else f"sql{number}",
+                    "bytes": World.value(self.dice, f"sql{next(self.numbers)} ", 1_500_000),
                     "held": kv and kv.mod_revision,
                     "store": self.client.revision(),
                 }
@@ -4370,7 +4422,7 @@ class History:
     def drain(self) -> None:
         """Wait until nothing is pending."""
         if self.daemon and not self.holder:
-            wait_settled(self.db)
+            statuses(self.db)
 
     def finish(self) -> None:
         """At rest both sides hold the same, with the past that each can know; outcomes are true."""
@@ -4402,7 +4454,7 @@ def test_stop_does_not_forget_what_was_sent_before_a_crash(daemon, db, prefix, o
     wait_until("not all was mirrored", lambda: len(mirror_rows(db, prefix)) == 12)
     assert second.stop() == 0
     start()
-    assert [status for status, _ in outcomes(db, 6)] == ["success"] * 6
+    assert statuses(db) == ["success"] * 6
 
 
 def test_ids_that_come_late_do_not_hide_what_was_sent_before_a_crash(daemon, db, prefix, etcd):
@@ -4418,7 +4470,7 @@ def test_ids_that_come_late_do_not_hide_what_was_sent_before_a_crash(daemon, db,
         wait_until("no outcome is due", lambda: daemon_waits_on(db, "transactionid"))
         second.kill()
     daemon(*options)
-    assert outcomes(db, 10)[9] == ("success", sent)
+    assert ended(db, 10).outcome == ("success", sent)
 
 
 def test_deletes_of_what_was_not_there_before_a_crash(daemon, db, prefix, etcd):
@@ -4430,14 +4482,14 @@ def test_deletes_of_what_was_not_there_before_a_crash(daemon, db, prefix, etcd):
         first.kill()
     etcd.put(prefix + "a", "theirs")
     daemon()
-    assert outcomes(db, 2) == [("success", None)] * 2
+    assert [ended(db, id_).outcome for id_ in (1, 2)] == [("success", None)] * 2
 
 
 def test_mirror_whose_state_is_deleted_under_the_daemon_goes_on(daemon, db, prefix):
-    daemon(*HASTE)
+    daemon(*FAST)
     rows(db, "DELETE FROM etcd_sync_state")
     rows(db, "SELECT etcd_set(%s, 'mine')", prefix + "a")
-    assert outcomes(db, 1)[0][0] == "success"
+    assert statuses(db) == ["success"]
 
 
 def test_two_like_changes_cannot_both_claim_one_revision(daemon, db, prefix, etcd):
@@ -4448,8 +4500,8 @@ def test_two_like_changes_cannot_both_claim_one_revision(daemon, db, prefix, etc
     for like in (key, prefix + "b", prefix + "b"):
         rows(db, insert, like)
     daemon()
-    assert outcomes(db, 4)[:2] == [("success", sent), ("conflict", sent)]
-    assert wait_settled(db) == ["success", "conflict"] * 2
+    assert [ended(db, id_).outcome for id_ in (1, 2)] == [("success", sent), ("conflict", sent)]
+    assert statuses(db) == ["success", "conflict"] * 2
     assert etcd.get(key).version == etcd.get(prefix + "b").version == 1
 
 
@@ -4468,8 +4520,8 @@ def test_change_made_while_down_on_a_version_that_never_was_is_a_conflict(daemon
     etcd.delete(prefix + "gone")
     ask(db, prefix + "gone", revision=etcd.revision())
     daemon()
-    met = [there, None, None, None, later, None]
-    assert outcomes(db, 6) == [("conflict", revision) for revision in met]
+    for id_, beaten_by in enumerate([there, None, None, None, later, None], 1):
+        assert ended(db, id_).outcome == ("conflict", beaten_by)
     assert etcd.get(prefix + "later").mod_revision == later
 
 
@@ -4489,7 +4541,7 @@ def test_rest_of_a_long_transaction_is_not_taken_for_a_whole_one(daemon, db, pre
         first.kill()
     assert written or etcd.get(keys[-2]) is None
     daemon()
-    assert [status for status, _ in outcomes(db, 60)] == ["success"] * 59 + ["conflict"]
+    assert statuses(db) == ["success"] * 59 + ["conflict"]
     split = "SELECT cardinality(split) FROM etcd_sync_state"
     wait_until("it is not known to be done", lambda: scalar(db, split) == 0)
 
@@ -4511,7 +4563,7 @@ def test_rest_of_a_large_transaction_is_not_taken_for_a_whole_one(daemon, db, pr
     # as if it had been killed a moment later: the conflict is written down
     rows(db, "UPDATE etcd_wal SET status = 'conflict', finished_at = now() WHERE id = 1")
     daemon()
-    assert [status for status, _ in outcomes(db, 3)] == ["conflict", "success", "success"]
+    assert statuses(db) == ["conflict", "success", "success"]
 
 
 @pytest.mark.timeout(86400 if HISTORIES else 300)
@@ -4822,7 +4874,7 @@ def test_status_with_one_server_down(daemon, command, db, prefix):
 
 
 def test_status_tells_an_instance_that_is_retrying(daemon, command, db, own_etcd):
-    one = daemon(*HASTE, etcd=own_etcd)
+    one = daemon(*FAST, etcd=own_etcd)
     own_etcd.stop()
     sql = "SELECT last_error_at FROM etcd_sync_state WHERE last_error IS NOT NULL"
     (since,) = wait_until("no error was noted", lambda: rows(db, sql))[0]
@@ -5006,7 +5058,7 @@ def test_sync_retries_what_was_refused(daemon, command, db, prefix, etcd):
     daemon()
     for key in ("a", "b"):
         ask(db, prefix + key, key, revision=999999)
-    assert wait_settled(db) == ["conflict"] * 2
+    assert statuses(db) == ["conflict"] * 2
     done = command("sync", "--retry-failed", exit_code=0)
     assert "queued 2 changes again" in done.stderr
     assert [kv.value for kv in etcd.range(prefix).kvs] == [b"a", b"b"]
@@ -5224,7 +5276,7 @@ def test_metrics_tell_what_happened(daemon, db, prefix, etcd):
     wait_until("not mirrored", lambda: mirror_rows(db, prefix))
     rows(db, "SELECT etcd_set(%s, 'x')", prefix + "b")
     rows(db, "INSERT INTO etcd_wal (key, value, revision) VALUES (%s, 'x', 1)", prefix + "a")
-    wait_settled(db)
+    statuses(db)
 
     def counted() -> dict[str, float]:  # some of it after the commit
         found, checkpoint = read_metrics(one), scalar(db, "SELECT revision FROM etcd_status")
@@ -5404,9 +5456,9 @@ def test_metrics_port_in_use_is_one_line(command):
 
 def test_lines_about_a_lost_session_come_in_order(daemon, own_postgres, prefix, etcd):
     db = own_postgres.dsn()
-    one = daemon(*HASTE, postgres=db)
+    one = daemon(*FAST, postgres=db)
     rows(db, "SELECT etcd_set(%s, 'x')", prefix + "a")
-    wait_settled(db)
+    statuses(db)
     own_postgres.restart()
     one.wait_log("connected again")
     one.stop()
@@ -5557,16 +5609,16 @@ def test_finished_changes_are_deleted_after_their_retention(daemon, db, prefix, 
     for n in range(5):
         rows(db, "SELECT etcd_set(%s, 'x')", f"{prefix}k{n}")
     conflict = ask(db, prefix + "k0")
-    wait_status(db, conflict, "conflict")
+    assert ended(db, conflict).status == "conflict"
     retry = scalar(db, "SELECT etcd_retry(%s)", conflict)
-    wait_status(db, retry, "success")
+    assert ended(db, retry).status == "success"
     one.stop()
     rows(db, "UPDATE etcd_wal SET finished_at = finished_at - interval '8 days'")
     young = scalar(db, "SELECT etcd_set(%s, 'x')", prefix + "young")
     rows(db, "INSERT INTO etcd_wal (key, value) VALUES ('elsewhere', 'stray')")
     one = daemon("-l", "debug")
     one.wait_log("housekeeping deleted 5 rows of etcd_wal")
-    wait_status(db, young, "success")
+    assert ended(db, young).status == "success"
     kept = rows(db, "SELECT id, status FROM etcd_wal WHERE key <> 'elsewhere' ORDER BY id")
     assert kept == [(conflict, "conflict"), (retry, "success"), (young, "success")]
 
@@ -5574,7 +5626,7 @@ def test_finished_changes_are_deleted_after_their_retention(daemon, db, prefix, 
 def test_dismissed_changes_are_deleted_after_their_retention(daemon, command, db, prefix):
     one = daemon(*FAST)
     first, second, third = [ask(db, f"{prefix}{n}", revision=1) for n in range(3)]
-    wait_settled(db)
+    statuses(db)
     rows(db, "UPDATE etcd_wal SET finished_at = finished_at - interval '9 days'")
     rows(db, "SELECT etcd_dismiss(%s), etcd_dismiss(%s)", first, second)
     found = status_of(command)
@@ -5683,7 +5735,7 @@ def test_audit_of_all_tells_who_and_what_became_of_it(daemon, db, prefix, etcd):
         cur.execute("SELECT etcd_set(%s, '2')", (key,))
         (id_,) = cur.fetchone()
         cur.execute("INSERT INTO etcd_wal (key, value) VALUES (%s, '3')", (key,))
-    assert wait_settled(db) == ["success", "conflict"]
+    assert statuses(db) == ["success", "conflict"]
     user, after = scalar(db, "SELECT current_user"), etcd.get(key).mod_revision
     sql = """
         SELECT operation, status, source_system, target_system, target_revision,
@@ -5767,7 +5819,7 @@ def test_sighup_shortens_an_interval_that_has_begun(daemon, db, prefix, tmp_path
         id_ = ask(db, prefix + value)
         file.write_text("poll-interval: 1s\n")
         one.signal(signal.SIGHUP)
-        wait_status(db, id_, "success")
+        assert ended(db, id_).status == "success"
 
 
 def test_sighup_gives_the_next_connection_new_passwords(daemon, tmp_path, secure_etcd):
@@ -5876,7 +5928,7 @@ def test_supervisord_starts_restarts_and_stops_it(supervisord, db, prefix, etcd)
 
 @pytest.mark.parametrize("fault", ["restart", "kill", "pause"])
 def test_etcd_goes_away_under_load(daemon, own_etcd, load, fault):
-    running = daemon(*HASTE, etcd=own_etcd, query=HASTY_ETCD)
+    running = daemon(*FAST, etcd=own_etcd, query=FAST_ETCD)
     play = load(own_etcd.endpoint)
     play.run(100)
     mark = running.mark()
@@ -5909,7 +5961,7 @@ def leader_first(members: list[LocalEtcd]) -> list[LocalEtcd]:
 def test_cluster_loses_leader_endpoint_and_majority(daemon, prefix, own_cluster, load):
     first, second, third = leader_first(own_cluster)
     hosts = ",".join(member.endpoint for member in (first, second, third))
-    daemon(*HASTE, etcd=etcd_dsn(hosts, prefix) + HASTY_ETCD)
+    daemon(*FAST, etcd=etcd_dsn(hosts, prefix) + FAST_ETCD)
     play = load(third.endpoint)
     play.run(50)
     first.kill()  # the leader, and the daemon's endpoint
@@ -5931,7 +5983,7 @@ def test_cluster_loses_leader_endpoint_and_majority(daemon, prefix, own_cluster,
 
 def test_black_holed_endpoint_is_left(daemon, prefix, own_etcd, network, load):
     hosts = f"{network.endpoint},{own_etcd.endpoint}"
-    running = daemon(*HASTE, etcd=etcd_dsn(hosts, prefix) + HASTY_ETCD)
+    running = daemon(*FAST, etcd=etcd_dsn(hosts, prefix) + FAST_ETCD)
     play = load(own_etcd.endpoint)
     play.run(50)
     mark = running.mark()
@@ -5941,12 +5993,12 @@ def test_black_holed_endpoint_is_left(daemon, prefix, own_etcd, network, load):
 
 
 def test_network_of_etcd_fails_under_load(daemon, own_etcd, network, load):
-    daemon(*HASTE, etcd=network, query=HASTY_ETCD)
+    daemon(*FAST, etcd=network, query=FAST_ETCD)
     assert_survives_network(network, load(own_etcd.endpoint))
 
 
 def test_network_of_postgres_fails_under_load(daemon, db_network, load):
-    daemon(*HASTE, postgres=db_network)
+    daemon(*FAST, postgres=db_network)
     assert_survives_network(db_network, load())
 
 
@@ -5994,7 +6046,7 @@ def test_compaction_next_to_the_checkpoint_loses_no_delete(daemon, db, prefix, o
     checkpoint = scalar(db, "SELECT revision FROM etcd_sync_state")
     own_client.delete(prefix + "doomed")  # at checkpoint + 1
     own_client.compact(checkpoint + offset)
-    daemon(*HASTE, etcd=own_client)
+    daemon(*FAST, etcd=own_client)
     wait_equal(db, own_client, prefix)
 
 
@@ -6009,7 +6061,7 @@ def test_what_etcd_has_not_compacted_is_not_skipped(daemon, db, prefix, own_clie
         own_client.put(prefix + "deleted", "2")
         own_client.delete(prefix + "deleted")
         own_client.compact(compacted)
-        daemon(*HASTE, etcd=own_client)
+        daemon(*FAST, etcd=own_client)
         wait_equal(db, own_client, prefix)
         recorder.sync()
         mirrored = [event for event in mirror_rows(db, prefix) if event.revision > compacted]
@@ -6020,7 +6072,7 @@ def test_what_etcd_has_not_compacted_is_not_skipped(daemon, db, prefix, own_clie
 
 def test_compaction_while_the_prefix_is_quiet(daemon, db, prefix, own_client):
     with Recorder(own_client, prefix) as recorder:
-        running = daemon(*HASTE, etcd=own_client)
+        running = daemon(*FAST, etcd=own_client)
         own_client.put(prefix + "a", "1")
         own_client.put(prefix + "b", "1")
         assert_same(recorder, db, prefix)
@@ -6033,7 +6085,7 @@ def test_compaction_while_the_prefix_is_quiet(daemon, db, prefix, own_client):
             own_client.put(f"elsewhere/{n}", "2")
         own_client.compact(recorder.sync())
         running.kill()
-        daemon(*HASTE, etcd=own_client)  # copies again, which finds nothing
+        daemon(*FAST, etcd=own_client)  # copies again, which finds nothing
         own_client.put(prefix + "b", "2")
         assert_same(recorder, db, prefix)
 
@@ -6042,7 +6094,7 @@ def test_compaction_while_it_copies(daemon, db, prefix, own_client, network):
     for n in range(15):
         own_client.txn([own_client.put_op(f"{prefix}{n}/{i}", "x" * 5000) for i in range(100)])
     network.throttle(2_000_000)
-    running = daemon(*HASTE, etcd=network, ready=False)
+    running = daemon(*FAST, etcd=network, ready=False)
     wait_until("nothing is copied", lambda: network.forwarded > 500_000)
     own_client.delete(f"{prefix}0/", prefix=True)
     own_client.put(prefix + "14/99", "new")
@@ -6053,7 +6105,7 @@ def test_compaction_while_it_copies(daemon, db, prefix, own_client, network):
 
 
 def test_compactions_and_kills_under_load(daemon, db, own_etcd, load):
-    running = daemon(*HASTE, etcd=own_etcd)
+    running = daemon(*FAST, etcd=own_etcd)
     play = load(own_etcd.endpoint)
     for turn in range(6):
         play.run(40)
@@ -6062,7 +6114,7 @@ def test_compactions_and_kills_under_load(daemon, db, own_etcd, load):
             play.run(20)
         play.compact()
         if turn % 2:
-            running = daemon(*HASTE, etcd=own_etcd)
+            running = daemon(*FAST, etcd=own_etcd)
     play.finish(gaps=True)
 
 
@@ -6073,7 +6125,7 @@ def test_resync_by_another_meanwhile(daemon, command, db, prefix, own_client, ne
     own_client.compact(compacted)
     network.stall()
     servers = {"postgres": db_network, "etcd": network, "query": "?dial_timeout=80s"}
-    waiting = daemon(*HASTE, **servers, ready=False)
+    waiting = daemon(*FAST, **servers, ready=False)
     wait_until("it has no session", lambda: scalar(db, SESSIONS))
     db_network.black_hole()  # for the next session
     network.resume()
@@ -6138,7 +6190,7 @@ def test_etcd_restored_from_a_backup(daemon, db, prefix, own_etcd, tmp_path, how
             client.compact(client.revision())
     sql = "SELECT cluster_id, revision, last_key, gaps FROM etcd_sync_state"
     before, state = mirror_rows(db, prefix), rows(db, sql)
-    refused = daemon(*HASTE, etcd=own_etcd, ready=False)
+    refused = daemon(*FAST, etcd=own_etcd, ready=False)
     assert refused.wait_exit() == 4
     assert "another etcd timeline" in refused.log()
     assert "sync --reset" in refused.log()
@@ -6150,7 +6202,7 @@ def test_etcd_restored_while_the_daemon_runs(daemon, db, prefix, own_etcd, tmp_p
     with EtcdClient(own_etcd.endpoint) as client:
         client.put(prefix + "a", "1")
         client.snapshot(tmp_path / "backup")
-        running = daemon(*HASTE, etcd=own_etcd)
+        running = daemon(*FAST, etcd=own_etcd)
         client.put(prefix + "a", "2")
         wait_until("the put did not arrive", lambda: len(mirror_rows(db, prefix)) == 2)
         restore(own_etcd, tmp_path / "backup")
@@ -6177,7 +6229,7 @@ def test_large_changes_wait_for_etcd_not_in_memory(daemon, db, prefix, own_clien
     sql = "SELECT etcd_set(%s || n %% 20, repeat(n::text, 350000)) FROM generate_series(10, 69) n"
     rows(db, sql, prefix)
     running = daemon(etcd=own_client)
-    assert wait_settled(db) == ["success"] * 60
+    assert statuses(db) == ["success"] * 60
     assert peak_mib(running.pid) < 250
     wait_equal(db, own_client, prefix)
 
@@ -6220,7 +6272,7 @@ def fake_clock() -> Iterator[tuple[Path, dict[str, str]]]:
 
 def test_clock_steps_do_not_matter(daemon, load, fake_clock):
     clock, env = fake_clock
-    running = daemon(*HASTE, env=env)
+    running = daemon(*FAST, env=env)
     play = load()
     for step in ("+400d", "-400d"):
         clock.write_text(step)
@@ -6239,12 +6291,13 @@ def test_clock_of_postgres_steps_at_a_crash(daemon, prefix, etcd, fake_clock, mo
             for name, value in env.items():
                 patch.setenv(name, value)
             db = stack.enter_context(LocalPostgres()).dsn()
-        created = kill_once_sent(daemon(*HASTE, postgres=db), db, etcd, insert, key)
+        created = kill_once_sent(daemon(*FAST, postgres=db), db, etcd, insert, key)
         clock.write_text(step)
         etcd.delete(key)
         rows(db, insert, key)
-        daemon(*HASTE, postgres=db)
-        assert outcomes(db, 2) == [("success", created), ("success", etcd.get(key).mod_revision)]
+        daemon(*FAST, postgres=db)
+        assert ended(db, 1).outcome == ("success", created)
+        assert ended(db, 2).outcome == ("success", etcd.get(key).mod_revision)
 
 
 # ── faults: PostgreSQL ───────────────────────────────────────────────────────
@@ -6386,7 +6439,7 @@ def test_disk_full(daemon, own_postgres, small_disk, etcd, recorder, prefix):
     change = scalar(db, "SELECT etcd_set(%s, 'made when the disk was full')", prefix + "a")
     rows(db, "SELECT 1")  # PostgreSQL still answers
     subprocess.run(["mount", "-o", "remount,size=64m", small_disk], check=True)
-    wait_status(db, change, "success")
+    assert ended(db, change).status == "success"
     assert_same(recorder, db, prefix)
 
 
@@ -6444,7 +6497,7 @@ def test_settings_of_the_database_do_not_apply(daemon, db, etcd, recorder, prefi
     rows(db, SLOW_INSERT + f"ALTER TABLE etcd ADD CHECK ({check})")
     rows(db, "SELECT etcd_delete(%s)", prefix + "a")  # success without a revision
     rows(db, "SELECT etcd_set(%s, '1')", prefix + "b")
-    assert [status for status, _ in outcomes(db, 2)] == ["success"] * 2
+    assert statuses(db) == ["success"] * 2
     etcd.txn([etcd.put_op(f"{prefix}{n}", "1") for n in range(40)])
     assert_same(recorder, db, prefix)
     assert "WARN" not in started.log()
@@ -6458,7 +6511,7 @@ def test_crash_of_a_postgres_that_commits_asynchronously(daemon, prefix, etcd):
         rows(db, "INSERT INTO etcd_wal (key, value) VALUES (%s, 'mine')", prefix + "a")
         sent = wait_until("nothing was sent", lambda: etcd.get(prefix + "a")).mod_revision
         crash(server)
-        assert outcomes(db, 1) == [("success", sent)]
+        assert ended(db, 1).outcome == ("success", sent)
 
 
 def engine_of(db: str, etcd_address: EtcdAddress, prefix: str, **options: str) -> etcd_fdw.Engine:
@@ -6513,7 +6566,7 @@ def test_full_queue_of_notifications_is_waited_for(daemon, own_postgres, etcd, p
             rows(db, sql)
         running = daemon(*FAST, postgres=db)
         running.wait_log(r"WARN PostgreSQL: too many notifications.*retrying")
-    assert outcomes(db, 1) == [("success", etcd.get(prefix + "a").mod_revision)]
+    assert ended(db, 1).outcome == ("success", etcd.get(prefix + "a").mod_revision)
 
 
 def test_read_only_database_is_waited_for(daemon, db, etcd, recorder, prefix):
@@ -6535,24 +6588,24 @@ def test_read_only_database_is_waited_for(daemon, db, etcd, recorder, prefix):
 def test_delete_of_nothing_and_what_followed_it_before_a_crash(daemon, db, prefix, etcd, recorder):
     key = prefix + "a"
     made = etcd.put(key, "etcd")
-    daemon(*HASTE).stop()
+    daemon(*FAST).stop()
     for statement in ("etcd_delete(%s)", "etcd_delete(%s)", "etcd_set(%s, 'sql')"):
         rows(db, f"SELECT {statement}", key)
     with frozen_mirror(db):
-        running = daemon(*HASTE)
+        running = daemon(*FAST)
         wait_until("the key was not deleted", lambda: recorder.history()[-1].revision > made)
         running.kill()
-    daemon(*HASTE)
+    daemon(*FAST)
     assert assert_outcomes(recorder, db) == {"success": 3}
 
 
 def test_killed_while_it_creates_the_schema(daemon, db, prefix, recorder):
     # something that a statement in the middle of schema.sql has to wait for
     with session(db, "BEGIN; CREATE TABLE etcd_sync_event (n int)"):
-        running = daemon(*HASTE, ready=False)
+        running = daemon(*FAST, ready=False)
         wait_until("the daemon does not wait", lambda: daemon_waits_on(db, "transactionid"))
         running.kill()
-    daemon(*HASTE)
+    daemon(*FAST)
     rows(db, "SELECT etcd_set(%s, 'sql')", prefix + "a")
     assert assert_outcomes(recorder, db) == {"success": 1}
     assert_same(recorder, db, prefix)
@@ -6564,17 +6617,17 @@ def test_killed_while_it_copies(daemon, db, prefix, own_client, network):
             keys = [f"{prefix}{n}/{i}" for i in range(100)]
             own_client.txn([own_client.put_op(key, "x" * 1000) for key in keys])
         network.throttle(500_000)
-        running = daemon(*HASTE, etcd=network, ready=False)
+        running = daemon(*FAST, etcd=network, ready=False)
         wait_until("nothing is copied", lambda: network.forwarded > 500_000)
         running.kill()
         assert not rows(db, "SELECT FROM etcd UNION ALL SELECT FROM etcd_sync_state")
-        daemon(*HASTE, etcd=own_client)
+        daemon(*FAST, etcd=own_client)
         assert_same(recorder, db, prefix)
 
 
 def test_standbys_take_over_and_nothing_is_done_twice(daemon, db, prefix, load):
     """The second is killed when it has just taken over."""
-    first, *standbys = daemon(*HASTE), *(daemon(*HASTE, ready=False) for _ in range(3))
+    first, *standbys = daemon(*FAST), *(daemon(*FAST, ready=False) for _ in range(3))
     for standby in standbys:
         standby.wait_log("standing by")
 
@@ -6634,7 +6687,7 @@ def deliver(proxy: Proxy, server: LocalEtcd) -> None:
 def apply_change(db: str, key: str) -> None:
     """Have the daemon apply a change; after that it has all that it needs to send the next."""
     rows(db, "SELECT etcd_set(%s, 'first')", key)
-    assert became(db, key)[0] == "success"
+    assert ended(db, key).status == "success"
 
 
 def revision_of(client: EtcdClient, key: str) -> int:
@@ -6653,16 +6706,16 @@ FORCE = "SELECT etcd_set(%s, 'mine', force => true)"
 @pytest.mark.parametrize("meanwhile", ["another applies it", "forced", "conflict", "reset"])
 def test_change_arrives_late(daemon, command, db, prefix, own_etcd, own_client, network, meanwhile):
     key = prefix + "a"
-    first = daemon(*HASTE, etcd=network)
+    first = daemon(*FAST, etcd=network)
     apply_change(db, prefix + "first")
     keep_back(network, db, FORCE if meanwhile == "forced" else SET, key)
     first.kill()
     theirs = own_client.put(key, "theirs") if meanwhile == "conflict" else 0
     if meanwhile == "reset":
         command("sync", "--reset", "--yes", etcd=own_etcd, exit_code=0)
-    daemon(*HASTE, etcd=own_etcd)
-    ended = became(db, key)
-    assert ended == (("conflict", theirs) if theirs else ("success", revision_of(own_client, key)))
+    daemon(*FAST, etcd=own_etcd)
+    met = ("conflict", theirs) if theirs else ("success", revision_of(own_client, key))
+    assert ended(db, key).outcome == met
     own_client.delete(key)
     deliver(network, own_etcd)
     assert own_client.get(key) is None
@@ -6670,8 +6723,8 @@ def test_change_arrives_late(daemon, command, db, prefix, own_etcd, own_client, 
 
 def test_thawed_instance_is_silent(daemon, db, prefix, own_etcd, own_client, network, db_network):
     """It was frozen with Txns in flight and packed ahead, and does not know that it has no lock."""
-    first = daemon(*HASTE, postgres=db_network, etcd=network)
-    second = daemon(*HASTE, etcd=own_etcd, ready=False)
+    first = daemon(*FAST, postgres=db_network, etcd=network)
+    second = daemon(*FAST, etcd=own_etcd, ready=False)
     second.wait_log("standing by")
     apply_change(db, prefix + "first")
     network.delay(0.5)  # time to pack while the first is on its way
@@ -6683,7 +6736,7 @@ def test_thawed_instance_is_silent(daemon, db, prefix, own_etcd, own_client, net
     db_network.stall()
     for pid in lock_holders(db, prefix):
         rows(db, "SELECT pg_terminate_backend(%s)", pid)
-    wait_settled(db)
+    statuses(db)
     assert {row.status for row in wal_rows(db)} == {"success"}
     own_client.delete(prefix, prefix=True)
     before, mark = txns_answered(own_etcd), first.mark()
@@ -6697,10 +6750,10 @@ def test_thawed_instance_is_silent(daemon, db, prefix, own_etcd, own_client, net
 
 def test_bytes_arrive_after_the_timeout(daemon, db, prefix, own_etcd, own_client, network):
     key = prefix + "a"
-    daemon(*HASTE, etcd=network, query="?request_timeout=3s")
+    daemon(*FAST, etcd=network, query="?request_timeout=3s")
     apply_change(db, prefix + "first")
     keep_back(network, db, SET, key)
-    assert became(db, key) == ("success", revision_of(own_client, key))  # by new connections
+    assert ended(db, key).outcome == ("success", revision_of(own_client, key))  # by new connections
     own_client.delete(key)
     deliver(network, own_etcd)
     assert own_client.get(key) is None
@@ -6711,13 +6764,13 @@ def test_change_that_a_frozen_follower_got_before_it_thaws(daemon, db, prefix, o
     key = prefix + "a"
     with EtcdClient(leader.endpoint) as client, Proxy(follower.port) as proxy:
         hosts = f"{proxy.endpoint},{leader.endpoint}"
-        daemon(*HASTE, etcd=etcd_dsn(hosts, prefix) + "?dial_timeout=2s&request_timeout=3s")
+        daemon(*FAST, etcd=etcd_dsn(hosts, prefix) + "?dial_timeout=2s&request_timeout=3s")
         apply_change(db, prefix + "first")
         before = txns_answered(follower)
         follower.pause()
         keep_back(proxy, db, SET, key)
         proxy.release()  # to the follower's kernel; that the client gives up does not get there
-        assert became(db, key) == ("success", revision_of(client, key))
+        assert ended(db, key).outcome == ("success", revision_of(client, key))
         client.delete(key)
         follower.resume()
         wait_until("it answers nothing", lambda: txns_answered(follower) > before)
@@ -6754,7 +6807,7 @@ def test_lost_answer_behind_much_that_others_did(daemon, db, prefix):
             client.txn([client.put_op(f"_other/{n}", "") for n in range(20_000)])
         with slowed(server):
             daemon(etcd=server)
-            assert became(db, key) == ("success", sent)
+            assert ended(db, key).outcome == ("success", sent)
         assert client.get(key) is None
 
 
@@ -6765,22 +6818,22 @@ def test_lost_answer_to_an_update_that_etcd_has_compacted(daemon, db, prefix, ow
     own_client.put(key, "theirs")
     own_client.compact(own_client.revision())
     daemon(etcd=own_client)
-    assert became(db, key) == ("success", sent)
+    assert ended(db, key).outcome == ("success", sent)
     assert own_client.get(key).value == b"theirs"
 
 
 def test_like_value_of_others_is_no_success(daemon, db, prefix, own_etcd, own_client, network):
     key = prefix + "a"
     own_client.put(key, "old")
-    first = daemon(*HASTE, etcd=network)
+    first = daemon(*FAST, etcd=network)
     apply_change(db, prefix + "first")
     keep_back(network, db, SET, key)
     first.kill()
     own_client.put(key, "theirs")
     like = own_client.put(key, "mine")
     own_client.compact(like)
-    daemon(*HASTE, etcd=own_etcd)
-    assert became(db, key) == ("conflict", like)
+    daemon(*FAST, etcd=own_etcd)
+    assert ended(db, key).outcome == ("conflict", like)
     deliver(network, own_etcd)
     assert revision_of(own_client, key) == like
 
@@ -6800,14 +6853,14 @@ def test_failover_to_a_standby_that_lacks_the_outcome(daemon, prefix, own_postgr
         wait_replicated(own_postgres, standby)
         stream.stall()
         daemon(*FAST, postgres=both)
-        applied = became(db, key)
+        applied = ended(db, key).outcome
         assert applied == ("success", revision_of(etcd, key))
         etcd.delete(key)
         for n in range(10):  # each in a Txn of its own
             apply_change(db, f"{prefix}later/{n}")
         own_postgres.kill()
         rows(standby.dsn(), "SELECT pg_promote()")
-        assert became(standby.dsn(), key) == applied
+        assert ended(standby.dsn(), key).outcome == applied
         assert etcd.get(key) is None
 
 
@@ -6824,7 +6877,7 @@ def test_ids_used_again_after_a_failover(daemon, prefix, own_postgres, etcd, rec
         stream.stall()
         in_transactions_of_their_own(db, 100, insert % "lost")
         running = daemon(*FAST, postgres=both)
-        wait_settled(db)
+        statuses(db)
         lost = {(row.id, row.txid) for row in wal_rows(db)}
         etcd.delete(prefix, prefix=True)
         running.pause()
@@ -6837,11 +6890,11 @@ def test_ids_used_again_after_a_failover(daemon, prefix, own_postgres, etcd, rec
 
 
 def test_comparison_sees_what_is_not_true(daemon, db, prefix, etcd, recorder, monkeypatch):
-    daemon(*HASTE)
+    daemon(*FAST)
     for n in range(2):
         key = f"{prefix}{n}"
         rows(db, "SELECT etcd_set(%s, %s)", key, f"sql-{n}")
-        became(db, key)
+        ended(db, key)
     one, another = wal_rows(db)
     falsified: list[tuple[dict[str, Any], str]] = [
         ({"status": "conflict"}, "nobody claims"),
@@ -6870,7 +6923,7 @@ KILLS = int(os.environ.get("ETCD_FDW_TEST_KILLS", "20"))
 @pytest.mark.timeout(300 + 10 * KILLS)
 def test_killed_at_random_moments_with_late_bytes(daemon, own_etcd, network, load, seed):
     dice = random.Random(seed)
-    start = partial(daemon, *HASTE, etcd=network, query=HASTY_ETCD)
+    start = partial(daemon, *FAST, etcd=network, query=FAST_ETCD)
     running, late = start(), 0
     play = load(own_etcd.endpoint, seed=seed)
     for _ in range(KILLS):
@@ -6890,14 +6943,14 @@ def test_killed_at_random_moments_with_late_bytes(daemon, own_etcd, network, loa
 
 
 def test_backlog_of_refused_changes_shrinks_although_it_is_killed(daemon, db, prefix, own_client):
-    daemon(*HASTE, etcd=own_client).stop()
+    daemon(*FAST, etcd=own_client).stop()
     values = f"'{prefix}' || n % 10, n, 1 + n % 1000"
     insert = f"INSERT INTO etcd_wal (key, value, revision) VALUES ({values})"
     in_transactions_of_their_own(db, 1000, insert)
     pending = "SELECT count(*) FROM etcd_wal WHERE status = 'pending'"
     while left := scalar(db, pending):
         own_client.put("_elsewhere", "")
-        running = daemon(*HASTE, "--batch-size=1000", etcd=own_client)
+        running = daemon(*FAST, "--batch-size=1000", etcd=own_client)
         wait_until("it does not shrink", lambda: scalar(db, pending) < left)
         running.kill()
     assert own_client.range(prefix).count == 0
@@ -6915,7 +6968,7 @@ def test_changes_of_one_transaction_with_the_same_ttl_share_a_lease(daemon, db, 
     """
     for number in range(2):
         rows(db, insert, f"{prefix}{number}/")
-    assert wait_settled(db) == ["success"] * 18
+    assert statuses(db) == ["success"] * 18
     found = collections.Counter(kv.lease for kv in etcd.range(prefix).kvs)
     assert found.pop(0) == 6
     assert sorted(found.values()) == [3, 3, 3, 3]
@@ -6931,7 +6984,7 @@ def test_lease_is_kept_renewed_and_taken_off(daemon, db, prefix, etcd):
 
     def lease_after(ttl: str | None) -> int:
         nonlocal revision
-        status, revision, _ = outcome(db, ask(db, key, revision=revision, ttl=ttl))
+        status, revision = ended(db, ask(db, key, revision=revision, ttl=ttl)).outcome
         assert status == "success"
         return int(etcd.get(key).lease)
 
@@ -6951,7 +7004,7 @@ def test_lease_of_a_key_that_a_transaction_changes_more_than_once(daemon, db, pr
     kept, gone = prefix + "kept", prefix + "gone"
     rows(db, insert + "(%s, '1', '1 hour'), (%s, '2', null)", kept, kept)
     rows(db, insert + "(%s, '1', '1 hour'), (%s, null, null), (%s, '2', null)", *[gone] * 3)
-    assert wait_settled(db) == ["success"] * 5
+    assert statuses(db) == ["success"] * 5
     assert etcd.get(kept).lease
     assert etcd.get(gone).lease == 0
 
@@ -6971,7 +7024,7 @@ def test_lease_that_runs_out_on_the_way_is_granted_anew(daemon, db, prefix, own_
     apply_change(db, prefix + "first")
     own_client.revoke(slow_grant(network, db, own_client, key))
     network.resume()
-    status, revision = became(db, key)
+    status, revision = ended(db, key).outcome
     assert status == "success"
     (kv,) = own_client.range(key, revision=revision).kvs
     assert kv.mod_revision == revision and kv.lease
@@ -6985,7 +7038,7 @@ def test_crash_between_grant_and_put(daemon, db, prefix, own_client, network):
     first.kill()
     assert own_client.get(key) is None
     daemon(etcd=own_client)
-    status, revision = became(db, key)
+    status, revision = ended(db, key).outcome
     assert status == "success"
     assert own_client.range(key, revision=revision).kvs[0].lease != left
     wait_until("it does not expire", lambda: left not in leases(own_client))
@@ -6997,7 +7050,7 @@ def test_lost_answer_to_a_put_with_a_lease(daemon, db, prefix, own_client):
     sent = kill_once_sent(daemon(etcd=own_client), db, own_client, sql, key)
     lease = own_client.get(key).lease
     daemon(etcd=own_client)
-    assert became(db, key) == ("success", sent)
+    assert ended(db, key).outcome == ("success", sent)
     assert own_client.get(key).lease == lease
     assert leases(own_client) == {lease}
 
@@ -7007,8 +7060,7 @@ def test_lost_answer_to_a_put_with_a_lease(daemon, db, prefix, own_client):
 
 def forced(db: str, id_: int) -> tuple[str, int | None, int | None]:
     """Wait until a change is done; return its status, result_revision, replaced_revision."""
-    status, revision, _ = outcome(db, id_)
-    return status, revision, scalar(db, "SELECT replaced_revision FROM etcd_wal WHERE id = %s", id_)
+    return (*ended(db, id_).outcome, ended(db, id_).replaced_revision)
 
 
 @pytest.fixture(params=[False, True], ids=["no login", "login"])
@@ -7053,7 +7105,7 @@ def test_lease_of_a_key_that_is_overwritten_by_force(daemon, db, prefix, etcd, t
     etcd.put(prefix + "leased", "theirs", lease)
     etcd.put(prefix + "plain", "theirs")
     for key in ("leased", "plain", "new"):
-        assert outcome(db, ask(db, prefix + key, ttl=ttl, force=True))[0] == "success"
+        assert ended(db, ask(db, prefix + key, ttl=ttl, force=True)).status == "success"
     found = [etcd.get(prefix + key).lease for key in ("leased", "plain", "new")]
     if ttl == "1 hour":
         assert len({0, lease, *found}) == 5
@@ -7072,7 +7124,7 @@ def test_strict_change_beats_forced_ones_of_its_transaction(daemon, db, prefix, 
 
     def both(revision: int) -> list[tuple[Any, ...]]:
         rows(db, insert, a, b, revision)
-        wait_settled(db)
+        statuses(db)
         sql = "SELECT status, result_revision, replaced_revision FROM etcd_wal ORDER BY id DESC"
         return rows(db, sql + " LIMIT 2")[::-1]
 
@@ -7089,7 +7141,7 @@ def test_key_is_forced_if_any_of_its_changes_in_the_transaction_is(daemon, db, p
     theirs = etcd.put(prefix + "a", "theirs")
     insert = "INSERT INTO etcd_wal (key, value, force) VALUES (%s, '1', true), (%s, '2', false)"
     rows(db, insert, prefix + "a", prefix + "a")
-    assert wait_settled(db) == ["success"] * 2
+    assert statuses(db) == ["success"] * 2
     assert etcd.get(prefix + "a").value == b"2"
     assert rows(db, "SELECT replaced_revision FROM etcd_wal ORDER BY id") == [(theirs,), (None,)]
 
@@ -7116,11 +7168,11 @@ def test_lost_answer_to_forced_changes(daemon, db, prefix, own_client, compacted
         INSERT INTO etcd_wal (key, value, force)
         VALUES (%s, 'mine', true), ('{b}', NULL, true), ('{c}', NULL, true)
     """
-    sent = kill_once_sent(daemon(*HASTE, etcd=own_client), db, own_client, insert, a)
+    sent = kill_once_sent(daemon(*FAST, etcd=own_client), db, own_client, insert, a)
     later = own_client.put(a, "theirs")
     if compacted:
         own_client.compact(later)
-    daemon(*HASTE, etcd=own_client)
+    daemon(*FAST, etcd=own_client)
     put, delete, nothing = (forced(db, row.id) for row in wal_rows(db))
     assert put == ("success", sent, None if compacted else theirs[0])
     assert delete == ("success", sent, None if compacted else theirs[1])
@@ -7151,7 +7203,7 @@ def test_transactions_around_the_largest_size_arrive(daemon, db, secure_etcd, ad
         for size in {*range(whole - 3, whole + 12), limit, 3 * limit}:
             rows(db, insert, size, force)
     start()
-    assert set(wait_settled(db)) == {"success"}
+    assert set(statuses(db)) == {"success"}
     assert admin.range("/t/").count == len(wal_rows(db))
     sql = """
         SELECT force, count(*), count(DISTINCT result_revision)
@@ -7167,7 +7219,7 @@ def test_many_small_transactions_share_a_txn(daemon, db, secure_etcd, admin, mos
     insert = "INSERT INTO etcd_wal (key, value) VALUES ('/t/' || n, n)"
     in_transactions_of_their_own(db, 1000, insert)
     daemon("--max-txn-ops", "128", etcd=secure_etcd.dsn())
-    assert wait_settled(db) == ["success"] * 1000
+    assert statuses(db) == ["success"] * 1000
     assert scalar(db, "SELECT count(DISTINCT result_revision) FROM etcd_wal") <= most
 
 
@@ -7197,7 +7249,7 @@ def test_large_change_waits_until_the_receipt_beside_it_is_short(own_etcd):
 
 
 def test_what_others_write_to_the_daemons_own_keys_is_named(daemon, db, prefix, etcd):
-    running = daemon(*HASTE)
+    running = daemon(*FAST)
     own = f"{OWN_KEYS}{scalar(db, 'SELECT mirror_id FROM etcd_sync_state')}"
     apply_change(db, prefix + "first")
     etcd.put(f"{own}/owner", "garbage")
@@ -7208,7 +7260,7 @@ def test_what_others_write_to_the_daemons_own_keys_is_named(daemon, db, prefix, 
     assert warnings == [f"{own}/owner"] * 2
     running.kill()
     etcd.put(f"{own}/receipt", "garbage")
-    running = daemon(*HASTE)
+    running = daemon(*FAST)
     rows(db, SET, prefix + "fourth")
     assert running.wait_exit() == 4
     assert re.search(rf"etcd_fdw: .*{own}/receipt", running.log().splitlines()[-1])
@@ -7229,7 +7281,7 @@ def test_user_without_the_grant_for_the_daemons_own_keys(daemon, command, db, se
         assert scalar(db, "SELECT status FROM etcd_wal WHERE id = %s", change) == "pending"
         assert root.get("/t/sql") is None
         permit(root, "other", READWRITE, OWN_KEYS)
-        wait_status(db, change, "success")
+        assert ended(db, change).status == "success"
         started.wait_log("INFO changes are sent again$")
         assert started.returncode is None
 
@@ -7243,7 +7295,7 @@ def test_changes_with_a_client_certificate_for_a_user(daemon, db, tmp_path):
         daemon(*FAST, etcd=tls_dsn(server, authority.ca, authority.issue("fdw")))
         keys = [f"/t/{n}" for n in range(40)]
         rows(db, "SELECT etcd_set(key, 'x') FROM unnest(%s) key", keys)
-        assert wait_settled(db) == ["success"] * 40
+        assert statuses(db) == ["success"] * 40
         assert len({row.result_revision for row in wal_rows(db)}) == 1
 
 
@@ -7251,8 +7303,9 @@ def test_mirror_of_everything_leaves_the_daemons_own_keys_alone(daemon, command,
     dsn, foreign = f"etcd://{own_client.endpoint}", OWN_KEYS + "of/another"
     own_client.put(foreign, "1")
     own_client.put("etcd_fdw", "theirs")
-    running = daemon(*HASTE, etcd=dsn)
-    assert "reserved" in wait_status(db, ask(db, OWN_KEYS + "x"), "failed")
+    running = daemon(*FAST, etcd=dsn)
+    refused_ = ended(db, ask(db, OWN_KEYS + "x"))
+    assert refused_.status == "failed" and "reserved" in str(refused_.error_message)
     assert own_client.get(OWN_KEYS + "x") is None
     apply_change(db, "a")
     own_client.put(foreign, "2")
@@ -7262,7 +7315,7 @@ def test_mirror_of_everything_leaves_the_daemons_own_keys_alone(daemon, command,
     own_client.delete(foreign)
     own_client.put("c", "1")
     own_client.compact(own_client.revision())
-    daemon(*HASTE, etcd=dsn)
+    daemon(*FAST, etcd=dsn)
     wait_until("the put did not arrive", arrives(db, "c"))
     assert sorted({row.key for row in mirror_rows(db)}) == [b"a", b"b", b"c", b"etcd_fdw"]
     found = json.loads(command("validate", "--format", "json", etcd=dsn).stdout)
@@ -7279,7 +7332,7 @@ def test_changes_wait_for_etcds_space_and_are_applied_once(daemon, db, prefix):
         EtcdClient(server.endpoint) as client,
         Recorder(client, prefix) as recorder,
     ):
-        running = daemon(*HASTE, etcd=server)
+        running = daemon(*FAST, etcd=server)
         insert = "INSERT INTO etcd_wal (key, value) VALUES (%s, 'sql' || %s || repeat('x', 100000))"
         tried = "SELECT status FROM etcd_wal WHERE status <> 'pending' OR retry_count > 0"
         for n in range(1, 100):
@@ -7318,9 +7371,9 @@ def test_backup_of_etcd_tells_what_it_has(daemon, command, db, prefix, own_etcd,
     with EtcdClient(own_etcd.endpoint) as client:
         client.delete(saved)
         command("sync", "--reset", "--yes", etcd=dsn, exit_code=0)
-        daemon(*HASTE, etcd=dsn)
-        assert became(db, saved) == ("success", sent)
-        assert became(db, lost) == ("success", revision_of(client, lost))
+        daemon(*FAST, etcd=dsn)
+        assert ended(db, saved).outcome == ("success", sent)
+        assert ended(db, lost).outcome == ("success", revision_of(client, lost))
         assert client.get(saved) is None
 
 
@@ -7341,11 +7394,11 @@ def copied(postgres_dsn: str, db: str) -> Iterator[Callable[[], str]]:
 
 
 def test_copy_of_the_database_does_no_harm(daemon, command, db, prefix, copied, recorder):
-    original = daemon(*HASTE)
+    original = daemon(*FAST)
     apply_change(db, prefix + "first")
     original.stop()
     sides = {"original": db, "copy": copied()}
-    running = [daemon(*HASTE, postgres=dsn, ready=False) for dsn in sides.values()]
+    running = [daemon(*FAST, postgres=dsn, ready=False) for dsn in sides.values()]
     names = [psycopg2.extensions.parse_dsn(dsn)["dbname"] for dsn in sides.values()]
     turns = itertools.count()
 
@@ -7366,7 +7419,7 @@ def test_copy_of_the_database_does_no_harm(daemon, command, db, prefix, copied, 
     for one in running:
         assert one.stop() == 0
     command("sync", "--reset", "--yes", postgres=sides["copy"], exit_code=0)
-    running = [daemon(*HASTE, postgres=dsn) for dsn in sides.values()]
+    running = [daemon(*FAST, postgres=dsn) for dsn in sides.values()]
     for _ in range(20):
         change()
     assert set(assert_outcomes(recorder, *sides.values())) == {"success"}
@@ -7379,7 +7432,7 @@ def test_copy_of_the_database_does_no_harm(daemon, command, db, prefix, copied, 
 def test_prefix_that_overlaps_another_is_refused(daemon, db, prefix, etcd_address, there, other):
     daemon(etcd=etcd_address.dsn(prefix + there)).stop()
     dsn = etcd_address.dsn("" if other is None else prefix + other)  # "": the whole key space
-    refused = daemon(*HASTE, etcd=dsn, ready=False)
+    refused = daemon(*FAST, etcd=dsn, ready=False)
     assert refused.wait_exit() == 4
     assert re.fullmatch(rf"etcd_fdw: .*{prefix}{there}(?!b/).*\n", refused.log()), refused.log()
     daemon(etcd=etcd_address.dsn(prefix + there))
@@ -7577,9 +7630,10 @@ def test_key_that_the_etcd_user_may_not_write(daemon, db, secure_etcd):
         good += [ask(db, f"/t/open/{n}") for n in range(3, 9)]
         started.resume()
         for change in bad:
-            assert "permission denied" in wait_status(db, change, "failed")
+            assert ended(db, change).status == "failed"
+            assert "permission denied" in str(ended(db, change).error_message)
         for change in good:
-            wait_status(db, change, "success")
+            assert ended(db, change).status == "success"
         assert root.get("/t/closed") is root.get("/t/open/x") is None
         assert started.returncode is None
 
@@ -7622,7 +7676,7 @@ def test_auth_is_switched_on_and_the_password_changed_while_running(daemon, db, 
         assert scalar(db, "SELECT status FROM etcd_wal WHERE id = %s", late) == "pending"
         change.password = "secret"
         root.call(root.auth.UserChangePassword, change)
-        wait_status(db, late, "success")
+        assert ended(db, late).status == "success"
         assert started.returncode is None
 
 
@@ -7703,7 +7757,7 @@ def test_password_and_value_are_nowhere_to_be_seen(daemon, db, prefix, etcd, etc
     etcd.put(prefix + "a", "v4lue")
     rows(db, "SELECT etcd_set(%s, 'v4lue')", prefix + "b")
     rows(db, "INSERT INTO etcd_wal (key, value) VALUES (%s, 'v4lue')", prefix + "a")
-    wait_settled(db)
+    statuses(db)
     away = etcd_dsn(NO_ONE, "/x/", "u", password)
     three = daemon(*FAST, "-l", "debug", postgres=uri, etcd=away, ready=False)
     three.wait_log("retrying")
@@ -7842,8 +7896,9 @@ def test_documented_roles_are_enough(daemon, db, roles, own_client):
         apply_change(app, "/app/b")
         rows(app, "DELETE FROM etcd_kv WHERE key = '/app/a'")
         conflict = ask(app, "/other/a", None)
-        wait_status(app, conflict, "conflict")
-        wait_status(app, scalar(app, "SELECT etcd_retry(%s)", conflict), "success")
+        assert ended(app, conflict).status == "conflict"
+        retry = scalar(app, "SELECT etcd_retry(%s)", conflict)
+        assert ended(app, retry).status == "success"
 
         roles(r"ALTER TABLE \w+ ENABLE|CREATE POLICY")
         own_client.put("/other/b", "1")
@@ -8124,7 +8179,7 @@ def test_dns_from_sql_answers_as_readme_shows(daemon, db, own_etcd):
             if kind == "app=>":
                 values = [row[-1] for row in rows(db, command) if row[-1]]
                 assert shown == "" or values == re.findall(r"\| ({.*})$", shown, re.M)
-                wait_settled(db)
+                statuses(db)
             else:
                 name, address = command.split()[-1], shown.strip()
                 message = f"{name} is not {address!r}"
@@ -8328,7 +8383,7 @@ def test_silent_postgres_is_noticed(daemon, db, db_network, load):
     host = psycopg2.extensions.parse_dsn(db)
     ports = f"{db_network.port},{host['port']}"
     dsn = make_dsn(db, host=f"127.0.0.1,{host['host']}", port=ports)
-    daemon(*HASTE, postgres=dsn)
+    daemon(*FAST, postgres=dsn)
     play = load()
     play.run(50)
     db_network.stall()
@@ -8363,8 +8418,8 @@ def test_soak(daemon, db, own_etcd, network, db_network, load, seed):
     """Load in both directions and random faults for ETCD_FDW_SOAK_S seconds (1200)."""
     seconds = float(os.environ.get("ETCD_FDW_SOAK_S", "1200"))
     dice = random.Random(seed)
-    servers = {"postgres": db_network, "etcd": network, "query": HASTY_ETCD}
-    start = partial(daemon, *HASTE, **servers)
+    servers = {"postgres": db_network, "etcd": network, "query": FAST_ETCD}
+    start = partial(daemon, *FAST, **servers)
     running = [start(), start(ready=False)]
     play = load(own_etcd.endpoint, seed=seed)
     counts: collections.Counter[str] = collections.Counter()

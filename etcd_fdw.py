@@ -127,7 +127,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's C core would write to 
 __version__ = "2.1.1"
 STARTED_AT = time.time()
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 SCHEMA_FILE = Path(__file__).resolve().with_name("schema.sql")
 CHANGES_CHANNEL = "etcd_changes"
 OUTCOME_CHANNEL = "etcd_outcome"  # payload: <lowest id>-<highest id> of a batch of outcomes
@@ -1600,7 +1600,8 @@ FROM (
     SELECT t.position, pg_catalog.quote_ident(t.name) AS name,
            pg_catalog.string_agg(p.name, ', ' ORDER BY p.position) AS privileges
     FROM pg_catalog.unnest(
-             ARRAY['etcd', 'etcd_wal', 'etcd_sync_state', 'etcd_sync_event', 'etcd_status']
+             ARRAY['etcd', 'etcd_wal', 'etcd_lock', 'etcd_sync_state', 'etcd_sync_event',
+                   'etcd_status']
          ) WITH ORDINALITY t (name, position)
     CROSS JOIN pg_catalog.unnest(
              ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) WITH ORDINALITY p (name, position)

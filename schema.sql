@@ -55,8 +55,8 @@ BEGIN
         RETURN;  -- a new installation
     END IF;
     v_installed := etcd_schema_version();
-    IF v_installed > 4 THEN
-        RAISE EXCEPTION 'schema version % is installed, this file is version 4', v_installed
+    IF v_installed > 5 THEN
+        RAISE EXCEPTION 'schema version % is installed, this file is version 5', v_installed
             USING ERRCODE = 'object_not_in_prerequisite_state',
                   HINT = 'Use the schema.sql that belongs to the newer etcd_fdw.';
     END IF;
@@ -81,10 +81,7 @@ BEGIN
             ADD COLUMN ttl                interval,
             ADD COLUMN force              boolean  NOT NULL DEFAULT false,
             ADD COLUMN replaced_revision  bigint,
-            ADD CONSTRAINT etcd_wal_ttl_check CHECK (ttl BETWEEN interval '0' AND interval '2500000 h'),
-            DROP CONSTRAINT IF EXISTS etcd_wal_status_check,
-            DROP CONSTRAINT IF EXISTS etcd_wal_dismissed_check,
-            ADD CONSTRAINT etcd_wal_dismissed_check CHECK (dismissed_at IS NULL OR finished_at IS NOT NULL);
+            DROP CONSTRAINT IF EXISTS etcd_wal_status_check;
         ALTER TABLE etcd_sync_state
             ADD COLUMN generation  bigint   NOT NULL DEFAULT 0,
             ADD COLUMN unrepaired  boolean  NOT NULL DEFAULT false;
@@ -95,6 +92,23 @@ BEGIN
             etcd_set(text, text, bigint), etcd_set_bytes(text, bytea, bigint), etcd_delete(text, bigint),
             _etcd_lock_key(text), _etcd_state(text, bigint), _etcd_change(text, text, bytea, bigint, boolean, bigint);
     END IF;
+
+    -- Step 5: all that etcd tells of a key; guards and keepalives. What is mirrored already gets its
+    -- create_revision and version when the daemon starts.
+    IF v_installed < 5 THEN
+        ALTER TABLE etcd ADD COLUMN IF NOT EXISTS create_revision bigint, ADD COLUMN IF NOT EXISTS version bigint;
+        ALTER TABLE etcd_wal
+            ADD COLUMN IF NOT EXISTS action text,
+            DROP CONSTRAINT IF EXISTS etcd_wal_revision_check,
+            DROP CONSTRAINT IF EXISTS etcd_wal_finished_check,
+            DROP CONSTRAINT IF EXISTS etcd_wal_dismissed_check,
+            DROP CONSTRAINT IF EXISTS etcd_wal_ttl_check;
+        UPDATE etcd_sync_state SET unrepaired = true;
+        DROP FUNCTION IF EXISTS
+            etcd_get_all(text, bigint), etcd_list(text), etcd_at(bigint, text), _etcd_state(text, bigint),
+            _etcd_change(text, text, bytea, bigint, interval, boolean, boolean, boolean, bigint),
+            _etcd_wait(text, bigint, timestamptz, text);
+    END IF;
 END
 $$;
 
@@ -102,13 +116,15 @@ $$;
 
 -- The latest row of a key is its current state: the primary key answers that with one index descent.
 CREATE TABLE IF NOT EXISTS etcd (
-    ts           timestamptz       NOT NULL DEFAULT now(),
-    key          text COLLATE "C"  NOT NULL,
-    value        text,
-    revision     bigint            NOT NULL,
-    tombstone    boolean           NOT NULL DEFAULT false,
-    value_bytes  bytea,
-    lease        bigint,
+    ts               timestamptz       NOT NULL DEFAULT now(),
+    key              text COLLATE "C"  NOT NULL,
+    value            text,
+    revision         bigint            NOT NULL,
+    tombstone        boolean           NOT NULL DEFAULT false,
+    value_bytes      bytea,
+    lease            bigint,
+    create_revision  bigint,
+    version          bigint,
     CONSTRAINT etcd_pkey PRIMARY KEY (key, revision),
     CONSTRAINT etcd_revision_check CHECK (revision > 0),
     CONSTRAINT etcd_value_check CHECK (
@@ -124,9 +140,12 @@ COMMENT ON COLUMN etcd.revision IS 'etcd''s mod_revision: unique per key, shared
 COMMENT ON COLUMN etcd.tombstone IS 'the key was deleted, or expired, at this revision; both values are null';
 COMMENT ON COLUMN etcd.value_bytes IS 'value that text cannot hold: not UTF-8, or with a NUL byte';
 COMMENT ON COLUMN etcd.lease IS 'etcd''s id of the lease that the key was put with; null: none';
+COMMENT ON COLUMN etcd.create_revision IS 'revision of the put that created the key; null for a tombstone, or if not known';
+COMMENT ON COLUMN etcd.version IS 'puts since the key was created, 1 for the first; null as create_revision';
 
 -- A plain INSERT is a strict compare-and-swap on revision; etcd_set and its kin fill in revision and depends_on.
--- Each CHECK costs every INSERT about 3 us, as PostgreSQL parses its text anew: so they are few and short.
+-- Each CHECK costs every INSERT 2 to 5 us, as PostgreSQL parses its text anew: so there are these two, and the
+-- daemon looks at the rest: a row that makes no sense ends as failed.
 CREATE TABLE IF NOT EXISTS etcd_wal (
     id                 bigint            GENERATED ALWAYS AS IDENTITY,
     ts                 timestamptz       NOT NULL DEFAULT now(),
@@ -148,13 +167,10 @@ CREATE TABLE IF NOT EXISTS etcd_wal (
     ttl                interval,
     force              boolean           NOT NULL DEFAULT false,
     replaced_revision  bigint,
+    action             text,
     CONSTRAINT etcd_wal_pkey PRIMARY KEY (id),
     CONSTRAINT etcd_wal_key_check CHECK (key <> '' AND pg_catalog.octet_length(key) <= 2600),
-    CONSTRAINT etcd_wal_value_check CHECK (value IS NULL OR value_bytes IS NULL),
-    CONSTRAINT etcd_wal_revision_check CHECK (revision >= 0),
-    CONSTRAINT etcd_wal_finished_check CHECK ((status = 'pending') = (finished_at IS NULL)),
-    CONSTRAINT etcd_wal_dismissed_check CHECK (dismissed_at IS NULL OR finished_at IS NOT NULL),
-    CONSTRAINT etcd_wal_ttl_check CHECK (ttl BETWEEN interval '0' AND interval '2500000 h')  -- etcd's longest
+    CONSTRAINT etcd_wal_value_check CHECK (value IS NULL OR value_bytes IS NULL)
 ) WITH (
     -- every row is updated once and most are deleted later: vacuum after 1000 rows, not after 20 %
     autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_scale_factor = 0.01, autovacuum_analyze_threshold = 1000,
@@ -186,7 +202,24 @@ COMMENT ON COLUMN etcd_wal.application_name IS 'who asked';
 COMMENT ON COLUMN etcd_wal.dismissed_at IS 'when the conflict or failure was acknowledged; null: it still counts';
 COMMENT ON COLUMN etcd_wal.ttl IS 'lease that the key is put with; 0: none; null: the key keeps the one that it has';
 COMMENT ON COLUMN etcd_wal.force IS 'apply it whatever etcd holds: revision does not count, it cannot be a conflict';
+COMMENT ON COLUMN etcd_wal.action IS
+    'null: put the value, or delete; expect: change nothing, the key must be at revision; keepalive: renew its lease';
 COMMENT ON COLUMN etcd_wal.replaced_revision IS 'version that a forced change replaced; null: none, or not known';
+
+-- Who changes a key holds its row here until the transaction ends, so that the next one waits, as it would for the
+-- row of a table. A hash instead of the key: who may not read a key does not see its name. Unlogged: a lock need
+-- not outlive a crash.
+CREATE UNLOGGED TABLE IF NOT EXISTS etcd_lock (
+    hash  bigint  NOT NULL,
+    txid  xid8    NOT NULL,
+    CONSTRAINT etcd_lock_pkey PRIMARY KEY (hash)
+) WITH (fillfactor = 50);
+
+COMMENT ON TABLE  etcd_lock IS 'One row per changed key, locked while a transaction that changes it is open.';
+COMMENT ON COLUMN etcd_lock.hash IS 'of the key';
+COMMENT ON COLUMN etcd_lock.txid IS 'transaction that changed it last';
+
+GRANT SELECT, INSERT, UPDATE ON etcd_lock TO PUBLIC;  -- says nothing; etcd_wal's grants decide who may change keys
 
 CREATE TABLE IF NOT EXISTS etcd_sync_state (
     prefix           text COLLATE "C"  NOT NULL,
@@ -233,7 +266,7 @@ COMMENT ON COLUMN etcd_sync_state.etcd_revision IS 'newest revision of the whole
 COMMENT ON COLUMN etcd_sync_state.receipt IS 'etcd''s revision up to which the outcomes of changes are in etcd_wal';
 COMMENT ON COLUMN etcd_sync_state.split IS 'PostgreSQL transactions too large for one of etcd, not all applied yet';
 COMMENT ON COLUMN etcd_sync_state.generation IS 'raised with every commit of the daemon; what etcd_wait sleeps on';
-COMMENT ON COLUMN etcd_sync_state.unrepaired IS 'mirrored before leases were: the daemon compares it once';
+COMMENT ON COLUMN etcd_sync_state.unrepaired IS 'mirrored by a version that knew less of a key: the daemon compares it once';
 COMMENT ON COLUMN etcd_sync_state.updated_at IS 'when the checkpoint last moved';
 COMMENT ON COLUMN etcd_sync_state.host IS 'of the active daemon, as are pid, version and started_at';
 COMMENT ON COLUMN etcd_sync_state.heartbeat_at IS 'when the active daemon last reported';
@@ -581,11 +614,11 @@ BEGIN
                   HINT = '0 takes the lease of the key off, null leaves it as it is.';
     END IF;
 
-    -- One transaction after the other changes a key. All keys share 1024 locks, which costs a rare wait for a
-    -- stranger: one for each would let a bulk change fill the server's lock table (max_locks_per_transaction).
-    -- Transactions that change many keys in different orders can deadlock, as with rows: 40P01, try again.
-    PERFORM pg_catalog.pg_advisory_xact_lock(
-        2379, (pg_catalog.hashtextextended(p_key COLLATE "C", 0) & 1023::bigint)::int);
+    -- One transaction after the other changes a key: the next one waits here until this one ends. Transactions
+    -- that change the same keys in different orders can deadlock, as with rows: 40P01, try again.
+    INSERT INTO etcd_lock AS l (hash, txid)
+    VALUES (pg_catalog.hashtextextended(p_key COLLATE "C", 0), pg_current_xact_id())
+        ON CONFLICT (hash) DO UPDATE SET txid = excluded.txid WHERE l.txid <> excluded.txid;
 
     IF p_retry_of IS NOT NULL THEN
         SELECT w.id INTO v_id
@@ -945,7 +978,7 @@ COMMENT ON FUNCTION etcd_dismiss(bigint) IS 'acknowledge a conflict or failure, 
 CREATE OR REPLACE FUNCTION etcd_schema_version()
 RETURNS integer LANGUAGE sql IMMUTABLE PARALLEL SAFE SET search_path FROM CURRENT AS $$
 -- The daemon applies a newer one and refuses an older one.
-SELECT 4
+SELECT 5
 $$;
 COMMENT ON FUNCTION etcd_schema_version() IS 'version of schema.sql as installed';
 
@@ -1048,7 +1081,7 @@ $$;
 -- The daemon, if a DBA applied this file (else it owns everything and only needs CREATE on the schema):
 --     GRANT TEMP ON DATABASE mydb TO etcd_fdw;
 --     GRANT USAGE ON SCHEMA public TO etcd_fdw;
---     GRANT SELECT, INSERT, UPDATE, DELETE ON etcd, etcd_wal, etcd_sync_state, etcd_sync_event TO etcd_fdw;
+--     GRANT SELECT, INSERT, UPDATE, DELETE ON etcd, etcd_wal, etcd_lock, etcd_sync_state, etcd_sync_event TO etcd_fdw;
 --     GRANT SELECT ON etcd_kv, etcd_status TO etcd_fdw;
 --
 -- An application that reads everything and changes keys, by function or through etcd_kv, but can neither

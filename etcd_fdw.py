@@ -1600,8 +1600,7 @@ FROM (
     SELECT t.position, pg_catalog.quote_ident(t.name) AS name,
            pg_catalog.string_agg(p.name, ', ' ORDER BY p.position) AS privileges
     FROM pg_catalog.unnest(
-             ARRAY['etcd', 'etcd_wal', 'etcd_lock', 'etcd_sync_state', 'etcd_sync_event',
-                   'etcd_status']
+             ARRAY['etcd', 'etcd_wal', 'etcd_sync_state', 'etcd_sync_event', 'etcd_status']
          ) WITH ORDINALITY t (name, position)
     CROSS JOIN pg_catalog.unnest(
              ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) WITH ORDINALITY p (name, position)

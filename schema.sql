@@ -219,7 +219,8 @@ COMMENT ON TABLE  etcd_lock IS 'One row per changed key, locked while a transact
 COMMENT ON COLUMN etcd_lock.hash IS 'of the key';
 COMMENT ON COLUMN etcd_lock.txid IS 'transaction that changed it last';
 
-GRANT SELECT, INSERT, UPDATE ON etcd_lock TO PUBLIC;  -- says nothing; etcd_wal's grants decide who may change keys
+-- What is in it means nothing: the grants on etcd_wal decide who may change a key.
+GRANT SELECT, INSERT, UPDATE, DELETE ON etcd_lock TO PUBLIC;
 
 CREATE TABLE IF NOT EXISTS etcd_sync_state (
     prefix           text COLLATE "C"  NOT NULL,
@@ -1081,7 +1082,7 @@ $$;
 -- The daemon, if a DBA applied this file (else it owns everything and only needs CREATE on the schema):
 --     GRANT TEMP ON DATABASE mydb TO etcd_fdw;
 --     GRANT USAGE ON SCHEMA public TO etcd_fdw;
---     GRANT SELECT, INSERT, UPDATE, DELETE ON etcd, etcd_wal, etcd_lock, etcd_sync_state, etcd_sync_event TO etcd_fdw;
+--     GRANT SELECT, INSERT, UPDATE, DELETE ON etcd, etcd_wal, etcd_sync_state, etcd_sync_event TO etcd_fdw;
 --     GRANT SELECT ON etcd_kv, etcd_status TO etcd_fdw;
 --
 -- An application that reads everything and changes keys, by function or through etcd_kv, but can neither

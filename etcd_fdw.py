@@ -96,6 +96,7 @@ import pwd
 import random
 import re
 import secrets
+import select
 import selectors
 import shutil
 import socket
@@ -147,6 +148,7 @@ LONG_STATEMENT_LIMIT_S = 3600.0  # applying the schema, merging a snapshot
 STEADY_S = 2.0  # a session that lasted so long was no failed attempt
 EVENT_LIMIT_S = 30.0  # for the watch to bring a change that etcd acknowledged
 STOP_LIMIT_S = 10.0
+LOG_LIMIT_S = 0.1  # for somebody to read on in a full log, once
 GC_THRESHOLD = 50_000  # with Python's 700 it takes a third of the time that changes take
 PIPELINE_DEPTH = 8  # Txns prepared for etcd, so that it need not wait for PostgreSQL
 RECEIPT_MAX_BYTES = 64 << 10  # of what a receipt says of the Txns before its own, about
@@ -514,24 +516,31 @@ POSTGRES_CODES: dict[str, type[EtcdFdwError]] = {
 }
 
 
+SECRET = re.compile("(password|secret|_key)$")  # "key" and "sslkey" name files
+
+
 def masked(text: str) -> str:
     """A text without the passwords of the DSNs and connection strings in it.
 
     Where a password ends is not always sure: rather too much of the text goes than too little.
+    The time grows with the text's length, and no faster.
     """
 
     def mask(match: re.Match[str]) -> str:
-        secret = urllib.parse.unquote(match[1]).endswith("password")  # also sslpassword
+        secret = SECRET.search(urllib.parse.unquote(match[1]))
         return f"{match[1]}{match[2]}****" if secret else match[0]
 
-    text = re.sub(r"(://[^\s/?#@:]*:).*@", r"\1****@", text, flags=re.DOTALL)
+    head, at, tail = text.rpartition("@")
+    if login := re.search(r"://[^\s/?#@:]*:", head):
+        text = head[: login.end()] + "****" + at + tail
     value = r"(?:'(?:[^'\\]|\\.)*'|(?:(?![\s&][\w%]+\s*=)(?:\\.|.))*)"  # up to another name
-    return re.sub(rf"([\w%]+)(\s*=\s*){value}", mask, text, flags=re.DOTALL)
+    return re.sub(rf"(?<![\w%])([\w%]+)(\s*=\s*){value}", mask, text, flags=re.DOTALL)
 
 
 def hide_dsn(text: str) -> str:
     """The text cut off where a DSN may begin; for DSNs that masked() may not understand."""
-    return re.sub(r"(://|password).*", r"\1****", text, flags=re.IGNORECASE | re.DOTALL)
+    where = r"(://|password|secret|_key).*"
+    return re.sub(where, r"\1****", text, flags=re.IGNORECASE | re.DOTALL)
 
 
 def etcd_error(exc: grpc.RpcError, endpoint: str) -> EtcdFdwError:
@@ -958,7 +967,7 @@ def option(parse: Callable[[str], Any], default: str | None, help: str, **more: 
 def without_password(dsn: str) -> dict[str, str]:
     """The parameters of a libpq connection string, but for the passwords."""
     parts: dict[str, str] = psycopg2.extensions.parse_dsn(dsn)
-    return {name: value for name, value in parts.items() if not name.endswith("password")}
+    return {name: value for name, value in parts.items() if not SECRET.search(name)}
 
 
 reloadable = partial(option, fixed=lambda value: None)
@@ -1114,15 +1123,34 @@ def make_config(chosen: Mapping[str, Setting]) -> Config:
 # ── log ─────────────────────────────────────────────────────────────────────────
 
 
-UTC = "%Y-%m-%dT%H:%M:%SZ"
-
-
 def utc(timestamp: float) -> str:
     """2026-01-31T15:30:00Z"""
-    return time.strftime(UTC, time.gmtime(timestamp))
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(timestamp))
 
 
-class JsonFormatter(logging.Formatter):
+def printable(text: str) -> str:
+    """The text in one line, without what would move a terminal's cursor."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+class TextFormatter(logging.Formatter):
+    """One line for people. What comes from outside is made printable here, and nowhere else."""
+
+    def message(self, record: logging.LogRecord) -> str:
+        """The message, also if it names what it was not given."""
+        try:
+            return record.getMessage()
+        except (KeyError, TypeError, ValueError):
+            return f"{record.msg} {record.args}"
+
+    def format(self, record: logging.LogRecord) -> str:
+        head = f"{utc(record.created)} {record.levelname} "
+        if isinstance(record.args, Mapping) and "exit_code" in record.args:
+            head = "etcd_fdw: "  # the last words, as those of a command
+        return head + printable(self.message(record))
+
+
+class JsonFormatter(TextFormatter):
     """One JSON object per line: ts, level, message, prefix, pid, and what the message names."""
 
     def __init__(self, prefix: str) -> None:
@@ -1134,20 +1162,60 @@ class JsonFormatter(logging.Formatter):
         line = {
             "ts": utc(record.created),
             "level": record.levelname.lower(),
-            "message": record.getMessage(),
+            "message": self.message(record),
             "prefix": self.prefix,
             "pid": record.process,
         }
         facts = {k: round(v, 3) if isinstance(v, float) else v for k, v in named.items()}
-        return json.dumps({**line, **facts, **line}, ensure_ascii=False, default=str)
+        return json.dumps({**line, **facts, **line}, default=str)
+
+
+class LogHandler(logging.Handler):
+    """Writes lines to stderr, and drops and counts those that nobody reads.
+
+    `rest` is what is left of the last line that was begun.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fd = sys.stderr.fileno()
+        self.poll = select.poll()
+        self.poll.register(self.fd, select.POLLOUT)
+        self.rest = b""
+        self.dropped = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        lost = self.dropped
+        if self.write_line(self.format(record)) and lost:
+            self.dropped = 0
+            log.warning(
+                "%(lines)s of this log lost: nobody read them", lines=describe(lost, "line")
+            )
+
+    def write_line(self, line: str) -> bool:
+        """Write a line if that is possible within a moment; whether it was."""
+        if not self.rest or self.write():
+            self.rest = line.encode(errors="backslashreplace") + b"\n"
+            return self.write()
+        self.dropped += 1
+        return False
+
+    def write(self) -> bool:
+        """Write the rest, as long as somebody reads; whether that was all of it."""
+        with suppress(OSError):
+            while self.rest and self.poll.poll(0 if self.dropped else LOG_LIMIT_S * 1000):
+                # so much can be written without waiting
+                written = os.write(self.fd, self.rest[: select.PIPE_BUF])
+                self.rest = self.rest[written:]
+        return not self.rest
 
 
 def set_up_logging(config: Config) -> None:
     """Log to stderr as configured. Whatever a library or a thread has to say is a line, too."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt=UTC)
-    logging.Formatter.converter = time.gmtime
-    if config.log_format == "json":
-        logging.root.handlers[0].setFormatter(JsonFormatter(config.etcd_dsn.prefix))
+    handler = LogHandler()
+    as_json = config.log_format == "json"
+    handler.setFormatter(JsonFormatter(config.etcd_dsn.prefix) if as_json else TextFormatter())
+    logging.root.addHandler(handler)
     logging.addLevelName(logging.WARNING, "WARN")
     logging.captureWarnings(True)
     threading.excepthook = log_unexpected
@@ -4751,9 +4819,9 @@ class Engine:
 # ─ start ─
 
 
-def printable(text: str) -> str:
-    """The text without what would move a terminal's cursor."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+def say(*lines: str) -> None:
+    """Print lines to stdout, each made printable."""
+    print(*map(printable, lines), sep="\n", flush=True)
 
 
 def show_age(seconds: float) -> str:
@@ -5889,10 +5957,10 @@ def build_parser() -> Parser:
 
 def report_failure(config: Config | None, message: str, exit_code: int) -> int:
     """Say why the program ends; returns the exit code."""
-    if config and config.log_format == "json":  # every line of stderr is an object
+    if config:  # the log is set up
         log.error("%(error)s", error=message, exit_code=exit_code)
     else:
-        print(f"etcd_fdw: {message}", file=sys.stderr)
+        print(f"etcd_fdw: {printable(message)}", file=sys.stderr)
     return exit_code
 
 

@@ -5621,6 +5621,68 @@ def test_json_log_line_keeps_its_own_members_and_takes_any_value():
     assert line["pid"] == os.getpid()
 
 
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_log_takes_anything_and_prints_lines(log_format):
+    """Text from outside adds no line and moves no cursor; a missing argument is no traceback."""
+    code = f"""
+import runpy
+m = runpy.run_path({str(SCRIPT)!r})
+m["set_up_logging"](m["make_config"](m["settings"](
+    {{"postgres_dsn": {P!r}, "etcd_dsn": {E!r}, "log_format": {log_format!r}}}, {{}})))
+m["log"].error("%(key)s", key="/a\\n2026-01-31T15:30:00Z ERROR x \\x1b[2J \\x9b2J \\ud800é")
+m["log"].error("of role %(role)s", pid=7)
+m["log"].error("%d", "x")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    lines = done.stderr.splitlines()
+    assert len(lines) == 3 and done.stderr.isprintable() is False  # but for the newlines
+    assert all(line.isprintable() for line in lines)
+    for line in lines:
+        assert json.loads(line) if log_format == "json" else LOG_LINE.fullmatch(line), line
+    assert "role" in lines[1] and "7" in lines[1]
+
+
+def test_log_that_nobody_reads_holds_up_nothing(db, prefix, etcd, etcd_address):
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    os.set_blocking(writer, False)
+
+    def fill() -> None:
+        with suppress(BlockingIOError):
+            while os.write(writer, b"full\n" * 100):
+                pass
+
+    fill()
+    args = ["-p", db, "-e", etcd_address.dsn(prefix)]
+    one = Daemon(Path(f"/dev/fd/{writer}"), *args)  # opens the pipe anew, to wait as usual
+    try:
+        wait_until("does not start", lambda: scalar(db, "SELECT to_regclass('etcd_wal')"), 20)
+        for key in "abc":
+            etcd.put(prefix + key, "1")
+            wait_until("waits for the log", arrives(db, prefix + key), 20)
+            one.signal(signal.SIGUSR1)
+        os.read(reader, 1 << 20)
+        said = b""
+
+        def told() -> bool:
+            nonlocal said
+            one.signal(signal.SIGUSR1)
+            with suppress(BlockingIOError):
+                said += os.read(reader, 1 << 20)
+            return b"lost: nobody read them\n" in said
+
+        wait_until("nothing is counted", told)
+        assert re.search(rb"WARN \d lines? of this log lost: nobody read them\n", said)
+        assert all(LOG_LINE.fullmatch(line) for line in said.decode().splitlines())
+        fill()
+        one.signal(signal.SIGTERM)
+        assert one.wait_exit(etcd_fdw.STOP_LIMIT_S) == 0
+    finally:
+        one.kill()
+        os.close(reader)
+        os.close(writer)
+
+
 def test_json_log_has_the_last_words_too(command):
     dead = f"postgresql://127.0.0.1:{free_port()}/x"
     done = command("--startup-timeout", "0s", "--log-format", "json", postgres=dead, exit_code=2)
@@ -7815,10 +7877,20 @@ def test_password_in_an_error_is_masked():
         ("?user=u&password=Kx7q&sslmode=x", "?user=u&password=****&sslmode=x"),
         ("host=h password=Kx7q port=1", "host=h password=**** port=1"),
         (r"password = 'K x\'7q' host=h", "password = **** host=h"),
+        ("oauth_client_secret=Kx7q port=1", "oauth_client_secret=**** port=1"),
+        (
+            "?scram_client_key=Kx7q&scram_server_key=a",
+            "?scram_client_key=****&scram_server_key=****",
+        ),
+        ("sslkey=/client.key&key=/client.key",) * 2,  # files
         ('password authentication failed for user "u"',) * 2,
         ("dns:///h:2379: no such host",) * 2,
     ]:
         assert etcd_fdw.masked(text) == shown
+    started = time.monotonic()
+    for piece in ("a", "a ", "a=", "a='", "://a:", "://a:b@", "password", "&a%41", r"\'", "\t\n"):
+        etcd_fdw.masked(piece * (200_000 // len(piece)))
+    assert time.monotonic() - started < 10  # some minutes, if it grew with the square
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])

@@ -52,7 +52,7 @@ from contextlib import (
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, TypeVar
+from typing import Any, Callable, ClassVar, NamedTuple, TypeVar
 
 # Before gRPC is loaded: its handlers abort what the tests start as another user, now and then.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
@@ -221,12 +221,14 @@ class LocalEtcd(Breakable, etcd_fdw.LocalEtcd):
 class LocalPostgres(Breakable, etcd_fdw.LocalPostgres):
     """A PostgreSQL; its superuser "postgres" has this password, or needs none."""
 
+    started: ClassVar[set[str]] = set()  # host:port of each
     clean_stop = signal.SIGINT
 
     def __init__(self, args: Sequence[str] = (), password: str | None = None) -> None:
         super().__init__(password)
         self.args = ["-cmax_connections=200", "-cmax_prepared_transactions=20", *args]
         self.frozen: list[int] = []
+        self.started.add(f"127.0.0.1:{self.port}")
 
     def start(self) -> None:
         while True:
@@ -410,6 +412,12 @@ def _has_ended(conn: psycopg2.extensions.connection) -> bool:
             return False
         conn.close()
     return True
+
+
+def create_role(db: str, name: str) -> None:
+    """Make a role that can log in as make_dsn(db, user=name) says, which keeps the password."""
+    password = psycopg2.extensions.parse_dsn(db).get("password")
+    rows(db, f"CREATE ROLE {name} LOGIN PASSWORD %s", password)
 
 
 def scalar(db: str, sql: str, *args: Any) -> Any:
@@ -602,10 +610,22 @@ def etcd_address() -> Iterator[EtcdAddress]:
     """The address of an etcd that all tests share: do not stop it, see own_etcd."""
     if dsn := os.environ.get("ETCD_FDW_TEST_ETCD_DSN"):
         target = etcd_fdw.parse_etcd_dsn(dsn)
-        yield EtcdAddress(target.hosts[0], target.username, target.password or "")
+        address = EtcdAddress(target.hosts[0], target.username, target.password or "")
+        yield address
+        with EtcdClient(*address) as client:
+            forget_receipts(client)
         return
     with LocalEtcd() as server:
         yield EtcdAddress(server.endpoint)
+
+
+def forget_receipts(client: EtcdClient) -> None:
+    """Delete from etcd what the daemons of this run keep there for themselves, no other's."""
+    for kv in client.range(etcd_fdw.RESERVED).kvs:
+        if kv.key.endswith(b"/owner"):
+            server, _, name = json.loads(kv.value)["database"].rpartition("/")
+            if RUN_ID in name or server in LocalPostgres.started:
+                client.delete(kv.key[: -len(b"owner")], prefix=True)
 
 
 @pytest.fixture
@@ -617,10 +637,11 @@ def etcd(etcd_address: EtcdAddress) -> Iterator[EtcdClient]:
 
 @pytest.fixture
 def prefix(etcd: EtcdClient) -> Iterator[str]:
-    """A key prefix for this test alone, such as /t17-3fa9c0/."""
+    """A key prefix for this test alone, such as /t17-3fa9c0/; elsewhere/t17-3fa9c0/ is as well."""
     name = f"/t{next(_numbers)}-{RUN_ID}/"
     yield name
-    etcd.delete(name, prefix=True)
+    for mine in (name, "elsewhere" + name):
+        etcd.delete(mine, prefix=True)
 
 
 @pytest.fixture
@@ -800,14 +821,15 @@ def command(db: str, prefix: str, etcd_address: EtcdAddress) -> Callable[..., An
 @pytest.fixture
 def db_network(db: str) -> Iterator[Proxy]:
     """The network between a daemon and this test's database: daemon(postgres=db_network)."""
-    with Proxy(int(psycopg2.extensions.parse_dsn(db)["port"])) as proxy:
+    server = psycopg2.extensions.parse_dsn(db)
+    with Proxy(f"{server['host']}:{server.get('port', 5432)}") as proxy:
         yield proxy
 
 
 @pytest.fixture
 def network(own_etcd: LocalEtcd) -> Iterator[Proxy]:
     """The network between a daemon and own_etcd."""
-    with Proxy(own_etcd.port) as proxy:
+    with Proxy(own_etcd.endpoint) as proxy:
         yield proxy
 
 
@@ -1272,8 +1294,9 @@ class Proxy(Closing):
     The kernel goes on acknowledging what a stalled proxy does not read, as a hung peer's would.
     """
 
-    def __init__(self, target_port: int, target_host: str = "127.0.0.1") -> None:
-        self.target = (target_host, target_port)
+    def __init__(self, target: str) -> None:
+        host, _, port = target.rpartition(":")
+        self.target = (host.strip("[]"), int(port))
         self.forwarded = 0  # bytes so far, both directions
         self._stalled = self._black_hole = self._closing = False
         self._delay_s = self._bytes_per_s = 0.0
@@ -1820,7 +1843,8 @@ def test_search_path_without_schema_is_exit_code_3(command, db, schema_user, wor
 def schema_user(db: str) -> Iterator[str]:
     """A role that may log in and nothing more, to this test's database."""
     name = f"user_{RUN_ID}_{next(_numbers)}"
-    rows(db, f"CREATE ROLE {name} LOGIN; REVOKE CREATE ON SCHEMA public FROM PUBLIC")
+    create_role(db, name)
+    rows(db, "REVOKE CREATE ON SCHEMA public FROM PUBLIC")
     yield name
     rows(db, f"DROP OWNED BY {name}; DROP ROLE {name}")
 
@@ -1849,10 +1873,10 @@ def test_missing_privileges_are_as_few_grants_as_do(command, db, schema_user):
 
 def test_missing_postgres_permission_is_exit_code_3(command, db, schema_user):
     def refused_as(role: str, text: str) -> None:
-        dsn = make_dsn(db, user=role, password="s3cret")
-        assert_one_error_line(command("--startup-timeout=0s", postgres=dsn), 3, text)
+        done = command("--startup-timeout=0s", postgres=make_dsn(db, user=role))
+        assert_one_error_line(done, 3, text)
 
-    refused_as("nosuch", 'role "nosuch"')
+    refused_as("nosuch", ' "nosuch"')  # role … does not exist, or: password of user …
     rows(db, f"ALTER ROLE {schema_user} NOLOGIN")
     refused_as(schema_user, "not permitted to log in")
     rows(db, f"ALTER ROLE {schema_user} LOGIN")
@@ -2321,7 +2345,10 @@ def test_who_holds_the_lock_of_a_generation_does_not_hold_up_the_mirror(daemon, 
     with session(db, f"SELECT {lock} FROM etcd_sync_state, generate_series(1, 9) n"):
         etcd.put(prefix + "a", "1")
         wait_equal(db, etcd, prefix)
-    held = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
+    held = """
+        SELECT count(*) FROM pg_locks JOIN pg_stat_activity USING (pid)
+        WHERE locktype = 'advisory' AND datname = current_database()
+    """
     # the daemon's locks: of the prefix, and from the next batch on of the generation
     wait_until("no lock again", lambda: etcd.put(prefix + "b", "1") and scalar(db, held) == 2)
 
@@ -2646,7 +2673,7 @@ def test_applied_without_an_answer_is_success(daemon, db, prefix, etcd, recorder
     there = [key for key in changed if "/insert-" not in key]
     for key in there:
         etcd.put(key, "old")
-    with Proxy(int(etcd.endpoint.rpartition(":")[2])) as proxy:
+    with Proxy(etcd.endpoint) as proxy:
         one = daemon(*FAST, etcd=proxy)
         proxy.delay(0.5)
         with session(db) as cur:
@@ -2899,7 +2926,7 @@ def altered(schema: str) -> Iterator[None]:
 def role(schema: str) -> Iterator[str]:
     """A role without privileges, which can log in."""
     name = f"tester_{RUN_ID}_{next(_numbers)}"
-    rows(schema, f"CREATE ROLE {name} LOGIN")
+    create_role(schema, name)
     yield name
     rows(schema, f"DROP OWNED BY {name}; DROP ROLE {name}")
 
@@ -4546,7 +4573,7 @@ def test_two_like_changes_cannot_both_claim_one_revision(daemon, db, prefix, etc
 
 def test_change_made_while_down_on_a_version_that_never_was_is_a_conflict(daemon, db, prefix, etcd):
     daemon().kill()
-    there, elsewhere = etcd.put(prefix + "there", "1"), etcd.put("_elsewhere", "1")
+    there, elsewhere = etcd.put(prefix + "there", "1"), etcd.put("elsewhere" + prefix, "1")
     insert = "INSERT INTO etcd_wal (key, value, revision) VALUES (%s, 'x', %s)"
     rows(db, insert, prefix + "there", 10**12)
     rows(db, insert, prefix + "not", 10**12)
@@ -4839,7 +4866,7 @@ def status_of(command: Callable[..., Any], **options: Any) -> dict[str, Any]:
 def test_status_of_a_running_daemon(daemon, command, db, prefix, etcd):
     one = daemon()
     revision = etcd.put(prefix + "a", "1")
-    etcd.put("elsewhere/" + prefix, "1")
+    etcd.put("elsewhere" + prefix, "1")
     wait_until("not mirrored", lambda: mirror_rows(db, prefix))
     found = status_of(command)
     assert (found["healthy"], found["problems"]) == (True, [])
@@ -4871,7 +4898,7 @@ def test_status_before_the_first_start_and_after_the_last(daemon, command, prefi
     one = daemon()
     one.stop()
     assert "active      nobody\n" in command("status").stdout
-    etcd.put("elsewhere/" + prefix, "1")
+    etcd.put("elsewhere" + prefix, "1")
     found = status_of(command)
     assert (found["lag_revisions"], found["problems"]) == (0, ["no instance is active"])
     etcd.put(prefix + "a", "1")
@@ -6455,7 +6482,7 @@ def streaming_standby(primary: LocalPostgres) -> Iterator[tuple[LocalPostgres, P
     with ExitStack() as stack:
         standby = LocalPostgres()
         stack.callback(standby.close)
-        stream = stack.enter_context(Proxy(primary.port))
+        stream = stack.enter_context(Proxy(f"127.0.0.1:{primary.port}"))
         subprocess.run(["cp", "-a", primary.data_dir, standby.data_dir], check=True)
         primary.start()
         (standby.data_dir / "standby.signal").touch()
@@ -6863,7 +6890,7 @@ def test_bytes_arrive_after_the_timeout(daemon, db, prefix, own_etcd, own_client
 def test_change_that_a_frozen_follower_got_before_it_thaws(daemon, db, prefix, own_cluster):
     leader, follower, _ = leader_first(own_cluster)
     key = prefix + "a"
-    with EtcdClient(leader.endpoint) as client, Proxy(follower.port) as proxy:
+    with EtcdClient(leader.endpoint) as client, Proxy(follower.endpoint) as proxy:
         hosts = f"{proxy.endpoint},{leader.endpoint}"
         daemon(*FAST, etcd=etcd_dsn(hosts, prefix) + "?dial_timeout=2s&request_timeout=3s")
         apply_change(db, prefix + "first")
@@ -7580,8 +7607,21 @@ class Authority:
         request, extensions = self.directory / f"{name}.csr", self.directory / f"{name}.ext"
         extensions.write_text(f"subjectAltName={subject}\n")
         self._request(key, name, request)
-        signer = ["-CA", self.ca, "-CAkey", self.ca_key, "-CAcreateserial", "-days", str(days)]
-        self._openssl("x509", "-req", "-in", request, *signer, "-extfile", extensions, "-out", cert)
+        # `openssl x509` of 3.5.9 and later refuses negative days; before 3.4 it takes no dates
+        settings = self.directory / "ca.cnf"
+        settings.write_text(
+            f"[ca]\ndefault_ca = it\n[it]\ndatabase = {self.directory}/index\nrand_serial = yes\n"
+            f"new_certs_dir = {self.directory}\ndefault_md = sha256\npolicy = any\n"
+            "unique_subject = no\n[any]\ncommonName = supplied\n"
+        )
+        (self.directory / "index").touch()
+        ends = time.time() + days * 86_400
+        dates = [
+            time.strftime("%y%m%d%H%M%SZ", time.gmtime(at)) for at in (ends - 3 * 86_400, ends)
+        ]
+        signer = ["-config", settings, "-cert", self.ca, "-keyfile", self.ca_key, "-notext"]
+        signer += ["-startdate", dates[0], "-enddate", dates[1], "-extfile", extensions]
+        self._openssl("ca", "-batch", *signer, "-in", request, "-out", cert)
         return cert, key
 
     def _request(self, key: Path, name: str, out: Path, *args: str) -> None:
@@ -7987,7 +8027,8 @@ def roles(db: str) -> Iterator[Callable[..., None]]:
     rows(db, SCHEMA_SQL)
     rows(db, f"REVOKE ALL ON SCHEMA public FROM PUBLIC; REVOKE ALL ON DATABASE {name} FROM PUBLIC")
     for role in (names["etcd_fdw"], names["app"]):
-        rows(db, f"CREATE ROLE {role} LOGIN; GRANT CONNECT ON DATABASE {name} TO {role}")
+        create_role(db, role)
+        rows(db, f"GRANT CONNECT ON DATABASE {name} TO {role}")
     yield partial(grant_example, db, **names)
     for role in (names["etcd_fdw"], names["app"]):
         rows(db, f"DROP OWNED BY {role}; DROP ROLE {role}")

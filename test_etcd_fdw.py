@@ -8064,7 +8064,9 @@ def test_documented_roles_are_enough(daemon, db, roles, own_client):
         assert "ERROR" not in started.log()
 
 
-# ── Patroni ──────────────────────────────────────────────────────────────────
+# ── programs of the world: Patroni, CoreDNS, kine, Kubernetes ────────────────
+
+# ─ Patroni ─
 
 
 class PatroniMember:
@@ -8198,6 +8200,152 @@ def test_patroni_is_mirrored_through_restart_and_failover(daemon, db, etcd_addre
         assert third.returncode is None
 
 
+# ─ CoreDNS ─
+
+
+def program_of(name: str, version: str) -> str:
+    """Return the path of a program that .ci/servers builds, or skip the test."""
+    variable = f"ETCD_FDW_TEST_{name.upper()}_BIN"
+    if found := shutil.which(name, path=os.environ.get(variable, "")):
+        return found
+    pytest.skip(f"needs {variable}, see bash .ci/servers {name}-{version}")
+
+
+class LocalCoreDns(Breakable):
+    """A CoreDNS that answers for the zone local.example from an etcd's keys below /skydns."""
+
+    host = "127.0.0.2"  # free_port keeps the UDP port of its number on 127.0.0.1
+
+    def __init__(self, program: str, endpoint: str) -> None:
+        super().__init__()
+        self.program, self.corefile = program, self.directory / "Corefile"
+        etcd = f"etcd {{\n path /skydns\n endpoint http://{endpoint}\n }}"
+        zone = f"local.example:{self.port} {{\n bind {self.host}\n {etcd}\n}}\n"
+        self.corefile.write_text(zone)
+
+    def command(self) -> list[str]:
+        return [self.program, "-conf", str(self.corefile)]
+
+    def is_ready(self) -> bool:
+        with suppress(OSError):
+            self.ask("local.example")
+            return True
+        return False
+
+    def ask(self, name: str) -> str:
+        """Ask for the address of a name, as `dig +short` does; '' if there is none."""
+        labels = b"".join(bytes([len(label)]) + label.encode() for label in name.split("."))
+        with socket.socket(type=socket.SOCK_DGRAM) as sock:
+            sock.settimeout(5)
+            sock.connect((self.host, self.port))
+            header = struct.pack(">6H", 1, 0x100, 1, 0, 0, 0)  # one question, for a resolver
+            sock.send(header + labels + b"\0" + struct.pack(">2H", 1, 1))  # A, IN
+            answer = sock.recv(4096)
+        _, flags, _, answers, others, _ = struct.unpack_from(">6H", answer)
+        assert flags & 0xF in (0, 3), f"{name}: response code {flags & 0xF}"  # 3: no such name
+        assert (answers, others) in ((1, 0), (0, 1)), f"{name}: {answers} and {others} records"
+        return socket.inet_ntoa(answer[-4:]) if answers else ""
+
+
+def test_dns_from_sql_answers_as_readme_shows(daemon, db, own_etcd):
+    program = program_of("coredns", "1.15.0")
+    daemon(etcd=etcd_dsn(own_etcd.endpoint, "/skydns/"))
+    steps = re.findall(r"^(\$ dig|app=>) (.*)\n((?:(?!\$|app=>).*\n)*)", readme_block("dns"), re.M)
+    assert len(steps) >= 6
+    with LocalCoreDns(program, own_etcd.endpoint) as dns:
+        for kind, command, shown in steps:
+            if kind == "app=>":
+                values = [row[-1] for row in rows(db, command) if row[-1]]
+                assert shown == "" or values == re.findall(r"\| ({.*})$", shown, re.M)
+                statuses(db)
+            else:
+                name, address = command.split()[-1], shown.strip()
+                message = f"{name} is not {address!r}"
+                wait_until(message, lambda: dns.ask(name) == address)  # noqa: B023
+
+
+# ─ kine, which k3s runs in etcd's place ─
+
+
+class LocalKine(Breakable):
+    """A kine that keeps its data in SQLite."""
+
+    def __init__(self, program: str) -> None:
+        super().__init__()
+        self.program, self.endpoint = program, f"127.0.0.1:{self.port}"
+        self.args = []
+
+    def command(self) -> list[str]:
+        store = f"--endpoint=sqlite://{self.directory}/db.sqlite?_journal=WAL"
+        listen = f"--listen-address=tcp://{self.endpoint}"
+        return [self.program, store, listen, "--metrics-bind-address=0", *self.args]
+
+    def is_ready(self) -> bool:
+        with EtcdClient(self.endpoint, timeout=1) as client:
+            return store_revision(client) > 0
+
+
+def write_as_kubernetes(client: EtcdClient, key: str, value: str | None) -> int:
+    """Create, update or delete in the one form of Txn that kine takes; return the revision."""
+    kv = client.get(key)
+    change = client.delete_op(key) if value is None else client.put_op(key, value)
+    request = etcdrpc.TxnRequest(
+        compare=[client.unchanged(key, kv.mod_revision if kv else 0)],
+        success=[change],
+        failure=[etcdrpc.RequestOp(request_range=etcdrpc.RangeRequest(key=key.encode()))]
+        if kv
+        else [],
+    )
+    answer = client.call(client.kv.Txn, request)
+    assert answer.succeeded
+    return int(answer.header.revision)
+
+
+def test_kine_is_mirrored_and_changes_wait(daemon, command, db):
+    prefix = "/registry/"
+    program = program_of("kine", "0.17.5")
+    with LocalKine(program) as kine, EtcdClient(kine.endpoint) as client:
+        write_as_kubernetes(client, prefix + "a", "1")
+        dsn = etcd_dsn(kine.endpoint, prefix)
+        with Recorder(client, prefix) as recorder:
+            one = daemon(*FAST, etcd=dsn)
+            change = ask(db, prefix + "b")
+            one.wait_log("mirror only")
+            for value in ("2", None, "3"):
+                last = write_as_kubernetes(client, prefix + "a", value)
+            assert_same(recorder, db, prefix, since=last - 2)
+        wait_equal(db, client, prefix)
+        assert wal_rows(db, id_=change)[0].status == "pending"
+        assert len(re.findall("watching", one.log())) == 1  # one session
+        assert "mirror only" in command("status", etcd=dsn).stdout
+        assert "mirror only" in command("config", "validate", "--connect", etcd=dsn).stdout
+        command("validate", etcd=dsn, exit_code=0)
+        assert one.stop() == 0
+
+
+def test_kine_that_has_compacted_the_checkpoint_is_followed(daemon, db):
+    """It refuses to watch from the compacted revision itself, where etcd does not."""
+    prefix = "/registry/"
+    kine = LocalKine(program_of("kine", "0.17.5"))
+    kine.args = ["--compact-interval=1s", "--compact-min-retain=0"]
+    with kine, EtcdClient(kine.endpoint) as client:
+        for value in "12":
+            checkpoint = write_as_kubernetes(client, prefix + "a", value)
+        dsn = etcd_dsn(kine.endpoint, prefix)
+        daemon(*FAST, etcd=dsn).stop()
+
+        def compacted() -> bool:
+            with suppress(grpc.RpcError):
+                return client.range(prefix, checkpoint - 1) is None
+            return True
+
+        wait_until("nothing was compacted", compacted)
+        one = daemon(*FAST, etcd=dsn)
+        write_as_kubernetes(client, prefix + "a", "3")
+        wait_equal(db, client, prefix)
+        assert len(re.findall("watching", one.log())) == 1
+
+
 # ── demo, README, packaging ──────────────────────────────────────────────────
 
 README = SCRIPT.with_name("README.md")
@@ -8281,61 +8429,6 @@ def test_loop_that_measures_pauses_has_a_line_for_each_change(daemon, db, etcd_a
         os.killpg(loop.pid, signal.SIGKILL)
         loop.wait()
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \S+\|success\n", line) for line in lines), lines
-
-
-class LocalCoreDns(Breakable):
-    """A CoreDNS that answers for the zone local.example from an etcd's keys below /skydns."""
-
-    host = "127.0.0.2"  # free_port keeps the UDP port of its number on 127.0.0.1
-
-    def __init__(self, program: str, endpoint: str) -> None:
-        super().__init__()
-        self.program, self.corefile = program, self.directory / "Corefile"
-        etcd = f"etcd {{\n path /skydns\n endpoint http://{endpoint}\n }}"
-        zone = f"local.example:{self.port} {{\n bind {self.host}\n {etcd}\n}}\n"
-        self.corefile.write_text(zone)
-
-    def command(self) -> list[str]:
-        return [self.program, "-conf", str(self.corefile)]
-
-    def is_ready(self) -> bool:
-        with suppress(OSError):
-            self.ask("local.example")
-            return True
-        return False
-
-    def ask(self, name: str) -> str:
-        """Ask for the address of a name, as `dig +short` does; '' if there is none."""
-        labels = b"".join(bytes([len(label)]) + label.encode() for label in name.split("."))
-        with socket.socket(type=socket.SOCK_DGRAM) as sock:
-            sock.settimeout(5)
-            sock.connect((self.host, self.port))
-            header = struct.pack(">6H", 1, 0x100, 1, 0, 0, 0)  # one question, for a resolver
-            sock.send(header + labels + b"\0" + struct.pack(">2H", 1, 1))  # A, IN
-            answer = sock.recv(4096)
-        _, flags, _, answers, others, _ = struct.unpack_from(">6H", answer)
-        assert flags & 0xF in (0, 3), f"{name}: response code {flags & 0xF}"  # 3: no such name
-        assert (answers, others) in ((1, 0), (0, 1)), f"{name}: {answers} and {others} records"
-        return socket.inet_ntoa(answer[-4:]) if answers else ""
-
-
-def test_dns_from_sql_answers_as_readme_shows(daemon, db, own_etcd):
-    program = shutil.which("coredns", path=os.environ.get("ETCD_FDW_TEST_COREDNS_BIN"))
-    if not program:
-        pytest.skip("needs ETCD_FDW_TEST_COREDNS_BIN, see bash .ci/servers coredns-1.15.0")
-    daemon(etcd=etcd_dsn(own_etcd.endpoint, "/skydns/"))
-    steps = re.findall(r"^(\$ dig|app=>) (.*)\n((?:(?!\$|app=>).*\n)*)", readme_block("dns"), re.M)
-    assert len(steps) >= 6
-    with LocalCoreDns(program, own_etcd.endpoint) as dns:
-        for kind, command, shown in steps:
-            if kind == "app=>":
-                values = [row[-1] for row in rows(db, command) if row[-1]]
-                assert shown == "" or values == re.findall(r"\| ({.*})$", shown, re.M)
-                statuses(db)
-            else:
-                name, address = command.split()[-1], shown.strip()
-                message = f"{name} is not {address!r}"
-                wait_until(message, lambda: dns.ask(name) == address)  # noqa: B023
 
 
 def test_metrics_of_the_readme_exist():

@@ -8431,16 +8431,24 @@ def test_loop_that_measures_pauses_has_a_line_for_each_change(daemon, db, etcd_a
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \S+\|success\n", line) for line in lines), lines
 
 
-def test_metrics_of_the_readme_exist():
+def test_alerts_and_dashboard_ask_for_what_metrics_has(daemon, db, prefix, etcd):
     """A rule or panel on a metric that is not there never fires, and never says so."""
-    text = etcd_fdw.exposition(etcd_fdw.Metrics("/config/", etcd_fdw.Counters()))
-    families = text_string_to_metric_families(text)
-    known = {sample.name for family in families for sample in family.samples}
-    known |= {"etcd_fdw_pending_changes", "etcd_fdw_oldest_pending_seconds"}  # once they are known
-    panels = README.read_text().partition("<!-- panels -->")[2].partition("\n\n")[0]
-    named = set(re.findall(r"\betcd_fdw_\w+", readme_block("alerts") + panels))
-    assert len(named) >= 8
-    assert named <= known
+    configs = {k: v["content"].replace("$$", "$") for k, v in compose()["configs"].items()}
+    alerts = yaml.safe_load(configs["alerts"])
+    assert alerts == yaml.safe_load(readme_block("alerts"))
+    panels = json.loads(configs["dashboard"])["panels"]
+    asked = [rule["expr"] for group in alerts["groups"] for rule in group["rules"]]
+    asked += [target["expr"] for panel in panels for target in panel["targets"]]
+    named = set(re.findall(r"\betcd_fdw_\w+", " ".join(asked)))
+    assert len(asked) >= 15 and len(named) >= 12
+    one = daemon("--metrics-address", "127.0.0.1:0")
+
+    def missing() -> set[str]:
+        return named - {name.partition("{")[0] for name in read_metrics(one)}
+
+    wait_until(f"these do not exist: {missing()}", lambda: not missing())
+    scraped = yaml.safe_load(configs["prometheus"])["scrape_configs"]
+    assert [job["static_configs"][0]["targets"] for job in scraped] == [["etcd_fdw:9379"]]
 
 
 def test_uninstalling_as_readme_says_leaves_nothing(db):
@@ -8513,7 +8521,9 @@ def test_follower_of_the_readme_takes_each_change_once(daemon, db, prefix, etcd,
         change()
 
 
-COMPOSE = SCRIPT.with_name("docker-compose.test.yml")
+def compose() -> dict[str, Any]:
+    """What docker-compose.test.yml says."""
+    return dict(yaml.safe_load(SCRIPT.with_name("docker-compose.test.yml").read_text()))
 
 
 def test_container_stays_down_where_a_person_is_needed():
@@ -8521,6 +8531,17 @@ def test_container_stays_down_where_a_person_is_needed():
     misconfigured = run_as_in_the_container({"ETCD_FDW_LOG_LEVEL": "loud"})  # the script's 1
     alone = run_as_in_the_container({"ETCD_FDW_STARTUP_TIMEOUT": "0s"})
     assert (misconfigured.wait(WAIT_S), alone.wait(WAIT_S)) == (0, 2)
+
+
+def test_container_of_the_packages_installs_them_once(tmp_path):
+    (tmp_path / "requirements.txt").write_text("")
+    script = compose()["services"]["packages"]["command"][-1]
+    script = re.sub(r"/(packages|requirements|tmp/)", rf"{tmp_path}/\1", script)
+    (tmp_path / "tmp").mkdir()
+    for installs in (True, False):
+        done = subprocess.run(["sh", "-exc", script], capture_output=True, text=True, check=True)
+        assert ("pip install" in done.stderr) == installs
+    assert (tmp_path / "packages/bin/python").exists()
 
 
 def test_container_stops_in_good_order(db, etcd_address, prefix):
@@ -8541,7 +8562,7 @@ def test_container_stops_in_good_order(db, etcd_address, prefix):
 
 def run_as_in_the_container(environ: dict[str, str]) -> subprocess.Popen[bytes]:
     """Start the script as docker-compose.test.yml does, with nothing that would answer."""
-    service = yaml.safe_load(COMPOSE.read_text())["services"]["etcd_fdw"]
+    service = compose()["services"]["etcd_fdw"]
     assert service["restart"] == "on-failure"
     nobody = {
         "ETCD_FDW_POSTGRES_DSN": f"postgresql://postgres@{NO_ONE}/postgres",

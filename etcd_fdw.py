@@ -70,6 +70,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+
+if sys.version_info < (3, 9):  # noqa: UP036  it has to parse there, too
+    sys.exit(f"etcd_fdw: Python 3.9 or later is needed, this is {sys.version.split()[0]}")
 
 # Loading takes half a second. Signals that come meanwhile stay pending until Guard or
 # take_signals() takes them.
@@ -104,7 +108,6 @@ import ssl
 import stat
 import struct
 import subprocess
-import sys
 import tempfile
 import textwrap
 import threading
@@ -543,6 +546,18 @@ def hide_dsn(text: str) -> str:
     return re.sub(where, r"\1****", text, flags=re.IGNORECASE | re.DOTALL)
 
 
+ETCD_HINTS = (
+    ("invalid user ID or password", "see the user name and the password of --etcd-dsn"),
+    ("too many pings", "see keepalive=DURATION: above etcd's --grpc-keepalive-min-time"),
+)
+
+
+def with_hint(error: EtcdFdwError, hints: Iterable[tuple[str, str]]) -> EtcdFdwError:
+    """The error with what to look at, if that is known."""
+    found = [hint for pattern, hint in hints if re.search(pattern, str(error))]
+    return type(error)("; ".join([str(error), *found[:1]]))
+
+
 def etcd_error(exc: grpc.RpcError, endpoint: str) -> EtcdFdwError:
     """The kind of error that a failed etcd call is; an unknown one is EtcdUnavailable."""
     details = masked(exc.details() or "no details")
@@ -551,8 +566,10 @@ def etcd_error(exc: grpc.RpcError, endpoint: str) -> EtcdFdwError:
     # gRPC repeats the endpoint, and adds its own states
     details = re.sub(r"failed to connect to all addresses; last error: |UNKNOWN: ", "", details)
     details = re.sub(r"Stream removed \((.*)\)", r"\1", details)
-    details = re.sub(r"\bipv[46]:\S+: | \(GOAWAY received.*", "", details)
-    return kind(f"etcd at {endpoint}: {details}")
+    details = re.sub(r"\bipv[46]:\S+: ", "", details)
+    details = re.sub(r".*too.many.pings.*", "it hung up on too many pings", details)
+    details = re.sub(r" \(GOAWAY received.*", "", details)
+    return with_hint(kind(f"etcd at {endpoint}: {details}"), ETCD_HINTS)
 
 
 # By message, where there is no SQLSTATE: libpq gives none if a connection fails, nor if it finds
@@ -565,6 +582,13 @@ POSTGRES_LOGIN_MESSAGES = re.compile(
 POSTGRES_DSN_MESSAGES = re.compile(
     r'invalid (\S+ value: |integer value |port number|channel_binding)|definition of service "|'
     r"service file .* not found"
+)
+
+
+# What a server says as a session begins, in a language that the above does not know.
+OTHER_LANGUAGE = re.compile(
+    r"failed: (?!FATAL:  (the database system|sorry, too many|remaining conn|database|terminating|"
+    r"cannot|unsupported|number of))\w+: +\w"
 )
 
 
@@ -589,6 +613,8 @@ def postgres_error(exc: psycopg2.Error, notices: Sequence[str] = ()) -> EtcdFdwE
         kind = PostgresDenied
     elif not code and POSTGRES_DSN_MESSAGES.search(message):
         kind = ConfigurationError
+    elif not code and OTHER_LANGUAGE.search(message):
+        message += "; is that a refused login, or a server that is not ready?"
     return kind(f"PostgreSQL: {message}" + (f" ({code})" if code else ""))
 
 
@@ -618,6 +644,7 @@ class EtcdTarget:
     server_name: str | None = None
     dial_timeout: float = 5.0  # seconds
     request_timeout: float = 10.0  # seconds
+    keepalive: float = 15.0  # seconds between pings
 
 
 class KeyValueRecord(NamedTuple):
@@ -828,12 +855,13 @@ def parse_postgres_dsn(text: str) -> str:
     """A libpq URI or keyword string, unchanged. Raises ValueError, which never quotes it."""
     try:
         parts = psycopg2.extensions.parse_dsn(text)
-    except psycopg2.Error:
-        # libpq's message may quote a piece of a password that was not escaped
+    except psycopg2.Error as exc:
+        # what libpq quotes may be a piece of a password that was not escaped
+        said = str(exc).strip().partition("invalid dsn: ")[2]
+        said = re.sub('".*"', '"…"', said, flags=re.DOTALL)
         raise ValueError(
-            "not a libpq connection string: expected postgresql://user@host/dbname or"
-            ' "host=… dbname=…" (unknown parameter, missing "=", bad escape, or in a URI'
-            ' a "=" within a value that is not written %3D, as in options=-csearch_path%3D…)'
+            f"not a libpq connection string: {said}; expected postgresql://user@host/dbname or"
+            ' "host=… dbname=…" (in a URI, = within a value is %3D: options=-csearch_path%3D…)'
         ) from None
     # where libpq takes the rest of such a password for a host, a port or a name
     misread = "@" in parts.get("host", "")[1:] or re.search(r"[^\d,]", parts.get("port", ""))
@@ -845,8 +873,8 @@ def parse_postgres_dsn(text: str) -> str:
 ETCD_FILES = ("ca", "cert", "key")
 ETCD_PARAMETERS: dict[str, Callable[[str], Any]] = {
     "tls": choice(enabled=True, disabled=False),
-    **dict.fromkeys((*ETCD_FILES, "server_name", "username", "password"), str),
-    **dict.fromkeys(("dial_timeout", "request_timeout"), parse_positive_duration),
+    **dict.fromkeys((*ETCD_FILES, "server_name", "username", "password", "prefix"), str),
+    **dict.fromkeys(("dial_timeout", "request_timeout", "keepalive"), parse_positive_duration),
 }
 
 
@@ -916,10 +944,18 @@ def parse_etcd_dsn(text: str) -> EtcdTarget:
         raise ValueError("the login or a parameter is not UTF-8") from None
     login, _, hosts = netloc.rpartition("@")
     username, _, password = map(urllib.parse.unquote, login.partition(":"))
+    given = parse_etcd_parameters(query)
     prefix = urllib.parse.unquote_to_bytes(path)
+    if "prefix" in given:  # for keys that begin with no slash
+        if path:
+            raise ValueError("the prefix is given twice: as the path, and with prefix=")
+        prefix = given.pop("prefix").encode()
     if not is_storable(prefix):
         raise ValueError(f"the prefix is not text of up to {KEY_MAX_BYTES} bytes (UTF-8, no NUL)")
-    given = parse_etcd_parameters(query)
+    if prefix.startswith(RESERVED):
+        raise ValueError(
+            f"the prefix is below {RESERVED.decode()}, where etcd_fdw has its own keys"
+        )
     given.setdefault("username", username or None)
     given.setdefault("password", password or None)
     if (given["username"] is None) != (given["password"] is None):
@@ -1089,14 +1125,15 @@ def read_config_file(path: str) -> dict[str, str]:
     found: dict[str, str] = {}
     names = {option.key: option.name for option in OPTIONS if option.name != "config"}
     for node, value in root.value if root else ():
-        where, key = f"{path}, line {node.start_mark.line + 1}", str(node.value).replace("_", "-")
-        if key not in names:
-            raise ConfigurationError(f"{where}: unknown option {hide_dsn(key)!r}")
+        where, written = f"{path}, line {node.start_mark.line + 1}", hide_dsn(str(node.value))
+        name = names.get(str(node.value).replace("_", "-"))
+        if name is None:
+            raise ConfigurationError(f"{where}: unknown option {written!r}")
         if not isinstance(value, yaml.ScalarNode) or value.tag == "tag:yaml.org,2002:null":
-            raise ConfigurationError(f"{where}: {key}: expected a single value")
-        if names[key] in found:
-            raise ConfigurationError(f"{where}: {key} is given twice")
-        found[names[key]] = value.value
+            raise ConfigurationError(f"{where}: {written}: expected a single value")
+        if name in found:
+            raise ConfigurationError(f"{where}: {written} is given twice")
+        found[name] = value.value
     return found
 
 
@@ -1990,14 +2027,15 @@ PUT, DELETE = 0, 1  # mvccpb.Event.EventType
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_MAX_BYTES),
     ("grpc.max_send_message_length", -1),
-    # A dead peer is noticed in 25 s; etcd hangs up on pings more often than every 5 s.
-    ("grpc.keepalive_time_ms", 15000),
+    # A dead peer is noticed in 25 s, with the default of keepalive=; etcd hangs up on pings more
+    # often than every 5 s.
     ("grpc.keepalive_timeout_ms", 10000),
     ("grpc.http2.ping_timeout_ms", 10000),
     ("grpc.keepalive_permit_without_calls", 0),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.enable_retries", 0),  # whether to send again is for the engine to decide
     ("grpc.use_local_subchannel_pool", 1),  # a new client gets a new connection
+    ("grpc.enable_http_proxy", 0),  # etcd is behind no web proxy, whatever the environment says
 ]
 
 
@@ -2011,25 +2049,22 @@ def system_ca() -> str:
 
 
 # gRPC's words for what goes wrong with a new connection, and what to look at.
+CLIENT_CERT_HINT = "does it want a client certificate? see cert=FILE and key=FILE"
 CONNECT_HINTS = (
     ("CERTIFICATE_VERIFY_FAILED", "its certificate is not trusted: see ca=FILE"),
     ("ostname Verification", "its certificate is for another host: see server_name=NAME"),
-    ("WRONG_VERSION_NUMBER", "it does not speak TLS: see tls=disabled"),
-    ("Handshake read failed", "it does not speak TLS: see tls=disabled"),
-    ("Unwrap failed", "does it want a client certificate? see cert=FILE and key=FILE"),
-    ("Secure read failed", "does it want a client certificate? see cert=FILE and key=FILE"),
-    ("ALERT", "does it want a client certificate? see cert=FILE and key=FILE"),
-    *dict.fromkeys(
-        ("Socket closed", "onnection reset", "roken pipe"),
-        "does it want TLS or not, or a client certificate? see tls=, ca=, cert= and key=FILE",
-    ).items(),
+    ("WRONG_VERSION_NUMBER|Handshake read failed", "it does not speak TLS: see tls=disabled"),
+    (
+        "ALERT_HANDSHAKE_FAILURE",
+        "gRPC takes no server key of kind P-521 or Ed25519: use P-256, P-384 or RSA",
+    ),
+    ("Unwrap failed|Secure read failed|ALERT", CLIENT_CERT_HINT),
+    (
+        "Socket closed|onnection reset|roken pipe",
+        "was it stopped just now? else see tls=, ca=, cert= and key=FILE:"
+        " does it want TLS or not, or a client certificate?",
+    ),
 )
-
-
-def with_hint(error: EtcdFdwError) -> EtcdFdwError:
-    """The error with what to look at, if that is known."""
-    hints = [hint for text, hint in CONNECT_HINTS if text in str(error)]
-    return type(error)("; ".join([str(error), *hints[:1]]))
 
 
 class Etcd:
@@ -2046,6 +2081,7 @@ class Etcd:
         self.key, self.range_end = prefix_range(target.prefix)
         name, _, port = host.rpartition(":")
         options: list[tuple[str, Any]] = list(CHANNEL_OPTIONS)
+        options.append(("grpc.keepalive_time_ms", int(1000 * target.keepalive)))
         if target.server_name:
             options.append(("grpc.ssl_target_name_override", target.server_name))
         try:
@@ -2076,7 +2112,7 @@ class Etcd:
             self.close()
             if isinstance(exc, TokenExpired) and not target.username:
                 raise EtcdDenied(f"{exc}: the DSN names no user and password") from exc
-            raise with_hint(exc) from exc
+            raise with_hint(exc, CONNECT_HINTS) from exc
 
     @property
     def cluster_id(self) -> str:
@@ -5302,11 +5338,9 @@ def bring_in_step(config: Config) -> dict[str, Any]:
             while not (summary or observer.guard.stopping or work.done()):
                 observer.pause(goal.pause_s)
                 try:
-                    with (
-                        suppress(Stopped),
-                        closing(Postgres(config, observer.guard)) as postgres,
-                        closing(observer.connect_etcd()) as etcd,
-                    ):
+                    with suppress(Stopped), ExitStack() as stack:
+                        postgres = stack.enter_context(closing(Postgres(config, observer.guard)))
+                        etcd = stack.enter_context(closing(observer.connect_etcd()))
                         summary = goal.reached(postgres, etcd, lambda *_: observer.check_stop())
                 except Unavailable:
                     if engine.connected:  # else it says when to give up
@@ -5395,19 +5429,19 @@ def validate(config: Config, given: Mapping[str, Any]) -> int:
 # ─ config ─
 
 
-def warn_of_exposure(config: Config, chosen: Mapping[str, Setting]) -> None:
-    """Warn if anybody on this machine can read a password or a private key."""
+def doubts(config: Config, chosen: Mapping[str, Setting]) -> Iterator[UserWarning]:
+    """What start does not refuse, but hardly anybody wants."""
+    known = {option.variable for option in OPTIONS}
+    for name in sorted(os.environ):
+        if name.startswith("ETCD_FDW_") and not (name in known or "_TEST_" in name):
+            yield UserWarning(f"the environment variable {name} is no option: is it misspelt?")
     exposed = {"the private key": config.etcd_dsn.key}
     for text, source in (chosen["postgres_dsn"], chosen["etcd_dsn"]):
         if source.startswith(f"{config.config}: ") and masked(text or "") != text:
             exposed["a password"] = config.config
-    for what, name in exposed.items():
-        if name and os.stat(name).st_mode & stat.S_IROTH:
-            log.warning(
-                "everybody can read %(file)s, which holds %(what)s: chmod o-r %(file)s",
-                file=name,
-                what=what,
-            )
+    for what, file in exposed.items():
+        if file and os.stat(file).st_mode & stat.S_IROTH:
+            yield UserWarning(f"everybody can read {file}, which holds {what}: chmod o-r {file}")
 
 
 Finding = Union[str, EtcdFdwError, UserWarning]  # of a check: good news, or what is wrong
@@ -5511,11 +5545,11 @@ def config_validate(chosen: Mapping[str, Setting], given: Mapping[str, Any]) -> 
     if wrong := report(check_options(chosen)):
         return wrong
     print("ok    every option is valid")
+    config = make_config(chosen)
+    report(doubts(config, chosen))
     if not given["connect"]:
         return 0
-    config = make_config(chosen)
     set_up_logging(config)
-    warn_of_exposure(config, chosen)
     postgres, etcd = report(check_postgres(config)), report(check_etcd(config))
     return postgres or etcd
 
@@ -5984,7 +6018,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if run not in (config_show, config_validate):
             config = make_config(chosen)
             set_up_logging(config)
-            warn_of_exposure(config, chosen)
+            for doubt in doubts(config, chosen):
+                log.warning("%(doubt)s", doubt=doubt)
             if config.dry_run and run in (start, sync):
                 run = dry_run
         if run is not start:

@@ -1679,9 +1679,9 @@ WRONG_CONFIGURATION = [
     (["-p", P], "--etcd-dsn is missing"),
     (["-p"], "-p/--postgres-dsn: expected one argument"),
     (["-p", "s3cret", "-e", E], "libpq connection string"),
-    (["-p", P + "?nonsense=1", "-e", E], "unknown parameter"),
-    (["-p", "postgresql://u:s3cret%zz@h/d", "-e", E], "bad escape"),
-    (["-p", P + "?options=-csearch_path=x", "-e", E], "not written %3D"),
+    (["-p", P + "?nonsense=1", "-e", E], "invalid URI query parameter"),
+    (["-p", "postgresql://u:s3cret%zz@h/d", "-e", E], "invalid percent-encoded token"),
+    (["-p", P + "?options=-csearch_path=x", "-e", E], "= within a value is %3D"),
     (["-p", P, "-e", "127.0.0.1:2379"], "expected etcd://"),
     (["-p", P, "-e", "etcd:///x/"], "a host is missing"),
     (["-p", P, "-e", "etcd://h,/x/"], "a host is missing"),
@@ -1708,6 +1708,8 @@ WRONG_CONFIGURATION = [
     (["-p", P, "-e", E + f"?ca={SCRIPT}"], "ca: no certificate"),
     (["-p", P, "-e", E + f"?cert={SCRIPT}"], "cert and key go together"),
     (["-p", P, "-e", E + f"?cert={SCRIPT}&key={SCRIPT}"], "cert, key: no cert"),
+    (["-p", P, "-e", "etcd://h/a?prefix=b"], "the prefix is given twice"),
+    (["-p", P, "-e", "etcd://h?prefix=etcd_fdw/x"], "below etcd_fdw/"),
     (["-p", P, "-e", "etcd://h/%ff"], "the prefix is not text"),
     (["-p", P, "-e", "etcd://h/%00"], "the prefix is not text"),
     (["-p", P, "-e", "etcd://h/" + "x" * 2600], "up to 2600 bytes"),
@@ -1937,6 +1939,14 @@ def test_what_needs_a_person_is_exit_code_4(command, db, postgres_dsn):
         rows(postgres_dsn, f"DROP DATABASE {name}")
 
 
+def test_python_3_8_is_told_in_one_line(tmp_path):
+    """It has to parse there (an old grammar), and to say so before anything else."""
+    ast.parse(SCRIPT.read_text(), feature_version=(3, 8))
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.version_info = (3, 8, 20)")
+    done = run_script("--help", env={"PYTHONPATH": str(tmp_path)})
+    assert_one_error_line(done, 1, "Python 3.9 or later is needed, this is 3.")
+
+
 def test_version_and_help():
     for flag in ("-v", "--version"):
         done = run_script(flag)
@@ -2006,6 +2016,8 @@ def test_etcd_dsn_says():
         ("etcd://h/?server_name=x", {"tls": True, "server_name": "x"}),
         ("etcd://h?dial_timeout=250ms", {"prefix": "", "dial_timeout": 0.25}),
         ("etcd://h/x?request_timeout=1m", {"prefix": "/x", "request_timeout": 60.0}),
+        ("etcd://h?prefix=registry%2Fa&keepalive=90s", {"prefix": "registry/a", "keepalive": 90}),
+        ("etcd://h?prefix=", {"prefix": ""}),
     ]
     for text, expected in cases:
         target = etcd_fdw.parse_etcd_dsn(text)
@@ -4689,7 +4701,7 @@ def test_wrong_config_file_is_one_line_that_says_what(tmp_path):
         (None, "--config: cannot read"),
         ("bach-size: 5\n", "c.yaml, line 1: unknown option 'bach-size'"),
         ("batch-size: 5\naudit: all\nbatch-size: 6\n", "line 3: batch-size is given twice"),
-        ("batch-size: 5\nbatch_size: 6\n", "line 2: batch-size is given twice"),
+        ("batch-size: 5\nbatch_size: 6\n", "line 2: batch_size is given twice"),
         ("batch-size:\n", "batch-size: expected a single value"),
         ("- batch-size\n", 'expected one "option: value" a line'),
         ("batch-size: many\n", "batch-size: 'many' is not a whole number above zero"),
@@ -4758,21 +4770,24 @@ def test_config_show_masks_passwords():
     assert done.stdout.count("(not valid)") == 2
 
 
-def test_password_or_key_that_everybody_can_read_earns_a_warning(tmp_path):
+def test_doubts_about_the_configuration_are_warnings(tmp_path):
     cert, key = Authority(tmp_path).issue("client")
     file = tmp_path / "c.yaml"
     file.write_text(
         "postgres-dsn: postgresql://me:sesame@127.0.0.1:1/db\nstartup-timeout: 0s\n"
         f"etcd-dsn: etcd://h/x?key={key}&cert={cert}\n"
     )
-    file.chmod(0o644)
-    key.chmod(0o644)
-    done = run_script("-c", str(file))
-    assert f"everybody can read {file}, which holds a password: chmod o-r {file}" in done.stderr
-    assert f"everybody can read {key}, which holds the private key" in done.stderr
-    file.chmod(0o640)
-    key.chmod(0o600)
-    assert "everybody" not in run_script("-c", str(file)).stderr
+    for words, sign in ((), "Z WARN "), (("config", "validate"), "WARN  "):
+        file.chmod(0o644)
+        key.chmod(0o644)
+        done = run_script("-c", str(file), *words, env={"ETCD_FDW_POSTGRESS_DSN": "x"})
+        said = done.stdout + done.stderr
+        assert f"{sign}everybody can read {file}, which holds a password: chmod o-r {file}" in said
+        assert f"{sign}everybody can read {key}, which holds the private key" in said
+        assert f"{sign}the environment variable ETCD_FDW_POSTGRESS_DSN is no option" in said
+        file.chmod(0o640)
+        key.chmod(0o600)
+        assert "WARN" not in run_script("-c", str(file), *words).stderr
 
 
 def test_config_validate_names_every_problem():
@@ -7593,6 +7608,8 @@ def test_many_keys_that_cannot_be_stored_stall_nothing(daemon, db, prefix, etcd)
 class Authority:
     """A private certificate authority, by the openssl command; files are replaced in place."""
 
+    curve = "prime256v1"  # of new keys
+
     def __init__(self, directory: Path) -> None:
         if not shutil.which("openssl"):
             pytest.skip("needs the command openssl")
@@ -7626,7 +7643,7 @@ class Authority:
 
     def _request(self, key: Path, name: str, out: Path, *args: str) -> None:
         """Make a key, and a request for its certificate, or with -x509 that itself."""
-        curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+        curve = ["-newkey", "ec", "-pkeyopt", f"ec_paramgen_curve:{self.curve}", "-nodes"]
         self._openssl("req", *curve, "-keyout", key, "-subj", f"/CN={name}", "-out", out, *args)
 
     @staticmethod
@@ -7687,6 +7704,7 @@ def test_tls_with_client_certificates_that_are_replaced(daemon, db, tmp_path):
         ("wrong authority", "is not trusted: see ca="),
         ("expired", "is not trusted: see ca="),
         ("wrong host name", "is for another host: see server_name="),
+        ("P-521", "use P-256, P-384 or RSA"),
         ("no client certificate", "does it want .*a client certificate"),
         ("no tls", "does it want TLS"),
         # gRPC 1.78 may hear of the closed connection before it has read what was wrong
@@ -7696,6 +7714,7 @@ def test_tls_with_client_certificates_that_are_replaced(daemon, db, tmp_path):
 def test_tls_is_verified(daemon, db, tmp_path, case, hint):
     authority = Authority(tmp_path / "pki")
     subject = "DNS:elsewhere.example" if case == "wrong host name" else "IP:127.0.0.1"
+    authority.curve = "secp521r1" if case == "P-521" else authority.curve
     server = tls_etcd(authority, subject, days=-1 if case == "expired" else 2)
     with LocalEtcd() if case == "tls for nothing" else server as server:
         dsn = tls_dsn(server, authority.ca, authority.issue("daemon"))
@@ -7874,18 +7893,83 @@ def test_dsn_parsers_refuse_with_value_error_alone(text):
                 parse(form.format(text))
 
 
-@given(st.text(), st.sampled_from(list(grpc.StatusCode)))
-def test_every_etcd_error_has_a_kind(text, code):
-    class Failed(grpc.RpcError):
-        def details(self) -> str:
-            return text
+def etcd_error(text: str, code: Any = grpc.StatusCode.UNAVAILABLE) -> etcd_fdw.EtcdFdwError:
+    """What the program makes of a failed call."""
 
-        def code(self) -> Any:
-            return code
+    class Failed(grpc.RpcError):
+        details = staticmethod(lambda: text)
+        code = staticmethod(lambda: code)
 
     error = etcd_fdw.etcd_error(Failed(), "h:1")
-    assert isinstance(error, etcd_fdw.EtcdFdwError)
-    assert "\n" not in str(error)
+    return etcd_fdw.with_hint(error, etcd_fdw.CONNECT_HINTS)
+
+
+@given(st.text(), st.sampled_from(list(grpc.StatusCode)))
+def test_every_etcd_error_has_a_kind(text, code):
+    assert isinstance(etcd_error(text, code), etcd_fdw.EtcdFdwError)
+    assert "\n" not in str(etcd_error(text, code))
+
+
+def test_messages_of_a_connection_and_their_remedies():
+    """As gRPC 1.50 to 1.85 and libpq 13 to 18 word them; each has one remedy, or none."""
+    tls = "Tls handshake failed (TSI_PROTOCOL_FAILURE): SSL_ERROR_SSL: error:1000:SSL routines:"
+    for text, remedy in [
+        (tls + "OPENSSL_internal:CERTIFICATE_VERIFY_FAILED", "see ca=FILE"),
+        ("Peer name 127.0.0.1 is not in peer certificate: Hostname Verification", "server_name="),
+        (tls + "OPENSSL_internal:WRONG_VERSION_NUMBER", "see tls=disabled"),
+        (tls + "OPENSSL_internal:SSLV3_ALERT_HANDSHAKE_FAILURE", "use P-256, P-384 or RSA"),
+        (tls + "OPENSSL_internal:TLSV1_ALERT_CERTIFICATE_REQUIRED", "see cert=FILE and key=FILE"),
+        ("Socket closed", "was it stopped just now? else see tls="),
+        ("recvmsg:Connection reset by peer", "was it stopped just now? else see tls="),
+        (
+            "Stream removed (Socket closed (GOAWAY received; Error code: 11; Debug Text:"
+            " too_many_pings))",
+            "see keepalive=DURATION: above etcd's --grpc-keepalive-min-time",
+        ),
+        (
+            "etcdserver: authentication failed, invalid user ID or password",
+            "see the user name and the password of --etcd-dsn",
+        ),
+        ("failed to connect to all addresses; last error: UNKNOWN: Connection refused", ""),
+        ("DNS resolution failed for h:1: Domain name not found", ""),
+        ("etcdserver: permission denied", ""),
+    ]:
+        said = str(etcd_error(text))
+        assert remedy in said and said.count(";") <= 1 + text.count(";"), said
+        assert bool(remedy) == ("; " in said)
+    server = 'connection to server at "h" (127.0.0.1), port 5432 failed: '
+    unknown = "is that a refused login, or a server that is not ready?"
+    for text, exit_code, remedy in [
+        ('FATAL:  password authentication failed for user "u"', 3, ""),
+        ('FATAL:  no pg_hba.conf entry for host "h", user "u", database "d"', 3, ""),
+        ("fe_sendauth: no password supplied", 3, ""),
+        ('FATAL:  role "u" does not exist', 3, ""),
+        ('FATAL:  role "u" is not permitted to log in', 3, ""),
+        ('FATAL:  permission denied for database "d"', 3, ""),
+        ("FATAL:  connection requires a valid client certificate", 3, ""),
+        ('FATAL:  database "d" does not exist', 2, ""),
+        ("FATAL:  the database system is starting up", 2, ""),
+        ("FATAL:  sorry, too many clients already", 2, ""),
+        ("FATAL:  remaining connection slots are reserved for roles with SUPERUSER", 2, ""),
+        ("FATAL:  Passwort-Authentifizierung für Benutzer »u« fehlgeschlagen", 2, unknown),
+        ("ВАЖНО:  пользователь не прошёл проверку подлинности", 2, unknown),
+        ("Connection refused\n\tIs the server running on that host?", 2, ""),
+        ("SSL error: certificate verify failed", 2, ""),
+        ("server does not support SSL, but SSL was required", 2, ""),
+        ("timeout expired", 2, ""),
+        ('invalid port number: "x"', 1, ""),
+        ('invalid sslmode value: "maybe"', 1, ""),
+        ('definition of service "s" not found', 1, ""),
+    ]:
+        error = etcd_fdw.postgres_error(psycopg2.OperationalError(server + text))
+        assert (error.exit_code, remedy in str(error)) == (exit_code, True), error
+        assert bool(remedy) == ("; " in str(error))
+
+
+def test_proxies_of_the_environment_are_not_used(command):
+    dead = f"http://{NO_ONE}"
+    env = dict.fromkeys(("http_proxy", "https_proxy", "grpc_proxy", "all_proxy"), dead)
+    command(*VALIDATE, env=env, exit_code=0)
 
 
 def test_password_and_value_are_nowhere_to_be_seen(daemon, db, prefix, etcd, etcd_address):

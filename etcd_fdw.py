@@ -96,6 +96,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import pwd
 import random
 import re
@@ -117,7 +118,7 @@ import types
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
@@ -139,6 +140,7 @@ OUTCOME_CHANNEL = "etcd_outcome"  # payload: <lowest id>-<highest id> of a batch
 RESERVED = b"etcd_fdw/"  # where the daemon keeps its own keys in etcd; no mirror sees them
 KEY_MAX_BYTES = 2600  # a btree tuple holds 2704 bytes: key, revision, headers
 TXN_MAX_BYTES = 1 << 20  # etcd refuses requests above 1.5 MiB by default
+VALUE_MAX_BYTES = 32 << 20  # of a change: a larger one is not even fetched
 MESSAGE_MAX_BYTES = 32 << 20  # of an answer; with gRPC's 4 MiB a larger one fails for ever
 QUEUE_MAX_BYTES = 16 << 20  # watch responses between the watch thread and the loop
 BATCH_BYTES = 4 << 20  # of values in one PostgreSQL transaction, or read from etcd_wal, about
@@ -154,7 +156,10 @@ STOP_LIMIT_S = 10.0
 LOG_LIMIT_S = 0.1  # for somebody to read on in a full log, once
 GC_THRESHOLD = 50_000  # with Python's 700 it takes a third of the time that changes take
 PIPELINE_DEPTH = 8  # Txns prepared for etcd, so that it need not wait for PostgreSQL
-RECEIPT_MAX_BYTES = 64 << 10  # of what a receipt says of the Txns before its own, about
+PICK_LOOKS = 1000  # at pending transactions, for the next Txn
+OPS_LEAST = 8  # in a Txn; an etcd that takes fewer is none
+DEFERRED_S = 1.0  # before an outcome whose row was locked is written again
+CHORE_WARN_S = 3600.0  # between two lines about the same trouble
 CONFLICTS_SHOWN = 10  # a minute; the rest is counted
 STANDBY_POLL_S = 1.0
 STATUS_WATCH_S = 0.5  # for the watch of status to bring what the mirror lacks
@@ -409,7 +414,11 @@ class Rejected(EtcdUnavailable):
     belongs_to = Room.CHANGE
 
 
-class TooManyOperations(Rejected):
+class RequestTooLarge(Rejected):
+    """the Txn is larger than etcd takes"""
+
+
+class TooManyOperations(RequestTooLarge):
     """--max-txn-ops is above the server's own limit"""
 
 
@@ -472,9 +481,9 @@ ETCD_MESSAGES: list[tuple[str, type[EtcdFdwError]]] = [
     ("request timed out", WritesRefused),  # no quorum
     ("corrupt cluster", Corrupt),
     ("unsupported operations in txn request", Unsupported),  # kine
-    ("request is too large", Rejected),
+    ("request is too large", RequestTooLarge),
     ("too many operations", TooManyOperations),
-    ("grpc: received message larger than max", Rejected),  # Go, on the server
+    ("grpc: received message larger than max", RequestTooLarge),  # Go, on the server
     ("Received message larger than max", TooLarge),  # C core, here
     ("requested lease not found", LeaseNotFound),
     ("key not found", Rejected),
@@ -616,6 +625,22 @@ def postgres_error(exc: psycopg2.Error, notices: Sequence[str] = ()) -> EtcdFdwE
     elif not code and OTHER_LANGUAGE.search(message):
         message += "; is that a refused login, or a server that is not ready?"
     return kind(f"PostgreSQL: {message}" + (f" ({code})" if code else ""))
+
+
+REMEDIES: tuple[tuple[type[EtcdFdwError], str], ...] = (
+    (AccessDenied, "grant what is missing; "),
+    (
+        FencedByCopy,
+        'is that a copy of this database? give it a mirror of its own with "sync --reset"; ',
+    ),
+    (Corrupt, 'see "etcdctl alarm list"; '),
+)
+
+
+def remedy_for(error: EtcdFdwError) -> str:
+    """What a person can do about an error that needs one, if that is known."""
+    found = (text for kind, text in REMEDIES if isinstance(error, kind) and error.needs_person)
+    return next(found, "")
 
 
 def internal_error(exc: Exception) -> InternalError:
@@ -1464,10 +1489,21 @@ class Metrics:
         self.caught_up = False  # the mirror has all that the watch has brought
         self.caught_up_at = time.monotonic()  # when that was last so
         self.pending: int | None = None  # None: not known yet
+        self.pending_outside = 0  # of every prefix
         self.oldest_pending_s = 0.0
         self.deleted = {"etcd": 0, "etcd_wal": 0, "etcd_sync_event": 0}
         self.apply_counts = [0] * (len(APPLY_BUCKETS_S) + 1)
         self.apply_s = 0.0
+
+    def count(self, news: Counters) -> None:
+        """Count what a transaction has written."""
+        for name, number in vars(news).items():
+            vars(self.counters)[name] += number
+
+    @property
+    def lost(self) -> int:
+        """How many sessions were lost of which PostgreSQL does not know yet."""
+        return sum(self.reconnects.values()) - self.counters.reconnects
 
     def batch_done(self, read_at: Iterable[float], started: float) -> None:
         """Count a transaction that began at started, and wrote outcomes of changes read_at then."""
@@ -1616,7 +1652,8 @@ SET tcp_keepalives_idle = 10;
 SET tcp_keepalives_interval = 5;
 SET tcp_keepalives_count = 4;
 SET tcp_user_timeout = 30000;
-SELECT pid, backend_start::text, pg_notification_queue_usage()
+SELECT pid, backend_start::text, pg_catalog.current_setting('lock_timeout'),
+       pg_notification_queue_usage()
 FROM pg_stat_activity WHERE pid = pg_backend_pid();
 """
 LISTEN_SQL = "LISTEN etcd_changes;"  # which no standby takes
@@ -1654,8 +1691,8 @@ WHERE prefix <> %(prefix)s
   AND (pg_catalog.starts_with(prefix, %(prefix)s) OR pg_catalog.starts_with(%(prefix)s, prefix))
 """
 STATE_SQL = """
-SELECT mirror_id::text, cluster_id, revision, last_key, receipt, split::text[], unrepaired,
-       pid, host
+SELECT mirror_id::text, cluster_id, revision, last_key, receipt, split::text[], deferred,
+       unrepaired, pid, host
 FROM etcd_sync_state WHERE prefix = %(prefix)s
 """
 ACTIVATE_SQL = """
@@ -1682,12 +1719,12 @@ WHERE NOT EXISTS (
 """
 psycopg2.extensions.register_adapter(dict, psycopg2.extras.Json)
 EVENT_TEMPLATE = "(%s, %s, %s, %s, %s, %s::bigint, %s, %s::bigint, %s::interval, %s::jsonb)"
-PENDING = "status = 'pending' AND pg_catalog.starts_with(key, %(prefix)s)"
+PENDING = "p.status = 'pending' AND pg_catalog.starts_with(p.key, %(prefix)s)"
 PENDING_GAUGES_SQL = f"""
 SELECT pg_catalog.count(*) AS pending,
-       coalesce(extract(epoch FROM clock_timestamp() - pg_catalog.min(ts))::float8, 0::float8)
+       coalesce(extract(epoch FROM clock_timestamp() - pg_catalog.min(p.ts))::float8, 0::float8)
            AS oldest_s
-FROM etcd_wal WHERE {PENDING}
+FROM etcd_wal p WHERE {PENDING}
 """
 PENDING_OUTSIDE_SQL = """
 SELECT pg_catalog.count(*) AS pending_outside,
@@ -1733,6 +1770,7 @@ class SyncState(NamedTuple):
     last_key: str | None
     receipt: int  # revision of the newest receipt whose outcomes are all written
     split: list[str]  # transactions that are applied change by change, and not all done
+    deferred: list[list[Any]]  # see Outcomes
     unrepaired: bool  # mirrored by a version that did not know leases
     pid: int | None
     host: str | None
@@ -1786,7 +1824,8 @@ class Postgres:
         self.prepared: dict[str, str] = {}  # see planned()
         with self.cursor() as cur:
             cur.execute(LISTEN_SQL * listen + SESSION_SQL)
-            self.backend: tuple[int, str] = cur.fetchone()[:2]  # this session in pg_stat_activity
+            pid, since, self.lock_timeout, _ = cur.fetchone()
+            self.backend: tuple[int, str] = pid, since  # this session in pg_stat_activity
         self.where = f"{self.conn.info.host or 'localhost'}:{self.conn.info.port}"
         self.database = f"{self.where}/{self.conn.info.dbname}"
         self.version = self.conn.info.server_version
@@ -2048,6 +2087,11 @@ def system_ca() -> str:
     raise ConfigurationError("--etcd-dsn: no system CA file was found: name one with ca=FILE")
 
 
+def grant_hint(prefix: str) -> str:
+    """The command that lets the daemon write below a prefix."""
+    return f"etcdctl role grant-permission ROLE --prefix=true readwrite {prefix}"
+
+
 # gRPC's words for what goes wrong with a new connection, and what to look at.
 CLIENT_CERT_HINT = "does it want a client certificate? see cert=FILE and key=FILE"
 CONNECT_HINTS = (
@@ -2192,6 +2236,41 @@ class Etcd:
         delete.key, delete.range_end = key, range_end
         self.call(self.kv.Txn, request)
 
+    def may_write_some(self) -> bool:
+        """Whether this user may write any key of the prefix; True where that cannot be asked."""
+        start, end = self.key, self.range_end
+        stub = etcdrpc.AuthStub(self.client.channel)
+        try:
+            request = etcdrpc.AuthUserGetRequest(name=self.target.username)
+            roles = self.call(stub.UserGet, request).roles
+            for role in roles:
+                answer = self.call(stub.RoleGet, etcdrpc.AuthRoleGetRequest(role=role))
+                for perm in answer.perm:
+                    until = perm.range_end or perm.key + b"\0"
+                    overlaps = (end == b"\0" or perm.key < end) and (
+                        until == b"\0" or start < until
+                    )
+                    if overlaps and perm.permType != perm.READ:
+                        return True
+        except EtcdFdwError:
+            return True
+        return "root" in roles
+
+    def renew_lease(self, key: bytes) -> None:
+        """Renew the lease of a key. Raises Rejected if it has none."""
+        kvs = self.range(key, keys_only=True).kvs
+        if not kvs or not kvs[0].lease:
+            raise Rejected("the key has no lease" if kvs else "the key is not there")
+        requests = iter([etcdrpc.LeaseKeepAliveRequest(ID=kvs[0].lease)])
+        timeout = self.target.request_timeout
+        try:
+            call = self.lease.LeaseKeepAlive(requests, timeout=timeout, metadata=self.metadata)
+            renewed = next(call).TTL > 0
+        except grpc.RpcError as exc:
+            raise etcd_error(exc, self.endpoint) from exc
+        if not renewed:
+            raise Rejected("the key's lease has expired")
+
     def pages(self, revision: int) -> Iterator[Any]:
         """RangeResponses over the prefix at one revision, in key order; 0: the current one.
 
@@ -2317,10 +2396,11 @@ class OutboxRow(NamedTuple):
     """A pending row of etcd_wal, with what is known of the change that it was made on."""
 
     id: int
-    queued_at: int  # ts in microseconds: a failover of PostgreSQL can make an id twice
+    queued_at: int  # ts in microseconds, see QUEUED_AT: an id can be used twice
     key: str
-    value: str | None
+    value: str | None  # None, too, if it was too large to be fetched
     value_bytes: memoryview | None  # value and value_bytes None: delete
+    size: int  # of the value, in bytes
     revision: int | None
     txid: str
     depends_on: int | None  # an earlier row about the same key
@@ -2328,6 +2408,7 @@ class OutboxRow(NamedTuple):
     dependency_revision: int | None  # the version that the key has after the dependency
     ttl: int | None  # seconds; 0: no lease; None: the lease that the key has
     force: bool  # whatever version etcd holds
+    action: str | None  # None: put or delete; or EXPECT, KEEPALIVE
 
     @property
     def data(self) -> bytes | None:
@@ -2336,18 +2417,37 @@ class OutboxRow(NamedTuple):
             return self.value.encode()
         return None if self.value_bytes is None else bytes(self.value_bytes)
 
+    def problem(self) -> str | None:
+        """Why it cannot be sent, None if it can."""
+        if self.size > VALUE_MAX_BYTES:
+            return f"its value has {self.size} bytes, more than any etcd takes ({VALUE_MAX_BYTES})"
+        if self.value is not None and self.value_bytes is not None:
+            return "it has both value and value_bytes"
+        if not self.queued_at:
+            return "its ts is no time between the years 1 and 9999"
+        if self.action not in (None, EXPECT, KEEPALIVE):
+            return f"there is no action {self.action!r}"
+        if (self.ttl or 0) < 0 or (self.revision or 0) < 0:
+            return "its ttl or revision is below zero"
+        if self.key.startswith(RESERVED.decode()):
+            return f"keys below {RESERVED.decode()} are reserved"
+        if len(self.key.encode()) > KEY_MAX_BYTES:
+            return f"its key has more than {KEY_MAX_BYTES} bytes, which the mirror cannot hold"
+        return None
 
+
+EXPECT, KEEPALIVE = "expect", "keepalive"  # actions of a row
 REFUSED = -1  # in place of a version: the change was not made
 
 
 class Change(NamedTuple):
-    """What an outbox transaction does to one key."""
+    """What an outbox transaction does to one key, or expects of it."""
 
     key: bytes
     # The mod_revision that etcd must hold, 0 for none.  Of a forced change, once it is applied,
     # the one that etcd held; None: unknown.
     expected: int | None
-    value: bytes | None  # None: delete
+    value: bytes | None = None  # None: delete
     ttl: int | None = None  # see OutboxRow
     forced: bool = False
 
@@ -2358,87 +2458,92 @@ class Change(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What etcd takes in one Txn.
+    """How many operations etcd takes in one Txn, and so what fits into one.
 
-    etcd subtracts from the limit of a nested level what the level above holds: the receipt and
-    the transactions, and below them what the widest holds.  A guarded Txn names every key above
-    all that.
+    etcd subtracts from the limit of a level what the level above holds.  From the outside in:
+
+        a login:   every key by name, or this                      1 for each change
+        the fence: receipt, old receipts, the transactions         2 + 1 for each transaction
+        each transaction: its changes, or its refusal and ranges   1 + 1 for each change
+        each forced change: what it replaces, itself               1 more
     """
 
     max_ops: int
-    guarded: bool
+    login: bool
 
     def allow(self, transactions: int, changes: int, widest: int) -> bool:
         """Whether a Txn may hold so many; widest: see OutboxTransaction.width."""
-        return self.guarded * changes + 1 + transactions + widest <= self.max_ops
+        return self.login * changes + 2 + transactions + widest <= self.max_ops
 
     def largest(self) -> int:
         """How many changes a transaction can have."""
-        room = self.max_ops - 3
-        return max(1, room // 2 if self.guarded else room)
+        room = self.max_ops - 4
+        return max(1, room // 2 if self.login else room)
 
 
 class OutboxTransaction:
-    """The pending changes of one PostgreSQL transaction, which etcd applies all or none of.
+    """The pending rows of one PostgreSQL transaction, which etcd applies all or none of."""
 
-    Waiting for `waits` others: those before it that change the same keys, to be packed, and
-    those that it depends on, to be answered.
-    """
+    __slots__ = ("changes", "expectations", "forced", "keys", "read_at", "rows", "size", "width")
 
     def __init__(self, rows: list[OutboxRow]) -> None:
         self.read_at = time.monotonic()
         self.rows = rows
-        self.keys: set[str] = set()
-        self.forced: set[str] = set()
-        self.size = 0  # of the request, about
-        for row in rows:
-            self.keys.add(row.key)
-            value = len(row.value or row.value_bytes or "")
-            self.size += 150 + 4 * len(row.key) + value
-            if row.force:
-                self.forced.add(row.key)
-                self.size += value  # see Txn.add_forced
-        self.changes: dict[str, Change] = {}
-        self.waits = 0
-        self.followers: list[OutboxTransaction] = []
-        self.versions: dict[int, int] = {}  # of keys, after the rows that it depends on
+        self.keys = {row.key for row in rows}  # which no other transaction may have with it
+        self.forced = {row.key for row in rows if row.force}
+        # how many operations its nested Txn holds, see Limits
+        self.width = len(rows) + (2 if self.forced else 1)
+        self.size = sum(  # of the request in bytes, about; a forced put is there twice
+            150 + 4 * len(row.key.encode()) + row.size * (2 if row.force else 1) for row in rows
+        )
+        self.changes: dict[str, Change] = {}  # by key; see resolve()
+        self.expectations: list[Change] = []
 
     @property
-    def width(self) -> int:
-        """How many operations its nested Txn holds: the changes, and more if it is refused.
+    def first(self) -> OutboxRow:
+        """Its first row."""
+        return self.rows[0]
 
-        A forced change is a nested Txn of two.
-        """
-        return len(self.keys) + (2 if self.forced else 1)
+    @property
+    def never_split(self) -> bool:
+        """Whether it must be applied whole: it expects something."""
+        return any(row.action == EXPECT for row in self.rows)
 
     def fits(self, limits: Limits) -> bool:
         """Whether etcd takes it in one piece."""
-        return limits.allow(1, len(self.keys), self.width) and self.size <= TXN_MAX_BYTES
+        return limits.allow(1, len(self.rows), self.width) and self.size <= TXN_MAX_BYTES
 
-    def resolve(self) -> None:
-        """Decide for each key on the version that the change is made on; the last one counts."""
-        versions = self.versions  # and of the transaction's own rows, those that they are made on
+    def resolve(self, versions: Mapping[int, int]) -> None:
+        """Decide for each key on the version that the change is made on; the last one counts.
+
+        versions: of keys, after rows that etcd has answered; REFUSED if it refused them.
+        """
+        after: dict[int, int] = {}  # the versions that its own rows are made on
         for row in self.rows:
-            expected: int | None = row.revision or 0
-            if row.depends_on is not None:
-                if row.depends_on in versions:
-                    expected = versions[row.depends_on]
+            key, expected = row.key.encode(), row.revision or 0
+            if row.action == EXPECT:
+                self.expectations.append(Change(key, expected))
+                continue
+            on = row.depends_on
+            if on is not None:
+                version = after.get(on, versions.get(on, REFUSED))
+                if version != REFUSED:
+                    expected = version
                 elif row.dependency_status == "success":
                     expected = row.dependency_revision or 0
-            versions[row.id] = expected or 0
+            after[row.id] = expected
             before, ttl = self.changes.get(row.key), row.ttl
             if before and ttl is None:  # the lease that the key has by then
                 ttl = 0 if before.value is None else before.ttl
-            forced = row.key in self.forced
-            self.changes[row.key] = Change(row.key.encode(), expected, row.data, ttl, forced)
+            self.changes[row.key] = Change(key, expected, row.data, ttl, row.key in self.forced)
 
     @property
-    def strict(self) -> list[Change]:
-        """The changes that are made on a version; if etcd holds another, all are refused."""
-        return [change for change in self.changes.values() if not change.forced]
+    def compared(self) -> list[Change]:
+        """What is made on a version, or expects one; if etcd holds another, all are refused."""
+        return [c for c in self.changes.values() if not c.forced] + self.expectations
 
-    def replaced(self, versions: Iterable[int | None]) -> None:
-        """Note what the forced changes, in order, have replaced."""
+    def note_replaced(self, versions: Iterable[int | None]) -> None:
+        """Keep which versions the forced changes, in order, have replaced."""
         forced = [(key, change) for key, change in self.changes.items() if change.forced]
         for (key, change), version in zip(forced, versions):
             self.changes[key] = change._replace(expected=version)
@@ -2447,19 +2552,22 @@ class OutboxTransaction:
 def group_rows(
     rows: Iterable[OutboxRow], limits: Limits, split: set[str]
 ) -> list[OutboxTransaction]:
-    """The rows by transaction, in the order of their first id.
+    """The rows by transaction.
 
-    A transaction that etcd would not take in one piece is split into its single changes, and so
-    is what is left of one (split has its txid).
+    One that etcd would not take in one piece is split into its single changes, unless it expects
+    something; and so is what is left of one (split has its txid).
     """
     by_txid: dict[str, list[OutboxRow]] = {}
-    for row in rows:
-        by_txid.setdefault(row.txid, []).append(row)
     found: list[OutboxTransaction] = []
+    for row in rows:
+        if row.action == KEEPALIVE:  # changes nothing, so it belongs to no transaction
+            found.append(OutboxTransaction([row]))
+        else:
+            by_txid.setdefault(row.txid, []).append(row)
     for txid, members in by_txid.items():
-        if txid not in split and len(members) <= limits.largest():
+        if txid not in split:
             whole = OutboxTransaction(members)
-            if len(members) == 1 or whole.fits(limits):
+            if len(members) == 1 or whole.fits(limits) or whole.never_split:
                 found.append(whole)
                 continue
         split.add(txid)
@@ -2467,139 +2575,51 @@ def group_rows(
     return found
 
 
-class Queue:
-    """Outbox transactions that were read and not sent, in an order that etcd's answers allow.
-
-    Those that change a key go one after another, and none goes before the version that it was
-    made on is known.  `versions` outlives the queue: of every row that was read and whose
-    outcome is not written, the version of its key after it, None while etcd has not answered.
-    """
-
-    def __init__(self) -> None:
-        self.versions: dict[int, int | None] = {}
-        self.waiting: dict[int, OutboxTransaction] = {}  # by first id, in order of arrival
-        self.size = 0  # of all of these, in bytes
-        self.last: dict[str, OutboxTransaction] = {}  # the last of them that changes a key
-        self.dependents: dict[int, list[OutboxTransaction]] = {}  # by row that they depend on
-        self.ready: collections.deque[OutboxTransaction] = collections.deque()
-
-    def expect(self, rows: Iterable[OutboxRow]) -> None:
-        """Note that rows were read."""
-        self.versions.update(dict.fromkeys((row.id for row in rows), None))
-
-    def add(self, transaction: OutboxTransaction) -> None:
-        """Have a transaction wait for those that must go before it."""
-        self.waiting[transaction.rows[0].id] = transaction
-        self.size += transaction.size
-        for key in transaction.keys:
-            before = self.last.get(key)
-            if before is not None:
-                before.followers.append(transaction)
-                transaction.waits += 1
-            self.last[key] = transaction
-        self.depend(transaction)
-        if not transaction.waits:
-            self.ready.append(transaction)
-
-    def depend(self, transaction: OutboxTransaction) -> None:
-        """Find what its rows depend on among the rows that were read before."""
-        for row in transaction.rows:
-            on = row.depends_on
-            if on is None or row.dependency_status != "pending" or row.key in transaction.forced:
-                continue
-            if any(other.id == on for other in transaction.rows):
-                continue
-            version = self.versions.get(on)
-            if version is None:
-                self.dependents.setdefault(on, []).append(transaction)
-                transaction.waits += 1
-            elif version != REFUSED:
-                transaction.versions[on] = version
-
-    def take(self, limits: Limits, stalled: bool = False) -> list[OutboxTransaction]:
-        """The transactions of the next Txn: each key once, within what etcd takes.
-
-        stalled: the first one goes even if it depends on a row that nobody will ever settle.
-        """
-        if stalled and self.waiting and not self.ready:
-            self.ready.append(next(iter(self.waiting.values())))
-        taken: list[OutboxTransaction] = []
-        later: list[OutboxTransaction] = []
-        keys: set[str] = set()
-        widest = named = size = 0
-        while self.ready:
-            transaction = self.ready.popleft()
-            if not keys.isdisjoint(transaction.keys):
-                later.append(transaction)
-                continue
-            widest, named = max(widest, transaction.width), named + len(transaction.keys)
-            size += transaction.size
-            fits = limits.allow(len(taken) + 1, named, widest)
-            if taken and not (fits and size <= TXN_MAX_BYTES):
-                later.append(transaction)
-                break
-            transaction.resolve()
-            taken.append(transaction)
-            keys |= transaction.keys
-            self.release(transaction)
-        self.ready.extendleft(reversed(later))
-        return taken
-
-    def release(self, transaction: OutboxTransaction) -> None:
-        """Let those go on that wait for a transaction to be packed."""
-        del self.waiting[transaction.rows[0].id]
-        self.size -= transaction.size
-        for key in transaction.keys:
-            if self.last.get(key) is transaction:
-                del self.last[key]
-        for follower in transaction.followers:
-            self.admit(follower)
-
-    def admit(self, transaction: OutboxTransaction) -> None:
-        """One thing that a transaction waits for has come."""
-        transaction.waits -= 1
-        if transaction.waits == 0 and transaction.rows[0].id in self.waiting:
-            self.ready.append(transaction)
-
-    def answered(self, id_: int, version: int) -> None:
-        """Let those go on that depend on a row: its key's version is known now."""
-        self.versions[id_] = version
-        for transaction in self.dependents.pop(id_, ()):
-            if version != REFUSED:
-                transaction.versions[id_] = version
-            self.admit(transaction)
-
-
 class Outcome(NamedTuple):
-    """What became of a change."""
+    """What became of a row of etcd_wal."""
 
     id: int
+    queued_at: int
+    key: str
     status: str  # success, conflict, failed
-    revision: int | None  # that it got (success), or that its compare met (conflict)
-    message: str | None
-    read_at: float  # monotonic: when the loop read the change
-    replaced: int | None = None  # the version that a forced change replaced
+    revision: int | None = None  # that it got (success), or that its compare met (conflict)
+    message: str | None = None
+    replaced: int | None = None  # the version that it replaced
+    read_at: float = 0.0  # monotonic: when the loop read the row; 0: in another session
 
 
+# The row that was sent, or none: ids are used again after a failover or TRUNCATE … RESTART IDENTITY
+QUEUED_AT = """
+CASE WHEN w.ts BETWEEN '0001-01-01 00:00+00'::timestamptz AND '9999-01-01 00:00+00'::timestamptz
+     THEN (extract(epoch FROM w.ts)::float8 * 1000000::float8)::bigint ELSE 0 END
+"""
 # "finished_at IS NULL" rather than "status = 'pending'", so that the planner takes the primary key
 # and not an index of pending rows; the settings keep it from reading all of etcd_wal
 BY_KEY_SQL = """
+SAVEPOINT outcomes; SET LOCAL lock_timeout = '100ms';
 SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off
 """
-# Of arrays of different lengths, the shorter ones are filled up with nulls.
-OUTCOMES_SQL = """
+OUTCOMES_SQL = f"""
 UPDATE etcd_wal w
 SET status = coalesce(o.status, 'success'), error_message = o.message,
     result_revision = o.revision, replaced_revision = o.replaced, finished_at = now()
-FROM ROWS FROM (pg_catalog.unnest(%(ids)s::bigint[]), pg_catalog.unnest(%(revisions)s::bigint[]),
+FROM ROWS FROM (pg_catalog.unnest(%(ids)s::bigint[]), pg_catalog.unnest(%(queued)s::bigint[]),
+                pg_catalog.unnest(%(keys)s::text[]), pg_catalog.unnest(%(revisions)s::bigint[]),
                 pg_catalog.unnest(%(replaced)s::bigint[]), pg_catalog.unnest(%(statuses)s::text[]),
                 pg_catalog.unnest(%(messages)s::text[]))
-     AS o (id, revision, replaced, status, message)
-WHERE w.id = o.id AND w.finished_at IS NULL
+     AS o (id, queued, key, revision, replaced, status, message)
+WHERE w.id = o.id AND w.finished_at IS NULL AND w.key = o.key AND {QUEUED_AT} = o.queued
 """
-RETRY_SQL = """
+UNLOCKED_SQL = """
+SELECT w.id FROM etcd_wal w WHERE w.id = ANY (%(ids)s::bigint[]) AND w.finished_at IS NULL
+FOR NO KEY UPDATE SKIP LOCKED
+"""
+UNFINISHED_SQL = """
+SELECT w.id FROM etcd_wal w WHERE w.id = ANY (%(ids)s::bigint[]) AND w.finished_at IS NULL
+"""
+RETRY_SQL = f"""
 UPDATE etcd_wal SET retry_count = retry_count + 1, error_message = %(message)s
-WHERE id = ANY (%(ids)s::bigint[]) AND finished_at IS NULL
+WHERE id = ANY (ARRAY({UNLOCKED_SQL}))
 """
 AUDIT_CHANGES_SQL = """
 INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, target_system,
@@ -2610,22 +2630,32 @@ SELECT %(prefix)s, 'change', w.status, w.key, 'postgresql', 'etcd', w.result_rev
            'wal_id', w.id, 'role', w.role_name, 'application', w.application_name,
            'message', w.error_message, 'forced', CASE WHEN w.force THEN true END,
            'replaced_revision', w.replaced_revision))
-FROM etcd_wal w WHERE w.id = ANY (%(ids)s::bigint[])
+FROM etcd_wal w WHERE w.id = ANY (%(ids)s::bigint[]) AND w.finished_at = now()
 """
 
 
 class Outcomes:
-    """Outcomes that are written in one transaction, and what etcd_sync_state keeps with them."""
+    """Outcomes that are written in one transaction, and what etcd_sync_state keeps with them.
+
+    record() moves to `deferred` those whose row somebody has locked, or that a trigger or a
+    constraint of somebody refuses.  etcd_sync_state keeps these until a later try succeeds, so
+    that neither the mirror nor other outcomes wait for them.
+    """
 
     def __init__(
         self,
         outcomes: Sequence[Outcome] = (),
         receipt: int = 0,
         split: Iterable[str] | None = None,
+        deferred: Sequence[Outcome] | None = None,
+        careful: bool = False,
     ) -> None:
-        self.list = outcomes
+        self.list = list(outcomes)
+        self.careful = careful  # some were deferred before
         self.receipt = receipt  # the newest whose outcomes are all written with these; 0: none
         self.split = split  # transactions that were split, and are not all done; None: no news
+        self.deferred = deferred  # None: as they are
+        self.refusal: EtcdFdwError | None = None  # why the last one was deferred, if not for a lock
 
     def count(self) -> Counters:
         """The number of outcomes by status."""
@@ -2637,24 +2667,71 @@ class Outcomes:
         """Write them into etcd_wal, refusals (and with audit all) into etcd_sync_event."""
         if not self.list:
             return
-        refused = [o for o in self.list if o.status != "success"]
-        ordered = refused + [o for o in self.list if o.status == "success"]
+        try:
+            if self.careful:
+                cur.execute("SAVEPOINT outcomes")
+                raise NotNow
+            self.write(postgres, cur, self.list, audit)
+        except (psycopg2.Error, NotNow) as exc:
+            if isinstance(exc, psycopg2.Error) and postgres_error(exc).belongs_to > Room.CHORE:
+                raise
+            written = list(self.write_what_can_be(postgres, cur, audit))
+            left = set(self.list).difference(written)
+            self.deferred = [*(self.deferred or ()), *(o for o in self.list if o in left)]
+            self.list = written
+        if self.list:
+            ids = [outcome.id for outcome in self.list]
+            postgres.notify(cur, OUTCOME_CHANNEL, min(ids), max(ids))
+
+    def write_what_can_be(self, postgres: Postgres, cur: Any, audit: bool) -> Iterator[Outcome]:
+        """Write those whose row is not locked, and halve what is refused; yield what is done."""
+        cur.execute("ROLLBACK TO SAVEPOINT outcomes")
+        ids = {"ids": int_array(o.id for o in self.list)}
+        cur.execute(UNFINISHED_SQL, ids)
+        there = {id_ for (id_,) in cur}
+        cur.execute(UNLOCKED_SQL, ids)
+        free = {id_ for (id_,) in cur}
+        yield from (o for o in self.list if o.id not in there)  # nothing to write
+        parts = [[o for o in self.list if o.id in free]]
+        while parts:
+            part = parts.pop()
+            try:
+                if part:
+                    self.write(postgres, cur, part, audit)
+                yield from part
+            except psycopg2.Error as exc:
+                error = postgres_error(exc)
+                if error.belongs_to > Room.CHORE:
+                    raise
+                cur.execute("ROLLBACK TO SAVEPOINT outcomes")
+                if len(part) == 1:
+                    self.refusal = type(error)(f"{error}: the outcome of change {part[0].id} waits")
+                else:
+                    middle = len(part) // 2
+                    parts += [part[middle:], part[:middle]]
+
+    def write(self, postgres: Postgres, cur: Any, outcomes: list[Outcome], audit: bool) -> None:
+        """One attempt, behind a savepoint."""
+        refused = [o for o in outcomes if o.status != "success"]
+        ordered = refused + [o for o in outcomes if o.status == "success"]
         ids = [o.id for o in ordered]
-        forced = any(o.replaced for o in ordered)
         arguments = {
             "ids": int_array(ids),
+            "queued": int_array(o.queued_at for o in ordered),
+            "keys": [o.key for o in ordered],
             "revisions": int_array(o.revision for o in ordered),
-            "replaced": int_array(o.replaced for o in ordered) if forced else "{}",
+            "replaced": int_array(o.replaced for o in ordered),
+            # of arrays of different lengths, the shorter ones are filled up with nulls
             "statuses": [o.status for o in refused],
             "messages": [o.message for o in refused],
         }
         execute = postgres.planned(cur, OUTCOMES_SQL, arguments)
         cur.defer(BY_KEY_SQL)
-        cur.defer(execute, arguments)
+        cur.execute(execute, arguments)
+        cur.defer("SET LOCAL lock_timeout = %s", (postgres.lock_timeout,))
         if audit or refused:
             audited = int_array(ids if audit else ids[: len(refused)])
-            cur.defer(AUDIT_CHANGES_SQL, {"prefix": postgres.prefix, "ids": audited})
-        postgres.notify(cur, OUTCOME_CHANNEL, min(ids), max(ids))
+            cur.execute(AUDIT_CHANGES_SQL, {"prefix": postgres.prefix, "ids": audited})
 
 
 def conflict_message(changes: Sequence[Change], current: Sequence[int | None]) -> str:
@@ -2672,7 +2749,38 @@ def conflict_message(changes: Sequence[Change], current: Sequence[int | None]) -
     return "etcd wins: " + "; ".join(failed[:3]) + more
 
 
-# ─ the receipt ─
+class ConflictLog:
+    """Logs a line for each conflict; beyond CONFLICTS_SHOWN in a minute it only counts them.
+
+    The summary says so.  If the minute before had too many, all of this one are counted only.
+    """
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()  # this minute
+        self.seen = 0  # in this minute
+        self.flood = False  # the minute before had too many
+        self.hidden = 0  # since the last summary
+
+    def note(self, id_: int, key: str, revision: int | None, message: str) -> None:
+        """Log or count a conflict about the key, which has this revision in etcd."""
+        minutes = (time.monotonic() - self.began) / SUMMARY_S
+        if minutes >= 1:
+            self.flood = minutes < 2 and self.seen > CONFLICTS_SHOWN
+            self.began, self.seen = time.monotonic(), 0
+        self.seen += 1
+        if self.flood or self.seen > CONFLICTS_SHOWN:
+            self.hidden += 1
+            return
+        log.warning(
+            "conflict: change %(id)d: %(message)s",
+            id=id_,
+            key=key,
+            revision=revision,
+            message=message,
+        )
+
+
+# ─ what was sent: the daemon's own keys ─
 
 
 def format_rows(rows: Iterable[OutboxRow]) -> str:
@@ -2697,32 +2805,39 @@ def parse_rows(text: str) -> dict[int, int]:
     return found
 
 
-class Sent(NamedTuple):
-    """A Txn that etcd has answered, but whose outcomes are not all in PostgreSQL yet."""
+class Receipt(NamedTuple):
+    """What etcd tells of a Txn that it has applied."""
 
     revision: int
-    rows: str  # see format_rows()
-    refused: str  # those of them that etcd refused
+    number: int
+    rows: dict[int, int]  # ids, with the time at which each was queued
+    refused: dict[int, int]  # those of them whose transaction was refused
+    settled: int  # the newest receipt that PostgreSQL had the outcomes of, when this was sent
 
 
-GRANT_HINT = f"etcdctl role grant-permission ROLE --prefix=true readwrite {RESERVED.decode()}"
+class ForeignReceipt(WritesRefused):
+    """a receipt in etcd is not this program's"""
+
+    needs_person = True
 
 
 class Receipts:
     """The daemon's own keys in etcd, below etcd_fdw/<mirror id>/.
 
-    owner        who sends; its mod_revision is the fence that every Txn compares
-    receipt      what its Txn carries, and what Txns before it did whose outcomes PostgreSQL
-                 may not have; as every Txn puts it, its mod_revision is that Txn's revision
-    refused/<n>  the rows of the n-th transaction in a Txn, put when that one is refused; it
-                 counts only if its mod_revision is the receipt's
+    owner            who sends; its mod_revision is the fence that every Txn compares
+    receipt/<n>      the rows that the n-th Txn carried, which every Txn puts; its mod_revision is
+                     that Txn's revision.  A later Txn deletes it, once PostgreSQL has its outcomes
+    receipt/<n>/<i>  the rows of the i-th transaction in that Txn, put when it is refused
     """
 
     def __init__(self, etcd: Etcd, mirror_id: str) -> None:
         self.etcd = etcd
-        root = f"{RESERVED.decode()}{mirror_id}/"
-        self.key, self.range_end = prefix_range(root)
-        self.owner, self.receipt = self.key + b"owner", self.key + b"receipt"
+        self.key, self.range_end = prefix_range(f"{RESERVED.decode()}{mirror_id}/")
+        self.owner = self.key + b"owner"
+
+    def receipt_key(self, number: int) -> bytes:
+        """The key of the receipt with a number."""
+        return b"%sreceipt/%016d" % (self.key, number)
 
     def fence(self, database: str) -> int:
         """Become the owner: whatever was sent before and arrives later fails. The new fence.
@@ -2744,20 +2859,45 @@ class Receipts:
         try:
             yield
         except PermissionDenied as exc:
-            raise PermissionDenied(f"{exc}: this grant is missing: {GRANT_HINT}") from exc
+            grant = grant_hint(self.key.decode())
+            raise PermissionDenied(f"{exc}: this grant is missing: {grant}") from exc
 
-    def sent(self, written: int) -> list[Sent]:
-        """What was sent and has no outcome in PostgreSQL, in order; call after fence().
+    def held(self, revision: int = 0) -> list[Receipt]:
+        """The receipts that etcd held at a revision (0: now), in order. Raises Compacted."""
+        with self.grant_named():
+            kvs = self.etcd.range(self.key, self.range_end, revision=revision).kvs
+        found: list[Receipt] = []
+        for kv in kvs:
+            name = kv.key[len(self.key) :].decode("latin-1").split("/")
+            try:
+                if name[0] != "receipt" or len(name) == 1:  # owner, or of a version before 3
+                    continue
+                if len(name) == 2:
+                    content = json.loads(kv.value)
+                    rows, settled = parse_rows(content["rows"]), int(content["settled"])
+                    found.append(Receipt(kv.mod_revision, int(name[1]), rows, {}, settled))
+                else:  # right behind the receipt that it belongs to
+                    found[-1].refused.update(parse_rows(kv.value.decode()))
+            except (ValueError, TypeError, KeyError, IndexError) as exc:
+                raise ForeignReceipt(
+                    f"etcd's key {kv.key.decode('latin-1')} has a value that is not this program's:"
+                    f" {one_line(exc)}; delete it if it may be that pending changes are sent again"
+                ) from exc
+        return found
+
+    def unsettled(self, held: list[Receipt], written: int) -> list[Receipt]:
+        """Of every Txn after `written` that etcd has applied, the receipt. Call after fence().
+
+        held: what etcd holds now.
 
         written: the newest receipt whose outcomes PostgreSQL has.  If a sender knew of a newer
-        one, PostgreSQL has lost commits in a failover; then the receipt's past is read as well.
+        one, PostgreSQL has lost commits in a failover; then the receipts' past is read as well.
         """
-        found: dict[int, Sent] = {}
-        revision = 0  # now
-        while True:
+        found = {receipt.revision: receipt for receipt in held}
+        while held and held[-1].settled > written:
+            revision = held[0].revision - 1  # none after `settled` was deleted by then
             try:
-                with self.grant_named():
-                    kvs = self.etcd.range(self.key, self.range_end, revision=revision).kvs
+                held = self.held(revision)
             except Compacted:
                 log.warning(
                     "PostgreSQL has lost outcomes of changes up to etcd's revision %(revision)d,"
@@ -2765,29 +2905,7 @@ class Receipts:
                     revision=revision,
                 )
                 break
-            held = {kv.key: kv for kv in kvs}
-            receipt = held.get(self.receipt)
-            if receipt is None:
-                break
-            refused = [
-                kv.value.decode()
-                for kv in kvs
-                if kv.key.startswith(self.key + b"refused/")
-                and kv.mod_revision == receipt.mod_revision
-            ]
-            try:
-                content = json.loads(receipt.value)
-                newest = Sent(receipt.mod_revision, content["rows"], ",".join(refused))
-                for sent in (newest, *(Sent(*item) for item in content["unsettled"])):
-                    found[sent.revision] = sent
-                revision = content["settled"]
-            except (ValueError, TypeError, KeyError) as exc:
-                raise EtcdFdwError(
-                    f"etcd's key {self.receipt.decode()} has a value that is not this program's:"
-                    f" {one_line(exc)}; delete it if it may be that pending changes are sent again"
-                ) from exc
-            if revision <= written:
-                break
+            found.update((receipt.revision, receipt) for receipt in held)
         return [found[revision] for revision in sorted(found) if revision > written]
 
 
@@ -2796,13 +2914,14 @@ class Txn:
 
     A fence around all of them, one nested transaction for each:
 
-        if owner is at the fence:  put receipt; for each: if its keys are as expected: its changes
-                                                          else: put refused/<n>, range its keys
+        if owner is at the fence:  put receipt/<n>; delete the receipts that PostgreSQL has;
+                                   for each: if its keys are as expected: its changes
+                                             else: put receipt/<n>/<i>, range its keys
         else:                      range owner
 
-    Guarded: with one more level around it that names every key in a branch which is never
-    taken, because etcd up to at least 3.5 checks no permissions in nested transactions, and
-    counts no nested puts when its quota is used up.
+    With a login one more level is around it, which names every key in a branch that is never
+    taken: etcd up to at least 3.5 checks no permissions in nested transactions, and counts no
+    nested puts when its quota is used up.
 
     lease() asks for the leases of its puts, one for each ttl in a transaction; those that come to
     nothing expire by themselves.
@@ -2813,45 +2932,52 @@ class Txn:
         transactions: list[OutboxTransaction],
         receipts: Receipts,
         fence: int,
-        alone: bool = False,
+        number: int,
+        settled: tuple[int, int],
     ) -> None:
+        """settled: number and revision of the newest receipt whose outcomes PostgreSQL has."""
         self.transactions = transactions
-        self.rows = format_rows(row for t in transactions for row in t.rows)
-        self.alone = alone  # its receipt must be short: wait until all before is settled
+        self.number = number
         self.etcd = receipts.etcd
-        self.guarded = self.etcd.guarded
         self.future: Any = None
         self._leases: dict[tuple[str, int], int] = {}  # ids by transaction and ttl
         self._grants: list[Any] = []  # their futures
         self.request = txn = etcdrpc.TxnRequest()
-        if self.guarded:
+        if self.etcd.guarded:
             for transaction in transactions:
                 for change in transaction.changes.values():
                     txn.failure.add().request_put.key = change.key
+                for change in transaction.expectations:
+                    txn.failure.add().request_range.key = change.key
             txn = txn.success.add().request_txn
         txn.compare.add(target=etcdrpc.Compare.MOD, key=receipts.owner, mod_revision=fence)
         txn.failure.add().request_range.key = receipts.owner
-        self._receipt = txn.success.add().request_put
-        self._receipt.key = receipts.receipt
-        for number, transaction in enumerate(transactions):
+        receipt = txn.success.add().request_put
+        receipt.key = receipts.receipt_key(number)
+        rows = format_rows(row for t in transactions for row in t.rows)
+        receipt.value = json.dumps({"rows": rows, "settled": settled[1]}).encode()
+        old = txn.success.add().request_delete_range
+        old.key, old.range_end = receipts.key + b"receipt", receipts.receipt_key(settled[0] + 1)
+        for index, transaction in enumerate(transactions):
             nested = txn.success.add().request_txn
             self.add_changes(nested, transaction)
             refusal = nested.failure.add().request_put
-            refusal.key = b"%srefused/%d" % (receipts.key, number)
+            refusal.key = b"%s/%d" % (receipt.key, index)
             refusal.value = format_rows(transaction.rows).encode()
 
     def add_changes(self, nested: Any, transaction: OutboxTransaction) -> None:
         """Have a nested transaction make changes, or tell which versions etcd holds instead."""
-        txid, mod = transaction.rows[0].txid, etcdrpc.Compare.MOD
+        txid, mod = transaction.first.txid, etcdrpc.Compare.MOD
         for change in transaction.changes.values():
-            key, operation = change.key, nested.success.add()
+            operation = nested.success.add()
             if change.forced:
                 self.add_forced(operation.request_txn, change, txid)
-                continue
-            nested.compare.add(target=mod, key=key, mod_revision=change.expected)
-            self.add_change(operation, change, bool(change.expected), txid)
+            else:
+                self.add_change(operation, change, bool(change.expected), txid)
+        for change in transaction.compared:
+            nested.compare.add(target=mod, key=change.key, mod_revision=change.expected)
             request = nested.failure.add().request_range
-            request.key, request.keys_only = key, True
+            request.key, request.keys_only = change.key, True
 
     def add_forced(self, nested: Any, change: Change, txid: str) -> None:
         """Have a nested transaction make a change whatever etcd holds, and tell what that was."""
@@ -2892,30 +3018,25 @@ class Txn:
         """Whether etcd has answered for every lease, so that send() can be called."""
         return all(grant.done() for grant in self._grants)
 
-    def send(self, settled: int, unsettled: Iterable[Sent]) -> None:
-        """Complete the request, and send it. A lease that was refused is the answer."""
-        for grant in self._grants:
-            if grant.code() is not grpc.StatusCode.OK:
-                self.future = grant
-                return
-        content = {"rows": self.rows, "settled": settled, "unsettled": list(unsettled)}
-        self._receipt.value = json.dumps(content, separators=(",", ":")).encode()
-        self.future = self.etcd.future(self.etcd.kv.Txn, self.request)
+    def send(self) -> None:
+        """Send the request. A lease that was refused is the answer."""
+        refused = [grant for grant in self._grants if grant.code() is not grpc.StatusCode.OK]
+        self.future = refused[0] if refused else self.etcd.future(self.etcd.kv.Txn, self.request)
 
     def answer(self) -> Any:
         """The TxnResponse of the fenced level, with the header. Raises grpc.RpcError."""
         response = self.future.result()
-        if self.guarded:
+        if self.etcd.guarded:
             response.responses[0].response_txn.header.CopyFrom(response.header)
             response = response.responses[0].response_txn
         return response
 
-    def told(self, answer: Any) -> Iterator[tuple[OutboxTransaction, bool, list[int]]]:
+    def results(self, answer: Any) -> Iterator[tuple[OutboxTransaction, bool, list[int]]]:
         """Of each transaction, whether etcd applied it, and the versions that it tells.
 
-        Those that the forced changes replaced, or if it was refused, of the others' keys.
+        Those that the forced changes replaced, or if it was refused, of what was compared.
         """
-        for transaction, item in zip(self.transactions, answer.responses[1:]):
+        for transaction, item in zip(self.transactions, answer.responses[2:]):
             nested = item.response_txn
             ranges: Iterable[Any] = ()
             if not nested.succeeded:
@@ -2928,27 +3049,18 @@ class Txn:
             versions = [kvs[0].mod_revision if kvs else 0 for kvs in found]
             yield transaction, nested.succeeded, versions
 
-    def refused(self, answer: Any) -> str:
-        """The rows that etcd refused, as in a receipt."""
-        items = answer.responses[1:]
-        failed = [t for t, i in zip(self.transactions, items) if not i.response_txn.succeeded]
-        return format_rows(row for transaction in failed for row in transaction.rows)
-
 
 class Pipeline:
     """Sends Txns to etcd one after another: each as soon as the one before it was answered.
 
     The next one leaves from gRPC's thread, so etcd has work while the loop waits for
-    PostgreSQL.  That is safe because of the fence.  Its receipt is completed at that moment,
-    as only then the answer to the one before is known.  Once a Txn failed or met another owner,
-    it is halted: nothing more is sent until resume().  Public methods are for the loop's thread.
+    PostgreSQL.  That is safe because of the fence.  Once a Txn failed or met another owner, it is
+    halted: nothing more is sent until resume().  Public methods are for the loop's thread.
     """
 
-    def __init__(self, waker: Waker, settled: int, unsettled: Iterable[Sent]) -> None:
+    def __init__(self, waker: Waker) -> None:
         self._waker = waker
         self._lock = threading.Lock()
-        self._settled = settled
-        self._unsettled = collections.deque(unsettled)
         self._unsent: collections.deque[Txn] = collections.deque()
         self._answered: collections.deque[Txn] = collections.deque()
         self._sending = self._halted = False
@@ -2957,12 +3069,6 @@ class Pipeline:
         """The number of Txns whose answer was not taken yet."""
         with self._lock:
             return len(self._unsent) + self._sending + len(self._answered)
-
-    def full(self) -> bool:
-        """Whether etcd has enough to do for now, or a receipt would get too long."""
-        with self._lock:
-            length = sum(len(sent.rows) + len(sent.refused) for sent in self._unsettled)
-        return len(self) >= PIPELINE_DEPTH or length > RECEIPT_MAX_BYTES
 
     def add(self, txn: Txn, first: bool = False) -> None:
         """Send a Txn when its turn comes; first: before all others."""
@@ -2976,30 +3082,23 @@ class Pipeline:
 
     def _send(self) -> None:
         with self._lock:
-            if self._sending or self._halted or not self._unsent:
+            if self._sending or self._halted or not self._unsent or not self._unsent[0].granted():
                 return
-            txn = self._unsent[0]
-            if (txn.alone and self._unsettled) or not txn.granted():
-                return
-            self._unsent.popleft()
+            txn = self._unsent.popleft()
             self._sending = True
-            txn.send(self._settled, self._unsettled)
+            txn.send()
         txn.future.add_done_callback(lambda _: self._done(txn))
 
     def _done(self, txn: Txn) -> None:
         with self._lock:
             self._sending = False
             self._answered.append(txn)
-            answer = txn.answer() if txn.future.code() is grpc.StatusCode.OK else None
-            if answer is not None and answer.succeeded:
-                sent = Sent(answer.header.revision, txn.rows, txn.refused(answer))
-                self._unsettled.append(sent)
-            else:
-                self._halted = True
+            answered = txn.future.code() is grpc.StatusCode.OK
+            self._halted = self._halted or not (answered and txn.answer().succeeded)
         self._send()
         self._waker.wake()
 
-    def take(self) -> Txn | None:
+    def next_answered(self) -> Txn | None:
         """The next answered Txn, None if there is none."""
         with self._lock:
             return self._answered.popleft() if self._answered else None
@@ -3008,14 +3107,6 @@ class Pipeline:
         """Go on after an error."""
         with self._lock:
             self._halted = False
-        self._send()
-
-    def settle(self, revision: int) -> None:
-        """Leave out of the next receipts what PostgreSQL has now."""
-        with self._lock:
-            self._settled = max(self._settled, revision)
-            while self._unsettled and self._unsettled[0].revision <= revision:
-                self._unsettled.popleft()
         self._send()
 
     def close(self) -> None:
@@ -3027,12 +3118,22 @@ class Pipeline:
 
 # ─ the way of a row ─
 
-SIZE = "coalesce(pg_catalog.octet_length(value), pg_catalog.octet_length(value_bytes), 0)"
-ROW_COLUMNS = """
-    w.id, (extract(epoch FROM w.ts)::float8 * 1000000::float8)::bigint, w.key, w.value,
-    w.value_bytes, w.revision, w.txid::text, d.id, d.status,
+SIZE = "coalesce(pg_catalog.octet_length(p.value), pg_catalog.octet_length(p.value_bytes), 0)"
+# by name: users may have columns of their own
+WAL_COLUMNS = f"""
+p.id, p.ts, p.key, p.value, p.value_bytes, p.revision, p.txid, p.depends_on, p.ttl, p.force,
+           p.action, {SIZE} AS size
+"""
+ROW_COLUMNS = f"""
+    w.id, {QUEUED_AT}, w.key,
+    CASE WHEN w.size <= %(largest)s THEN w.value END,
+    CASE WHEN w.size <= %(largest)s THEN w.value_bytes END, w.size, w.revision, w.txid::text,
+    d.id, d.status,
     CASE WHEN d.value IS NULL AND d.value_bytes IS NULL THEN 0 ELSE d.result_revision END,
-    pg_catalog.ceil(extract(epoch FROM w.ttl)::float8)::bigint, w.force
+    CASE WHEN w.ttl IS NOT NULL
+         THEN pg_catalog.ceil(least(extract(epoch FROM w.ttl)::float8, 1e15::float8))::bigint END,
+    w.force,
+    w.action
 """
 DEPENDENCY = """
 LEFT JOIN LATERAL (
@@ -3043,46 +3144,52 @@ LEFT JOIN LATERAL (
 PENDING_SQL = f"""
 SELECT {ROW_COLUMNS}, w.size_so_far
 FROM (
-    SELECT *, {SIZE} AS size,
-           pg_catalog.sum({SIZE}) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) AS size_so_far
-    FROM etcd_wal
-    WHERE {PENDING} AND id NOT IN (SELECT pg_catalog.unnest(%(in_flight)s::bigint[]))
-    ORDER BY id
+    SELECT {WAL_COLUMNS},
+           pg_catalog.sum(least({SIZE}, %(largest)s))
+               OVER (ORDER BY p.id ROWS UNBOUNDED PRECEDING) AS size_so_far
+    FROM etcd_wal p
+    WHERE {PENDING} AND p.id NOT IN (SELECT pg_catalog.unnest(%(in_flight)s::bigint[]))
+    ORDER BY p.id
     LIMIT %(limit)s
 ) w {DEPENDENCY}
-WHERE w.size_so_far - w.size < %(max_bytes)s
+WHERE w.size_so_far - least(w.size, %(largest)s) < %(max_bytes)s
 """
 PENDING_REST_SQL = f"""
 SELECT {ROW_COLUMNS}
 FROM pg_catalog.unnest(%(txids)s::xid8[]) t (txid)
 CROSS JOIN LATERAL (
-    SELECT *, {SIZE} AS size,
-           pg_catalog.sum({SIZE}) OVER (ORDER BY w.txid, id ROWS UNBOUNDED PRECEDING) AS size_so_far
-    FROM etcd_wal w
-    WHERE {PENDING} AND w.txid = t.txid AND id > %(last)s
-    ORDER BY w.txid, id
+    SELECT {WAL_COLUMNS},
+           pg_catalog.sum(least({SIZE}, %(largest)s))
+               OVER (ORDER BY p.txid, p.id ROWS UNBOUNDED PRECEDING) AS size_so_far
+    FROM etcd_wal p
+    WHERE {PENDING} AND p.txid = t.txid AND p.id > %(last)s
+    ORDER BY p.txid, p.id
     LIMIT %(limit)s
 ) w {DEPENDENCY}
-WHERE w.size_so_far - w.size <= %(max_bytes)s
+WHERE w.size_so_far - least(w.size, %(largest)s) <= %(max_bytes)s
 """
 SENT_SQL = f"""
 SELECT {ROW_COLUMNS}
 FROM pg_catalog.unnest(%(ids)s::bigint[]) s (id)
-CROSS JOIN LATERAL (SELECT * FROM etcd_wal WHERE id = s.id AND {PENDING} LIMIT 1) w {DEPENDENCY}
+CROSS JOIN LATERAL (
+    SELECT {WAL_COLUMNS} FROM etcd_wal p WHERE p.id = s.id AND {PENDING}
+    LIMIT 1
+) w {DEPENDENCY}
 """
 # The error is noted at the first 100: thousands need not be written to say why all wait.
 WAIT_SQL = f"""
 UPDATE etcd_wal SET retry_count = retry_count + 1, error_message = %(message)s
-WHERE id = ANY (ARRAY(SELECT id FROM etcd_wal WHERE {PENDING} ORDER BY id LIMIT 100))
-RETURNING id
+WHERE id = ANY (ARRAY(SELECT p.id FROM etcd_wal p WHERE {PENDING} ORDER BY p.id LIMIT 100
+                      FOR NO KEY UPDATE SKIP LOCKED))
 """
-HAS_PENDING_SQL = f"SELECT EXISTS (SELECT FROM etcd_wal WHERE {PENDING}) AS found"
+HAS_PENDING_SQL = f"SELECT EXISTS (SELECT FROM etcd_wal p WHERE {PENDING}) AS found"
 
 
 class Acknowledged(NamedTuple):
-    """What became of changes, until PostgreSQL has it."""
+    """What became of the rows of a Txn, until PostgreSQL has it."""
 
     revision: int  # of the Txn, 0: there is none
+    number: int  # of its receipt
     outcomes: list[Outcome]
     at: float  # monotonic
 
@@ -3095,183 +3202,351 @@ class Acknowledged(NamedTuple):
 class Outbox:
     """Brings pending rows of etcd_wal to etcd, and what became of them back.
 
-    It lives as long as its fence: from the moment at which nothing that was sent before can be
-    applied any more, until an answer is lost or another session has put a new owner.  A row is
-    read, waits for those before it, is packed into a Txn, sent, acknowledged, and written.  A lost
-    answer leaves a Txn in doubt and ends the session: the next outbox settles it in recover(), by
-    the receipts.  So an outbox may be forgotten at any time.
+    A row is in one of these states; the methods that move it stand below in this order:
+
+        pending ──read()──▶ queued ──pick()──▶ built ──Pipeline──▶ sent ──take_answers()──▶
+        acknowledged ──due(), once the mirror has its revision──▶ due ──recorded()──▶ final
+
+    One that cannot be sent goes from read() to acknowledged, failed.  All rows of a transaction
+    move together.  `ids` has every row from queued to due, so none is read twice; `busy` has the
+    keys of what is built and sent, so a key is in one Txn at a time, and whatever a change was
+    made on top of is answered before the change is picked.
+
+    An outbox lives as long as its fence: from the moment at which nothing that was sent before
+    can be applied any more, until an answer is lost or another session has put a new owner.  A
+    lost answer ends it: the next one learns from the receipts what was applied, and sends the
+    rest again.  So an outbox may be forgotten at any time.
     """
 
-    def __init__(self, engine: Engine, postgres: Postgres, etcd: Etcd, state: SyncState) -> None:
-        """Fence off the outbox before this one, and settle what it sent."""
-        self.engine = engine
+    def __init__(
+        self,
+        postgres: Postgres,
+        etcd: Etcd,
+        config: Config,
+        waker: Waker,
+        conflicts: ConflictLog,
+        state: SyncState,
+    ) -> None:
+        """Fence off the outbox before this one, and learn what it sent."""
         self.postgres = postgres
+        self.etcd = etcd
+        self.config = config
+        self.waker = waker
+        self.conflicts = conflicts
+        self.max_ops = sys.maxsize  # what etcd takes, if that is less than --max-txn-ops
         self.receipts = Receipts(etcd, state.mirror_id)
         self.fence = self.receipts.fence(postgres.database)
-        sent = self.receipts.sent(state.receipt)
-        self.pipeline = Pipeline(engine.waker, state.receipt, sent)
-        self.all_read = False  # every pending row was read
-        self.split = set(state.split)
+        self.pipeline = Pipeline(waker)
         self.retired = False  # nothing more is read or sent; answers are still taken
-        self.queue = Queue()
-        self.acknowledged: collections.deque[Acknowledged] = collections.deque()
         self.token_renewed = False
-        self.recover(sent)
+        self.split = set(state.split)
+        self.queue: list[OutboxTransaction] = []  # in the order of their last rows
+        self.ids: set[int] = set()
+        self.busy: set[str] = set()
+        self.versions: dict[int, int] = {}  # of keys, after acknowledged rows; or REFUSED
+        self.awaited: set[int] = set()  # rows that queued ones are made on top of
+        self.all_read = False  # every pending row was read
+        self.horizon = 0.0  # all pending rows up to this id were read
+        self.blocked = False  # nothing can be picked until something is read or answered
+        self.renewals: list[tuple[OutboxTransaction, Future[None]]] = []
+        self.renewer = ThreadPoolExecutor(1, "keepalive")
+        self.acknowledged: collections.deque[Acknowledged] = collections.deque()
+        self.settled = 0, state.receipt  # number and revision of the newest receipt recorded
+        self.deferred = [Outcome(*item) for item in state.deferred]  # see Outcomes
+        self.deferred_until = 0.0  # monotonic
+        self.due_receipt = self.settled  # of the outcomes that due() gave out last
+        self.warn_refusal_after = 0.0  # monotonic
+        self.ids.update(outcome.id for outcome in self.deferred)
+        receipts = self.receipts.held()
+        self.number = max((receipt.number for receipt in receipts), default=0)  # of the last Txn
+        self.recover(self.receipts.unsettled(receipts, state.receipt))
 
     # ─ what another session sent ─
 
-    def recover(self, sent: Sequence[Sent]) -> None:
-        """Settle the Txns in doubt: take from the receipts what became of their rows."""
-        queued = [parse_rows(item.rows) for item in sent]
-        ids = int_array(id_ for rows in queued for id_ in rows)
+    def recover(self, receipts: Sequence[Receipt]) -> None:
+        """Take from the receipts what became of the rows in doubt."""
+        ids = int_array(id_ for receipt in receipts for id_ in receipt.rows)
         with self.postgres.cursor() as cur:
-            cur.execute(SENT_SQL, {"ids": ids, "prefix": self.postgres.prefix})
+            cur.execute(SENT_SQL, {"ids": ids, "largest": VALUE_MAX_BYTES, **self.postgres.bounds})
             found = {row[0]: OutboxRow(*row) for row in cur}
-        settled = 0
-        for item, rows in zip(sent, queued):
-            there = [found[i] for i in sorted(rows) if i in found]
-            there = [row for row in there if row.queued_at == rows[row.id]]
-            refused = parse_rows(item.refused)
-            failed = [row for row in there if row.id in refused]
-            applied = OutboxTransaction([row for row in there if row.id not in refused])
-            transactions = [applied, *group_rows(failed, self.limits(), self.split)]
-            self.queue.expect(there)
-            for transaction in transactions:
-                self.queue.depend(transaction)
-                transaction.resolve()
-            told = [(t, t is applied, self.told(t, t is applied, item)) for t in transactions]
-            self.note(item.revision, told)
-            settled += len(there)
+        known = 0
+        for receipt in receipts:
+            there = [found[i] for i in sorted(receipt.rows) if i in found and i not in self.ids]
+            there = [row for row in there if row.queued_at == receipt.rows[row.id]]
+            refused = [row for row in there if row.id in receipt.refused]
+            applied = OutboxTransaction([row for row in there if row.id not in receipt.refused])
+            results = []
+            for transaction in (applied, *group_rows(refused, self.limits(), self.split)):
+                transaction.resolve(self.versions)
+                done = transaction is applied
+                results.append((transaction, done, self.past_versions(transaction, done, receipt)))
+            self.ids.update(row.id for row in there)
+            self.acknowledge(receipt.revision, receipt.number, results)
+            known += len(there)
         # whatever is left of these transactions was not sent with the rest
         self.split.update(row.txid for row in found.values())
-        if settled:
+        if known:
             log.info(
                 "etcd's receipts tell what became of %(changes)s sent before",
-                changes=describe(settled, "change"),
+                changes=describe(known, "change"),
             )
 
-    def told(self, transaction: OutboxTransaction, applied: bool, sent: Sent) -> list[int | None]:
-        """As Txn.told(), from what etcd still knows; None: it has compacted that."""
-        changes = transaction.changes.values()
+    def past_versions(
+        self, transaction: OutboxTransaction, applied: bool, receipt: Receipt
+    ) -> list[int | None]:
+        """As Txn.results(), from what etcd still knows; None: it has compacted that."""
         if applied:
-            return [self.version_at(c.key, sent.revision - 1) for c in changes if c.forced]
-        found = [(c.key, self.version_at(c.key, sent.revision)) for c in transaction.strict]
+            changes = transaction.changes.values()
+            return [self.version_at(c.key, receipt.revision - 1) for c in changes if c.forced]
+        found = [(c.key, self.version_at(c.key, receipt.revision)) for c in transaction.compared]
         return [self.version_at(key) if version is None else version for key, version in found]
 
     def version_at(self, key: bytes, revision: int = 0) -> int | None:
         """The mod_revision that a key had at a revision, or has; 0 for none, None: compacted."""
         try:
-            kvs = self.receipts.etcd.range(key, revision=revision, keys_only=True).kvs
+            kvs = self.etcd.range(key, revision=revision, keys_only=True).kvs
         except Compacted:
             return None
         return int(kvs[0].mod_revision) if kvs else 0
 
-    # ─ read ─
+    # ─ read, pick, build, send ─
 
     def fill(self) -> bool:
-        """Read, pack and send as much as there is room for; whether anything was sent."""
-        limits, sent = self.limits(), False
-        while not self.pipeline.full() and self.unwritten() < self.engine.config.batch_size:
-            transactions = self.queue.take(limits)
-            while not (transactions or self.all_read) and self.has_room():
+        """Read, pick, build and send as much as there is room for; whether anything was sent."""
+        sent = False
+        while len(self.pipeline) < PIPELINE_DEPTH and self.unwritten() < self.config.batch_size:
+            picked = self.pick()
+            while not (picked or self.all_read) and self.has_room():
                 self.read()
-                transactions = self.queue.take(limits)
-            if not (transactions or self.pipeline or self.unwritten()):
-                transactions = self.queue.take(limits, stalled=True)
-            if not transactions:
+                picked = self.pick()
+            if not (picked or self.busy or self.unwritten() or self.has_room()):
+                self.horizon, self.blocked = math.inf, False  # too much overlaps to be read whole
+                picked = self.pick()
+            if not picked:
                 break
-            self.send(transactions)
+            self.send(picked)
             sent = True
         return sent
 
-    def send(
-        self, transactions: list[OutboxTransaction], alone: bool = False, first: bool = False
-    ) -> None:
-        """Send transactions in one Txn when its turn comes; first: before all others."""
-        self.pipeline.add(Txn(transactions, self.receipts, self.fence, alone), first=first)
-
     def unwritten(self) -> int:
-        """How many changes wait for the mirror."""
+        """How many outcomes wait for the mirror."""
         return sum(len(item.outcomes) for item in self.acknowledged)
 
     def has_room(self) -> bool:
-        """Whether more changes may be read although those that were wait for one another."""
+        """Whether more rows may be read."""
         return (
-            len(self.queue.waiting) + self.unwritten() < 2 * self.engine.config.batch_size
-            and self.queue.size < 2 * BATCH_BYTES
+            len(self.queue) + self.unwritten() < 2 * self.config.batch_size
+            and sum(transaction.size for transaction in self.queue) < 2 * BATCH_BYTES
         )
+
+    def limits(self) -> Limits:
+        """What etcd takes in one Txn."""
+        return Limits(min(self.config.max_txn_ops, self.max_ops), self.etcd.guarded)
 
     def read(self) -> None:
         """Queue pending rows that were not read yet."""
-        limits = self.limits()
-        rows, self.all_read = self.pending(self.engine.config.batch_size, limits.largest())
-        self.queue.expect(rows)
-        for transaction in group_rows(rows, limits, self.split):
-            if any(key.startswith(RESERVED.decode()) for key in transaction.keys):
-                self.fail(transaction, Rejected(f"keys below {RESERVED.decode()} are reserved"))
+        rows = self.read_rows(self.config.batch_size)
+        self.ids.update(row.id for row in rows)
+        self.blocked = False
+        groups = group_rows(rows, self.limits(), self.split)
+        for transaction in groups:
+            problem = next(filter(None, (self.problem(row) for row in transaction.rows)), None)
+            if problem:
+                self.fail(transaction, Rejected(problem))
             else:
-                self.queue.add(transaction)
+                self.queue.append(transaction)
+                on = (row.depends_on for row in transaction.rows)
+                self.awaited.update(id_ for id_ in on if id_ in self.ids)
+        self.queue.sort(key=lambda transaction: transaction.rows[-1].id)
 
-    def pending(self, limit: int, max_changes: int) -> tuple[list[OutboxRow], bool]:
-        """The first pending rows in id order without those that were read, and whether all came.
+    def problem(self, row: OutboxRow) -> str | None:
+        """Why a row cannot be sent, None if it can."""
+        return row.problem()
+
+    def read_rows(self, limit: int) -> list[OutboxRow]:
+        """The first pending rows in id order without those that were read.
 
         Their values have about BATCH_BYTES. A transaction whose rows go beyond these limits is
         completed, up to what one etcd transaction could take.
         """
-        arguments: dict[str, Any] = {"prefix": self.postgres.prefix, "limit": limit}
+        arguments: dict[str, Any] = {
+            "prefix": self.postgres.prefix,
+            "limit": limit,
+            "max_bytes": BATCH_BYTES,
+            "largest": VALUE_MAX_BYTES,
+            "in_flight": int_array(self.ids),
+        }
         with self.postgres.cursor() as cur:
-            arguments["max_bytes"] = BATCH_BYTES
-            first = {**arguments, "in_flight": int_array(self.queue.versions)}
-            cur.execute(self.postgres.planned(cur, PENDING_SQL, first), first)
+            cur.execute(self.postgres.planned(cur, PENDING_SQL, arguments), arguments)
             found = cur.fetchall()
             rows = [OutboxRow(*row[:-1]) for row in found]
-            if len(rows) < limit and (not found or found[-1][-1] < BATCH_BYTES):
-                return rows, True
+            self.all_read = len(rows) < limit and (not found or found[-1][-1] < BATCH_BYTES)
+            if self.all_read:
+                self.horizon = math.inf
+                return rows
+            self.horizon = rows[-1].id
             txids = int_array(dict.fromkeys(int(row.txid) for row in rows))
-            arguments.update(limit=max_changes + 1, max_bytes=TXN_MAX_BYTES)
+            arguments.update(limit=self.limits().largest() + 1, max_bytes=TXN_MAX_BYTES)
             cur.execute(PENDING_REST_SQL, {**arguments, "txids": txids, "last": rows[-1].id})
             rows.extend(OutboxRow(*row) for row in cur)
-        return sorted(rows), False
+        return sorted(rows)
 
-    def limits(self) -> Limits:
-        """What etcd takes in one Txn."""
-        return Limits(self.engine.config.max_txn_ops, self.receipts.etcd.guarded)
+    def pick(self) -> list[OutboxTransaction]:
+        """Take from the front of the queue what fits into the next Txn.
+
+        In the order of their last rows, as who changes a key after another transaction does so
+        once that one has committed.  One whose keys are in a Txn, or in a transaction that was
+        passed over, is passed over as well.
+        """
+        taken: list[OutboxTransaction] = []
+        passed: list[OutboxTransaction] = []
+        if self.blocked:
+            return taken
+        limits, keys = self.limits(), set(self.busy)
+        rows = widest = size = looked = 0
+        for transaction in itertools.islice(self.queue, PICK_LOOKS):
+            if transaction.rows[-1].id > self.horizon:
+                break
+            if keys.isdisjoint(transaction.keys):
+                if transaction.first.action == KEEPALIVE:
+                    self.renew(transaction)
+                    keys |= transaction.keys
+                    looked += 1
+                    continue
+                wider = max(widest, transaction.width)
+                fits = limits.allow(len(taken) + 1, rows + len(transaction.rows), wider)
+                if taken and not (fits and size + transaction.size <= TXN_MAX_BYTES):
+                    break
+                taken.append(transaction)
+                widest, rows, size = wider, rows + len(transaction.rows), size + transaction.size
+            else:
+                passed.append(transaction)
+            keys |= transaction.keys
+            looked += 1
+        self.queue[:looked] = passed
+        self.blocked = not taken
+        for transaction in taken:
+            self.busy |= transaction.keys
+            transaction.resolve(self.versions)
+            for row in transaction.rows:
+                if row.depends_on in self.awaited:
+                    self.awaited.discard(row.depends_on)
+                    if row.depends_on not in self.ids:
+                        self.versions.pop(row.depends_on, None)
+        return taken
+
+    def send(self, transactions: list[OutboxTransaction], first: bool = False) -> None:
+        """Build a Txn, and send it when its turn comes; first: before all others."""
+        self.number += 1
+        txn = Txn(transactions, self.receipts, self.fence, self.number, self.settled)
+        self.pipeline.add(txn, first)
+
+    def renew(self, transaction: OutboxTransaction) -> None:
+        """Have etcd renew a key's lease."""
+        self.busy |= transaction.keys
+        future = self.renewer.submit(self.etcd.renew_lease, transaction.first.key.encode())
+        future.add_done_callback(self.waker.wake)
+        self.renewals.append((transaction, future))
 
     # ─ etcd's answers ─
 
-    def receive(self) -> bool:
+    def take_answers(self) -> bool:
         """Take etcd's answers; whether there was any. Raises what ends the outbox."""
         worked = False
-        while txn := self.pipeline.take():
+        while txn := self.pipeline.next_answered():
             worked = True
             try:
                 answer = txn.answer()
             except grpc.RpcError as exc:
-                self.unanswered(txn, etcd_error(exc, self.receipts.etcd.endpoint))
-            else:
-                self.acknowledge(txn, answer)
+                self.take_error(txn, etcd_error(exc, self.etcd.endpoint))
+                continue
+            if not answer.succeeded:
+                raise self.fenced(answer.responses[0].response_range.kvs)
+            self.token_renewed = False
+            self.free(txn.transactions)
+            self.acknowledge(answer.header.revision, txn.number, txn.results(answer))
+        for item in [item for item in self.renewals if item[1].done()]:
+            worked = True
+            self.renewals.remove(item)
+            transaction, future = item
+            self.free([transaction])
+            try:
+                future.result()
+                outcome = self.outcome(transaction, transaction.first, "success")
+                self.acknowledged.append(Acknowledged(0, 0, [outcome], time.monotonic()))
+            except Rejected as exc:
+                self.fail(transaction, exc)
         return worked
 
-    def acknowledge(self, txn: Txn, answer: Any) -> None:
-        """Keep what became of a Txn's changes. Raises Fenced."""
-        if not answer.succeeded:
-            raise self.fenced(answer.responses[0].response_range.kvs)
-        self.token_renewed = False
-        self.note(answer.header.revision, txn.told(answer))
+    def free(self, transactions: Iterable[OutboxTransaction]) -> None:
+        """Let the keys of transactions that are answered be picked again."""
+        self.blocked = False
+        for transaction in transactions:
+            self.busy -= transaction.keys
 
-    def note(
-        self, revision: int, told: Iterable[tuple[OutboxTransaction, bool, Sequence[int | None]]]
-    ) -> None:
-        """Keep the outcomes of the transactions of a Txn; see Txn.told()."""
-        outcomes: list[Outcome] = []
-        for transaction, applied, versions in told:
-            if applied:
-                if versions:
-                    transaction.replaced(versions)
-                outcomes += self.applied(transaction, revision)
-            else:
-                outcomes += self.refused(transaction, versions)
-        self.acknowledged.append(Acknowledged(revision, outcomes, time.monotonic()))
+    def take_error(self, txn: Txn, error: EtcdFdwError) -> None:
+        """Deal with a Txn that etcd refused as a whole; raises if it may have applied it."""
+        transactions = txn.transactions
+        renewed = isinstance(error, TokenExpired) and not self.token_renewed
+        if renewed:
+            self.token_renewed = True
+            self.etcd.authenticate()
+        if isinstance(error, PermissionDenied):  # for the keys of changes, or all of them?
+            with self.receipts.grant_named():
+                self.etcd.check_write(self.receipts.key, self.receipts.range_end)
+            if not self.etcd.may_write_some():
+                raise error
+        middle = len(transactions) // 2
+        if renewed or isinstance(error, LeaseNotFound):
+            self.send(transactions, first=True)  # with leases of just now
+        elif isinstance(error, TooManyOperations) and self.lower_limit(txn):
+            self.requeue(transactions)
+        elif not isinstance(error, (Rejected, PermissionDenied)):
+            self.note_retry(transactions, error)
+            raise error
+        elif middle:
+            self.send(transactions[middle:], first=True)
+            self.send(transactions[:middle], first=True)
+        elif isinstance(error, RequestTooLarge) and self.splittable(transactions[0]):
+            self.split.add(transactions[0].first.txid)
+            self.requeue(transactions)
+        else:
+            self.free(transactions)
+            self.fail(transactions[0], error)
+        self.pipeline.resume()
+
+    def lower_limit(self, txn: Txn) -> bool:
+        """Use less of --max-txn-ops than the Txn did; whether that is possible."""
+        transactions, rows = txn.transactions, sum(len(t.rows) for t in txn.transactions)
+        used = self.etcd.guarded * rows + 2 + len(transactions) + max(t.width for t in transactions)
+        if used // 2 < OPS_LEAST:
+            return False
+        self.max_ops = min(self.max_ops, used // 2)
+        log.warning(
+            "etcd takes fewer operations in a transaction than --max-txn-ops %(option)d: going on"
+            " with %(ops)d",
+            option=self.config.max_txn_ops,
+            ops=self.max_ops,
+        )
+        return True
+
+    def splittable(self, transaction: OutboxTransaction) -> bool:
+        """Whether a transaction may be applied change by change."""
+        return len(transaction.rows) > 1 and not transaction.never_split
+
+    def requeue(self, transactions: Iterable[OutboxTransaction]) -> None:
+        """Put transactions back, grouped anew."""
+        transactions = list(transactions)
+        self.free(transactions)
+        rows = [row for transaction in transactions for row in transaction.rows]
+        self.queue += group_rows(rows, self.limits(), self.split)
+        self.queue.sort(key=lambda transaction: transaction.rows[-1].id)
+
+    def note_retry(self, transactions: Sequence[OutboxTransaction], error: EtcdFdwError) -> None:
+        """Say in etcd_wal why these changes wait, where nobody holds the row."""
+        ids = int_array(row.id for transaction in transactions for row in transaction.rows)
+        with suppress(StatementRefused):
+            self.postgres.query(RETRY_SQL, ids=ids, message=one_line(error))
 
     def fenced(self, owner: Sequence[Any]) -> Fenced:
         """The error that says who sends in place of this session."""
@@ -3284,79 +3559,84 @@ class Outbox:
         kind = Fenced if other["database"] == self.postgres.database else FencedByCopy
         return kind(f"{who}, has begun to send changes for this mirror: nothing more is sent")
 
+    def acknowledge(
+        self,
+        revision: int,
+        number: int,
+        results: Iterable[tuple[OutboxTransaction, bool, Sequence[int | None]]],
+    ) -> None:
+        """Keep the outcomes of a Txn; see Txn.results()."""
+        outcomes: list[Outcome] = []
+        for transaction, applied, versions in results:
+            if applied:
+                if transaction.forced:
+                    transaction.note_replaced(versions)
+                outcomes += self.applied(transaction, revision)
+            else:
+                outcomes += self.conflicted(transaction, versions)
+        self.acknowledged.append(Acknowledged(revision, number, outcomes, time.monotonic()))
+
     def applied(self, transaction: OutboxTransaction, revision: int) -> list[Outcome]:
         """The outcomes of a transaction that etcd took at a revision."""
-        outcomes = []
+        outcomes, changes, read_at = [], transaction.changes, transaction.read_at
         for row in transaction.rows:
-            change = transaction.changes[row.key]
-            reached = revision if change.moves else None
-            replaced = change.expected or None if row.force else None
-            read_at = transaction.read_at
-            outcomes.append(Outcome(row.id, "success", reached, None, read_at, replaced))
-            self.queue.answered(row.id, 0 if change.value is None else revision)
+            reached = replaced = None
+            if row.action is None:
+                change = changes[row.key]
+                reached = revision if change.moves else None
+                replaced = change.expected or None
+                self.versions[row.id] = 0 if change.value is None else revision
+            outcomes.append(
+                Outcome(row.id, row.queued_at, row.key, "success", reached, None, replaced, read_at)
+            )
         return outcomes
 
-    def refused(
+    def conflicted(
         self, transaction: OutboxTransaction, current: Sequence[int | None]
     ) -> list[Outcome]:
         """The outcomes of a transaction one of whose keys etcd has at another version."""
-        strict = transaction.strict
-        message = conflict_message(strict, current)
-        failed_at = {c.key.decode(): now for c, now in zip(strict, current) if now != c.expected}
-        first = transaction.rows[0]
-        key, revision = next(iter(failed_at.items()), (first.key, None))
-        self.engine.conflicts.note(first.id, key, revision, message)
+        compared = transaction.compared
+        message = conflict_message(compared, current)
+        failed_at = {c.key.decode(): now for c, now in zip(compared, current) if now != c.expected}
+        key, revision = next(iter(failed_at.items()), (transaction.first.key, None))
+        self.conflicts.note(transaction.first.id, key, revision, message)
         newest = max((now or 0 for now in failed_at.values()), default=0)
-        revisions = [failed_at.get(row.key) or newest or None for row in transaction.rows]
-        return self.refusals(transaction, "conflict", revisions, message)
+        self.versions.update((row.id, REFUSED) for row in transaction.rows)
+        return [
+            self.outcome(transaction, row, "conflict", failed_at.get(row.key) or newest, message)
+            for row in transaction.rows
+        ]
 
     def fail(self, transaction: OutboxTransaction, error: EtcdFdwError) -> None:
         """Note that etcd will never take a transaction."""
-        log.warning("change %(id)d failed: %(error)s", id=transaction.rows[0].id, error=error)
-        outcomes = self.refusals(transaction, "failed", itertools.repeat(None), str(error))
-        self.acknowledged.append(Acknowledged(0, outcomes, time.monotonic()))
+        first, message = transaction.first, one_line(error)
+        if isinstance(error, RequestTooLarge):
+            message += (
+                f"; it has {describe(len(transaction.rows), 'change')} of about"
+                f" {transaction.size} bytes; etcd's own limits are --max-txn-ops (128) and"
+                " --max-request-bytes (1.5 MiB)"
+            )
+        text = "change %(id)d to %(key)s failed: %(error)s"
+        log.warning(text, id=first.id, key=first.key, error=message)
+        self.versions.update((row.id, REFUSED) for row in transaction.rows)
+        outcomes = [
+            self.outcome(transaction, row, "failed", None, message) for row in transaction.rows
+        ]
+        self.acknowledged.append(Acknowledged(0, 0, outcomes, time.monotonic()))
 
-    def refusals(
+    def outcome(
         self,
         transaction: OutboxTransaction,
+        row: OutboxRow,
         status: str,
-        revisions: Iterable[int | None],
-        message: str,
-    ) -> list[Outcome]:
-        """The outcomes of a transaction that was not applied."""
-        for row in transaction.rows:
-            self.queue.answered(row.id, REFUSED)
-        return [
-            Outcome(row.id, status, revision, message, transaction.read_at)
-            for row, revision in zip(transaction.rows, revisions)
-        ]
-
-    def unanswered(self, txn: Txn, error: EtcdFdwError) -> None:
-        """Deal with a Txn that etcd refused as a whole; raises if it may have applied it."""
-        transactions = txn.transactions
-        renewed = isinstance(error, TokenExpired) and not self.token_renewed
-        if renewed:
-            self.token_renewed = True
-            self.receipts.etcd.authenticate()
-        if renewed or isinstance(error, LeaseNotFound):
-            self.send(transactions, alone=txn.alone, first=True)  # with leases of just now
-        elif isinstance(error, (Rejected, PermissionDenied)):
-            if isinstance(error, PermissionDenied):  # for the keys of changes, or the receipt?
-                with self.receipts.grant_named():
-                    self.receipts.etcd.check_write(self.receipts.key, self.receipts.range_end)
-            middle = len(transactions) // 2
-            if middle:
-                self.send(transactions[middle:], first=True)
-                self.send(transactions[:middle], first=True)
-            elif not txn.alone:
-                self.send(transactions, alone=True, first=True)
-            else:
-                self.fail(transactions[0], error)
-        else:
-            ids = int_array(row.id for transaction in transactions for row in transaction.rows)
-            self.postgres.query(RETRY_SQL, ids=ids, message=one_line(error))
-            raise error
-        self.pipeline.resume()
+        revision: int | None = None,
+        message: str | None = None,
+    ) -> Outcome:
+        """The outcome of a row that moved no key."""
+        read_at = transaction.read_at
+        return Outcome(
+            row.id, row.queued_at, row.key, status, revision or None, message, None, read_at
+        )
 
     # ─ back to PostgreSQL ─
 
@@ -3374,17 +3654,31 @@ class Outbox:
                 break
             self.acknowledged.popleft()
             outcomes += first.outcomes
-            receipt = max(receipt, first.revision)
-        if self.idle():
+            if first.revision:
+                receipt, self.due_receipt = first.revision, (first.number, first.revision)
+        if self.all_read and not self.ids:
             self.split.clear()
-        return Outcomes(outcomes, receipt, self.split)
+        deferred = self.deferred or None
+        again = bool(deferred) and time.monotonic() >= self.deferred_until
+        if again:
+            outcomes, deferred = [*self.deferred, *outcomes], []
+        return Outcomes(outcomes, receipt, self.split, deferred, careful=again)
 
-    def written(self, outcomes: Outcomes) -> None:
+    def recorded(self, outcomes: Outcomes) -> None:
         """PostgreSQL has these outcomes for good."""
         for outcome in outcomes.list:
-            self.queue.versions.pop(outcome.id, None)
+            self.ids.discard(outcome.id)
+            if outcome.id not in self.awaited:
+                self.versions.pop(outcome.id, None)
         if outcomes.receipt:
-            self.pipeline.settle(outcomes.receipt)
+            self.settled = self.due_receipt
+        if outcomes.deferred is not None:
+            if outcomes.careful or len(outcomes.deferred) > len(self.deferred):
+                self.deferred_until = time.monotonic() + DEFERRED_S
+            self.deferred = list(outcomes.deferred)
+        if outcomes.refusal and time.monotonic() >= self.warn_refusal_after:
+            self.warn_refusal_after = time.monotonic() + CHORE_WARN_S
+            log.warning("%(error)s", error=outcomes.refusal)
 
     def silent_since(self) -> float | None:
         """Since when an acknowledged change has not come back through the watch (monotonic)."""
@@ -3394,14 +3688,11 @@ class Outbox:
         """Send nothing any more."""
         self.retired = True
         self.pipeline.close()
+        self.renewer.shutdown(wait=False)
 
-    def settled(self) -> bool:
+    def is_settled(self) -> bool:
         """Whether no answer is outstanding, and every outcome was given out by due()."""
-        return not (self.pipeline or self.acknowledged)
-
-    def idle(self) -> bool:
-        """Whether no pending row is left: all were read, and their outcomes are written."""
-        return self.all_read and not self.queue.versions
+        return not (self.pipeline or self.renewals or self.acknowledged)
 
 
 # ── mirror: the watch's way into table etcd ────────────────────────────────────
@@ -3545,6 +3836,7 @@ CHECKPOINT_SQL = """
 UPDATE etcd_sync_state
 SET revision = %(revision)s, last_key = coalesce(%(last_key)s, last_key),
     receipt = greatest(receipt, %(receipt)s), split = coalesce(%(split)s::xid8[], split),
+    deferred = coalesce(%(deferred)s::jsonb, deferred),
     etcd_revision = greatest(etcd_revision, %(etcd_revision)s), generation = generation + 1,
     updated_at = now(), heartbeat_at = now(),
     events = events + %(events)s, applied = applied + %(applied)s,
@@ -3729,7 +4021,7 @@ class Mirror:
             # compacted while it was read: start over with the newest, which stays for longest
             raise Compacted(revision=0) from exc
         old = state.revision if state else None
-        news = Counters(resyncs=int(state is not None), reconnects=engine.lost)
+        news = Counters(resyncs=int(state is not None), reconnects=engine.metrics.lost)
         with self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
             put, deleted = self.merge_staging(cur, staged.revision)
             self.set_checkpoint(cur, staged.revision, old)
@@ -3750,7 +4042,7 @@ class Mirror:
             self.advance(cur, staged.revision, Batch(staged.revision), Outcomes(), news)
             if channel := engine.config.notify_channel:
                 self.postgres.notify(cur, channel, (old or 0) + 1, staged.revision)
-        engine.count(news)
+        engine.metrics.count(news)
         warn_of_unstorable(staged.unstorable)
         log.info(
             "copied %(keys)s from etcd to PostgreSQL at revision %(revision)d"
@@ -3831,17 +4123,15 @@ class Mirror:
 
     def write(self, batch: Batch, outcomes: Outcomes) -> None:
         """Rows, checkpoint, counters and outcomes in one transaction."""
-        started, news = time.monotonic(), outcomes.count()
-        news.events, news.unstorable = len(batch.rows), len(batch.unstorable)
-        news.reconnects = self.engine.lost
+        started = time.monotonic()
         try:
-            self.write_once(batch, outcomes, news)
+            news = self.write_once(batch, outcomes)
         except CopyRefused:
             if self.via_staging:
                 raise
             self.via_staging = True
-            self.write_once(batch, outcomes, news)
-        self.engine.count(news)
+            news = self.write_once(batch, outcomes)
+        self.engine.metrics.count(news)
         warn_of_unstorable(batch.unstorable)
         self.engine.metrics.checkpoint = batch.checkpoint
         self.written_at = time.monotonic()
@@ -3851,8 +4141,8 @@ class Mirror:
         if batch.rows or outcomes.list:
             self.engine.metrics.batch_done((o.read_at for o in outcomes.list), started)
 
-    def write_once(self, batch: Batch, outcomes: Outcomes, news: Counters) -> None:
-        """One attempt of write()."""
+    def write_once(self, batch: Batch, outcomes: Outcomes) -> Counters:
+        """One attempt of write(); what it has written."""
         config = self.engine.config
         wake: dict[str, Any] = {**self.postgres.bounds, "generation": self.generation}
         with self.postgres.transaction(commit=WAKE_SQL, **wake) as cur:
@@ -3875,7 +4165,11 @@ class Mirror:
             # what only mirrors need not be durable: rows and checkpoint are lost together
             if not outcomes.list:
                 cur.defer("SET LOCAL synchronous_commit = off")
+            news = outcomes.count()
+            news.events, news.unstorable = len(batch.rows), len(batch.unstorable)
+            news.reconnects = self.engine.metrics.lost
             self.advance(cur, self.checkpoint, batch, outcomes, news)
+        return news
 
     def advance(self, cur: Any, old: int, batch: Batch, outcomes: Outcomes, news: Counters) -> None:
         """Move the checkpoint, add to the counters, begin a generation.
@@ -3890,6 +4184,7 @@ class Mirror:
             "last_key": batch.last_key,
             "receipt": outcomes.receipt,
             "split": None if outcomes.split is None else int_array(map(int, outcomes.split)),
+            "deferred": None if outcomes.deferred is None else json.dumps(outcomes.deferred),
             "etcd_revision": intake.store_revision if intake else self.etcd.header.revision,
             **vars(news),
         }
@@ -4099,12 +4394,24 @@ class Timer:
 
     def __init__(self, action: Callable[[], float], due_in: float = 0.0) -> None:
         self.action = action
+        self.name = action.__name__.replace("_", " ")
         self.due_at = time.monotonic() + due_in
+        self.failures = 0  # in a row
+        self.warn_after = 0.0  # monotonic
 
     def run(self) -> None:
         """Do it."""
         pause_s = self.action()
         self.due_at = time.monotonic() + pause_s
+
+    def failed(self, error: EtcdFdwError) -> None:
+        """Wait longer each time; say so once an hour."""
+        now = time.monotonic()
+        self.failures += 1
+        self.due_at = now + min(HOUSEKEEPING_S * 2**self.failures, CHORE_WARN_S)
+        if now >= self.warn_after:
+            self.warn_after = now + CHORE_WARN_S
+            log.warning("%(chore)s waits: %(error)s", chore=self.name, error=error)
 
 
 # Each reads `limit` rows behind a position, deletes what is due, and returns where to go on.
@@ -4190,6 +4497,7 @@ class Chore(Timer):
 
     def __init__(self, engine: Engine, postgres: Postgres, table: str) -> None:
         super().__init__(self.step)
+        self.name = f"housekeeping of {table}"
         self.engine = engine
         self.postgres = postgres
         self.table = table
@@ -4224,33 +4532,41 @@ class Session:
     """One connection to both sides: from the lock to the first error, or the request to stop.
 
     It owns the mirror and an outbox: None while there is nothing to send, or etcd takes no changes
-    until outbox_after; retired while only its last answers are waited for.  What a session knows
+    until push_after; retired while only its last answers are waited for.  What a session knows
     is in the two stores as well, so it may end at any line.
     """
 
     def __init__(self, engine: Engine, postgres: Postgres, etcd: Etcd) -> None:
-        self.engine = engine
+        self.config = engine.config
+        self.metrics = engine.metrics
+        self.waker = engine.waker
+        self.guard = engine.guard
+        self.conflicts = engine.conflicts
+        self.handle_signals = engine.handle_signals
         self.postgres = postgres
         self.etcd = etcd
         self.mirror = Mirror(engine, postgres, etcd)
         self.outbox: Outbox | None = None
-        self.outbox_attempt = 0
-        self.outbox_error: EtcdFdwError | None = None  # for which changes wait
-        self.outbox_after = 0.0  # monotonic: when to open an outbox again
+        self.push_attempt = 0
+        self.push_error: EtcdFdwError | None = None  # for which changes wait
+        self.push_after = 0.0  # monotonic: when to open an outbox again
         self.dirty = True  # there may be pending changes that were not read
-        self.timers = [Timer(action) for action in (self.poll, self.heartbeat, self.gauge)]
-        self.timers.append(Timer(self.summarise, SUMMARY_S))
-        self.chores = [Chore(engine, postgres, table) for table in CHORES]
+        self.timers = [
+            Timer(self.poll),
+            Timer(self.heartbeat),
+            Timer(engine.summarise, SUMMARY_S),
+        ]
+        self.chores: list[Timer] = [Chore(engine, postgres, table) for table in CHORES]
+        self.chores += [Timer(self.gauge), Timer(self.look_outside)]
 
     # ─ life ─
 
-    def run(self) -> None:
-        """Work until asked to stop. Raises what ends the session."""
-        engine, mirror = self.engine, self.mirror
+    def start(self, resync: int | None, fragment: bool) -> None:
+        """Begin to mirror; resync: copy at this revision first, 0: now."""
+        mirror = self.mirror
         state = self.postgres.state()
         if state:
             mirror.check_timeline(state)
-        resync, engine.resync = engine.resync, None
         if state and resync and resync <= state.revision:
             resync = None  # meanwhile another instance was active
         if state is None or resync is not None:
@@ -4261,9 +4577,10 @@ class Session:
         state = self.postgres.state()
         assert state is not None
         self.take_over(state)
-        mirror.watch(state.revision, engine.fragment)
-        engine.fragment = False
-        engine.established(self)
+        mirror.watch(state.revision, fragment)
+
+    def run(self) -> None:
+        """Work until asked to stop. Raises what ends the session."""
         while not self.finished():
             self.step()
         self.postgres.deactivate()
@@ -4282,12 +4599,12 @@ class Session:
 
     def finished(self) -> bool:
         """Whether the session was asked to stop, and no answer or outcome is outstanding."""
-        stop_by = self.engine.guard.stop_by
+        stop_by = self.guard.stop_by
         if stop_by is None:
             return False
         if self.outbox:
             self.outbox.retire()
-        return self.outbox is None or self.outbox.settled() or time.monotonic() > stop_by
+        return self.outbox is None or self.outbox.is_settled() or time.monotonic() > stop_by
 
     def close(self) -> None:
         """End the watch, and send nothing any more."""
@@ -4301,11 +4618,11 @@ class Session:
         """Wait for work and do some of each kind."""
         self.wait(self.deadline())
         self.note_lag()
-        self.engine.handle_signals()
+        self.handle_signals()
         worked = self.push()
         worked |= self.write()
         if worked:
-            self.engine.waker.wake()  # do not wait: push() and write() make room for each other
+            self.waker.wake()  # do not wait: push() and write() make room for each other
         self.check_watch()
         now = time.monotonic()
         for timer in self.timers:
@@ -4313,17 +4630,21 @@ class Session:
                 timer.run()
         chore = min(self.chores, key=lambda chore: chore.due_at)
         if now >= chore.due_at + (HOUSEKEEPING_S if worked else 0):
-            chore.run()
+            self.run_chore(chore)
 
     def deadline(self) -> float:
         """When the loop has something to do even if nothing happens (monotonic)."""
         times = [timer.due_at for timer in (*self.timers, *self.chores)]
         if self.mirror.intake and self.mirror.intake.replaying:
             times.append(self.mirror.intake.heard_at + QUIET_S)
-        if self.dirty and (self.outbox is None or (self.outbox.retired and self.outbox.settled())):
-            times.append(self.outbox_after)
-        if self.engine.guard.stop_by is not None:
-            times.append(self.engine.guard.stop_by)
+        if self.outbox and self.outbox.deferred:
+            times.append(self.outbox.deferred_until)
+        if self.dirty and (
+            self.outbox is None or (self.outbox.retired and self.outbox.is_settled())
+        ):
+            times.append(self.push_after)
+        if self.guard.stop_by is not None:
+            times.append(self.guard.stop_by)
         return min(times)
 
     def wait(self, deadline: float) -> None:
@@ -4331,40 +4652,54 @@ class Session:
         self.note_lag()
         if not self.postgres.notified():
             timeout = max(0.0, deadline - time.monotonic())
-            wait_for_any(timeout, self.postgres.conn, self.engine.waker)
-            self.engine.waker.drain()
+            wait_for_any(timeout, self.postgres.conn, self.waker)
+            self.waker.drain()
             if not self.postgres.notified():
                 return
         self.dirty = True
 
     def note_lag(self) -> None:
         """Measure how far the mirror is, before and after each wait."""
-        intake, metrics = self.mirror.intake, self.engine.metrics
+        intake = self.mirror.intake
         assert intake is not None
-        self.engine.guard.turned_at = time.monotonic()
-        metrics.etcd_revision = intake.store_revision
-        metrics.note_caught_up(not intake.behind())
+        self.guard.turned_at = time.monotonic()
+        self.metrics.etcd_revision = intake.store_revision
+        self.metrics.note_caught_up(not intake.behind())
 
     def push(self) -> bool:
         """Take etcd's answers, and send what is pending; whether there was any of it."""
         worked = False
         try:
             if self.outbox:
-                worked = self.outbox.receive()
-            if not self.engine.guard.stopping:
-                worked |= self.send()
-        except (WritesRefused, PermissionDenied) as exc:
-            self.pause_outbox(exc)
-        return worked
+                worked = self.outbox.take_answers()
+            if self.guard.stopping or not self.may_send():
+                return worked
+            assert self.outbox is not None
+            if self.dirty:
+                self.dirty = self.outbox.all_read = False
+            sent = self.outbox.fill()
+            if sent and self.push_attempt:
+                self.push_attempt, self.push_error = 0, None
+                self.postgres.activate()
+                log.info("changes are sent again")
+        except EtcdFdwError as exc:
+            if exc.side != "postgresql":
+                self.note_wait(exc)
+            if exc.belongs_to > Room.PUSH:
+                raise
+            self.pause_push(exc)
+            return True
+        return worked or sent
 
-    def send(self) -> bool:
-        """Send what is pending; whether there was any. Raises WritesRefused, PermissionDenied."""
-        if self.outbox and self.outbox.retired:
-            if not self.outbox.settled():
+    def may_send(self) -> bool:
+        """Whether there is an outbox to send with; opens one if there is something to send."""
+        if self.outbox and (self.outbox.retired or not self.config.push):
+            self.outbox.retire()
+            if not self.outbox.is_settled():
                 return False
             self.outbox = None
         if self.outbox is None:
-            if not self.dirty or time.monotonic() < self.outbox_after:
+            if not (self.dirty and self.config.push) or time.monotonic() < self.push_after:
                 return False
             self.dirty = self.postgres.query(HAS_PENDING_SQL)[0]["found"]
             if not self.dirty:
@@ -4372,37 +4707,34 @@ class Session:
             state = self.postgres.state()
             if state is None:
                 raise PostgresUnavailable("PostgreSQL: the mirror's state is gone: starting over")
-            try:
-                self.outbox = Outbox(self.engine, self.postgres, self.etcd, state)
-            except (EtcdUnavailable, AccessDenied) as exc:
-                self.postgres.query(WAIT_SQL, message=one_line(exc))
-                raise
-        if self.dirty:
-            self.dirty = self.outbox.all_read = False
-        sent = self.outbox.fill()
-        if sent and self.outbox_attempt:
-            self.outbox_attempt, self.outbox_error = 0, None
-            log.info("changes are sent again")
-        return sent
+            self.outbox = Outbox(
+                self.postgres, self.etcd, self.config, self.waker, self.conflicts, state
+            )
+        return True
 
-    def pause_outbox(self, error: EtcdFdwError) -> None:
-        """Send nothing for a while, as etcd takes no changes; send() then opens a new outbox."""
+    def note_wait(self, error: EtcdFdwError) -> None:
+        """Say in PostgreSQL why changes wait."""
+        with suppress(StatementRefused):
+            self.postgres.activate(one_line(error))
+            self.postgres.query(WAIT_SQL, message=one_line(error))
+
+    def pause_push(self, error: EtcdFdwError) -> None:
+        """Send nothing for a while; may_send() then opens a new outbox. The mirror goes on."""
         if self.outbox:
             self.outbox.retire()
-        self.dirty, self.outbox_error = True, error
-        config = self.engine.config
-        self.outbox_attempt += 1
-        delay = backoff(self.outbox_attempt, config.retry_initial, config.retry_max)
-        denied = isinstance(error, PermissionDenied)
-        if denied:
-            delay = config.retry_max
+        self.dirty, self.push_error = True, error
+        self.push_attempt += 1
+        delay = backoff(self.push_attempt, self.config.retry_initial, self.config.retry_max)
+        if error.needs_person:
+            delay = self.config.retry_max
         log.log(
-            logging.ERROR if denied else logging.WARNING,
-            "%(error)s; changes wait, sending again in %(delay).1fs",
+            logging.ERROR if error.needs_person else logging.WARNING,
+            "%(error)s; changes wait, %(remedy)ssending again in %(delay).1fs",
             error=error,
+            remedy=remedy_for(error),
             delay=delay,
         )
-        self.outbox_after = time.monotonic() + delay
+        self.push_after = time.monotonic() + delay
 
     def write(self, always: bool = False) -> bool:
         """Write what the watch brought, and outcomes that are due; whether there was any."""
@@ -4412,7 +4744,7 @@ class Session:
         if news or always:
             self.mirror.write(batch, outcomes)
             if self.outbox:
-                self.outbox.written(outcomes)
+                self.outbox.recorded(outcomes)
         # also if all events were at or below the checkpoint: there may be newer ones behind them
         return bool(news or batch.events)
 
@@ -4437,14 +4769,7 @@ class Session:
     def poll(self) -> float:
         """Look for pending changes even if no notification came."""
         self.dirty = True
-        pending_outside = self.postgres.query(PENDING_OUTSIDE_SQL)[0]["pending_outside"]
-        if pending_outside > self.engine.pending_outside:
-            log.warning(
-                "%(changes)s outside every mirrored prefix: left alone",
-                changes=describe(pending_outside, "pending change"),
-            )
-        self.engine.pending_outside = pending_outside
-        return self.engine.config.poll_interval
+        return self.config.poll_interval
 
     def heartbeat(self) -> float:
         """Say in etcd_sync_state that this instance is alive, unless a batch just did."""
@@ -4453,67 +4778,43 @@ class Session:
             self.write(always=True)
         return mirror.written_at + HEARTBEAT_S - time.monotonic()
 
+    def run_chore(self, chore: Timer) -> None:
+        """Do a chore; if that fails, only this chore waits longer."""
+        try:
+            chore.run()
+            chore.failures = 0
+        except EtcdFdwError as exc:
+            if exc.belongs_to > Room.CHORE:
+                raise
+            chore.failed(exc)
+
     def gauge(self) -> float:
         """Bring the gauges of pending changes up to date."""
         started = time.monotonic()
-        if self.engine.config.metrics_address:
+        if self.config.metrics_address:
             self.count_pending()
         # counting very many takes long: spend a fiftieth of the time on it at most
         return max(HEARTBEAT_S, 50 * (time.monotonic() - started))
 
     def count_pending(self) -> None:
         """Count pending changes."""
-        metrics = self.engine.metrics
+        metrics = self.metrics
         metrics.pending, metrics.oldest_pending_s = self.postgres.pending_gauges()
 
-    def summarise(self) -> float:
-        """Log what happened since the last time, if anything did."""
-        self.engine.summarise()
-        return SUMMARY_S
+    def look_outside(self) -> float:
+        """Warn of pending changes that no mirror will take."""
+        started, metrics = time.monotonic(), self.metrics
+        outside = self.postgres.query(PENDING_OUTSIDE_SQL)[0]["pending_outside"]
+        if outside > metrics.pending_outside:
+            log.warning(
+                "%(changes)s outside every mirrored prefix: left alone",
+                changes=describe(outside, "pending change"),
+            )
+        metrics.pending_outside = outside
+        return max(HEARTBEAT_S, 50 * (time.monotonic() - started))
 
 
 # ── engine ─────────────────────────────────────────────────────────────────────
-
-GRANT_REMEDY = "grant what is missing; "
-REMEDIES: dict[type[EtcdFdwError], str] = {
-    **dict.fromkeys(
-        (EtcdDenied, TokenExpired, PermissionDenied, PostgresDenied, GrantMissing), GRANT_REMEDY
-    ),
-    FencedByCopy: "is that a copy of this database? give it a mirror of its own with the command"
-    ' "sync --reset"; ',
-    Corrupt: 'see "etcdctl alarm list"; ',
-}
-
-
-class ConflictLog:
-    """Logs a line for each conflict; beyond CONFLICTS_SHOWN in a minute it only counts them.
-
-    The summary says so.  If the minute before had too many, all of this one are counted only.
-    """
-
-    def __init__(self) -> None:
-        self.began = time.monotonic()  # this minute
-        self.seen = 0  # in this minute
-        self.flood = False  # the minute before had too many
-        self.hidden = 0  # since the last summary
-
-    def note(self, id_: int, key: str, revision: int | None, message: str) -> None:
-        """Log or count a conflict about the key, which has this revision in etcd."""
-        minutes = (time.monotonic() - self.began) / SUMMARY_S
-        if minutes >= 1:
-            self.flood = minutes < 2 and self.seen > CONFLICTS_SHOWN
-            self.began, self.seen = time.monotonic(), 0
-        self.seen += 1
-        if self.flood or self.seen > CONFLICTS_SHOWN:
-            self.hidden += 1
-            return
-        log.warning(
-            "conflict: change %(id)d: %(message)s",
-            id=id_,
-            key=key,
-            revision=revision,
-            message=message,
-        )
 
 
 class Engine:
@@ -4537,7 +4838,6 @@ class Engine:
         self.host_index = 0  # index of the etcd endpoint that answered last
         self.resync: int | None = None  # the next session starts with a snapshot at, 0: now
         self.fragment = False  # the next session's watch asks for fragments: one was TooLarge
-        self.pending_outside = 0
         self.backend: tuple[int, str] | None = None  # of the last session that had the lock
         self.attempt = 0  # sessions in a row that did not last
         self.delay = 0.0  # seconds, before the last of them
@@ -4602,6 +4902,10 @@ class Engine:
                 self.metrics.connected["etcd"] = True
                 session = Session(self, postgres, etcd)
                 stack.callback(session.close)
+                resync, self.resync = self.resync, None
+                fragment, self.fragment = self.fragment, False
+                session.start(resync, fragment)
+                self.established(session)
                 session.run()
             except EtcdFdwError as exc:
                 if exc.belongs_to <= Room.SESSION and not isinstance(exc, PostgresUnavailable):
@@ -4710,7 +5014,7 @@ class Engine:
         elif isinstance(error, TooLarge) and not self.fragment:
             self.fragment = True
         else:
-            remedy = REMEDIES.get(type(error), "") if level == logging.ERROR else ""
+            remedy = remedy_for(error) if level == logging.ERROR else ""
             text = f"%(error)s; {remedy}retrying in %(delay).1fs"
             log.log(level, text, error=str(error), side=error.side, delay=self.delay)
         self.pause(self.delay)
@@ -4727,13 +5031,13 @@ class Engine:
 
     # ─ counters ─
 
-    def summarise(self) -> None:
-        """Log what happened since the last time, if anything did."""
+    def summarise(self) -> float:
+        """Log what happened since the last time, if anything did; when it is due again."""
         new = self.counters - self.reported
         self.reported = replace(self.counters)
         hidden, self.conflicts.hidden = self.conflicts.hidden, 0
         if not (new.events or new.applied or new.conflicts or new.failures):
-            return
+            return SUMMARY_S
         text = (
             "mirrored %(events)s up to revision %(revision)d; applied %(applied)s, %(conflicts)d in"
             " conflict, %(failures)d failed"
@@ -4749,16 +5053,7 @@ class Engine:
             conflicts=new.conflicts,
             failures=new.failures,
         )
-
-    def count(self, news: Counters) -> None:
-        """Count what a transaction has written."""
-        for name, number in vars(news).items():
-            vars(self.counters)[name] += number
-
-    @property
-    def lost(self) -> int:
-        """How many sessions were lost of which PostgreSQL does not know yet."""
-        return sum(self.metrics.reconnects.values()) - self.counters.reconnects
+        return SUMMARY_S
 
     # ─ signals ─
 
@@ -4811,7 +5106,7 @@ class Engine:
             self.current.count_pending()
         sides = {k: "connected" if yes else "not connected" for k, yes in m.connected.items()}
         facts: dict[str, Any] = {**vars(self.counters), **sides}
-        facts["reconnects"] += self.lost
+        facts["reconnects"] += m.lost
         log.info(
             "status: %(state)s, etcd %(etcd)s, PostgreSQL %(postgresql)s; revision %(revision)d,"
             " etcd at %(etcd_revision)d, %(lag_s).1fs behind; pending %(pending)s, oldest"
@@ -4925,13 +5220,14 @@ def report_pending(postgres: Postgres, etcd: Etcd) -> None:
     total, _ = postgres.pending_gauges()
     print(f"PostgreSQL to etcd: {describe(total, 'pending change')}")
     first = {**postgres.bounds, "limit": 20, "max_bytes": BATCH_BYTES, "in_flight": "{}"}
+    first["largest"] = VALUE_MAX_BYTES
     with postgres.cursor() as cur:
         cur.execute(PENDING_SQL, first)
         rows = [OutboxRow(*row[:-1]) for row in cur]
     for row in sorted(rows):
         transaction = OutboxTransaction([row])
-        transaction.resolve()
-        change = transaction.changes[row.key]
+        transaction.resolve({})
+        change = next(iter(transaction.changes.values()), *transaction.expectations[:1])
         kvs = etcd.range(change.key, keys_only=True).kvs
         current = kvs[0].mod_revision if kvs else 0
         if change.forced:
@@ -5118,7 +5414,7 @@ def problems_of(found: Mapping[str, Any]) -> Iterator[str]:
     if found.get("lag_revisions"):
         yield f"the mirror is behind by {describe(found['lag_revisions'], 'revision')}"
     if found.get("pending") and not found["etcd"].get("writable", True):
-        yield f"changes wait until this is granted: {GRANT_HINT}"
+        yield f"changes wait until this is granted: {grant_hint(RESERVED.decode())}"
     if (found.get("oldest_pending_age_s") or 0) > PENDING_LIMIT_S:
         yield f"a change has been pending for {show_age(found['oldest_pending_age_s'])}"
     if (found.get("oldest_outside_age_s") or 0) > PENDING_LIMIT_S:
@@ -5248,7 +5544,7 @@ def reset_mirror(config: Config) -> None:
         postgres.ensure_schema()
         state = postgres.state()
         if state and postgres.query(HAS_PENDING_SQL)[0]["found"]:
-            outbox = Outbox(engine, postgres, etcd, state)
+            outbox = Outbox(postgres, etcd, config, engine.waker, engine.conflicts, state)
             outcomes = outbox.due(sys.maxsize)
             outbox.retire()
         with postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
@@ -5261,10 +5557,10 @@ def reset_mirror(config: Config) -> None:
     log.warning("dropped the mirror: %(rows)s", rows=describe(deleted, "row"))
 
 
-LAST_PENDING_SQL = f"SELECT pg_catalog.max(id) AS last FROM etcd_wal WHERE {PENDING}"
+LAST_PENDING_SQL = f"SELECT pg_catalog.max(p.id) AS last FROM etcd_wal p WHERE {PENDING}"
 WAITS_SQL = f"""
 SELECT pg_catalog.count(*) AS pending, pg_catalog.pg_notify('{CHANGES_CHANNEL}', '')
-FROM etcd_wal WHERE id <= %(last)s AND {PENDING}
+FROM etcd_wal p WHERE p.id <= %(last)s AND {PENDING}
 """
 # Changes of one transaction are tried again together.
 RETRY_TOGETHER_SQL = """
@@ -5296,8 +5592,8 @@ class Goal:
         Raises EtcdFdwError if the active instance does not get on.
         """
         metrics, session, now = self.engine.metrics, self.engine.current, time.monotonic()
-        if session and session.outbox_error:
-            raise session.outbox_error  # it takes longer than anybody waits for a command
+        if session and session.push_error:
+            raise session.push_error  # it takes longer than anybody waits for a command
         self.pause_s = min(1.5 * self.pause_s, 5.0)
         self.revision = self.revision or etcd.header.revision
         state = postgres.state() if postgres.schema_version() == SCHEMA_VERSION else None
@@ -5490,7 +5786,7 @@ def check_etcd(config: Config) -> Iterator[Finding]:
         if release and release < [3, 4]:
             yield EtcdFdwError("etcd 3.4 or later is needed: upgrade it")
         yield f"etcd grants reading {prefix or 'all keys'!r}"
-        keys = ((prefix, remedy), (RESERVED.decode(), GRANT_HINT))
+        keys = ((prefix, remedy), (RESERVED.decode(), grant_hint(RESERVED.decode())))
         grants = [grant for start, grant in keys if not may_write(etcd, start)]
         text = f"changes from SQL would wait until this is granted: {'; '.join(grants)}"
         if not grants:

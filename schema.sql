@@ -103,6 +103,7 @@ BEGIN
             DROP CONSTRAINT IF EXISTS etcd_wal_finished_check,
             DROP CONSTRAINT IF EXISTS etcd_wal_dismissed_check,
             DROP CONSTRAINT IF EXISTS etcd_wal_ttl_check;
+        ALTER TABLE etcd_sync_state ADD COLUMN IF NOT EXISTS deferred jsonb NOT NULL DEFAULT '[]';
         UPDATE etcd_sync_state SET unrepaired = true;
         DROP FUNCTION IF EXISTS
             etcd_get_all(text, bigint), etcd_list(text), etcd_at(bigint, text), _etcd_state(text, bigint),
@@ -234,6 +235,7 @@ CREATE TABLE IF NOT EXISTS etcd_sync_state (
     etcd_revision    bigint,
     receipt          bigint            NOT NULL DEFAULT 0,
     split            xid8[]            NOT NULL DEFAULT '{}',
+    deferred         jsonb             NOT NULL DEFAULT '[]',
     generation       bigint            NOT NULL DEFAULT 0,
     unrepaired       boolean           NOT NULL DEFAULT false,
     updated_at       timestamptz       NOT NULL DEFAULT now(),
@@ -266,6 +268,7 @@ COMMENT ON COLUMN etcd_sync_state.last_key IS 'recently mirrored key, by which a
 COMMENT ON COLUMN etcd_sync_state.etcd_revision IS 'newest revision of the whole etcd store that was seen';
 COMMENT ON COLUMN etcd_sync_state.receipt IS 'etcd''s revision up to which the outcomes of changes are in etcd_wal';
 COMMENT ON COLUMN etcd_sync_state.split IS 'PostgreSQL transactions too large for one of etcd, not all applied yet';
+COMMENT ON COLUMN etcd_sync_state.deferred IS 'outcomes whose row of etcd_wal somebody has locked, or a trigger refuses';
 COMMENT ON COLUMN etcd_sync_state.generation IS 'raised with every commit of the daemon; what etcd_wait sleeps on';
 COMMENT ON COLUMN etcd_sync_state.unrepaired IS 'mirrored by a version that knew less of a key: the daemon compares it once';
 COMMENT ON COLUMN etcd_sync_state.updated_at IS 'when the checkpoint last moved';

@@ -2423,8 +2423,8 @@ class OutboxRow(NamedTuple):
             return f"its value has {self.size} bytes, more than any etcd takes ({VALUE_MAX_BYTES})"
         if self.value is not None and self.value_bytes is not None:
             return "it has both value and value_bytes"
-        if not self.queued_at:
-            return "its ts is no time between the years 1 and 9999"
+        if self.queued_at == -1:
+            return "its ts is no time before the year 9999"
         if self.action not in (None, EXPECT, KEEPALIVE):
             return f"there is no action {self.action!r}"
         if (self.ttl or 0) < 0 or (self.revision or 0) < 0:
@@ -2590,8 +2590,8 @@ class Outcome(NamedTuple):
 
 # The row that was sent, or none: ids are used again after a failover or TRUNCATE … RESTART IDENTITY
 QUEUED_AT = """
-CASE WHEN w.ts BETWEEN '0001-01-01 00:00+00'::timestamptz AND '9999-01-01 00:00+00'::timestamptz
-     THEN (extract(epoch FROM w.ts)::float8 * 1000000::float8)::bigint ELSE 0 END
+CASE WHEN w.ts BETWEEN '4713-01-01 BC'::timestamptz AND '9999-01-01'::timestamptz
+     THEN (extract(epoch FROM w.ts)::float8 * 1000000::float8)::bigint ELSE -1 END
 """
 # "finished_at IS NULL" rather than "status = 'pending'", so that the planner takes the primary key
 # and not an index of pending rows; the settings keep it from reading all of etcd_wal
@@ -2800,7 +2800,7 @@ def format_rows(rows: Iterable[OutboxRow]) -> str:
 def parse_rows(text: str) -> dict[int, int]:
     """The ids in a text by format_rows(), each with the time at which it was queued."""
     found: dict[int, int] = {}
-    for first, last, queued_at in re.findall(r"(\d+)(?:-(\d+))?@(\d+)", text):
+    for first, last, queued_at in re.findall(r"(\d+)(?:-(\d+))?@(-?\d+)", text):
         found.update(dict.fromkeys(range(int(first), int(last or first) + 1), int(queued_at)))
     return found
 

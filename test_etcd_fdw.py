@@ -2372,7 +2372,7 @@ def test_index_that_refuses_a_value_keeps_the_mirror_waiting(daemon, db, prefix,
     value = random_text(5_000 if index == "INDEX" else 5)  # too long for an index; or there twice
     etcd.put(prefix + "a", value)
     etcd.put(prefix + "b", value)
-    one.wait_log(r"WARN PostgreSQL: .* \"somebody_s\" .*retrying")
+    one.wait_log(r"ERROR PostgreSQL: .* \"somebody_s\" .*retrying")
     rows(db, "DROP INDEX somebody_s")
     wait_equal(db, etcd, prefix)
 
@@ -5888,7 +5888,14 @@ def test_audit_of_all_tells_who_and_what_became_of_it(daemon, db, prefix, etcd):
     asked = {"wal_id": id_, "role": user, "application": "billing"}
     assert rows(db, sql, key) == [
         ("change", "conflict", "postgresql", "etcd", after, {**asked, "wal_id": id_ + 1}),
-        ("change", "success", "postgresql", "etcd", after, asked),
+        (
+            "change",
+            "success",
+            "postgresql",
+            "etcd",
+            after,
+            {**asked, "replaced_revision": revision},
+        ),
         ("mirror", "success", "etcd", "postgresql", revision, None),
         ("mirror", "success", "etcd", "postgresql", after, None),
     ]

@@ -279,8 +279,15 @@ class World:
         "", "0", "30s", "true", " ", "\\N", "\\.", "\\.\n", "a\tb\nc\rd\\e\\\\f", "'\"`$$%s%%{}",
         "größe: 10 €", "naïve 🐘 \u2028 \ufeff \U0010ffff", "日本語", JSON, f"---\n- {JSON}\n",
     )  # fmt: skip
+    POD = base64.b64decode(  # protobuf in Kubernetes' envelope
+        "azhzAAoJCgJ2MRIDUG9kEoUCCqgBCgV3ZWItMRIAGgdkZWZhdWx0IgAqBDNmMGMyADgAQggI3dOO2AYQAFoO"
+        "CgNhcHASB2dyw7bDn2WKAUEKDGt1YmVjdGwtZWRpdBIGVXBkYXRlGgJ2MSIICN3TjtgGEAAyCEZpZWxkc1Yx"
+        "Og8KDXsiZjpzcGVjIjp7fX1CAIoBKQoHa3ViZWxldBIGVXBkYXRlGgJ2MSIICN3TjtgGEAAyAEIGc3RhdHVz"
+        "EkMSJQoDd2ViEgpuZ2lueDoxLjI5KgBCAGoAcgCAAQCIAQCQAQCiAQAaADIAQgBKAFIAWABgAGgAggEAigEA"
+        "mgEAwgEAGhMKABoAIgAqADIASgBaAHIAiAEAGgAiAA=="
+    )
     BYTES: tuple[bytes, ...] = (  # no text, as PostgreSQL has it
-        b"k8s\0\n\t\n\x02v1\x12\x03Pod\x12\x0e\n\x0c\n\x05web-1\x1a\0\"\x01x\x1a\0\"\0",  # protobuf
+        POD,
         b"\0", b"\xff\xfe\x00", b"\xed\xa0\x80",  # a surrogate is no UTF-8
         bytes(range(256)), bytes.fromhex("1f8b0800000000000003"),
     )  # fmt: skip
@@ -703,7 +710,7 @@ def run_script(
     return done
 
 
-class Daemon(Process):
+class Daemon(Process, Closing):
     """A running `etcd_fdw.py args`; its output goes to a log file."""
 
     def __init__(
@@ -719,6 +726,8 @@ class Daemon(Process):
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+
+    close = Process.kill
 
     @property
     def pid(self) -> int:
@@ -6009,24 +6018,25 @@ pidfile=%(here)s/supervisord.pid
 file=%(here)s/s.sock
 [rpcinterface:supervisor]
 supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
-[program:etcd_fdw]
-command={command}
-autorestart=true
-startsecs=1
-stopwaitsecs=15
-redirect_stderr=true
-stdout_logfile=%(here)s/etcd_fdw.log
 """
 
 
 @pytest.fixture
 def supervisord(db: str, prefix: str, etcd_address: EtcdAddress) -> Iterator[tuple[Path, Any]]:
-    """A real supervisord that runs the daemon: its directory, and its XML-RPC interface."""
-    server = ["-p", db.replace(" ", r"\ "), "-e", etcd_address.dsn(prefix)]
-    command = " ".join([sys.executable, str(SCRIPT), *server]).replace("%", "%%")
+    """A real supervisord that runs it as README says: the log, and the XML-RPC interface."""
     with tempfile.TemporaryDirectory() as name:  # a path short enough for a socket
-        config = Path(name, "supervisord.conf")
-        config.write_text(SUPERVISORD_CONF.format(command=command))
+        options, config = Path(name, "etcd_fdw.yaml"), Path(name, "supervisord.conf")
+        options.write_text(json.dumps({"postgres-dsn": db, "etcd-dsn": etcd_address.dsn(prefix)}))
+        program = readme_block("supervisord").replace("user=etcd_fdw\n", "")
+        for path, ours in [
+            ("/opt/etcd_fdw/.venv/bin/python", sys.executable),
+            ("/opt/etcd_fdw/etcd_fdw.py", SCRIPT),
+            ("/etc/etcd_fdw.yaml", options),
+            ("/var/log/", f"{name}/"),
+        ]:
+            assert path in program
+            program = program.replace(path, str(ours))
+        config.write_text(SUPERVISORD_CONF + program)
         process = subprocess.Popen(
             [sys.executable, "-m", "supervisor.supervisord", "-c", config],
             env=clean_environ(),
@@ -6071,6 +6081,18 @@ def test_supervisord_starts_restarts_and_stops_it(supervisord, db, prefix, etcd)
     info = interface.getProcessInfo("etcd_fdw")
     assert (info["statename"], info["exitstatus"]) == ("STOPPED", 0)
     assert log_path.read_text().endswith(" INFO stopped\n")
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
+def test_systemd_unit_of_the_readme_is_confined(tmp_path):
+    unit = tmp_path / "etcd_fdw.service"
+    unit.write_text(readme_block("systemd"))
+    options = ["--offline=true", "--threshold=15", str(unit)]  # 1.5 of 10, which is the worst
+    command = ["systemd-analyze", "security", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "unrecognized option" in done.stderr:
+        pytest.skip("needs systemd 250")
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr
 
 
 # ── faults: etcd and network ─────────────────────────────────────────────────
@@ -8231,8 +8253,11 @@ def leader_of(members: Sequence[PatroniMember]) -> PatroniMember | None:
 
 
 @pytest.mark.timeout(600)
-def test_patroni_is_mirrored_through_restart_and_failover(daemon, db, etcd_address, etcd, patroni):
+def test_patroni_is_changed_and_followed_as_readme_says(daemon, db, etcd_address, etcd, patroni):
+    """Through a switchover, a crash of the leader, and restarts of the daemon."""
     prefix, members = patroni
+    script = readme_block("patroni").replace("/service/batman/", prefix)
+    leaders, history, configure, switch_over = re.findall(r"\S.*?;\n", script, re.DOTALL)
     servers = {"etcd": etcd_address.dsn(prefix)}
     with Recorder(etcd, prefix) as recorder:
         first = daemon(**servers)
@@ -8240,32 +8265,31 @@ def test_patroni_is_mirrored_through_restart_and_failover(daemon, db, etcd_addre
         wait_until("Patroni made no cluster", lambda: leader_of(members))
         members[1].start()
         wait_until("pg2 is no replica", lambda: members[1].ask("replica") == 200)
+        rows(db, configure)
+        config = lambda: json.loads(http_get(members[0].api, "/config")[1])  # noqa: E731
+        wait_until("not configured", lambda: config()["loop_wait"] == 3)
 
-        first.kill()
-        body = {"leader": "pg1", "candidate": "pg2"}
-
-        def switched() -> bool:  # it may refuse at first, or answer before it is done
-            if leader_of(members) is members[0]:
-                members[0].ask("switchover", body)
+        def switched() -> bool:  # Patroni takes the key away, also where it does not do it yet
+            if leader_of(members) is members[0] and not etcd.get(prefix + "failover"):
+                with suppress(psycopg2.Error):  # our mirror may have the one that it took away
+                    rows(db, switch_over)
             return leader_of(members) is members[1]
 
         wait_until("no switchover", switched)
-        second = daemon(**servers)
-
+        first.kill()
         wait_until("pg1 does not follow", lambda: members[0].ask("replica") == 200)
+        second = daemon(**servers)
         members[1].kill()  # the lock goes when its lease expires
         wait_until("no failover", lambda: leader_of(members) is members[0])
         assert second.stop() == 0
         third = daemon(**servers)
         assert_same(recorder, db, prefix)
-        query = re.search(r"app=> (SELECT date_trunc.*?;)", README.read_text(), re.DOTALL)
-        assert query
-        found = rows(db, query[1].replace("/service/batman/", prefix))
-        leaders = [leader for _, _, leader, _ in found]
+        seen = [leader for _, _, leader, _ in rows(db, leaders)]
         told = [e.value for e in recorder.history() if e.key.decode() == prefix + "leader"]
-        assert leaders == [value.decode() if value else "(nobody)" for value in told]
-        inaugurations = iter(leaders)  # in between nobody may lead, or a busy machine elect again
+        assert seen == [value.decode() if value else "(nobody)" for value in told]
+        inaugurations = iter(seen)  # in between nobody may lead, or a busy machine elect again
         assert all(name in inaugurations for name in ("pg1", "pg2", "(nobody)", "pg1"))
+        assert "pg2" in [leader for *_, leader in rows(db, history)]
         assert third.returncode is None
 
 
@@ -8319,14 +8343,14 @@ class LocalCoreDns(Breakable):
 def test_dns_from_sql_answers_as_readme_shows(daemon, db, own_etcd):
     program = program_of("coredns", "1.15.0")
     daemon(etcd=etcd_dsn(own_etcd.endpoint, "/skydns/"))
+    rows(db, readme_block("dns trigger"))
     steps = re.findall(r"^(\$ dig|app=>) (.*)\n((?:(?!\$|app=>).*\n)*)", readme_block("dns"), re.M)
-    assert len(steps) >= 6
+    assert len(steps) >= 12
     with LocalCoreDns(program, own_etcd.endpoint) as dns:
         for kind, command, shown in steps:
             if kind == "app=>":
-                values = [row[-1] for row in rows(db, command) if row[-1]]
-                assert shown == "" or values == re.findall(r"\| ({.*})$", shown, re.M)
-                statuses(db)
+                rows(db, command)
+                assert set(statuses(db)) == {"success"}
             else:
                 name, address = command.split()[-1], shown.strip()
                 message = f"{name} is not {address!r}"
@@ -8413,6 +8437,32 @@ def test_kine_that_has_compacted_the_checkpoint_is_followed(daemon, db):
         write_as_kubernetes(client, prefix + "a", "3")
         wait_equal(db, client, prefix)
         assert len(re.findall("watching", one.log())) == 1
+
+
+# ─ Kubernetes ─
+
+
+def test_objects_of_kubernetes_are_read_and_undeleted_as_readme_says(daemon, db, own_client):
+    """The Pod is protobuf as k8s.io/apimachinery makes it, the other one JSON."""
+    pod, custom = "/registry/pods/default/web-1", "/registry/stable.example.com/crontabs/default/ct"
+    rows(db, SCHEMA_SQL)
+    rows(db, readme_block("kubernetes objects"))
+    query, undelete = re.findall(r"SELECT .*?;", readme_block("kubernetes queries"), re.DOTALL)
+    meta = '"name": "ct", "namespace": "default", "managedFields": [{"manager": "helm"}]'
+    told = f'{{"apiVersion": "stable.example.com/v1", "kind": "CronTab", "metadata": {{{meta}}}}}'
+    daemon(etcd=etcd_dsn(own_client.endpoint, "/registry/"))
+    own_client.put(pod, World.POD)
+    own_client.put(custom, told)
+    own_client.put("/registry/health", '{"health": "true"}')
+    wait_equal(db, own_client, "/registry/")
+    ((*found, _),) = rows(db, query)
+    assert found == ["v1", "Pod", "pods", "default", "web-1", ["kubectl-edit", "kubelet"]]
+    ((*found, _),) = rows(db, query.replace("'Pod'", "'CronTab'"))
+    assert found[1:] == ["CronTab", "stable.example.com/crontabs", "default", "ct", ["helm"]]
+    own_client.delete(pod)
+    wait_equal(db, own_client, "/registry/")
+    assert rows(db, undelete) and statuses(db) == ["success"]
+    assert own_client.get(pod).value == World.POD
 
 
 # ── demo, README, packaging ──────────────────────────────────────────────────
@@ -8550,13 +8600,16 @@ import sys
 def note(cur, *change):
     cur.execute("INSERT INTO followed VALUES (%s, %s, %s, %s)", change)
 
-follow(sys.argv[1], sys.argv[2], note)
+def forget(cur):
+    cur.execute("DELETE FROM followed")
+
+follow(sys.argv[1], sys.argv[2], note, forget)
 """
 
 
-def test_follower_of_the_readme_takes_each_change_once(daemon, db, prefix, etcd, tmp_path):
-    """Also when it is killed, when its connection breaks, and while it is away."""
-    daemon("--notify-channel", "etcd_mirrored")
+def test_follower_of_the_readme_takes_each_change_once(daemon, command, db, prefix, etcd, tmp_path):
+    """Also when it is killed, when its connection breaks, while it is away, and after a reset."""
+    one = daemon("--notify-channel", "etcd_mirrored")
     rows(db, "CREATE TABLE followed (revision bigint, key text, value text, deleted boolean)")
     program = tmp_path / "follower.py"
     program.write_text(FOLLOWER.format(code=readme_block("follower")))
@@ -8577,17 +8630,20 @@ def test_follower_of_the_readme_takes_each_change_once(daemon, db, prefix, etcd,
         assert rows(db, followed) == rows(db, mirrored)
 
     for _ in range(3):
-        follower = Daemon(tmp_path / "follower.log", dsn, prefix, script=program)
-        try:
+        with Daemon(tmp_path / "follower.log", dsn, prefix, script=program) as follower:
             wait_until("it does not start", lambda: scalar(db, "SELECT to_regclass('follower')"))
             assert_follows()
             end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
             assert rows(db, f"{end} WHERE application_name = 'follower'")
             assert_follows()
             assert follower.returncode is None, follower.log()
-        finally:
-            follower.kill()
         change()
+    one.stop()
+    command("sync", "--reset", "--yes", exit_code=0)
+    etcd.put(prefix + "c", "")
+    daemon("--notify-channel", "etcd_mirrored")
+    with Daemon(tmp_path / "follower.log", dsn, prefix, script=program):
+        assert_follows()
 
 
 def compose() -> dict[str, Any]:

@@ -421,9 +421,9 @@ def _has_ended(conn: psycopg2.extensions.connection) -> bool:
     return True
 
 
-def create_role(db: str, name: str) -> None:
+def create_role(db: str, name: str, password: str | None = None) -> None:
     """Make a role that can log in as make_dsn(db, user=name) says, which keeps the password."""
-    password = psycopg2.extensions.parse_dsn(db).get("password")
+    password = password or psycopg2.extensions.parse_dsn(db).get("password")
     rows(db, f"CREATE ROLE {name} LOGIN PASSWORD %s", password)
 
 
@@ -2376,7 +2376,7 @@ def test_who_holds_the_lock_of_a_generation_does_not_hold_up_the_mirror(daemon, 
 
 @pytest.mark.parametrize("index", ["INDEX", "UNIQUE INDEX"])
 def test_index_that_refuses_a_value_keeps_the_mirror_waiting(daemon, db, prefix, etcd, index):
-    one = daemon()
+    one = daemon(*FAST)
     rows(db, f"CREATE {index} somebody_s ON etcd (value)")
     value = random_text(5_000 if index == "INDEX" else 5)  # too long for an index; or there twice
     etcd.put(prefix + "a", value)
@@ -6886,8 +6886,9 @@ def test_change_arrives_late(daemon, command, db, prefix, own_etcd, own_client, 
     if meanwhile == "reset":
         command("sync", "--reset", "--yes", etcd=own_etcd, exit_code=0)
     daemon(*FAST, etcd=own_etcd)
+    row = ended(db, key)
     met = ("conflict", theirs) if theirs else ("success", revision_of(own_client, key))
-    assert ended(db, key).outcome == met
+    assert row.outcome == met
     own_client.delete(key)
     deliver(network, own_etcd)
     assert own_client.get(key) is None
@@ -7979,11 +7980,26 @@ def test_proxies_of_the_environment_are_not_used(command):
     command(*VALIDATE, env=env, exit_code=0)
 
 
-def test_password_and_value_are_nowhere_to_be_seen(daemon, db, prefix, etcd, etcd_address):
+@pytest.fixture
+def owner(db: str) -> Iterator[Callable[[str], str]]:
+    """Makes a role with a password that may do what the daemon does; returns its DSN."""
+    name = f"owner_{RUN_ID}_{next(_numbers)}"
+
+    def make(password: str) -> str:
+        create_role(db, name, password)
+        rows(db, f"GRANT CREATE ON SCHEMA public TO {name}")
+        return make_dsn(db, user=name, password=password)
+
+    yield make
+    rows(db, f"DROP OWNED BY {name} CASCADE; DROP ROLE {name}")
+
+
+def test_password_and_value_are_nowhere_to_be_seen(daemon, db, prefix, etcd, etcd_address, owner):
     password = "Kx7q'%@:/ \\Zw9p"
-    login = {**psycopg2.extensions.parse_dsn(db), "password": password}
+    dsn = owner(password)
+    login = psycopg2.extensions.parse_dsn(dsn)
     uri = "postgresql://?" + urllib.parse.urlencode(login, quote_via=urllib.parse.quote)
-    one = daemon(*FAST, "-l", "debug", postgres=make_dsn(db, password=password))
+    one = daemon(*FAST, "-l", "debug", postgres=dsn)
     two = daemon(*FAST, "-l", "debug", postgres=uri, etcd=etcd_address.dsn(prefix), ready=False)
     two.wait_log("standing by")
     etcd.put(prefix + "a", "v4lue")
@@ -8025,8 +8041,8 @@ def test_password_in_an_error_is_masked():
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
-def test_short_password_damages_no_message(daemon, db, prefix, etcd_address, log_format):
-    one = daemon("--log-format", log_format, postgres=make_dsn(db, password="t"))
+def test_short_password_damages_no_message(daemon, prefix, owner, log_format):
+    one = daemon("--log-format", log_format, postgres=owner("t"))
     one.stop()
     assert "stopped" in one.log() and prefix in one.log() and "****" not in one.log()
 
@@ -8531,12 +8547,12 @@ def test_troubleshooting_has_every_warning_and_error():
         assert words in text, message
 
 
-def test_loop_that_measures_pauses_has_a_line_for_each_change(daemon, db, etcd_address):
+def test_loop_that_measures_pauses_has_a_line_for_each_change(daemon, db, prefix):
     if not shutil.which("psql"):
         pytest.skip("needs psql")
-    daemon(etcd=etcd_address.dsn("/config/"))
+    daemon()
     loop = subprocess.Popen(
-        ["bash", "-c", readme_block("probe")],
+        ["bash", "-c", readme_block("probe").replace("/config/", prefix)],
         env={**clean_environ(), "DSN": db},
         stdout=subprocess.PIPE,
         text=True,

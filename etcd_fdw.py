@@ -96,8 +96,8 @@ import io
 import itertools
 import json
 import logging
+import math
 import pwd
-import queue
 import random
 import re
 import secrets
@@ -118,7 +118,7 @@ import types
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
@@ -140,36 +140,26 @@ OUTCOME_CHANNEL = "etcd_outcome"  # payload: <lowest id>-<highest id> of a batch
 RESERVED = b"etcd_fdw/"  # where the daemon keeps its own keys in etcd; no mirror sees them
 KEY_MAX_BYTES = 2600  # a btree tuple holds 2704 bytes: key, revision, headers
 TXN_MAX_BYTES = 1 << 20  # etcd refuses requests above 1.5 MiB by default
-# Of etcd's answers, each for when the one before was not enough: bytes (with gRPC's 4 MiB a larger
-# one fails for ever), and whether a watch is to split them.  That costs little memory, but etcd a
-# time that grows with the square of the events in each: 24 s instead of 1 s for 90,000 small ones.
-ANSWER_LIMITS = (
-    (32 << 20, False),
-    (32 << 20, True),
-    (128 << 20, False),
-    (512 << 20, False),
-    (512 << 20, True),
-)
-FRAGMENT_EVENTS = 500  # in 2 MiB: if there are more, a larger limit is better than fragments
+VALUE_MAX_BYTES = 32 << 20  # of a change: a larger one is not even fetched
+MESSAGE_MAX_BYTES = 32 << 20  # of an answer; with gRPC's 4 MiB a larger one fails for ever
 QUEUE_MAX_BYTES = 16 << 20  # watch responses between the watch thread and the loop
 BATCH_BYTES = 4 << 20  # of values in one PostgreSQL transaction, or read from etcd_wal, about
 PAGE_BYTES = 2 << 20  # what a snapshot page aims at
 # First and largest number of keys in a page: etcd counts all that follow for every one of them.
 PAGE_KEYS = (16, 20000)
-PROOF_REVISIONS = 50_000  # most that a watch goes through to prove a timeline
-PROOF_BYTES = 16 << 20  # of values that etcd reads at once, for the same
 STATEMENT_LIMIT_S = 60.0  # for PostgreSQL's answer; then the connection counts as lost
 CONNECT_LEAST_S = 2.0  # for a new connection, however short --startup-timeout is
 LONG_STATEMENT_LIMIT_S = 3600.0  # applying the schema, merging a snapshot
 STEADY_S = 2.0  # a session that lasted so long was no failed attempt
-SILENCE_LIMIT_S = 30.0  # of a watch; then it is asked
-ANSWER_LIMIT_S = 15.0  # for its answer
 EVENT_LIMIT_S = 30.0  # for the watch to bring a change that etcd acknowledged
 STOP_LIMIT_S = 10.0
 LOG_LIMIT_S = 0.1  # for somebody to read on in a full log, once
 GC_THRESHOLD = 50_000  # with Python's 700 it takes a third of the time that changes take
 PIPELINE_DEPTH = 8  # Txns prepared for etcd, so that it need not wait for PostgreSQL
-RECEIPT_MAX_BYTES = 64 << 10  # of what a receipt says of the Txns before its own, about
+PICK_LOOKS = 1000  # at pending transactions, for the next Txn
+OPS_LEAST = 8  # in a Txn; an etcd that takes fewer is none
+DEFERRED_S = 1.0  # before an outcome whose row was locked is written again
+CHORE_WARN_S = 3600.0  # between two lines about the same trouble
 CONFLICTS_SHOWN = 10  # a minute; the rest is counted
 STANDBY_POLL_S = 1.0
 STATUS_WATCH_S = 0.5  # for the watch of status to bring what the mirror lacks
@@ -215,8 +205,7 @@ def _build_etcd3_messages() -> None:
     etcd3 0.12.0 (2020) ships modules made by protoc 3.6, which every protobuf since 4.21
     refuses ("Descriptors cannot be created directly").  Their file descriptors are still
     good: they are read from the source as literals, without running it.  The descriptors lack
-    etcd 3.4's watch fragmentation and progress requests, which are added.  To be removed once
-    etcd3 is regenerated.
+    etcd 3.4's watch fragmentation, which is added.  To be removed once etcd3 is regenerated.
     """
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
@@ -230,13 +219,7 @@ def _build_etcd3_messages() -> None:
         file = descriptor_pb2.FileDescriptorProto.FromString(
             ast.literal_eval(literal[1]).encode("latin-1")
         )
-        if name == "rpc":
-            file.message_type.add(name="WatchProgressRequest")
         for message in file.message_type:
-            if message.name == "WatchRequest":
-                kind = f".{file.package}.WatchProgressRequest"
-                added = {"label": 1, "type": 11, "type_name": kind, "oneof_index": 0}
-                message.field.add(name="progress_request", number=3, **added)
             number = {"WatchCreateRequest": 8, "WatchResponse": 7}.get(message.name)
             if number and all(f.name != "fragment" for f in message.field):
                 message.field.add(name="fragment", number=number, label=1, type=8)  # bool
@@ -431,7 +414,11 @@ class Rejected(EtcdUnavailable):
     belongs_to = Room.CHANGE
 
 
-class TooManyOperations(Rejected):
+class RequestTooLarge(Rejected):
+    """the Txn is larger than etcd takes"""
+
+
+class TooManyOperations(RequestTooLarge):
     """--max-txn-ops is above the server's own limit"""
 
 
@@ -494,9 +481,9 @@ ETCD_MESSAGES: list[tuple[str, type[EtcdFdwError]]] = [
     ("request timed out", WritesRefused),  # no quorum
     ("corrupt cluster", Corrupt),
     ("unsupported operations in txn request", Unsupported),  # kine
-    ("request is too large", Rejected),
+    ("request is too large", RequestTooLarge),
     ("too many operations", TooManyOperations),
-    ("grpc: received message larger than max", Rejected),  # Go, on the server
+    ("grpc: received message larger than max", RequestTooLarge),  # Go, on the server
     ("Received message larger than max", TooLarge),  # C core, here
     ("requested lease not found", LeaseNotFound),
     ("key not found", Rejected),
@@ -640,6 +627,22 @@ def postgres_error(exc: psycopg2.Error, notices: Sequence[str] = ()) -> EtcdFdwE
     return kind(f"PostgreSQL: {message}" + (f" ({code})" if code else ""))
 
 
+REMEDIES: tuple[tuple[type[EtcdFdwError], str], ...] = (
+    (AccessDenied, "grant what is missing; "),
+    (
+        FencedByCopy,
+        'is that a copy of this database? give it a mirror of its own with "sync --reset"; ',
+    ),
+    (Corrupt, 'see "etcdctl alarm list"; '),
+)
+
+
+def remedy_for(error: EtcdFdwError) -> str:
+    """What a person can do about an error that needs one, if that is known."""
+    found = (text for kind, text in REMEDIES if isinstance(error, kind) and error.needs_person)
+    return next(found, "")
+
+
 def internal_error(exc: Exception) -> InternalError:
     """The error for an exception that nobody has thought of; its traceback is logged at debug."""
     where = traceback.extract_tb(exc.__traceback__)[-1]
@@ -667,16 +670,14 @@ class EtcdTarget:
     dial_timeout: float = 5.0  # seconds
     request_timeout: float = 10.0  # seconds
     keepalive: float = 15.0  # seconds between pings
-    exclude: tuple[str, ...] = ()  # what of the prefix is not mirrored; sorted
 
-    @property
-    def hidden(self) -> tuple[bytes, ...]:
-        """What keys begin with that no mirror sees."""
-        return (RESERVED, *(prefix.encode() for prefix in self.exclude))
 
-    def excluded(self, key: str | bytes) -> bool:
-        """Whether a key is not mirrored, and cannot be changed from SQL."""
-        return (key.encode() if isinstance(key, str) else key).startswith(self.hidden)
+class KeyValueRecord(NamedTuple):
+    """One version of one key, as etcd has it."""
+
+    key: bytes
+    value: bytes | None  # None: deleted
+    revision: int
 
 
 class SynchronizationEvent(NamedTuple):
@@ -733,25 +734,6 @@ def prefix_range(prefix: str) -> tuple[bytes, bytes]:
     return key, key[:-1] + bytes([key[-1] + 1])  # no byte of UTF-8 is 0xff
 
 
-def segments(prefix: str, hidden: Iterable[str]) -> list[tuple[bytes, bytes]]:
-    """The ranges of all keys that start with prefix, without those that start with a hidden one."""
-    start, end = prefix_range(prefix)
-    found = []
-    for each in sorted(hidden):
-        key, after = prefix_range(each)
-        if each.startswith(prefix) and key >= start:  # else outside, or below the one before
-            found.append((start, key))
-            start = after
-    return [*found, (start, end)]
-
-
-def overlap(one: tuple[bytes, bytes], other: tuple[bytes, bytes]) -> tuple[bytes, bytes] | None:
-    """The keys that are in both of two ranges of etcd, whose end b"\\0" is above all keys."""
-    end = min(one[1], other[1], key=lambda end: (end == b"\0", end))
-    start = max(one[0], other[0])
-    return (start, end) if end in (b"\0", max(end, start + b"\0")) else None
-
-
 def text_after(prefix: str) -> str | None:
     """The least text above all that starts with prefix, in the order of COLLATE "C"."""
     stem = prefix.rstrip("\U0010ffff")
@@ -759,6 +741,32 @@ def text_after(prefix: str) -> str | None:
         return None
     following = ord(stem[-1]) + 1
     return stem[:-1] + chr(0xE000 if following == 0xD800 else following)
+
+
+COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + struct.pack(">ii", 0, 0)
+COPY_TRAILER = struct.pack(">h", -1)
+COPY_NULL = struct.pack(">i", -1)
+_pack_key = struct.Struct(">hi").pack
+_pack_length = struct.Struct(">i").pack
+_pack_tail = struct.Struct(">iqib").pack
+_pack_lease = struct.Struct(">iq").pack
+
+
+def copy_row(key: bytes, value: bytes | None, revision: int, lease: int) -> bytes:
+    """A row (key, value, value_bytes, revision, tombstone, lease) in COPY's binary format.
+
+    lease is etcd's: 0 for none, which is null in the row.
+    Binary needs no escaping, so no byte can be misread. Source: PostgreSQL's COPY reference.
+    """
+    if value is None:
+        columns = COPY_NULL + COPY_NULL
+    elif is_text(value):
+        columns = _pack_length(len(value)) + value + COPY_NULL
+    else:
+        columns = COPY_NULL + _pack_length(len(value)) + value
+    columns += _pack_tail(8, revision, 1, value is None)
+    columns += _pack_lease(8, lease) if lease else COPY_NULL
+    return _pack_key(6, len(key)) + key + columns
 
 
 def int_array(numbers: Iterable[int | None]) -> str:
@@ -890,8 +898,7 @@ def parse_postgres_dsn(text: str) -> str:
 ETCD_FILES = ("ca", "cert", "key")
 ETCD_PARAMETERS: dict[str, Callable[[str], Any]] = {
     "tls": choice(enabled=True, disabled=False),
-    **dict.fromkeys((*ETCD_FILES, "server_name", "username", "password"), str),
-    **dict.fromkeys(("prefix", "exclude"), str),
+    **dict.fromkeys((*ETCD_FILES, "server_name", "username", "password", "prefix"), str),
     **dict.fromkeys(("dial_timeout", "request_timeout", "keepalive"), parse_positive_duration),
 }
 
@@ -936,11 +943,10 @@ def parse_etcd_parameters(query: str) -> dict[str, Any]:
         if name not in ETCD_PARAMETERS:
             quoted = "" if "password" in given else f" {name!r}"  # it may be the rest of that
             raise ValueError(f"unknown parameter{quoted}; known: {', '.join(ETCD_PARAMETERS)}")
-        if name in given and name != "exclude":
+        if name in given:
             raise ValueError(f"parameter {name!r} is given twice")
         try:
-            parsed = ETCD_PARAMETERS[name](value)
-            given[name] = (*given.get(name, ()), parsed) if name == "exclude" else parsed
+            given[name] = ETCD_PARAMETERS[name](value)
         except ValueError as exc:
             raise ValueError(f"{name}: {exc}") from None
     return given
@@ -975,11 +981,6 @@ def parse_etcd_dsn(text: str) -> EtcdTarget:
         raise ValueError(
             f"the prefix is below {RESERVED.decode()}, where etcd_fdw has its own keys"
         )
-    given["exclude"] = tuple(sorted(set(given.get("exclude", ()))))
-    for excluded in given["exclude"]:
-        below = excluded.startswith(prefix.decode()) and excluded != prefix.decode()
-        if not (below and is_storable(excluded.encode())):
-            raise ValueError(f"exclude: {excluded!r} is not below the prefix")
     given.setdefault("username", username or None)
     given.setdefault("password", password or None)
     if (given["username"] is None) != (given["password"] is None):
@@ -1488,10 +1489,21 @@ class Metrics:
         self.caught_up = False  # the mirror has all that the watch has brought
         self.caught_up_at = time.monotonic()  # when that was last so
         self.pending: int | None = None  # None: not known yet
+        self.pending_outside = 0  # of every prefix
         self.oldest_pending_s = 0.0
         self.deleted = {"etcd": 0, "etcd_wal": 0, "etcd_sync_event": 0}
         self.apply_counts = [0] * (len(APPLY_BUCKETS_S) + 1)
         self.apply_s = 0.0
+
+    def count(self, news: Counters) -> None:
+        """Count what a transaction has written."""
+        for name, number in vars(news).items():
+            vars(self.counters)[name] += number
+
+    @property
+    def lost(self) -> int:
+        """How many sessions were lost of which PostgreSQL does not know yet."""
+        return sum(self.reconnects.values()) - self.counters.reconnects
 
     def batch_done(self, read_at: Iterable[float], started: float) -> None:
         """Count a transaction that began at started, and wrote outcomes of changes read_at then."""
@@ -1640,7 +1652,8 @@ SET tcp_keepalives_idle = 10;
 SET tcp_keepalives_interval = 5;
 SET tcp_keepalives_count = 4;
 SET tcp_user_timeout = 30000;
-SELECT pid, backend_start::text, pg_notification_queue_usage()
+SELECT pid, backend_start::text, pg_catalog.current_setting('lock_timeout'),
+       pg_notification_queue_usage()
 FROM pg_stat_activity WHERE pid = pg_backend_pid();
 """
 LISTEN_SQL = "LISTEN etcd_changes;"  # which no standby takes
@@ -1678,11 +1691,9 @@ WHERE prefix <> %(prefix)s
   AND (pg_catalog.starts_with(prefix, %(prefix)s) OR pg_catalog.starts_with(%(prefix)s, prefix))
 """
 STATE_SQL = """
-SELECT s.mirror_id::text, s.cluster_id, s.revision, s.last_revision,
-       (SELECT greatest(s.first_revision, pg_catalog.max(pg_catalog.upper(g)))
-        FROM pg_catalog.unnest(s.gaps) g) AS copied_at,
-       s.receipt, s.split::text[], s.unrepaired, s.excluded, s.pid, s.host
-FROM etcd_sync_state s WHERE s.prefix = %(prefix)s
+SELECT mirror_id::text, cluster_id, revision, last_key, receipt, split::text[], deferred,
+       unrepaired, pid, host
+FROM etcd_sync_state WHERE prefix = %(prefix)s
 """
 ACTIVATE_SQL = """
 UPDATE etcd_sync_state
@@ -1698,16 +1709,22 @@ WHERE prefix = %(prefix)s
 EVENT_SQL = """
 INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, source_revision,
                              target_system, target_revision, duration, details)
-VALUES (%(prefix)s, %(operation)s, %(status)s, %(key)s, %(source_system)s, %(source_revision)s,
-        %(target_system)s, %(target_revision)s, %(duration)s, %(details)s)
+SELECT * FROM (VALUES %s) AS n (prefix, operation, status, key, source_system, source_revision)
+"""
+NEW_EVENT_SQL = """
+WHERE NOT EXISTS (
+    SELECT FROM etcd_sync_event e
+    WHERE (e.prefix, e.status, e.key, e.source_revision)
+        = (n.prefix, n.status, n.key, n.source_revision))
 """
 psycopg2.extensions.register_adapter(dict, psycopg2.extras.Json)
-PENDING = "status = 'pending' AND pg_catalog.starts_with(key, %(prefix)s)"
+EVENT_TEMPLATE = "(%s, %s, %s, %s, %s, %s::bigint, %s, %s::bigint, %s::interval, %s::jsonb)"
+PENDING = "p.status = 'pending' AND pg_catalog.starts_with(p.key, %(prefix)s)"
 PENDING_GAUGES_SQL = f"""
 SELECT pg_catalog.count(*) AS pending,
-       coalesce(extract(epoch FROM clock_timestamp() - pg_catalog.min(ts))::float8, 0::float8)
+       coalesce(extract(epoch FROM clock_timestamp() - pg_catalog.min(p.ts))::float8, 0::float8)
            AS oldest_s
-FROM etcd_wal WHERE {PENDING}
+FROM etcd_wal p WHERE {PENDING}
 """
 PENDING_OUTSIDE_SQL = """
 SELECT pg_catalog.count(*) AS pending_outside,
@@ -1750,12 +1767,11 @@ class SyncState(NamedTuple):
     mirror_id: str
     cluster_id: str
     revision: int  # the checkpoint
-    last_revision: int  # of the newest event mirrored; until the checkpoint there was none
-    copied_at: int  # revision of the last copy; what came before it may be known in part
+    last_key: str | None
     receipt: int  # revision of the newest receipt whose outcomes are all written
     split: list[str]  # transactions that are applied change by change, and not all done
-    unrepaired: bool  # mirrored by a version that knew less of a key, or without what it now has
-    excluded: list[str]  # sub-prefixes that are not in the mirror
+    deferred: list[list[Any]]  # see Outcomes
+    unrepaired: bool  # mirrored by a version that did not know leases
     pid: int | None
     host: str | None
 
@@ -1808,7 +1824,8 @@ class Postgres:
         self.prepared: dict[str, str] = {}  # see planned()
         with self.cursor() as cur:
             cur.execute(LISTEN_SQL * listen + SESSION_SQL)
-            self.backend: tuple[int, str] = cur.fetchone()[:2]  # this session in pg_stat_activity
+            pid, since, self.lock_timeout, _ = cur.fetchone()
+            self.backend: tuple[int, str] = pid, since  # this session in pg_stat_activity
         self.where = f"{self.conn.info.host or 'localhost'}:{self.conn.info.port}"
         self.database = f"{self.where}/{self.conn.info.dbname}"
         self.version = self.conn.info.server_version
@@ -2025,9 +2042,13 @@ class Postgres:
         """NOTIFY the channel of a range, once the transaction is committed."""
         cur.defer("SELECT pg_catalog.pg_notify(%s, %s)", (channel, f"{first}-{last}"))
 
-    def record_event(self, cur: Any, event: SynchronizationEvent) -> None:
-        """Append to etcd_sync_event."""
-        cur.execute(EVENT_SQL, {**event._asdict(), "prefix": self.prefix})
+    def record_events(
+        self, cur: Any, events: Sequence[SynchronizationEvent], again: bool = False
+    ) -> int:
+        """Append to etcd_sync_event; again: but for those that are there already. How many."""
+        rows = [(self.prefix, *event) for event in events]
+        sql = EVENT_SQL + (NEW_EVENT_SQL if again else "") + " RETURNING id"
+        return len(psycopg2.extras.execute_values(cur, sql, rows, EVENT_TEMPLATE, 1000, fetch=True))
 
     def pending_gauges(self) -> tuple[int, float]:
         """Number of pending changes, and age of the oldest in seconds."""
@@ -2043,6 +2064,7 @@ class Postgres:
 
 PUT, DELETE = 0, 1  # mvccpb.Event.EventType
 CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", MESSAGE_MAX_BYTES),
     ("grpc.max_send_message_length", -1),
     # A dead peer is noticed in 25 s, with the default of keepalive=; etcd hangs up on pings more
     # often than every 5 s.
@@ -2063,6 +2085,11 @@ def system_ca() -> str:
         if path and os.path.isfile(path):
             return path
     raise ConfigurationError("--etcd-dsn: no system CA file was found: name one with ca=FILE")
+
+
+def grant_hint(prefix: str) -> str:
+    """The command that lets the daemon write below a prefix."""
+    return f"etcdctl role grant-permission ROLE --prefix=true readwrite {prefix}"
 
 
 # gRPC's words for what goes wrong with a new connection, and what to look at.
@@ -2092,17 +2119,13 @@ class Etcd:
     and the next session has a new one.
     """
 
-    def __init__(
-        self, target: EtcdTarget, host: str, limit: tuple[int, bool] = ANSWER_LIMITS[0]
-    ) -> None:
+    def __init__(self, target: EtcdTarget, host: str) -> None:
         self.target = target
-        self.limit = limit  # one of ANSWER_LIMITS
         self.endpoint = host
         self.key, self.range_end = prefix_range(target.prefix)
         name, _, port = host.rpartition(":")
         options: list[tuple[str, Any]] = list(CHANNEL_OPTIONS)
         options.append(("grpc.keepalive_time_ms", int(1000 * target.keepalive)))
-        options.append(("grpc.max_receive_message_length", limit[0]))
         if target.server_name:
             options.append(("grpc.ssl_target_name_override", target.server_name))
         try:
@@ -2144,15 +2167,6 @@ class Etcd:
     def guarded(self) -> bool:
         """Whether etcd knows who this client is, and may have told it what it may not do."""
         return "token" in dict(self.metadata) or self.target.cert is not None
-
-    @property
-    def tells_progress(self) -> bool:
-        """Whether etcd answers WatchProgressRequest only when it has sent all events until then.
-
-        Older releases answer at once. Source: etcd's changelogs, #15248.
-        """
-        release = tuple(int(n) for n in re.findall(r"\d+", self.version)[:3])  # (): unknown
-        return not release or release >= (3, 5, 8) or (3, 4, 25) <= release < (3, 5)
 
     def server_version(self) -> str:
         """Such as 3.5.1; "unknown" if this user may not ask (etcd 3.6 and later want root)."""
@@ -2222,22 +2236,49 @@ class Etcd:
         delete.key, delete.range_end = key, range_end
         self.call(self.kv.Txn, request)
 
-    def pages(self, revision: int) -> Iterator[Any]:
-        """RangeResponses over all that is mirrored at one revision, in key order; 0: now."""
-        target = self.target
-        for segment in segments(target.prefix, (RESERVED.decode(), *target.exclude)):
-            for page in self.pages_of(*segment, revision):
-                revision = revision or page.header.revision
-                yield page
+    def may_write_some(self) -> bool:
+        """Whether this user may write any key of the prefix; True where that cannot be asked."""
+        start, end = self.key, self.range_end
+        stub = etcdrpc.AuthStub(self.client.channel)
+        try:
+            request = etcdrpc.AuthUserGetRequest(name=self.target.username)
+            roles = self.call(stub.UserGet, request).roles
+            for role in roles:
+                answer = self.call(stub.RoleGet, etcdrpc.AuthRoleGetRequest(role=role))
+                for perm in answer.perm:
+                    until = perm.range_end or perm.key + b"\0"
+                    overlaps = (end == b"\0" or perm.key < end) and (
+                        until == b"\0" or start < until
+                    )
+                    if overlaps and perm.permType != perm.READ:
+                        return True
+        except EtcdFdwError:
+            return True
+        return "root" in roles
 
-    def pages_of(self, key: bytes, range_end: bytes, revision: int) -> Iterator[Any]:
-        """RangeResponses over a range at one revision, in key order; 0: the current one.
+    def renew_lease(self, key: bytes) -> None:
+        """Renew the lease of a key. Raises Rejected if it has none."""
+        kvs = self.range(key, keys_only=True).kvs
+        if not kvs or not kvs[0].lease:
+            raise Rejected("the key has no lease" if kvs else "the key is not there")
+        requests = iter([etcdrpc.LeaseKeepAliveRequest(ID=kvs[0].lease)])
+        timeout = self.target.request_timeout
+        try:
+            call = self.lease.LeaseKeepAlive(requests, timeout=timeout, metadata=self.metadata)
+            renewed = next(call).TTL > 0
+        except grpc.RpcError as exc:
+            raise etcd_error(exc, self.endpoint) from exc
+        if not renewed:
+            raise Rejected("the key's lease has expired")
+
+    def pages(self, revision: int) -> Iterator[Any]:
+        """RangeResponses over the prefix at one revision, in key order; 0: the current one.
 
         Pages aim at PAGE_BYTES. The next page is asked for before this one is handed out.
         Raises Compacted.
         """
         ask = etcdrpc.RangeRequest(
-            key=key, range_end=range_end, limit=PAGE_KEYS[0], revision=revision
+            key=self.key, range_end=self.range_end, limit=PAGE_KEYS[0], revision=revision
         )
         future, renewed = self.future(self.kv.Range, ask), False
         while True:
@@ -2266,9 +2307,15 @@ class Etcd:
 
 
 class Watch(threading.Thread):
-    """Reads the watch stream into a bounded queue. All decisions are the loop's."""
+    """Reads the watch stream into a bounded queue. All decisions are the loop's.
 
-    def __init__(self, etcd: Etcd, start_revision: int, waker: Waker) -> None:
+    fragment: have etcd split responses above about 2 MiB. It does so in a time that grows with
+    the square of the events in each: 24 s instead of 1 s for 90,000 small ones.
+    """
+
+    def __init__(
+        self, etcd: Etcd, start_revision: int, waker: Waker, fragment: bool = True
+    ) -> None:
         super().__init__(name="watch", daemon=True)
         self._endpoint = etcd.endpoint
         self._waker = waker
@@ -2281,19 +2328,17 @@ class Watch(threading.Thread):
             range_end=etcd.range_end,
             start_revision=start_revision,
             progress_notify=True,
-            fragment=etcd.limit[1],
         )
-        self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._requests.put(etcdrpc.WatchRequest(create_request=create))
+        if "fragment" in create.DESCRIPTOR.fields_by_name:
+            create.fragment = fragment
+        self._request = etcdrpc.WatchRequest(create_request=create)
         stub = etcdrpc.WatchStub(etcd.client.channel)
-        # the stream lasts as long as its requests
-        self._call = stub.Watch(iter(self._requests.get, None), metadata=etcd.metadata)
+        self._call = stub.Watch(self._requests(), metadata=etcd.metadata)
         self.start()
 
-    def ask(self) -> None:
-        """Ask etcd to say something: see Etcd.tells_progress. The answer has watch_id -1."""
-        progress = etcdrpc.WatchProgressRequest()
-        self._requests.put(etcdrpc.WatchRequest(progress_request=progress))
+    def _requests(self) -> Iterator[Any]:
+        yield self._request
+        self._stopped.wait()  # the stream lasts as long as its requests
 
     def run(self) -> None:
         """Read until the stream ends or stop() is called."""
@@ -2338,47 +2383,10 @@ class Watch(threading.Thread):
     def stop(self) -> None:
         """End the stream and the thread."""
         self._stopped.set()
-        self._requests.put(None)
         self._call.cancel()
         with self._room:
             self._room.notify()
         self.join(STOP_LIMIT_S)
-
-
-def revisions_after(
-    etcd: Etcd,
-    revision: int,
-    waker: Waker,
-    hidden: tuple[bytes, ...] = (),
-    until: int = sys.maxsize,
-) -> list[int]:
-    """The revisions after one at which keys of the prefix were changed, as a watch tells them.
-
-    Without hidden keys, up to the first one above until, and what is told within STATUS_WATCH_S.
-    Raises Compacted.
-    """
-    found: set[int] = set()
-    if etcd.header.revision <= revision:
-        return []
-    hidden = hidden or etcd.target.hidden
-    watch, deadline = Watch(etcd, revision + 1, waker), time.monotonic() + STATUS_WATCH_S
-    try:
-        while time.monotonic() < deadline and max(found, default=0) <= until:
-            watch.ask()
-            wait_for_any(STATUS_WATCH_S / 10, waker)
-            waker.drain()
-            while response := watch.take():
-                if response.compact_revision:
-                    raise Compacted(revision=response.compact_revision)
-                if response.canceled:
-                    raise EtcdUnavailable(f"etcd at {etcd.endpoint}: {response.cancel_reason}")
-                if response.watch_id < 0 and etcd.tells_progress:
-                    deadline = 0.0  # that was all
-                events = (event.kv for event in response.events)
-                found.update(kv.mod_revision for kv in events if not kv.key.startswith(hidden))
-    finally:
-        watch.stop()
-    return sorted(found)
 
 
 # ── outbox: etcd_wal's way to etcd and back ────────────────────────────────────
@@ -2388,10 +2396,11 @@ class OutboxRow(NamedTuple):
     """A pending row of etcd_wal, with what is known of the change that it was made on."""
 
     id: int
-    queued_at: int  # ts in microseconds: a failover of PostgreSQL can make an id twice
+    queued_at: int  # ts in microseconds, see QUEUED_AT: an id can be used twice
     key: str
-    value: str | None
+    value: str | None  # None, too, if it was too large to be fetched
     value_bytes: memoryview | None  # value and value_bytes None: delete
+    size: int  # of the value, in bytes
     revision: int | None
     txid: str
     depends_on: int | None  # an earlier row about the same key
@@ -2399,6 +2408,7 @@ class OutboxRow(NamedTuple):
     dependency_revision: int | None  # the version that the key has after the dependency
     ttl: int | None  # seconds; 0: no lease; None: the lease that the key has
     force: bool  # whatever version etcd holds
+    action: str | None  # None: put or delete; or EXPECT, KEEPALIVE
 
     @property
     def data(self) -> bytes | None:
@@ -2407,18 +2417,37 @@ class OutboxRow(NamedTuple):
             return self.value.encode()
         return None if self.value_bytes is None else bytes(self.value_bytes)
 
+    def problem(self) -> str | None:
+        """Why it cannot be sent, None if it can."""
+        if self.size > VALUE_MAX_BYTES:
+            return f"its value has {self.size} bytes, more than any etcd takes ({VALUE_MAX_BYTES})"
+        if self.value is not None and self.value_bytes is not None:
+            return "it has both value and value_bytes"
+        if self.queued_at == -1:
+            return "its ts is no time before the year 9999"
+        if self.action not in (None, EXPECT, KEEPALIVE):
+            return f"there is no action {self.action!r}"
+        if (self.ttl or 0) < 0 or (self.revision or 0) < 0:
+            return "its ttl or revision is below zero"
+        if self.key.startswith(RESERVED.decode()):
+            return f"keys below {RESERVED.decode()} are reserved"
+        if len(self.key.encode()) > KEY_MAX_BYTES:
+            return f"its key has more than {KEY_MAX_BYTES} bytes, which the mirror cannot hold"
+        return None
 
+
+EXPECT, KEEPALIVE = "expect", "keepalive"  # actions of a row
 REFUSED = -1  # in place of a version: the change was not made
 
 
 class Change(NamedTuple):
-    """What an outbox transaction does to one key."""
+    """What an outbox transaction does to one key, or expects of it."""
 
     key: bytes
     # The mod_revision that etcd must hold, 0 for none.  Of a forced change, once it is applied,
     # the one that etcd held; None: unknown.
     expected: int | None
-    value: bytes | None  # None: delete
+    value: bytes | None = None  # None: delete
     ttl: int | None = None  # see OutboxRow
     forced: bool = False
 
@@ -2429,87 +2458,92 @@ class Change(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What etcd takes in one Txn.
+    """How many operations etcd takes in one Txn, and so what fits into one.
 
-    etcd subtracts from the limit of a nested level what the level above holds: the receipt and
-    the transactions, and below them what the widest holds.  A guarded Txn names every key above
-    all that.
+    etcd subtracts from the limit of a level what the level above holds.  From the outside in:
+
+        a login:   every key by name, or this                      1 for each change
+        the fence: receipt, old receipts, the transactions         2 + 1 for each transaction
+        each transaction: its changes, or its refusal and ranges   1 + 1 for each change
+        each forced change: what it replaces, itself               1 more
     """
 
     max_ops: int
-    guarded: bool
+    login: bool
 
     def allow(self, transactions: int, changes: int, widest: int) -> bool:
         """Whether a Txn may hold so many; widest: see OutboxTransaction.width."""
-        return self.guarded * changes + 1 + transactions + widest <= self.max_ops
+        return self.login * changes + 2 + transactions + widest <= self.max_ops
 
     def largest(self) -> int:
         """How many changes a transaction can have."""
-        room = self.max_ops - 3
-        return max(1, room // 2 if self.guarded else room)
+        room = self.max_ops - 4
+        return max(1, room // 2 if self.login else room)
 
 
 class OutboxTransaction:
-    """The pending changes of one PostgreSQL transaction, which etcd applies all or none of.
+    """The pending rows of one PostgreSQL transaction, which etcd applies all or none of."""
 
-    Waiting for `waits` others: those before it that change the same keys, to be packed, and
-    those that it depends on, to be answered.
-    """
+    __slots__ = ("changes", "expectations", "forced", "keys", "read_at", "rows", "size", "width")
 
     def __init__(self, rows: list[OutboxRow]) -> None:
         self.read_at = time.monotonic()
         self.rows = rows
-        self.keys: set[str] = set()
-        self.forced: set[str] = set()
-        self.size = 0  # of the request, about
-        for row in rows:
-            self.keys.add(row.key)
-            value = len(row.value or row.value_bytes or "")
-            self.size += 150 + 4 * len(row.key) + value
-            if row.force:
-                self.forced.add(row.key)
-                self.size += value  # see Txn.add_forced
-        self.changes: dict[str, Change] = {}
-        self.waits = 0
-        self.followers: list[OutboxTransaction] = []
-        self.versions: dict[int, int] = {}  # of keys, after the rows that it depends on
+        self.keys = {row.key for row in rows}  # which no other transaction may have with it
+        self.forced = {row.key for row in rows if row.force}
+        # how many operations its nested Txn holds, see Limits
+        self.width = len(rows) + (2 if self.forced else 1)
+        self.size = sum(  # of the request in bytes, about; a forced put is there twice
+            150 + 4 * len(row.key.encode()) + row.size * (2 if row.force else 1) for row in rows
+        )
+        self.changes: dict[str, Change] = {}  # by key; see resolve()
+        self.expectations: list[Change] = []
 
     @property
-    def width(self) -> int:
-        """How many operations its nested Txn holds: the changes, and more if it is refused.
+    def first(self) -> OutboxRow:
+        """Its first row."""
+        return self.rows[0]
 
-        A forced change is a nested Txn of two.
-        """
-        return len(self.keys) + (2 if self.forced else 1)
+    @property
+    def never_split(self) -> bool:
+        """Whether it must be applied whole: it expects something."""
+        return any(row.action == EXPECT for row in self.rows)
 
     def fits(self, limits: Limits) -> bool:
         """Whether etcd takes it in one piece."""
-        return limits.allow(1, len(self.keys), self.width) and self.size <= TXN_MAX_BYTES
+        return limits.allow(1, len(self.rows), self.width) and self.size <= TXN_MAX_BYTES
 
-    def resolve(self) -> None:
-        """Decide for each key on the version that the change is made on; the last one counts."""
-        versions = self.versions  # and of the transaction's own rows, those that they are made on
+    def resolve(self, versions: Mapping[int, int]) -> None:
+        """Decide for each key on the version that the change is made on; the last one counts.
+
+        versions: of keys, after rows that etcd has answered; REFUSED if it refused them.
+        """
+        after: dict[int, int] = {}  # the versions that its own rows are made on
         for row in self.rows:
-            expected: int | None = row.revision or 0
-            if row.depends_on is not None:
-                if row.depends_on in versions:
-                    expected = versions[row.depends_on]
+            key, expected = row.key.encode(), row.revision or 0
+            if row.action == EXPECT:
+                self.expectations.append(Change(key, expected))
+                continue
+            on = row.depends_on
+            if on is not None:
+                version = after.get(on, versions.get(on, REFUSED))
+                if version != REFUSED:
+                    expected = version
                 elif row.dependency_status == "success":
                     expected = row.dependency_revision or 0
-            versions[row.id] = expected or 0
+            after[row.id] = expected
             before, ttl = self.changes.get(row.key), row.ttl
             if before and ttl is None:  # the lease that the key has by then
                 ttl = 0 if before.value is None else before.ttl
-            forced = row.key in self.forced
-            self.changes[row.key] = Change(row.key.encode(), expected, row.data, ttl, forced)
+            self.changes[row.key] = Change(key, expected, row.data, ttl, row.key in self.forced)
 
     @property
-    def strict(self) -> list[Change]:
-        """The changes that are made on a version; if etcd holds another, all are refused."""
-        return [change for change in self.changes.values() if not change.forced]
+    def compared(self) -> list[Change]:
+        """What is made on a version, or expects one; if etcd holds another, all are refused."""
+        return [c for c in self.changes.values() if not c.forced] + self.expectations
 
-    def replaced(self, versions: Iterable[int | None]) -> None:
-        """Note what the forced changes, in order, have replaced."""
+    def note_replaced(self, versions: Iterable[int | None]) -> None:
+        """Keep which versions the forced changes, in order, have replaced."""
         forced = [(key, change) for key, change in self.changes.items() if change.forced]
         for (key, change), version in zip(forced, versions):
             self.changes[key] = change._replace(expected=version)
@@ -2518,19 +2552,22 @@ class OutboxTransaction:
 def group_rows(
     rows: Iterable[OutboxRow], limits: Limits, split: set[str]
 ) -> list[OutboxTransaction]:
-    """The rows by transaction, in the order of their first id.
+    """The rows by transaction.
 
-    A transaction that etcd would not take in one piece is split into its single changes, and so
-    is what is left of one (split has its txid).
+    One that etcd would not take in one piece is split into its single changes, unless it expects
+    something; and so is what is left of one (split has its txid).
     """
     by_txid: dict[str, list[OutboxRow]] = {}
-    for row in rows:
-        by_txid.setdefault(row.txid, []).append(row)
     found: list[OutboxTransaction] = []
+    for row in rows:
+        if row.action == KEEPALIVE:  # changes nothing, so it belongs to no transaction
+            found.append(OutboxTransaction([row]))
+        else:
+            by_txid.setdefault(row.txid, []).append(row)
     for txid, members in by_txid.items():
-        if txid not in split and len(members) <= limits.largest():
+        if txid not in split:
             whole = OutboxTransaction(members)
-            if len(members) == 1 or whole.fits(limits):
+            if len(members) == 1 or whole.fits(limits) or whole.never_split:
                 found.append(whole)
                 continue
         split.add(txid)
@@ -2538,139 +2575,51 @@ def group_rows(
     return found
 
 
-class Queue:
-    """Outbox transactions that were read and not sent, in an order that etcd's answers allow.
-
-    Those that change a key go one after another, and none goes before the version that it was
-    made on is known.  `versions` outlives the queue: of every row that was read and whose
-    outcome is not written, the version of its key after it, None while etcd has not answered.
-    """
-
-    def __init__(self) -> None:
-        self.versions: dict[int, int | None] = {}
-        self.waiting: dict[int, OutboxTransaction] = {}  # by first id, in order of arrival
-        self.size = 0  # of all of these, in bytes
-        self.last: dict[str, OutboxTransaction] = {}  # the last of them that changes a key
-        self.dependents: dict[int, list[OutboxTransaction]] = {}  # by row that they depend on
-        self.ready: collections.deque[OutboxTransaction] = collections.deque()
-
-    def expect(self, rows: Iterable[OutboxRow]) -> None:
-        """Note that rows were read."""
-        self.versions.update(dict.fromkeys((row.id for row in rows), None))
-
-    def add(self, transaction: OutboxTransaction) -> None:
-        """Have a transaction wait for those that must go before it."""
-        self.waiting[transaction.rows[0].id] = transaction
-        self.size += transaction.size
-        for key in transaction.keys:
-            before = self.last.get(key)
-            if before is not None:
-                before.followers.append(transaction)
-                transaction.waits += 1
-            self.last[key] = transaction
-        self.depend(transaction)
-        if not transaction.waits:
-            self.ready.append(transaction)
-
-    def depend(self, transaction: OutboxTransaction) -> None:
-        """Find what its rows depend on among the rows that were read before."""
-        for row in transaction.rows:
-            on = row.depends_on
-            if on is None or row.dependency_status != "pending" or row.key in transaction.forced:
-                continue
-            if any(other.id == on for other in transaction.rows):
-                continue
-            version = self.versions.get(on)
-            if version is None:
-                self.dependents.setdefault(on, []).append(transaction)
-                transaction.waits += 1
-            elif version != REFUSED:
-                transaction.versions[on] = version
-
-    def take(self, limits: Limits, stalled: bool = False) -> list[OutboxTransaction]:
-        """The transactions of the next Txn: each key once, within what etcd takes.
-
-        stalled: the first one goes even if it depends on a row that nobody will ever settle.
-        """
-        if stalled and self.waiting and not self.ready:
-            self.ready.append(next(iter(self.waiting.values())))
-        taken: list[OutboxTransaction] = []
-        later: list[OutboxTransaction] = []
-        keys: set[str] = set()
-        widest = named = size = 0
-        while self.ready:
-            transaction = self.ready.popleft()
-            if not keys.isdisjoint(transaction.keys):
-                later.append(transaction)
-                continue
-            widest, named = max(widest, transaction.width), named + len(transaction.keys)
-            size += transaction.size
-            fits = limits.allow(len(taken) + 1, named, widest)
-            if taken and not (fits and size <= TXN_MAX_BYTES):
-                later.append(transaction)
-                break
-            transaction.resolve()
-            taken.append(transaction)
-            keys |= transaction.keys
-            self.release(transaction)
-        self.ready.extendleft(reversed(later))
-        return taken
-
-    def release(self, transaction: OutboxTransaction) -> None:
-        """Let those go on that wait for a transaction to be packed."""
-        del self.waiting[transaction.rows[0].id]
-        self.size -= transaction.size
-        for key in transaction.keys:
-            if self.last.get(key) is transaction:
-                del self.last[key]
-        for follower in transaction.followers:
-            self.admit(follower)
-
-    def admit(self, transaction: OutboxTransaction) -> None:
-        """One thing that a transaction waits for has come."""
-        transaction.waits -= 1
-        if transaction.waits == 0 and transaction.rows[0].id in self.waiting:
-            self.ready.append(transaction)
-
-    def answered(self, id_: int, version: int) -> None:
-        """Let those go on that depend on a row: its key's version is known now."""
-        self.versions[id_] = version
-        for transaction in self.dependents.pop(id_, ()):
-            if version != REFUSED:
-                transaction.versions[id_] = version
-            self.admit(transaction)
-
-
 class Outcome(NamedTuple):
-    """What became of a change."""
+    """What became of a row of etcd_wal."""
 
     id: int
+    queued_at: int
+    key: str
     status: str  # success, conflict, failed
-    revision: int | None  # that it got (success), or that its compare met (conflict)
-    message: str | None
-    read_at: float  # monotonic: when the loop read the change
-    replaced: int | None = None  # the version that a forced change replaced
+    revision: int | None = None  # that it got (success), or that its compare met (conflict)
+    message: str | None = None
+    replaced: int | None = None  # the version that it replaced
+    read_at: float = 0.0  # monotonic: when the loop read the row; 0: in another session
 
 
+# The row that was sent, or none: ids are used again after a failover or TRUNCATE … RESTART IDENTITY
+QUEUED_AT = """
+CASE WHEN w.ts BETWEEN '4713-01-01 BC'::timestamptz AND '9999-01-01'::timestamptz
+     THEN (extract(epoch FROM w.ts)::float8 * 1000000::float8)::bigint ELSE -1 END
+"""
 # "finished_at IS NULL" rather than "status = 'pending'", so that the planner takes the primary key
 # and not an index of pending rows; the settings keep it from reading all of etcd_wal
 BY_KEY_SQL = """
+SAVEPOINT outcomes; SET LOCAL lock_timeout = '100ms';
 SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off
 """
-# Of arrays of different lengths, the shorter ones are filled up with nulls.
-OUTCOMES_SQL = """
+OUTCOMES_SQL = f"""
 UPDATE etcd_wal w
 SET status = coalesce(o.status, 'success'), error_message = o.message,
     result_revision = o.revision, replaced_revision = o.replaced, finished_at = now()
-FROM ROWS FROM (pg_catalog.unnest(%(ids)s::bigint[]), pg_catalog.unnest(%(revisions)s::bigint[]),
+FROM ROWS FROM (pg_catalog.unnest(%(ids)s::bigint[]), pg_catalog.unnest(%(queued)s::bigint[]),
+                pg_catalog.unnest(%(keys)s::text[]), pg_catalog.unnest(%(revisions)s::bigint[]),
                 pg_catalog.unnest(%(replaced)s::bigint[]), pg_catalog.unnest(%(statuses)s::text[]),
                 pg_catalog.unnest(%(messages)s::text[]))
-     AS o (id, revision, replaced, status, message)
-WHERE w.id = o.id AND w.finished_at IS NULL
+     AS o (id, queued, key, revision, replaced, status, message)
+WHERE w.id = o.id AND w.finished_at IS NULL AND w.key = o.key AND {QUEUED_AT} = o.queued
 """
-RETRY_SQL = """
+UNLOCKED_SQL = """
+SELECT w.id FROM etcd_wal w WHERE w.id = ANY (%(ids)s::bigint[]) AND w.finished_at IS NULL
+FOR NO KEY UPDATE SKIP LOCKED
+"""
+UNFINISHED_SQL = """
+SELECT w.id FROM etcd_wal w WHERE w.id = ANY (%(ids)s::bigint[]) AND w.finished_at IS NULL
+"""
+RETRY_SQL = f"""
 UPDATE etcd_wal SET retry_count = retry_count + 1, error_message = %(message)s
-WHERE id = ANY (%(ids)s::bigint[]) AND finished_at IS NULL
+WHERE id = ANY (ARRAY({UNLOCKED_SQL}))
 """
 AUDIT_CHANGES_SQL = """
 INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, target_system,
@@ -2681,22 +2630,32 @@ SELECT %(prefix)s, 'change', w.status, w.key, 'postgresql', 'etcd', w.result_rev
            'wal_id', w.id, 'role', w.role_name, 'application', w.application_name,
            'message', w.error_message, 'forced', CASE WHEN w.force THEN true END,
            'replaced_revision', w.replaced_revision))
-FROM etcd_wal w WHERE w.id = ANY (%(ids)s::bigint[])
+FROM etcd_wal w WHERE w.id = ANY (%(ids)s::bigint[]) AND w.finished_at = now()
 """
 
 
 class Outcomes:
-    """Outcomes that are written in one transaction, and what etcd_sync_state keeps with them."""
+    """Outcomes that are written in one transaction, and what etcd_sync_state keeps with them.
+
+    record() moves to `deferred` those whose row somebody has locked, or that a trigger or a
+    constraint of somebody refuses.  etcd_sync_state keeps these until a later try succeeds, so
+    that neither the mirror nor other outcomes wait for them.
+    """
 
     def __init__(
         self,
         outcomes: Sequence[Outcome] = (),
         receipt: int = 0,
         split: Iterable[str] | None = None,
+        deferred: Sequence[Outcome] | None = None,
+        careful: bool = False,
     ) -> None:
-        self.list = outcomes
+        self.list = list(outcomes)
+        self.careful = careful  # some were deferred before
         self.receipt = receipt  # the newest whose outcomes are all written with these; 0: none
         self.split = split  # transactions that were split, and are not all done; None: no news
+        self.deferred = deferred  # None: as they are
+        self.refusal: EtcdFdwError | None = None  # why the last one was deferred, if not for a lock
 
     def count(self) -> Counters:
         """The number of outcomes by status."""
@@ -2708,24 +2667,71 @@ class Outcomes:
         """Write them into etcd_wal, refusals (and with audit all) into etcd_sync_event."""
         if not self.list:
             return
-        refused = [o for o in self.list if o.status != "success"]
-        ordered = refused + [o for o in self.list if o.status == "success"]
+        try:
+            if self.careful:
+                cur.execute("SAVEPOINT outcomes")
+                raise NotNow
+            self.write(postgres, cur, self.list, audit)
+        except (psycopg2.Error, NotNow) as exc:
+            if isinstance(exc, psycopg2.Error) and postgres_error(exc).belongs_to > Room.CHORE:
+                raise
+            written = list(self.write_what_can_be(postgres, cur, audit))
+            left = set(self.list).difference(written)
+            self.deferred = [*(self.deferred or ()), *(o for o in self.list if o in left)]
+            self.list = written
+        if self.list:
+            ids = [outcome.id for outcome in self.list]
+            postgres.notify(cur, OUTCOME_CHANNEL, min(ids), max(ids))
+
+    def write_what_can_be(self, postgres: Postgres, cur: Any, audit: bool) -> Iterator[Outcome]:
+        """Write those whose row is not locked, and halve what is refused; yield what is done."""
+        cur.execute("ROLLBACK TO SAVEPOINT outcomes")
+        ids = {"ids": int_array(o.id for o in self.list)}
+        cur.execute(UNFINISHED_SQL, ids)
+        there = {id_ for (id_,) in cur}
+        cur.execute(UNLOCKED_SQL, ids)
+        free = {id_ for (id_,) in cur}
+        yield from (o for o in self.list if o.id not in there)  # nothing to write
+        parts = [[o for o in self.list if o.id in free]]
+        while parts:
+            part = parts.pop()
+            try:
+                if part:
+                    self.write(postgres, cur, part, audit)
+                yield from part
+            except psycopg2.Error as exc:
+                error = postgres_error(exc)
+                if error.belongs_to > Room.CHORE:
+                    raise
+                cur.execute("ROLLBACK TO SAVEPOINT outcomes")
+                if len(part) == 1:
+                    self.refusal = type(error)(f"{error}: the outcome of change {part[0].id} waits")
+                else:
+                    middle = len(part) // 2
+                    parts += [part[middle:], part[:middle]]
+
+    def write(self, postgres: Postgres, cur: Any, outcomes: list[Outcome], audit: bool) -> None:
+        """One attempt, behind a savepoint."""
+        refused = [o for o in outcomes if o.status != "success"]
+        ordered = refused + [o for o in outcomes if o.status == "success"]
         ids = [o.id for o in ordered]
-        forced = any(o.replaced for o in ordered)
         arguments = {
             "ids": int_array(ids),
+            "queued": int_array(o.queued_at for o in ordered),
+            "keys": [o.key for o in ordered],
             "revisions": int_array(o.revision for o in ordered),
-            "replaced": int_array(o.replaced for o in ordered) if forced else "{}",
+            "replaced": int_array(o.replaced for o in ordered),
+            # of arrays of different lengths, the shorter ones are filled up with nulls
             "statuses": [o.status for o in refused],
             "messages": [o.message for o in refused],
         }
         execute = postgres.planned(cur, OUTCOMES_SQL, arguments)
         cur.defer(BY_KEY_SQL)
-        cur.defer(execute, arguments)
+        cur.execute(execute, arguments)
+        cur.defer("SET LOCAL lock_timeout = %s", (postgres.lock_timeout,))
         if audit or refused:
             audited = int_array(ids if audit else ids[: len(refused)])
-            cur.defer(AUDIT_CHANGES_SQL, {"prefix": postgres.prefix, "ids": audited})
-        postgres.notify(cur, OUTCOME_CHANNEL, min(ids), max(ids))
+            cur.execute(AUDIT_CHANGES_SQL, {"prefix": postgres.prefix, "ids": audited})
 
 
 def conflict_message(changes: Sequence[Change], current: Sequence[int | None]) -> str:
@@ -2743,7 +2749,38 @@ def conflict_message(changes: Sequence[Change], current: Sequence[int | None]) -
     return "etcd wins: " + "; ".join(failed[:3]) + more
 
 
-# ─ the receipt ─
+class ConflictLog:
+    """Logs a line for each conflict; beyond CONFLICTS_SHOWN in a minute it only counts them.
+
+    The summary says so.  If the minute before had too many, all of this one are counted only.
+    """
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()  # this minute
+        self.seen = 0  # in this minute
+        self.flood = False  # the minute before had too many
+        self.hidden = 0  # since the last summary
+
+    def note(self, id_: int, key: str, revision: int | None, message: str) -> None:
+        """Log or count a conflict about the key, which has this revision in etcd."""
+        minutes = (time.monotonic() - self.began) / SUMMARY_S
+        if minutes >= 1:
+            self.flood = minutes < 2 and self.seen > CONFLICTS_SHOWN
+            self.began, self.seen = time.monotonic(), 0
+        self.seen += 1
+        if self.flood or self.seen > CONFLICTS_SHOWN:
+            self.hidden += 1
+            return
+        log.warning(
+            "conflict: change %(id)d: %(message)s",
+            id=id_,
+            key=key,
+            revision=revision,
+            message=message,
+        )
+
+
+# ─ what was sent: the daemon's own keys ─
 
 
 def format_rows(rows: Iterable[OutboxRow]) -> str:
@@ -2763,37 +2800,44 @@ def format_rows(rows: Iterable[OutboxRow]) -> str:
 def parse_rows(text: str) -> dict[int, int]:
     """The ids in a text by format_rows(), each with the time at which it was queued."""
     found: dict[int, int] = {}
-    for first, last, queued_at in re.findall(r"(\d+)(?:-(\d+))?@(\d+)", text):
+    for first, last, queued_at in re.findall(r"(\d+)(?:-(\d+))?@(-?\d+)", text):
         found.update(dict.fromkeys(range(int(first), int(last or first) + 1), int(queued_at)))
     return found
 
 
-class Sent(NamedTuple):
-    """A Txn that etcd has answered, but whose outcomes are not all in PostgreSQL yet."""
+class Receipt(NamedTuple):
+    """What etcd tells of a Txn that it has applied."""
 
     revision: int
-    rows: str  # see format_rows()
-    refused: str  # those of them that etcd refused
+    number: int
+    rows: dict[int, int]  # ids, with the time at which each was queued
+    refused: dict[int, int]  # those of them whose transaction was refused
+    settled: int  # the newest receipt that PostgreSQL had the outcomes of, when this was sent
 
 
-GRANT_HINT = f"etcdctl role grant-permission ROLE --prefix=true readwrite {RESERVED.decode()}"
+class ForeignReceipt(WritesRefused):
+    """a receipt in etcd is not this program's"""
+
+    needs_person = True
 
 
 class Receipts:
     """The daemon's own keys in etcd, below etcd_fdw/<mirror id>/.
 
-    owner        who sends; its mod_revision is the fence that every Txn compares
-    receipt      what its Txn carries, and what Txns before it did whose outcomes PostgreSQL
-                 may not have; as every Txn puts it, its mod_revision is that Txn's revision
-    refused/<n>  the rows of the n-th transaction in a Txn, put when that one is refused; it
-                 counts only if its mod_revision is the receipt's
+    owner            who sends; its mod_revision is the fence that every Txn compares
+    receipt/<n>      the rows that the n-th Txn carried, which every Txn puts; its mod_revision is
+                     that Txn's revision.  A later Txn deletes it, once PostgreSQL has its outcomes
+    receipt/<n>/<i>  the rows of the i-th transaction in that Txn, put when it is refused
     """
 
     def __init__(self, etcd: Etcd, mirror_id: str) -> None:
         self.etcd = etcd
-        root = f"{RESERVED.decode()}{mirror_id}/"
-        self.key, self.range_end = prefix_range(root)
-        self.owner, self.receipt = self.key + b"owner", self.key + b"receipt"
+        self.key, self.range_end = prefix_range(f"{RESERVED.decode()}{mirror_id}/")
+        self.owner = self.key + b"owner"
+
+    def receipt_key(self, number: int) -> bytes:
+        """The key of the receipt with a number."""
+        return b"%sreceipt/%016d" % (self.key, number)
 
     def fence(self, database: str) -> int:
         """Become the owner: whatever was sent before and arrives later fails. The new fence.
@@ -2815,20 +2859,45 @@ class Receipts:
         try:
             yield
         except PermissionDenied as exc:
-            raise PermissionDenied(f"{exc}: this grant is missing: {GRANT_HINT}") from exc
+            grant = grant_hint(self.key.decode())
+            raise PermissionDenied(f"{exc}: this grant is missing: {grant}") from exc
 
-    def sent(self, written: int) -> list[Sent]:
-        """What was sent and has no outcome in PostgreSQL, in order; call after fence().
+    def held(self, revision: int = 0) -> list[Receipt]:
+        """The receipts that etcd held at a revision (0: now), in order. Raises Compacted."""
+        with self.grant_named():
+            kvs = self.etcd.range(self.key, self.range_end, revision=revision).kvs
+        found: list[Receipt] = []
+        for kv in kvs:
+            name = kv.key[len(self.key) :].decode("latin-1").split("/")
+            try:
+                if name[0] != "receipt" or len(name) == 1:  # owner, or of a version before 3
+                    continue
+                if len(name) == 2:
+                    content = json.loads(kv.value)
+                    rows, settled = parse_rows(content["rows"]), int(content["settled"])
+                    found.append(Receipt(kv.mod_revision, int(name[1]), rows, {}, settled))
+                else:  # right behind the receipt that it belongs to
+                    found[-1].refused.update(parse_rows(kv.value.decode()))
+            except (ValueError, TypeError, KeyError, IndexError) as exc:
+                raise ForeignReceipt(
+                    f"etcd's key {kv.key.decode('latin-1')} has a value that is not this program's:"
+                    f" {one_line(exc)}; delete it if it may be that pending changes are sent again"
+                ) from exc
+        return found
+
+    def unsettled(self, held: list[Receipt], written: int) -> list[Receipt]:
+        """Of every Txn after `written` that etcd has applied, the receipt. Call after fence().
+
+        held: what etcd holds now.
 
         written: the newest receipt whose outcomes PostgreSQL has.  If a sender knew of a newer
-        one, PostgreSQL has lost commits in a failover; then the receipt's past is read as well.
+        one, PostgreSQL has lost commits in a failover; then the receipts' past is read as well.
         """
-        found: dict[int, Sent] = {}
-        revision = 0  # now
-        while True:
+        found = {receipt.revision: receipt for receipt in held}
+        while held and held[-1].settled > written:
+            revision = held[0].revision - 1  # none after `settled` was deleted by then
             try:
-                with self.grant_named():
-                    kvs = self.etcd.range(self.key, self.range_end, revision=revision).kvs
+                held = self.held(revision)
             except Compacted:
                 log.warning(
                     "PostgreSQL has lost outcomes of changes up to etcd's revision %(revision)d,"
@@ -2836,29 +2905,7 @@ class Receipts:
                     revision=revision,
                 )
                 break
-            held = {kv.key: kv for kv in kvs}
-            receipt = held.get(self.receipt)
-            if receipt is None:
-                break
-            refused = [
-                kv.value.decode()
-                for kv in kvs
-                if kv.key.startswith(self.key + b"refused/")
-                and kv.mod_revision == receipt.mod_revision
-            ]
-            try:
-                content = json.loads(receipt.value)
-                newest = Sent(receipt.mod_revision, content["rows"], ",".join(refused))
-                for sent in (newest, *(Sent(*item) for item in content["unsettled"])):
-                    found[sent.revision] = sent
-                revision = content["settled"]
-            except (ValueError, TypeError, KeyError) as exc:
-                raise EtcdFdwError(
-                    f"etcd's key {self.receipt.decode()} has a value that is not this program's:"
-                    f" {one_line(exc)}; delete it if it may be that pending changes are sent again"
-                ) from exc
-            if revision <= written:
-                break
+            found.update((receipt.revision, receipt) for receipt in held)
         return [found[revision] for revision in sorted(found) if revision > written]
 
 
@@ -2867,13 +2914,14 @@ class Txn:
 
     A fence around all of them, one nested transaction for each:
 
-        if owner is at the fence:  put receipt; for each: if its keys are as expected: its changes
-                                                          else: put refused/<n>, range its keys
+        if owner is at the fence:  put receipt/<n>; delete the receipts that PostgreSQL has;
+                                   for each: if its keys are as expected: its changes
+                                             else: put receipt/<n>/<i>, range its keys
         else:                      range owner
 
-    Guarded: with one more level around it that names every key in a branch which is never
-    taken, because etcd up to at least 3.5 checks no permissions in nested transactions, and
-    counts no nested puts when its quota is used up.
+    With a login one more level is around it, which names every key in a branch that is never
+    taken: etcd up to at least 3.5 checks no permissions in nested transactions, and counts no
+    nested puts when its quota is used up.
 
     lease() asks for the leases of its puts, one for each ttl in a transaction; those that come to
     nothing expire by themselves.
@@ -2884,45 +2932,52 @@ class Txn:
         transactions: list[OutboxTransaction],
         receipts: Receipts,
         fence: int,
-        alone: bool = False,
+        number: int,
+        settled: tuple[int, int],
     ) -> None:
+        """settled: number and revision of the newest receipt whose outcomes PostgreSQL has."""
         self.transactions = transactions
-        self.rows = format_rows(row for t in transactions for row in t.rows)
-        self.alone = alone  # its receipt must be short: wait until all before is settled
+        self.number = number
         self.etcd = receipts.etcd
-        self.guarded = self.etcd.guarded
         self.future: Any = None
         self._leases: dict[tuple[str, int], int] = {}  # ids by transaction and ttl
         self._grants: list[Any] = []  # their futures
         self.request = txn = etcdrpc.TxnRequest()
-        if self.guarded:
+        if self.etcd.guarded:
             for transaction in transactions:
                 for change in transaction.changes.values():
                     txn.failure.add().request_put.key = change.key
+                for change in transaction.expectations:
+                    txn.failure.add().request_range.key = change.key
             txn = txn.success.add().request_txn
         txn.compare.add(target=etcdrpc.Compare.MOD, key=receipts.owner, mod_revision=fence)
         txn.failure.add().request_range.key = receipts.owner
-        self._receipt = txn.success.add().request_put
-        self._receipt.key = receipts.receipt
-        for number, transaction in enumerate(transactions):
+        receipt = txn.success.add().request_put
+        receipt.key = receipts.receipt_key(number)
+        rows = format_rows(row for t in transactions for row in t.rows)
+        receipt.value = json.dumps({"rows": rows, "settled": settled[1]}).encode()
+        old = txn.success.add().request_delete_range
+        old.key, old.range_end = receipts.key + b"receipt", receipts.receipt_key(settled[0] + 1)
+        for index, transaction in enumerate(transactions):
             nested = txn.success.add().request_txn
             self.add_changes(nested, transaction)
             refusal = nested.failure.add().request_put
-            refusal.key = b"%srefused/%d" % (receipts.key, number)
+            refusal.key = b"%s/%d" % (receipt.key, index)
             refusal.value = format_rows(transaction.rows).encode()
 
     def add_changes(self, nested: Any, transaction: OutboxTransaction) -> None:
         """Have a nested transaction make changes, or tell which versions etcd holds instead."""
-        txid, mod = transaction.rows[0].txid, etcdrpc.Compare.MOD
+        txid, mod = transaction.first.txid, etcdrpc.Compare.MOD
         for change in transaction.changes.values():
-            key, operation = change.key, nested.success.add()
+            operation = nested.success.add()
             if change.forced:
                 self.add_forced(operation.request_txn, change, txid)
-                continue
-            nested.compare.add(target=mod, key=key, mod_revision=change.expected)
-            self.add_change(operation, change, bool(change.expected), txid)
+            else:
+                self.add_change(operation, change, bool(change.expected), txid)
+        for change in transaction.compared:
+            nested.compare.add(target=mod, key=change.key, mod_revision=change.expected)
             request = nested.failure.add().request_range
-            request.key, request.keys_only = key, True
+            request.key, request.keys_only = change.key, True
 
     def add_forced(self, nested: Any, change: Change, txid: str) -> None:
         """Have a nested transaction make a change whatever etcd holds, and tell what that was."""
@@ -2963,30 +3018,25 @@ class Txn:
         """Whether etcd has answered for every lease, so that send() can be called."""
         return all(grant.done() for grant in self._grants)
 
-    def send(self, settled: int, unsettled: Iterable[Sent]) -> None:
-        """Complete the request, and send it. A lease that was refused is the answer."""
-        for grant in self._grants:
-            if grant.code() is not grpc.StatusCode.OK:
-                self.future = grant
-                return
-        content = {"rows": self.rows, "settled": settled, "unsettled": list(unsettled)}
-        self._receipt.value = json.dumps(content, separators=(",", ":")).encode()
-        self.future = self.etcd.future(self.etcd.kv.Txn, self.request)
+    def send(self) -> None:
+        """Send the request. A lease that was refused is the answer."""
+        refused = [grant for grant in self._grants if grant.code() is not grpc.StatusCode.OK]
+        self.future = refused[0] if refused else self.etcd.future(self.etcd.kv.Txn, self.request)
 
     def answer(self) -> Any:
         """The TxnResponse of the fenced level, with the header. Raises grpc.RpcError."""
         response = self.future.result()
-        if self.guarded:
+        if self.etcd.guarded:
             response.responses[0].response_txn.header.CopyFrom(response.header)
             response = response.responses[0].response_txn
         return response
 
-    def told(self, answer: Any) -> Iterator[tuple[OutboxTransaction, bool, list[int]]]:
+    def results(self, answer: Any) -> Iterator[tuple[OutboxTransaction, bool, list[int]]]:
         """Of each transaction, whether etcd applied it, and the versions that it tells.
 
-        Those that the forced changes replaced, or if it was refused, of the others' keys.
+        Those that the forced changes replaced, or if it was refused, of what was compared.
         """
-        for transaction, item in zip(self.transactions, answer.responses[1:]):
+        for transaction, item in zip(self.transactions, answer.responses[2:]):
             nested = item.response_txn
             ranges: Iterable[Any] = ()
             if not nested.succeeded:
@@ -2999,27 +3049,18 @@ class Txn:
             versions = [kvs[0].mod_revision if kvs else 0 for kvs in found]
             yield transaction, nested.succeeded, versions
 
-    def refused(self, answer: Any) -> str:
-        """The rows that etcd refused, as in a receipt."""
-        items = answer.responses[1:]
-        failed = [t for t, i in zip(self.transactions, items) if not i.response_txn.succeeded]
-        return format_rows(row for transaction in failed for row in transaction.rows)
-
 
 class Pipeline:
     """Sends Txns to etcd one after another: each as soon as the one before it was answered.
 
     The next one leaves from gRPC's thread, so etcd has work while the loop waits for
-    PostgreSQL.  That is safe because of the fence.  Its receipt is completed at that moment,
-    as only then the answer to the one before is known.  Once a Txn failed or met another owner,
-    it is halted: nothing more is sent until resume().  Public methods are for the loop's thread.
+    PostgreSQL.  That is safe because of the fence.  Once a Txn failed or met another owner, it is
+    halted: nothing more is sent until resume().  Public methods are for the loop's thread.
     """
 
-    def __init__(self, waker: Waker, settled: int, unsettled: Iterable[Sent]) -> None:
+    def __init__(self, waker: Waker) -> None:
         self._waker = waker
         self._lock = threading.Lock()
-        self._settled = settled
-        self._unsettled = collections.deque(unsettled)
         self._unsent: collections.deque[Txn] = collections.deque()
         self._answered: collections.deque[Txn] = collections.deque()
         self._sending = self._halted = False
@@ -3028,12 +3069,6 @@ class Pipeline:
         """The number of Txns whose answer was not taken yet."""
         with self._lock:
             return len(self._unsent) + self._sending + len(self._answered)
-
-    def full(self) -> bool:
-        """Whether etcd has enough to do for now, or a receipt would get too long."""
-        with self._lock:
-            length = sum(len(sent.rows) + len(sent.refused) for sent in self._unsettled)
-        return len(self) >= PIPELINE_DEPTH or length > RECEIPT_MAX_BYTES
 
     def add(self, txn: Txn, first: bool = False) -> None:
         """Send a Txn when its turn comes; first: before all others."""
@@ -3047,30 +3082,23 @@ class Pipeline:
 
     def _send(self) -> None:
         with self._lock:
-            if self._sending or self._halted or not self._unsent:
+            if self._sending or self._halted or not self._unsent or not self._unsent[0].granted():
                 return
-            txn = self._unsent[0]
-            if (txn.alone and self._unsettled) or not txn.granted():
-                return
-            self._unsent.popleft()
+            txn = self._unsent.popleft()
             self._sending = True
-            txn.send(self._settled, self._unsettled)
+            txn.send()
         txn.future.add_done_callback(lambda _: self._done(txn))
 
     def _done(self, txn: Txn) -> None:
         with self._lock:
             self._sending = False
             self._answered.append(txn)
-            answer = txn.answer() if txn.future.code() is grpc.StatusCode.OK else None
-            if answer is not None and answer.succeeded:
-                sent = Sent(answer.header.revision, txn.rows, txn.refused(answer))
-                self._unsettled.append(sent)
-            else:
-                self._halted = True
+            answered = txn.future.code() is grpc.StatusCode.OK
+            self._halted = self._halted or not (answered and txn.answer().succeeded)
         self._send()
         self._waker.wake()
 
-    def take(self) -> Txn | None:
+    def next_answered(self) -> Txn | None:
         """The next answered Txn, None if there is none."""
         with self._lock:
             return self._answered.popleft() if self._answered else None
@@ -3079,14 +3107,6 @@ class Pipeline:
         """Go on after an error."""
         with self._lock:
             self._halted = False
-        self._send()
-
-    def settle(self, revision: int) -> None:
-        """Leave out of the next receipts what PostgreSQL has now."""
-        with self._lock:
-            self._settled = max(self._settled, revision)
-            while self._unsettled and self._unsettled[0].revision <= revision:
-                self._unsettled.popleft()
         self._send()
 
     def close(self) -> None:
@@ -3098,12 +3118,22 @@ class Pipeline:
 
 # ─ the way of a row ─
 
-SIZE = "coalesce(pg_catalog.octet_length(value), pg_catalog.octet_length(value_bytes), 0)"
-ROW_COLUMNS = """
-    w.id, (extract(epoch FROM w.ts)::float8 * 1000000::float8)::bigint, w.key, w.value,
-    w.value_bytes, w.revision, w.txid::text, d.id, d.status,
+SIZE = "coalesce(pg_catalog.octet_length(p.value), pg_catalog.octet_length(p.value_bytes), 0)"
+# by name: users may have columns of their own
+WAL_COLUMNS = f"""
+p.id, p.ts, p.key, p.value, p.value_bytes, p.revision, p.txid, p.depends_on, p.ttl, p.force,
+           p.action, {SIZE} AS size
+"""
+ROW_COLUMNS = f"""
+    w.id, {QUEUED_AT}, w.key,
+    CASE WHEN w.size <= %(largest)s THEN w.value END,
+    CASE WHEN w.size <= %(largest)s THEN w.value_bytes END, w.size, w.revision, w.txid::text,
+    d.id, d.status,
     CASE WHEN d.value IS NULL AND d.value_bytes IS NULL THEN 0 ELSE d.result_revision END,
-    pg_catalog.ceil(extract(epoch FROM w.ttl)::float8)::bigint, w.force
+    CASE WHEN w.ttl IS NOT NULL
+         THEN pg_catalog.ceil(least(extract(epoch FROM w.ttl)::float8, 1e15::float8))::bigint END,
+    w.force,
+    w.action
 """
 DEPENDENCY = """
 LEFT JOIN LATERAL (
@@ -3114,46 +3144,52 @@ LEFT JOIN LATERAL (
 PENDING_SQL = f"""
 SELECT {ROW_COLUMNS}, w.size_so_far
 FROM (
-    SELECT *, {SIZE} AS size,
-           pg_catalog.sum({SIZE}) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) AS size_so_far
-    FROM etcd_wal
-    WHERE {PENDING} AND id NOT IN (SELECT pg_catalog.unnest(%(in_flight)s::bigint[]))
-    ORDER BY id
+    SELECT {WAL_COLUMNS},
+           pg_catalog.sum(least({SIZE}, %(largest)s))
+               OVER (ORDER BY p.id ROWS UNBOUNDED PRECEDING) AS size_so_far
+    FROM etcd_wal p
+    WHERE {PENDING} AND p.id NOT IN (SELECT pg_catalog.unnest(%(in_flight)s::bigint[]))
+    ORDER BY p.id
     LIMIT %(limit)s
 ) w {DEPENDENCY}
-WHERE w.size_so_far - w.size < %(max_bytes)s
+WHERE w.size_so_far - least(w.size, %(largest)s) < %(max_bytes)s
 """
 PENDING_REST_SQL = f"""
 SELECT {ROW_COLUMNS}
 FROM pg_catalog.unnest(%(txids)s::xid8[]) t (txid)
 CROSS JOIN LATERAL (
-    SELECT *, {SIZE} AS size,
-           pg_catalog.sum({SIZE}) OVER (ORDER BY w.txid, id ROWS UNBOUNDED PRECEDING) AS size_so_far
-    FROM etcd_wal w
-    WHERE {PENDING} AND w.txid = t.txid AND id > %(last)s
-    ORDER BY w.txid, id
+    SELECT {WAL_COLUMNS},
+           pg_catalog.sum(least({SIZE}, %(largest)s))
+               OVER (ORDER BY p.txid, p.id ROWS UNBOUNDED PRECEDING) AS size_so_far
+    FROM etcd_wal p
+    WHERE {PENDING} AND p.txid = t.txid AND p.id > %(last)s
+    ORDER BY p.txid, p.id
     LIMIT %(limit)s
 ) w {DEPENDENCY}
-WHERE w.size_so_far - w.size <= %(max_bytes)s
+WHERE w.size_so_far - least(w.size, %(largest)s) <= %(max_bytes)s
 """
 SENT_SQL = f"""
 SELECT {ROW_COLUMNS}
 FROM pg_catalog.unnest(%(ids)s::bigint[]) s (id)
-CROSS JOIN LATERAL (SELECT * FROM etcd_wal WHERE id = s.id AND {PENDING} LIMIT 1) w {DEPENDENCY}
+CROSS JOIN LATERAL (
+    SELECT {WAL_COLUMNS} FROM etcd_wal p WHERE p.id = s.id AND {PENDING}
+    LIMIT 1
+) w {DEPENDENCY}
 """
 # The error is noted at the first 100: thousands need not be written to say why all wait.
 WAIT_SQL = f"""
 UPDATE etcd_wal SET retry_count = retry_count + 1, error_message = %(message)s
-WHERE id = ANY (ARRAY(SELECT id FROM etcd_wal WHERE {PENDING} ORDER BY id LIMIT 100))
-RETURNING id
+WHERE id = ANY (ARRAY(SELECT p.id FROM etcd_wal p WHERE {PENDING} ORDER BY p.id LIMIT 100
+                      FOR NO KEY UPDATE SKIP LOCKED))
 """
-HAS_PENDING_SQL = f"SELECT EXISTS (SELECT FROM etcd_wal WHERE {PENDING}) AS found"
+HAS_PENDING_SQL = f"SELECT EXISTS (SELECT FROM etcd_wal p WHERE {PENDING}) AS found"
 
 
 class Acknowledged(NamedTuple):
-    """What became of changes, until PostgreSQL has it."""
+    """What became of the rows of a Txn, until PostgreSQL has it."""
 
     revision: int  # of the Txn, 0: there is none
+    number: int  # of its receipt
     outcomes: list[Outcome]
     at: float  # monotonic
 
@@ -3166,183 +3202,351 @@ class Acknowledged(NamedTuple):
 class Outbox:
     """Brings pending rows of etcd_wal to etcd, and what became of them back.
 
-    It lives as long as its fence: from the moment at which nothing that was sent before can be
-    applied any more, until an answer is lost or another session has put a new owner.  A row is
-    read, waits for those before it, is packed into a Txn, sent, acknowledged, and written.  A lost
-    answer leaves a Txn in doubt and ends the session: the next outbox settles it in recover(), by
-    the receipts.  So an outbox may be forgotten at any time.
+    A row is in one of these states; the methods that move it stand below in this order:
+
+        pending ──read()──▶ queued ──pick()──▶ built ──Pipeline──▶ sent ──take_answers()──▶
+        acknowledged ──due(), once the mirror has its revision──▶ due ──recorded()──▶ final
+
+    One that cannot be sent goes from read() to acknowledged, failed.  All rows of a transaction
+    move together.  `ids` has every row from queued to due, so none is read twice; `busy` has the
+    keys of what is built and sent, so a key is in one Txn at a time, and whatever a change was
+    made on top of is answered before the change is picked.
+
+    An outbox lives as long as its fence: from the moment at which nothing that was sent before
+    can be applied any more, until an answer is lost or another session has put a new owner.  A
+    lost answer ends it: the next one learns from the receipts what was applied, and sends the
+    rest again.  So an outbox may be forgotten at any time.
     """
 
-    def __init__(self, engine: Engine, postgres: Postgres, etcd: Etcd, state: SyncState) -> None:
-        """Fence off the outbox before this one, and settle what it sent."""
-        self.engine = engine
+    def __init__(
+        self,
+        postgres: Postgres,
+        etcd: Etcd,
+        config: Config,
+        waker: Waker,
+        conflicts: ConflictLog,
+        state: SyncState,
+    ) -> None:
+        """Fence off the outbox before this one, and learn what it sent."""
         self.postgres = postgres
+        self.etcd = etcd
+        self.config = config
+        self.waker = waker
+        self.conflicts = conflicts
+        self.max_ops = sys.maxsize  # what etcd takes, if that is less than --max-txn-ops
         self.receipts = Receipts(etcd, state.mirror_id)
         self.fence = self.receipts.fence(postgres.database)
-        sent = self.receipts.sent(state.receipt)
-        self.pipeline = Pipeline(engine.waker, state.receipt, sent)
-        self.all_read = False  # every pending row was read
-        self.split = set(state.split)
+        self.pipeline = Pipeline(waker)
         self.retired = False  # nothing more is read or sent; answers are still taken
-        self.queue = Queue()
-        self.acknowledged: collections.deque[Acknowledged] = collections.deque()
         self.token_renewed = False
-        self.recover(sent)
+        self.split = set(state.split)
+        self.queue: list[OutboxTransaction] = []  # in the order of their last rows
+        self.ids: set[int] = set()
+        self.busy: set[str] = set()
+        self.versions: dict[int, int] = {}  # of keys, after acknowledged rows; or REFUSED
+        self.awaited: set[int] = set()  # rows that queued ones are made on top of
+        self.all_read = False  # every pending row was read
+        self.horizon = 0.0  # all pending rows up to this id were read
+        self.blocked = False  # nothing can be picked until something is read or answered
+        self.renewals: list[tuple[OutboxTransaction, Future[None]]] = []
+        self.renewer = ThreadPoolExecutor(1, "keepalive")
+        self.acknowledged: collections.deque[Acknowledged] = collections.deque()
+        self.settled = 0, state.receipt  # number and revision of the newest receipt recorded
+        self.deferred = [Outcome(*item) for item in state.deferred]  # see Outcomes
+        self.deferred_until = 0.0  # monotonic
+        self.due_receipt = self.settled  # of the outcomes that due() gave out last
+        self.warn_refusal_after = 0.0  # monotonic
+        self.ids.update(outcome.id for outcome in self.deferred)
+        receipts = self.receipts.held()
+        self.number = max((receipt.number for receipt in receipts), default=0)  # of the last Txn
+        self.recover(self.receipts.unsettled(receipts, state.receipt))
 
     # ─ what another session sent ─
 
-    def recover(self, sent: Sequence[Sent]) -> None:
-        """Settle the Txns in doubt: take from the receipts what became of their rows."""
-        queued = [parse_rows(item.rows) for item in sent]
-        ids = int_array(id_ for rows in queued for id_ in rows)
+    def recover(self, receipts: Sequence[Receipt]) -> None:
+        """Take from the receipts what became of the rows in doubt."""
+        ids = int_array(id_ for receipt in receipts for id_ in receipt.rows)
         with self.postgres.cursor() as cur:
-            cur.execute(SENT_SQL, {"ids": ids, "prefix": self.postgres.prefix})
+            cur.execute(SENT_SQL, {"ids": ids, "largest": VALUE_MAX_BYTES, **self.postgres.bounds})
             found = {row[0]: OutboxRow(*row) for row in cur}
-        settled = 0
-        for item, rows in zip(sent, queued):
-            there = [found[i] for i in sorted(rows) if i in found]
-            there = [row for row in there if row.queued_at == rows[row.id]]
-            refused = parse_rows(item.refused)
-            failed = [row for row in there if row.id in refused]
-            applied = OutboxTransaction([row for row in there if row.id not in refused])
-            transactions = [applied, *group_rows(failed, self.limits(), self.split)]
-            self.queue.expect(there)
-            for transaction in transactions:
-                self.queue.depend(transaction)
-                transaction.resolve()
-            told = [(t, t is applied, self.told(t, t is applied, item)) for t in transactions]
-            self.note(item.revision, told)
-            settled += len(there)
+        known = 0
+        for receipt in receipts:
+            there = [found[i] for i in sorted(receipt.rows) if i in found and i not in self.ids]
+            there = [row for row in there if row.queued_at == receipt.rows[row.id]]
+            refused = [row for row in there if row.id in receipt.refused]
+            applied = OutboxTransaction([row for row in there if row.id not in receipt.refused])
+            results = []
+            for transaction in (applied, *group_rows(refused, self.limits(), self.split)):
+                transaction.resolve(self.versions)
+                done = transaction is applied
+                results.append((transaction, done, self.past_versions(transaction, done, receipt)))
+            self.ids.update(row.id for row in there)
+            self.acknowledge(receipt.revision, receipt.number, results)
+            known += len(there)
         # whatever is left of these transactions was not sent with the rest
         self.split.update(row.txid for row in found.values())
-        if settled:
+        if known:
             log.info(
                 "etcd's receipts tell what became of %(changes)s sent before",
-                changes=describe(settled, "change"),
+                changes=describe(known, "change"),
             )
 
-    def told(self, transaction: OutboxTransaction, applied: bool, sent: Sent) -> list[int | None]:
-        """As Txn.told(), from what etcd still knows; None: it has compacted that."""
-        changes = transaction.changes.values()
+    def past_versions(
+        self, transaction: OutboxTransaction, applied: bool, receipt: Receipt
+    ) -> list[int | None]:
+        """As Txn.results(), from what etcd still knows; None: it has compacted that."""
         if applied:
-            return [self.version_at(c.key, sent.revision - 1) for c in changes if c.forced]
-        found = [(c.key, self.version_at(c.key, sent.revision)) for c in transaction.strict]
+            changes = transaction.changes.values()
+            return [self.version_at(c.key, receipt.revision - 1) for c in changes if c.forced]
+        found = [(c.key, self.version_at(c.key, receipt.revision)) for c in transaction.compared]
         return [self.version_at(key) if version is None else version for key, version in found]
 
     def version_at(self, key: bytes, revision: int = 0) -> int | None:
         """The mod_revision that a key had at a revision, or has; 0 for none, None: compacted."""
         try:
-            kvs = self.receipts.etcd.range(key, revision=revision, keys_only=True).kvs
+            kvs = self.etcd.range(key, revision=revision, keys_only=True).kvs
         except Compacted:
             return None
         return int(kvs[0].mod_revision) if kvs else 0
 
-    # ─ read ─
+    # ─ read, pick, build, send ─
 
     def fill(self) -> bool:
-        """Read, pack and send as much as there is room for; whether anything was sent."""
-        limits, sent = self.limits(), False
-        while not self.pipeline.full() and self.unwritten() < self.engine.config.batch_size:
-            transactions = self.queue.take(limits)
-            while not (transactions or self.all_read) and self.has_room():
+        """Read, pick, build and send as much as there is room for; whether anything was sent."""
+        sent = False
+        while len(self.pipeline) < PIPELINE_DEPTH and self.unwritten() < self.config.batch_size:
+            picked = self.pick()
+            while not (picked or self.all_read) and self.has_room():
                 self.read()
-                transactions = self.queue.take(limits)
-            if not (transactions or self.pipeline or self.unwritten()):
-                transactions = self.queue.take(limits, stalled=True)
-            if not transactions:
+                picked = self.pick()
+            if not (picked or self.busy or self.unwritten() or self.has_room()):
+                self.horizon, self.blocked = math.inf, False  # too much overlaps to be read whole
+                picked = self.pick()
+            if not picked:
                 break
-            self.send(transactions)
+            self.send(picked)
             sent = True
         return sent
 
-    def send(
-        self, transactions: list[OutboxTransaction], alone: bool = False, first: bool = False
-    ) -> None:
-        """Send transactions in one Txn when its turn comes; first: before all others."""
-        self.pipeline.add(Txn(transactions, self.receipts, self.fence, alone), first=first)
-
     def unwritten(self) -> int:
-        """How many changes wait for the mirror."""
+        """How many outcomes wait for the mirror."""
         return sum(len(item.outcomes) for item in self.acknowledged)
 
     def has_room(self) -> bool:
-        """Whether more changes may be read although those that were wait for one another."""
+        """Whether more rows may be read."""
         return (
-            len(self.queue.waiting) + self.unwritten() < 2 * self.engine.config.batch_size
-            and self.queue.size < 2 * BATCH_BYTES
+            len(self.queue) + self.unwritten() < 2 * self.config.batch_size
+            and sum(transaction.size for transaction in self.queue) < 2 * BATCH_BYTES
         )
+
+    def limits(self) -> Limits:
+        """What etcd takes in one Txn."""
+        return Limits(min(self.config.max_txn_ops, self.max_ops), self.etcd.guarded)
 
     def read(self) -> None:
         """Queue pending rows that were not read yet."""
-        limits = self.limits()
-        rows, self.all_read = self.pending(self.engine.config.batch_size, limits.largest())
-        self.queue.expect(rows)
-        for transaction in group_rows(rows, limits, self.split):
-            if any(key.startswith(RESERVED.decode()) for key in transaction.keys):
-                self.fail(transaction, Rejected(f"keys below {RESERVED.decode()} are reserved"))
+        rows = self.read_rows(self.config.batch_size)
+        self.ids.update(row.id for row in rows)
+        self.blocked = False
+        groups = group_rows(rows, self.limits(), self.split)
+        for transaction in groups:
+            problem = next(filter(None, (self.problem(row) for row in transaction.rows)), None)
+            if problem:
+                self.fail(transaction, Rejected(problem))
             else:
-                self.queue.add(transaction)
+                self.queue.append(transaction)
+                on = (row.depends_on for row in transaction.rows)
+                self.awaited.update(id_ for id_ in on if id_ in self.ids)
+        self.queue.sort(key=lambda transaction: transaction.rows[-1].id)
 
-    def pending(self, limit: int, max_changes: int) -> tuple[list[OutboxRow], bool]:
-        """The first pending rows in id order without those that were read, and whether all came.
+    def problem(self, row: OutboxRow) -> str | None:
+        """Why a row cannot be sent, None if it can."""
+        return row.problem()
+
+    def read_rows(self, limit: int) -> list[OutboxRow]:
+        """The first pending rows in id order without those that were read.
 
         Their values have about BATCH_BYTES. A transaction whose rows go beyond these limits is
         completed, up to what one etcd transaction could take.
         """
-        arguments: dict[str, Any] = {"prefix": self.postgres.prefix, "limit": limit}
+        arguments: dict[str, Any] = {
+            "prefix": self.postgres.prefix,
+            "limit": limit,
+            "max_bytes": BATCH_BYTES,
+            "largest": VALUE_MAX_BYTES,
+            "in_flight": int_array(self.ids),
+        }
         with self.postgres.cursor() as cur:
-            arguments["max_bytes"] = BATCH_BYTES
-            first = {**arguments, "in_flight": int_array(self.queue.versions)}
-            cur.execute(self.postgres.planned(cur, PENDING_SQL, first), first)
+            cur.execute(self.postgres.planned(cur, PENDING_SQL, arguments), arguments)
             found = cur.fetchall()
             rows = [OutboxRow(*row[:-1]) for row in found]
-            if len(rows) < limit and (not found or found[-1][-1] < BATCH_BYTES):
-                return rows, True
+            self.all_read = len(rows) < limit and (not found or found[-1][-1] < BATCH_BYTES)
+            if self.all_read:
+                self.horizon = math.inf
+                return rows
+            self.horizon = rows[-1].id
             txids = int_array(dict.fromkeys(int(row.txid) for row in rows))
-            arguments.update(limit=max_changes + 1, max_bytes=TXN_MAX_BYTES)
+            arguments.update(limit=self.limits().largest() + 1, max_bytes=TXN_MAX_BYTES)
             cur.execute(PENDING_REST_SQL, {**arguments, "txids": txids, "last": rows[-1].id})
             rows.extend(OutboxRow(*row) for row in cur)
-        return sorted(rows), False
+        return sorted(rows)
 
-    def limits(self) -> Limits:
-        """What etcd takes in one Txn."""
-        return Limits(self.engine.config.max_txn_ops, self.receipts.etcd.guarded)
+    def pick(self) -> list[OutboxTransaction]:
+        """Take from the front of the queue what fits into the next Txn.
+
+        In the order of their last rows, as who changes a key after another transaction does so
+        once that one has committed.  One whose keys are in a Txn, or in a transaction that was
+        passed over, is passed over as well.
+        """
+        taken: list[OutboxTransaction] = []
+        passed: list[OutboxTransaction] = []
+        if self.blocked:
+            return taken
+        limits, keys = self.limits(), set(self.busy)
+        rows = widest = size = looked = 0
+        for transaction in itertools.islice(self.queue, PICK_LOOKS):
+            if transaction.rows[-1].id > self.horizon:
+                break
+            if keys.isdisjoint(transaction.keys):
+                if transaction.first.action == KEEPALIVE:
+                    self.renew(transaction)
+                    keys |= transaction.keys
+                    looked += 1
+                    continue
+                wider = max(widest, transaction.width)
+                fits = limits.allow(len(taken) + 1, rows + len(transaction.rows), wider)
+                if taken and not (fits and size + transaction.size <= TXN_MAX_BYTES):
+                    break
+                taken.append(transaction)
+                widest, rows, size = wider, rows + len(transaction.rows), size + transaction.size
+            else:
+                passed.append(transaction)
+            keys |= transaction.keys
+            looked += 1
+        self.queue[:looked] = passed
+        self.blocked = not taken
+        for transaction in taken:
+            self.busy |= transaction.keys
+            transaction.resolve(self.versions)
+            for row in transaction.rows:
+                if row.depends_on in self.awaited:
+                    self.awaited.discard(row.depends_on)
+                    if row.depends_on not in self.ids:
+                        self.versions.pop(row.depends_on, None)
+        return taken
+
+    def send(self, transactions: list[OutboxTransaction], first: bool = False) -> None:
+        """Build a Txn, and send it when its turn comes; first: before all others."""
+        self.number += 1
+        txn = Txn(transactions, self.receipts, self.fence, self.number, self.settled)
+        self.pipeline.add(txn, first)
+
+    def renew(self, transaction: OutboxTransaction) -> None:
+        """Have etcd renew a key's lease."""
+        self.busy |= transaction.keys
+        future = self.renewer.submit(self.etcd.renew_lease, transaction.first.key.encode())
+        future.add_done_callback(self.waker.wake)
+        self.renewals.append((transaction, future))
 
     # ─ etcd's answers ─
 
-    def receive(self) -> bool:
+    def take_answers(self) -> bool:
         """Take etcd's answers; whether there was any. Raises what ends the outbox."""
         worked = False
-        while txn := self.pipeline.take():
+        while txn := self.pipeline.next_answered():
             worked = True
             try:
                 answer = txn.answer()
             except grpc.RpcError as exc:
-                self.unanswered(txn, etcd_error(exc, self.receipts.etcd.endpoint))
-            else:
-                self.acknowledge(txn, answer)
+                self.take_error(txn, etcd_error(exc, self.etcd.endpoint))
+                continue
+            if not answer.succeeded:
+                raise self.fenced(answer.responses[0].response_range.kvs)
+            self.token_renewed = False
+            self.free(txn.transactions)
+            self.acknowledge(answer.header.revision, txn.number, txn.results(answer))
+        for item in [item for item in self.renewals if item[1].done()]:
+            worked = True
+            self.renewals.remove(item)
+            transaction, future = item
+            self.free([transaction])
+            try:
+                future.result()
+                outcome = self.outcome(transaction, transaction.first, "success")
+                self.acknowledged.append(Acknowledged(0, 0, [outcome], time.monotonic()))
+            except Rejected as exc:
+                self.fail(transaction, exc)
         return worked
 
-    def acknowledge(self, txn: Txn, answer: Any) -> None:
-        """Keep what became of a Txn's changes. Raises Fenced."""
-        if not answer.succeeded:
-            raise self.fenced(answer.responses[0].response_range.kvs)
-        self.token_renewed = False
-        self.note(answer.header.revision, txn.told(answer))
+    def free(self, transactions: Iterable[OutboxTransaction]) -> None:
+        """Let the keys of transactions that are answered be picked again."""
+        self.blocked = False
+        for transaction in transactions:
+            self.busy -= transaction.keys
 
-    def note(
-        self, revision: int, told: Iterable[tuple[OutboxTransaction, bool, Sequence[int | None]]]
-    ) -> None:
-        """Keep the outcomes of the transactions of a Txn; see Txn.told()."""
-        outcomes: list[Outcome] = []
-        for transaction, applied, versions in told:
-            if applied:
-                if versions:
-                    transaction.replaced(versions)
-                outcomes += self.applied(transaction, revision)
-            else:
-                outcomes += self.refused(transaction, versions)
-        self.acknowledged.append(Acknowledged(revision, outcomes, time.monotonic()))
+    def take_error(self, txn: Txn, error: EtcdFdwError) -> None:
+        """Deal with a Txn that etcd refused as a whole; raises if it may have applied it."""
+        transactions = txn.transactions
+        renewed = isinstance(error, TokenExpired) and not self.token_renewed
+        if renewed:
+            self.token_renewed = True
+            self.etcd.authenticate()
+        if isinstance(error, PermissionDenied):  # for the keys of changes, or all of them?
+            with self.receipts.grant_named():
+                self.etcd.check_write(self.receipts.key, self.receipts.range_end)
+            if not self.etcd.may_write_some():
+                raise error
+        middle = len(transactions) // 2
+        if renewed or isinstance(error, LeaseNotFound):
+            self.send(transactions, first=True)  # with leases of just now
+        elif isinstance(error, TooManyOperations) and self.lower_limit(txn):
+            self.requeue(transactions)
+        elif not isinstance(error, (Rejected, PermissionDenied)):
+            self.note_retry(transactions, error)
+            raise error
+        elif middle:
+            self.send(transactions[middle:], first=True)
+            self.send(transactions[:middle], first=True)
+        elif isinstance(error, RequestTooLarge) and self.splittable(transactions[0]):
+            self.split.add(transactions[0].first.txid)
+            self.requeue(transactions)
+        else:
+            self.free(transactions)
+            self.fail(transactions[0], error)
+        self.pipeline.resume()
+
+    def lower_limit(self, txn: Txn) -> bool:
+        """Use less of --max-txn-ops than the Txn did; whether that is possible."""
+        transactions, rows = txn.transactions, sum(len(t.rows) for t in txn.transactions)
+        used = self.etcd.guarded * rows + 2 + len(transactions) + max(t.width for t in transactions)
+        if used // 2 < OPS_LEAST:
+            return False
+        self.max_ops = min(self.max_ops, used // 2)
+        log.warning(
+            "etcd takes fewer operations in a transaction than --max-txn-ops %(option)d: going on"
+            " with %(ops)d",
+            option=self.config.max_txn_ops,
+            ops=self.max_ops,
+        )
+        return True
+
+    def splittable(self, transaction: OutboxTransaction) -> bool:
+        """Whether a transaction may be applied change by change."""
+        return len(transaction.rows) > 1 and not transaction.never_split
+
+    def requeue(self, transactions: Iterable[OutboxTransaction]) -> None:
+        """Put transactions back, grouped anew."""
+        transactions = list(transactions)
+        self.free(transactions)
+        rows = [row for transaction in transactions for row in transaction.rows]
+        self.queue += group_rows(rows, self.limits(), self.split)
+        self.queue.sort(key=lambda transaction: transaction.rows[-1].id)
+
+    def note_retry(self, transactions: Sequence[OutboxTransaction], error: EtcdFdwError) -> None:
+        """Say in etcd_wal why these changes wait, where nobody holds the row."""
+        ids = int_array(row.id for transaction in transactions for row in transaction.rows)
+        with suppress(StatementRefused):
+            self.postgres.query(RETRY_SQL, ids=ids, message=one_line(error))
 
     def fenced(self, owner: Sequence[Any]) -> Fenced:
         """The error that says who sends in place of this session."""
@@ -3355,79 +3559,84 @@ class Outbox:
         kind = Fenced if other["database"] == self.postgres.database else FencedByCopy
         return kind(f"{who}, has begun to send changes for this mirror: nothing more is sent")
 
+    def acknowledge(
+        self,
+        revision: int,
+        number: int,
+        results: Iterable[tuple[OutboxTransaction, bool, Sequence[int | None]]],
+    ) -> None:
+        """Keep the outcomes of a Txn; see Txn.results()."""
+        outcomes: list[Outcome] = []
+        for transaction, applied, versions in results:
+            if applied:
+                if transaction.forced:
+                    transaction.note_replaced(versions)
+                outcomes += self.applied(transaction, revision)
+            else:
+                outcomes += self.conflicted(transaction, versions)
+        self.acknowledged.append(Acknowledged(revision, number, outcomes, time.monotonic()))
+
     def applied(self, transaction: OutboxTransaction, revision: int) -> list[Outcome]:
         """The outcomes of a transaction that etcd took at a revision."""
-        outcomes = []
+        outcomes, changes, read_at = [], transaction.changes, transaction.read_at
         for row in transaction.rows:
-            change = transaction.changes[row.key]
-            reached = revision if change.moves else None
-            replaced = change.expected or None if row.force else None
-            read_at = transaction.read_at
-            outcomes.append(Outcome(row.id, "success", reached, None, read_at, replaced))
-            self.queue.answered(row.id, 0 if change.value is None else revision)
+            reached = replaced = None
+            if row.action is None:
+                change = changes[row.key]
+                reached = revision if change.moves else None
+                replaced = change.expected or None
+                self.versions[row.id] = 0 if change.value is None else revision
+            outcomes.append(
+                Outcome(row.id, row.queued_at, row.key, "success", reached, None, replaced, read_at)
+            )
         return outcomes
 
-    def refused(
+    def conflicted(
         self, transaction: OutboxTransaction, current: Sequence[int | None]
     ) -> list[Outcome]:
         """The outcomes of a transaction one of whose keys etcd has at another version."""
-        strict = transaction.strict
-        message = conflict_message(strict, current)
-        failed_at = {c.key.decode(): now for c, now in zip(strict, current) if now != c.expected}
-        first = transaction.rows[0]
-        key, revision = next(iter(failed_at.items()), (first.key, None))
-        self.engine.conflicts.note(first.id, key, revision, message)
+        compared = transaction.compared
+        message = conflict_message(compared, current)
+        failed_at = {c.key.decode(): now for c, now in zip(compared, current) if now != c.expected}
+        key, revision = next(iter(failed_at.items()), (transaction.first.key, None))
+        self.conflicts.note(transaction.first.id, key, revision, message)
         newest = max((now or 0 for now in failed_at.values()), default=0)
-        revisions = [failed_at.get(row.key) or newest or None for row in transaction.rows]
-        return self.refusals(transaction, "conflict", revisions, message)
+        self.versions.update((row.id, REFUSED) for row in transaction.rows)
+        return [
+            self.outcome(transaction, row, "conflict", failed_at.get(row.key) or newest, message)
+            for row in transaction.rows
+        ]
 
     def fail(self, transaction: OutboxTransaction, error: EtcdFdwError) -> None:
         """Note that etcd will never take a transaction."""
-        log.warning("change %(id)d failed: %(error)s", id=transaction.rows[0].id, error=error)
-        outcomes = self.refusals(transaction, "failed", itertools.repeat(None), str(error))
-        self.acknowledged.append(Acknowledged(0, outcomes, time.monotonic()))
+        first, message = transaction.first, one_line(error)
+        if isinstance(error, RequestTooLarge):
+            message += (
+                f"; it has {describe(len(transaction.rows), 'change')} of about"
+                f" {transaction.size} bytes; etcd's own limits are --max-txn-ops (128) and"
+                " --max-request-bytes (1.5 MiB)"
+            )
+        text = "change %(id)d to %(key)s failed: %(error)s"
+        log.warning(text, id=first.id, key=first.key, error=message)
+        self.versions.update((row.id, REFUSED) for row in transaction.rows)
+        outcomes = [
+            self.outcome(transaction, row, "failed", None, message) for row in transaction.rows
+        ]
+        self.acknowledged.append(Acknowledged(0, 0, outcomes, time.monotonic()))
 
-    def refusals(
+    def outcome(
         self,
         transaction: OutboxTransaction,
+        row: OutboxRow,
         status: str,
-        revisions: Iterable[int | None],
-        message: str,
-    ) -> list[Outcome]:
-        """The outcomes of a transaction that was not applied."""
-        for row in transaction.rows:
-            self.queue.answered(row.id, REFUSED)
-        return [
-            Outcome(row.id, status, revision, message, transaction.read_at)
-            for row, revision in zip(transaction.rows, revisions)
-        ]
-
-    def unanswered(self, txn: Txn, error: EtcdFdwError) -> None:
-        """Deal with a Txn that etcd refused as a whole; raises if it may have applied it."""
-        transactions = txn.transactions
-        renewed = isinstance(error, TokenExpired) and not self.token_renewed
-        if renewed:
-            self.token_renewed = True
-            self.receipts.etcd.authenticate()
-        if renewed or isinstance(error, LeaseNotFound):
-            self.send(transactions, alone=txn.alone, first=True)  # with leases of just now
-        elif isinstance(error, (Rejected, PermissionDenied)):
-            if isinstance(error, PermissionDenied):  # for the keys of changes, or the receipt?
-                with self.receipts.grant_named():
-                    self.receipts.etcd.check_write(self.receipts.key, self.receipts.range_end)
-            middle = len(transactions) // 2
-            if middle:
-                self.send(transactions[middle:], first=True)
-                self.send(transactions[:middle], first=True)
-            elif not txn.alone:
-                self.send(transactions, alone=True, first=True)
-            else:
-                self.fail(transactions[0], error)
-        else:
-            ids = int_array(row.id for transaction in transactions for row in transaction.rows)
-            self.postgres.query(RETRY_SQL, ids=ids, message=one_line(error))
-            raise error
-        self.pipeline.resume()
+        revision: int | None = None,
+        message: str | None = None,
+    ) -> Outcome:
+        """The outcome of a row that moved no key."""
+        read_at = transaction.read_at
+        return Outcome(
+            row.id, row.queued_at, row.key, status, revision or None, message, None, read_at
+        )
 
     # ─ back to PostgreSQL ─
 
@@ -3445,17 +3654,31 @@ class Outbox:
                 break
             self.acknowledged.popleft()
             outcomes += first.outcomes
-            receipt = max(receipt, first.revision)
-        if self.idle():
+            if first.revision:
+                receipt, self.due_receipt = first.revision, (first.number, first.revision)
+        if self.all_read and not self.ids:
             self.split.clear()
-        return Outcomes(outcomes, receipt, self.split)
+        deferred = self.deferred or None
+        again = bool(deferred) and time.monotonic() >= self.deferred_until
+        if again:
+            outcomes, deferred = [*self.deferred, *outcomes], []
+        return Outcomes(outcomes, receipt, self.split, deferred, careful=again)
 
-    def written(self, outcomes: Outcomes) -> None:
+    def recorded(self, outcomes: Outcomes) -> None:
         """PostgreSQL has these outcomes for good."""
         for outcome in outcomes.list:
-            self.queue.versions.pop(outcome.id, None)
+            self.ids.discard(outcome.id)
+            if outcome.id not in self.awaited:
+                self.versions.pop(outcome.id, None)
         if outcomes.receipt:
-            self.pipeline.settle(outcomes.receipt)
+            self.settled = self.due_receipt
+        if outcomes.deferred is not None:
+            if outcomes.careful or len(outcomes.deferred) > len(self.deferred):
+                self.deferred_until = time.monotonic() + DEFERRED_S
+            self.deferred = list(outcomes.deferred)
+        if outcomes.refusal and time.monotonic() >= self.warn_refusal_after:
+            self.warn_refusal_after = time.monotonic() + CHORE_WARN_S
+            log.warning("%(error)s", error=outcomes.refusal)
 
     def silent_since(self) -> float | None:
         """Since when an acknowledged change has not come back through the watch (monotonic)."""
@@ -3465,322 +3688,11 @@ class Outbox:
         """Send nothing any more."""
         self.retired = True
         self.pipeline.close()
+        self.renewer.shutdown(wait=False)
 
-    def settled(self) -> bool:
+    def is_settled(self) -> bool:
         """Whether no answer is outstanding, and every outcome was given out by due()."""
-        return not (self.pipeline or self.acknowledged)
-
-    def idle(self) -> bool:
-        """Whether no pending row is left: all were read, and their outcomes are written."""
-        return self.all_read and not self.queue.versions
-
-
-# ── row format: how a row of table etcd looks, and all that compares rows ──────
-
-# Tables are named with an alias wherever they are read: users may add columns of their own.
-VALUE = ("value", "value_bytes", "revision")
-METADATA = ("lease", "create_revision", "version")  # earlier versions did not mirror these
-FIELDS = ("key", *VALUE, "tombstone", *METADATA)
-COLUMNS = ", ".join(FIELDS)
-
-
-def of(alias: str, fields: Sequence[str] = FIELDS) -> str:
-    """Columns of a table in SQL."""
-    return ", ".join(f"{alias}.{field}" for field in fields)
-
-
-def differ(alias: str, other: str, *fields: str) -> str:
-    """An SQL condition: rows of two tables differ in one of these columns."""
-    return f"({of(alias, fields)}) IS DISTINCT FROM ({of(other, fields)})"
-
-
-COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + struct.pack(">ii", 0, 0)
-COPY_TRAILER = struct.pack(">h", -1)
-COPY_NULL = struct.pack(">i", -1)
-_pack_key = struct.Struct(">hi").pack
-_pack_length = struct.Struct(">i").pack
-_pack_tail = struct.Struct(">iqib").pack
-_pack_number = struct.Struct(">iq").pack
-_pack_numbers = struct.Struct(">iqiq").pack
-
-
-def copy_row(kv: Any, deleted: bool = False) -> bytes:
-    """What etcd tells of a key as a row of FIELDS in COPY's binary format.
-
-    etcd's 0 is null: no lease, and for a tombstone no version, nor a revision that created it.
-    Binary needs no escaping, so no byte can be misread. Source: PostgreSQL's COPY reference.
-    """
-    key, value = kv.key, kv.value
-    if deleted:
-        columns = COPY_NULL + COPY_NULL
-    elif is_text(value):
-        columns = _pack_length(len(value)) + value + COPY_NULL
-    else:
-        columns = COPY_NULL + _pack_length(len(value)) + value
-    columns += _pack_tail(8, kv.mod_revision, 1, deleted)
-    columns += _pack_number(8, kv.lease) if kv.lease else COPY_NULL
-    if kv.version:
-        columns += _pack_numbers(8, kv.create_revision, 8, kv.version)
-    else:
-        columns += COPY_NULL + COPY_NULL
-    return _pack_key(len(FIELDS), len(key)) + key + columns
-
-
-def copy_unstorable(kv: Any, deleted: bool = False) -> bytes:
-    """A row of etcd_unstorable in COPY's binary format: what table etcd cannot hold."""
-    shown = kv.key.replace(b"\0", b"\\x00").decode("utf-8", "backslashreplace").encode()
-    value = COPY_NULL if deleted else _pack_length(len(kv.value)) + kv.value
-    key = _pack_key(4, len(shown)) + shown + _pack_length(len(kv.key)) + kv.key
-    return key + value + _pack_number(8, kv.mod_revision)
-
-
-def copy_in(cur: Any, table: str, rows: Iterable[bytes]) -> None:
-    """COPY rows made by copy_row() into etcd or its staging table, or by copy_unstorable()."""
-    data = b"".join((COPY_HEADER, *rows, COPY_TRAILER))
-    columns = "" if table == "etcd_unstorable" else f"({COLUMNS})"
-    cur.copy_expert(f"COPY {table} {columns} FROM STDIN (FORMAT binary)", io.BytesIO(data), 1 << 18)
-
-
-# ─ the staging tables: what etcd held at a revision ─
-
-# They are dropped after use, or emptied with each heartbeat: autovacuum does not freeze temporary
-# tables, and an old one holds up the whole database's transaction ids.
-STAGING_SQL = f"""
-CREATE TEMPORARY TABLE IF NOT EXISTS etcd_staging AS SELECT {COLUMNS} FROM etcd WITH NO DATA;
-CREATE TEMPORARY TABLE IF NOT EXISTS etcd_unstorable (
-    key text, key_bytes bytea, value_bytes bytea, revision bigint);
-TRUNCATE etcd_staging, etcd_unstorable
-"""
-DROP_STAGING_SQL = "DROP TABLE etcd_staging, etcd_unstorable"
-IN_PREFIX = "e.key >= %(prefix)s AND (%(after)s::text IS NULL OR e.key < %(after)s)"
-LATEST = f"""
-(SELECT e.*
- FROM (SELECT e.key, pg_catalog.max(e.revision) AS revision FROM etcd e
-       WHERE {IN_PREFIX} AND e.revision <= %(at)s GROUP BY e.key) l
- JOIN etcd e ON e.key = l.key AND e.revision = l.revision
- WHERE NOT e.tombstone)
-"""  # what the mirror holds live at a revision
-MERGE_SQL = f"""
-INSERT INTO etcd AS e ({COLUMNS}) SELECT {of("s")} FROM etcd_staging s
-ON CONFLICT (key, revision)
-DO UPDATE SET ({", ".join(METADATA)}) = ROW ({of("excluded", METADATA)})
-WHERE {differ("e", "excluded", *METADATA)}
-"""
-TOMBSTONES_SQL = f"""
-INSERT INTO etcd (key, revision, tombstone)
-SELECT m.key, %(at)s, true FROM {LATEST} m
-WHERE NOT EXISTS (SELECT FROM etcd_staging s WHERE s.key = m.key)
-"""
-# A key with a newer version in the mirror, or another one of the same revision; a version of a
-# time of which the mirror knows that nothing happened; one of a time that it cannot know.
-CONTRADICTION_SQL = f"""
-SELECT s.key FROM etcd_staging s JOIN etcd e ON e.key = s.key
-WHERE e.revision > s.revision AND e.revision <= %(at)s
-   OR e.revision = s.revision AND ({differ("s", "e", "value", "value_bytes", "tombstone")}
-      OR e.version IS NOT NULL AND {differ("s", "e", "create_revision", "version")})
-UNION ALL
-SELECT s.key FROM etcd_staging s WHERE s.revision > %(last)s AND s.revision <= %(old)s
-UNION ALL
-SELECT e.key FROM etcd e
-WHERE {IN_PREFIX} AND e.revision > %(old)s AND e.revision <= %(at)s
-  AND NOT EXISTS (SELECT FROM etcd_staging s WHERE s.key = e.key AND s.revision >= e.revision)
-LIMIT 1
-"""
-UNSTORABLE_SQL = """
-INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, source_revision,
-                             target_system, details)
-SELECT %(prefix)s, 'mirror', 'unstorable', u.key, 'etcd', u.revision, 'postgresql',
-       pg_catalog.jsonb_build_object('key_hex', pg_catalog.encode(u.key_bytes, 'hex'),
-                                     'value_hex', pg_catalog.encode(u.value_bytes, 'hex'))
-FROM etcd_unstorable u
-"""
-NOT_RECORDED = """
-WHERE NOT EXISTS (
-    SELECT FROM etcd_sync_event e
-    WHERE (e.prefix, e.status, e.key, e.source_revision)
-        = (%(prefix)s, 'unstorable', u.key, u.revision))
-"""
-
-
-class Staged(NamedTuple):
-    """What load_staging() has brought."""
-
-    revision: int
-    keys: int
-    unstorable: int  # keys
-    last_revision: int  # of the newest of all
-
-
-def load_staging(
-    postgres: Postgres, etcd: Etcd, revision: int, progress: Callable[[int, int], None]
-) -> Staged:
-    """Copy the prefix as it was at a revision (0: now) into the staging tables.
-
-    In the caller's transaction; if there is none, each page is committed by itself.  Whatever the
-    keys are like, no more than two pages are in memory.  progress is called with the number of
-    keys that are there, and of all.  Raises Compacted.
-    """
-    keys = unstorable = last_revision = 0
-    with postgres.cursor() as cur:
-        cur.execute(STAGING_SQL)
-    for page in etcd.pages(revision):
-        revision = revision or page.header.revision
-        rows = [copy_row(kv) for kv in page.kvs if is_storable(kv.key)]
-        with postgres.cursor() as cur:
-            copy_in(cur, "etcd_staging", rows)
-            if len(rows) < len(page.kvs):
-                others = (copy_unstorable(kv) for kv in page.kvs if not is_storable(kv.key))
-                copy_in(cur, "etcd_unstorable", others)
-        keys += len(rows)
-        unstorable += len(page.kvs) - len(rows)
-        last_revision = max([last_revision, *(kv.mod_revision for kv in page.kvs)])
-        progress(keys, keys + page.count - len(page.kvs))
-    with postgres.cursor() as cur:
-        cur.execute("ANALYZE etcd_staging")
-    return Staged(revision, keys, unstorable, last_revision)
-
-
-# ─ comparison of both sides ─
-
-DIFFERENCES = ("missing", "extra", "different")  # in the mirror
-
-# incomplete: mirrored by a version that knew less of a key.
-DIFFERENCE = f"""
-WITH difference AS MATERIALIZED (
-    SELECT CASE WHEN m.key IS NULL THEN 'missing' WHEN s.key IS NULL THEN 'extra'
-                WHEN m.version IS NULL AND NOT ({differ("s", "m", *VALUE)}) THEN 'incomplete'
-                ELSE 'different' END AS kind,
-           coalesce(s.key, m.key) AS key, {of("s", VALUE)}, {of("s", METADATA)},
-           m.revision AS mirror_revision
-    FROM etcd_staging s FULL JOIN {LATEST} m ON m.key = s.key
-    WHERE {differ("s", "m", *VALUE, *METADATA)}
-)
-"""
-COUNT_DIFFERENCES = """
-SELECT kind, pg_catalog.max(n), pg_catalog.array_agg(key ORDER BY n) FILTER (WHERE n <= 10)
-FROM (SELECT kind, key, pg_catalog.row_number() OVER (PARTITION BY kind ORDER BY key) AS n
-      FROM difference) d
-GROUP BY kind
-"""
-KEEP_STATE_SQL = (
-    "SELECT s.excluded FROM etcd_sync_state s WHERE s.prefix = %(prefix)s FOR KEY SHARE"
-)
-PRUNED_SQL = """
-SELECT coalesce(pg_catalog.max(s.pruned_revision), 0::bigint) FROM etcd_sync_state s
-WHERE s.prefix = %(prefix)s
-"""
-COMPARE_SQL = DIFFERENCE + COUNT_DIFFERENCES
-REPAIR_SQL = f"""
-{DIFFERENCE}, deleted AS (
-    DELETE FROM etcd e USING difference d
-    WHERE e.key = d.key AND e.revision > d.revision AND e.revision <= %(at)s
-), put AS (
-    INSERT INTO etcd ({COLUMNS})
-    SELECT d.key, d.value, d.value_bytes, coalesce(d.revision, %(at)s), d.revision IS NULL,
-           {of("d", METADATA)}
-    FROM difference d
-    ON CONFLICT (key, revision)
-    DO UPDATE SET ({", ".join(FIELDS[1:])}) = ROW ({of("excluded", FIELDS[1:])})
-), noted AS (
-    INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, source_revision,
-                                 target_system, target_revision)
-    SELECT %(prefix)s, 'repair', d.kind, d.key, 'etcd', coalesce(d.revision, %(at)s),
-           'postgresql', d.mirror_revision
-    FROM difference d WHERE d.kind <> 'incomplete'
-), stated AS (
-    UPDATE etcd_sync_state s
-    SET unrepaired = false, last_revision = greatest(s.last_revision, %(last)s)
-    WHERE s.prefix = %(prefix)s AND (s.unrepaired OR s.last_revision < %(last)s)
-)
-{COUNT_DIFFERENCES}
-"""
-
-
-def compare(
-    postgres: Postgres,
-    etcd: Etcd,
-    checkpoint: int,
-    at: int | None = None,
-    repair: bool = False,
-    progress: Callable[[int, int], None] = lambda keys, total: None,
-) -> dict[str, Any]:
-    """Compare the mirror at the checkpoint with etcd then, or at another revision (0: now).
-
-    The summary is what validate --format json prints.  repair: make the mirror the same; an
-    active instance is not disturbed, as it writes only what comes after its checkpoint.
-    Raises Compacted.
-    """
-    with postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
-        staged = load_staging(postgres, etcd, checkpoint if at is None else at, progress)
-        cur.execute(KEEP_STATE_SQL, postgres.bounds)  # it is not reset meanwhile
-        for (excluded,) in cur:
-            if tuple(excluded) != etcd.target.exclude:
-                raise ConfigurationError(
-                    f"--etcd-dsn: this mirror excludes {', '.join(excluded) or 'nothing'}:"
-                    " say the same, or start the daemon, which changes it"
-                )
-        arguments = {**postgres.bounds, "at": checkpoint, "last": staged.last_revision}
-        cur.execute(REPAIR_SQL if repair else COMPARE_SQL, arguments)
-        found = {kind: {"count": count, "first": first} for kind, count, first in cur}
-        cur.execute(DROP_STAGING_SQL)
-        # housekeeping may have deleted what was superseded since the checkpoint
-        cur.execute(PRUNED_SQL, postgres.bounds)
-        if cur.fetchone()[0] > checkpoint:
-            raise Compacted
-    return {
-        "revision": checkpoint,
-        "keys": staged.keys,
-        "unstorable": staged.unstorable,
-        **{kind: found.get(kind, {"count": 0, "first": []}) for kind in DIFFERENCES},
-    }
-
-
-def count_differences(summary: Mapping[str, Any]) -> int:
-    """The number of differences in the summary of a comparison."""
-    return sum(summary[kind]["count"] for kind in DIFFERENCES)
-
-
-def warn_of_repair(summary: Mapping[str, Any]) -> None:
-    """Report what a comparison has repaired."""
-    if repaired := count_differences(summary):
-        log.warning(
-            "the mirror was not what etcd held at revision %(revision)d: repaired %(repaired)s",
-            revision=summary["revision"],
-            repaired=describe(repaired, "difference"),
-        )
-
-
-def compare_at_checkpoint(
-    postgres: Postgres, etcd: Etcd, checkpoint: int, **options: Any
-) -> dict[str, Any]:
-    """As compare(), also if etcd has compacted the checkpoint, and both sides are the same now.
-
-    With auto-compaction that is usual where the prefix is quiet: had anything changed since the
-    checkpoint, it would show.  Raises Compacted if it does.
-    """
-    try:
-        return compare(postgres, etcd, checkpoint, **options)
-    except Compacted:
-        summary = compare(postgres, etcd, checkpoint, **{**options, "at": 0, "repair": False})
-        if count_differences(summary):
-            raise
-        return summary
-
-
-def compare_up_to(
-    postgres: Postgres, etcd: Etcd, checkpoint: int, goal: int, **options: Any
-) -> dict[str, Any] | None:
-    """Repair the mirror; the summary, or None if it lacks what etcd held at the goal.
-
-    The store's revision says little about a prefix, as others move it too.  So while the
-    checkpoint is below the goal, what both hold is compared.  Raises Compacted.
-    """
-    summary = compare_at_checkpoint(postgres, etcd, checkpoint, repair=True, **options)
-    warn_of_repair(summary)
-    # what came to the prefix after the goal moves the checkpoint past it
-    if checkpoint < goal and count_differences(compare(postgres, etcd, checkpoint, 0, **options)):
-        return None
-    return summary
+        return not (self.pipeline or self.renewals or self.acknowledged)
 
 
 # ── mirror: the watch's way into table etcd ────────────────────────────────────
@@ -3790,12 +3702,12 @@ class Intake:
     """Puts the responses of the watch together to whole revisions.
 
     The first `whole` of its events are of revisions that are complete; with all of them the
-    mirror is at revision `reached`.  `ended` by what has ended the watch; `replaying` while etcd
-    sends what is past.
+    mirror is at revision `reached`.  `created` once etcd has confirmed the watch; `ended` by
+    what has ended it; `replaying` while etcd sends what is past.
     """
 
     def __init__(self, etcd: Etcd, watch: Watch) -> None:
-        self.endpoint, self.limit = etcd.endpoint, etcd.limit
+        self.endpoint = etcd.endpoint
         self.watch = watch
         self.events: list[Any] = []
         self.whole = 0
@@ -3803,8 +3715,8 @@ class Intake:
         self.reached = 0
         self.store_revision = etcd.header.revision  # newest one of the whole store heard of
         self.heard_at = time.monotonic()
-        self.asked_at: float | None = None  # monotonic: since when etcd owes an answer
         self.replaying = True  # etcd sends the past in portions: there may be more of it
+        self.created = False
         self.ended: EtcdFdwError | None = None
 
     def take(self, batch_size: int) -> tuple[list[Any], int]:
@@ -3839,24 +3751,18 @@ class Intake:
         return taken, revision
 
     def receive(self, response: Any) -> None:
-        """Keep the events of a response, or what else it says.
-
-        That which was asked for is a sign of life only: some releases of etcd answer before they
-        have told what happened until then.
-        """
+        """Keep the events of a response, or what else it says."""
         self.heard_at = time.monotonic()
-        self.asked_at = None
         revision = response.header.revision
         self.store_revision = max(self.store_revision, revision)
         if response.canceled:
             self.ended = self.cancellation(response)
-        elif not (response.created or response.events or response.watch_id < 0):
-            self.replaying = False  # a progress notification: nothing happened up to here
+        elif response.created:
+            self.created = True
+        elif not response.events:  # a progress notification: nothing happened up to here
+            self.replaying = False
             self.reached = revision
-        elif response.events:
-            if self.limit == ANSWER_LIMITS[1] and len(response.events) > FRAGMENT_EVENTS:
-                self.ended = TooLarge(f"etcd at {self.endpoint}: much to catch up with")
-                return
+        else:
             self.events.extend(response.events)
             self.bytes += response.ByteSize()
             last = self.events[-1]
@@ -3868,25 +3774,6 @@ class Intake:
                     self.whole -= 1
             if self.whole:
                 self.reached = self.events[self.whole - 1].kv.mod_revision
-
-    def check_alive(self) -> float:
-        """Ask a watch that has been silent for long; returns in how many seconds to call again.
-
-        Raises EtcdUnavailable if etcd does not answer.  What waits in the queue is no silence.
-        """
-        now = time.monotonic()
-        if self.watch.waiting() or now < self.heard_at + SILENCE_LIMIT_S:
-            self.asked_at = None
-            return max(1.0, self.heard_at + SILENCE_LIMIT_S - now)
-        if self.asked_at is None:
-            self.asked_at = now
-        elif now > self.asked_at + ANSWER_LIMIT_S:
-            raise EtcdUnavailable(
-                f"etcd at {self.endpoint}: the watch has been silent for"
-                f" {now - self.heard_at:.0f}s, and does not answer"
-            )
-        self.watch.ask()
-        return ANSWER_LIMIT_S / 3
 
     def cancellation(self, response: Any) -> EtcdFdwError:
         """The error that a cancelled watch is. It is always final, but the stream lives on."""
@@ -3913,47 +3800,51 @@ class Batch:
     All rows are above the last checkpoint, and with them the mirror is complete up to `checkpoint`.
     """
 
-    def __init__(self, checkpoint: int, hidden: tuple[bytes, ...] = ()) -> None:
-        self.hidden = hidden  # keys that begin so are left out
+    def __init__(self, checkpoint: int) -> None:
         self.rows: dict[tuple[bytes, int], bytes] = {}  # one etcd Txn may put and delete a key
-        self.unstorable: list[bytes] = []
+        self.unstorable: list[KeyValueRecord] = []
         self.checkpoint = checkpoint
-        self.last_revision: int | None = None  # of the newest event; None: there is none
+        self.last_key: str | None = None
         self.events = 0  # that were looked at
 
     def add(self, events: Sequence[Any], reached: int) -> None:
         """Add the events above the checkpoint, and move that to the revision reached."""
-        rows, after, hidden = self.rows, self.checkpoint, self.hidden
+        rows, after, key = self.rows, self.checkpoint, None
         for event in events:
             kv = event.kv
             revision = kv.mod_revision
-            if revision <= after or kv.key.startswith(hidden):
+            if revision <= after or kv.key.startswith(RESERVED):
                 continue
-            deleted = event.type == DELETE
-            if is_storable(kv.key):
-                rows[kv.key, revision] = copy_row(kv, deleted)
-            else:
-                self.unstorable.append(copy_unstorable(kv, deleted))
-            self.last_revision = revision
+            value = None if event.type == DELETE else kv.value
+            if not is_storable(kv.key):
+                self.unstorable.append(KeyValueRecord(kv.key, value, revision))
+                continue
+            key = kv.key
+            rows[key, revision] = copy_row(key, value, revision, kv.lease)
+        if key is not None:
+            self.last_key = key.decode()
         self.checkpoint = max(after, reached)
         self.events += len(events)
 
 
+COPY_SQL = """
+COPY {} (key, value, value_bytes, revision, tombstone, lease) FROM STDIN (FORMAT binary)
+"""
 # The lock of the new generation is taken before anybody can know of it; whoever took it all the
 # same must not hold up the mirror.
 CHECKPOINT_SQL = """
-UPDATE etcd_sync_state s
-SET revision = %(revision)s, last_revision = coalesce(%(last_revision)s, s.last_revision),
-    receipt = greatest(s.receipt, %(receipt)s), split = coalesce(%(split)s::xid8[], s.split),
-    etcd_revision = greatest(s.etcd_revision, %(etcd_revision)s), generation = s.generation + 1,
+UPDATE etcd_sync_state
+SET revision = %(revision)s, last_key = coalesce(%(last_key)s, last_key),
+    receipt = greatest(receipt, %(receipt)s), split = coalesce(%(split)s::xid8[], split),
+    deferred = coalesce(%(deferred)s::jsonb, deferred),
+    etcd_revision = greatest(etcd_revision, %(etcd_revision)s), generation = generation + 1,
     updated_at = now(), heartbeat_at = now(),
-    events = s.events + %(events)s, applied = s.applied + %(applied)s,
-    conflicts = s.conflicts + %(conflicts)s, failures = s.failures + %(failures)s,
-    resyncs = s.resyncs + %(resyncs)s, reconnects = s.reconnects + %(reconnects)s,
-    unstorable = s.unstorable + %(unstorable)s
-WHERE s.prefix = %(prefix)s AND s.revision = %(old)s
-RETURNING s.generation,
-          pg_catalog.pg_try_advisory_lock(_etcd_generation_lock(s.prefix, s.generation))
+    events = events + %(events)s, applied = applied + %(applied)s,
+    conflicts = conflicts + %(conflicts)s, failures = failures + %(failures)s,
+    resyncs = resyncs + %(resyncs)s, reconnects = reconnects + %(reconnects)s,
+    unstorable = unstorable + %(unstorable)s
+WHERE prefix = %(prefix)s AND revision = %(old)s
+RETURNING generation, pg_catalog.pg_try_advisory_lock(_etcd_generation_lock(prefix, generation))
 """
 WAKE_SQL = """
 COMMIT;
@@ -3962,51 +3853,108 @@ SELECT pg_catalog.pg_advisory_unlock(_etcd_generation_lock(%(prefix)s, %(generat
 AUDIT_EVENTS_SQL = """
 INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, source_revision,
                              target_system, target_revision)
-SELECT %(prefix)s, 'mirror', 'success', r.key, 'etcd', r.revision, 'postgresql', r.revision
+SELECT %(prefix)s, 'mirror', 'success', key, 'etcd', revision, 'postgresql', revision
 FROM ROWS FROM (pg_catalog.unnest(%(keys)s::text[]), pg_catalog.unnest(%(revisions)s::bigint[]))
      AS r (key, revision)
 """
+# It is dropped after use, or emptied with each heartbeat: autovacuum does not freeze temporary
+# tables, and an old one holds up the whole database's transaction ids.
+STAGING_SQL = """
+CREATE TEMPORARY TABLE IF NOT EXISTS etcd_staging (
+    key text COLLATE "C", value text, value_bytes bytea, revision bigint, tombstone boolean,
+    lease bigint);
+TRUNCATE etcd_staging
+"""
+# A row that is there already may lack its lease: versions before 2.1 did not mirror that.
+FROM_STAGING_SQL = """
+INSERT INTO etcd AS e (key, value, value_bytes, revision, tombstone, lease)
+SELECT key, value, value_bytes, revision, tombstone, lease FROM etcd_staging
+ON CONFLICT (key, revision) DO UPDATE SET lease = excluded.lease
+WHERE e.lease IS DISTINCT FROM excluded.lease
+"""
+LEASES_SQL = """
+UPDATE etcd e SET lease = s.lease FROM etcd_staging s
+WHERE e.key = s.key AND e.revision = s.revision AND s.lease IS NOT NULL;
+UPDATE etcd_sync_state SET unrepaired = false WHERE prefix = %(prefix)s;
+DROP TABLE etcd_staging
+"""
+CONTRADICTION_SQL = """
+SELECT s.key FROM etcd_staging s JOIN etcd e USING (key)
+WHERE e.revision > s.revision AND e.revision <= %(revision)s
+   OR e.revision = s.revision
+  AND (s.value, s.value_bytes, s.tombstone) IS DISTINCT FROM (e.value, e.value_bytes, e.tombstone)
+LIMIT 1
+"""
+TOMBSTONES_SQL = """
+INSERT INTO etcd (key, revision, tombstone)
+SELECT m.key, %(revision)s, true
+FROM (SELECT DISTINCT ON (key) key, tombstone FROM etcd
+      WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %(after)s)
+        AND revision <= %(revision)s
+      ORDER BY key DESC, revision DESC) m
+WHERE NOT m.tombstone AND NOT EXISTS (SELECT FROM etcd_staging s WHERE s.key = m.key)
+"""
 NEW_STATE_SQL = """
-INSERT INTO etcd_sync_state (prefix, cluster_id, first_revision, revision, last_revision, excluded)
-VALUES (%(prefix)s, %(cluster_id)s, %(at)s, %(at)s, %(last)s, %(excluded)s::text[])
+INSERT INTO etcd_sync_state (prefix, cluster_id, first_revision, revision, last_key)
+VALUES (%(prefix)s, %(cluster_id)s, %(revision)s, %(revision)s, %(last_key)s)
 """
 RESYNC_STATE_SQL = """
-UPDATE etcd_sync_state s
-SET gaps = s.gaps OPERATOR(pg_catalog.||) CASE WHEN s.revision + 1 < %(at)s
-        THEN ARRAY[pg_catalog.int8range(s.revision + 1, %(at)s::bigint)]
+UPDATE etcd_sync_state
+SET gaps = gaps OPERATOR(pg_catalog.||) CASE WHEN revision + 1 < %(revision)s
+        THEN ARRAY[pg_catalog.int8range(revision + 1, %(revision)s::bigint)]
         ELSE '{}'::int8range[] END,
-    revision = %(at)s, last_revision = %(last)s, updated_at = now(), unrepaired = false
-WHERE s.prefix = %(prefix)s AND s.revision = %(old)s
+    revision = %(revision)s, last_key = %(last_key)s, updated_at = now(), unrepaired = false
+WHERE prefix = %(prefix)s AND revision = %(old)s
 """
-# Pages of keys that the mirror holds, by the size of their values.
-PAGES_SQL = f"""
-SELECT pg_catalog.min(p.key) AS key, pg_catalog.count(*) AS keys
-FROM (SELECT m.key, pg_catalog.sum(1000 + coalesce(pg_catalog.octet_length(m.value),
-                                                   pg_catalog.octet_length(m.value_bytes)))
-                    OVER (ORDER BY m.key) / %(bytes)s AS page
-      FROM {LATEST} m
-      WHERE NOT EXISTS (SELECT FROM pg_catalog.unnest(%(hidden)s::text[]) h
-                        WHERE pg_catalog.starts_with(m.key, h))) p
-GROUP BY p.page ORDER BY p.page
+# Housekeeping may have deleted the second one.
+LAST_VERSIONS_SQL = """
+SELECT revision, coalesce(value_bytes, pg_catalog.convert_to(value, 'UTF8')) AS value FROM etcd
+WHERE key = %(key)s AND revision <= %(revision)s ORDER BY revision DESC LIMIT 2
 """
-DROP_ROWS_SQL = f"DELETE FROM etcd e WHERE {IN_PREFIX}"
-DROP_EVENTS_SQL = f"DELETE FROM etcd_sync_event e WHERE e.prefix = %(mirror)s AND {IN_PREFIX}"
-# What is included again has a past of which nothing is known.
-EXCLUDED_SQL = """
-UPDATE etcd_sync_state s
-SET excluded = %(excluded)s::text[], unrepaired = s.unrepaired OR %(included)s,
-    last_revision = CASE WHEN %(included)s THEN s.revision ELSE s.last_revision END,
-    gaps = CASE WHEN %(included)s
-        THEN s.gaps OPERATOR(pg_catalog.||) pg_catalog.int8range(s.first_revision, s.revision)
-        ELSE s.gaps END
-WHERE s.prefix = %(prefix)s
-"""
-LAST_KEYS_SQL = """
-SELECT e.key FROM etcd e WHERE e.revision = %(last)s AND NOT e.tombstone
-"""
-LAST_ROWS_SQL = f"""
-SELECT {of("e")} FROM etcd e WHERE e.revision = %(last)s ORDER BY e.tombstone LIMIT 100
-"""
+
+
+class Staged(NamedTuple):
+    """What load_staging() has brought."""
+
+    revision: int
+    keys: int
+    unstorable: list[KeyValueRecord]
+
+
+def copy_in(cur: Any, table: str, rows: Iterable[bytes]) -> None:
+    """COPY rows made by copy_row() into etcd or its staging table."""
+    data = b"".join((COPY_HEADER, *rows, COPY_TRAILER))
+    cur.copy_expert(COPY_SQL.format(table), io.BytesIO(data), size=1 << 18)
+
+
+def load_staging(
+    postgres: Postgres, etcd: Etcd, revision: int, progress: Callable[[int, int], None]
+) -> Staged:
+    """Copy the prefix as it was at a revision (0: now) into the staging table.
+
+    progress is called with the number of keys that are there, and of all. Raises Compacted.
+    """
+    keys = 0
+    unstorable: list[KeyValueRecord] = []
+    with postgres.cursor() as cur:
+        cur.execute(STAGING_SQL)
+    for page in etcd.pages(revision):
+        revision = revision or page.header.revision
+        rows = []
+        for kv in page.kvs:
+            if kv.key.startswith(RESERVED):
+                continue
+            if is_storable(kv.key):
+                rows.append(copy_row(kv.key, kv.value, kv.mod_revision, kv.lease))
+            else:
+                unstorable.append(KeyValueRecord(kv.key, kv.value, kv.mod_revision))
+        with postgres.cursor() as cur:
+            copy_in(cur, "etcd_staging", rows)
+        keys += len(rows)
+        progress(keys, keys + page.count - len(page.kvs))
+    with postgres.cursor() as cur:
+        cur.execute("ANALYZE etcd_staging")
+    return Staged(revision, keys, unstorable)
 
 
 class Mirror:
@@ -4037,110 +3985,26 @@ class Mirror:
 
     # ─ start ─
 
-    def prove_timeline(self, state: SyncState) -> None:
-        """Prove that etcd's history up to the checkpoint is the mirror's. Raises AnotherTimeline.
-
-        A restored backup keeps its cluster id, and may have gone past the checkpoint since.  So
-        etcd must have what was mirrored last, and nothing of the prefix after that: a watch shows
-        it where few revisions lie in between, and the mirror has seen each since its last copy;
-        else the keys are counted.
-        """
+    def check_timeline(self, state: SyncState) -> None:
+        """Make sure that etcd is still what the mirror is a mirror of. Raises EtcdFdwError."""
         check_cluster(self.etcd, state)
-        since = max(state.last_revision, state.copied_at)
-        with suppress(Compacted):  # the watch ends the same way, and the snapshot compares all
-            proved = self.recognise(state) and state.last_revision == since
-            if since < state.revision:
-                few = self.etcd.header.revision - since <= PROOF_REVISIONS
-                proved = few and self.watch_shows_nothing(state, since) and proved
-            if not proved:
-                self.count_keys(state)
-
-    def recognise(self, state: SyncState) -> bool:
-        """Whether etcd has what the mirror says was put last; not if that was deleted since.
-
-        Raises AnotherTimeline if etcd has something else, and Compacted.
-        """
-        other = None
-        for row in self.postgres.query(LAST_ROWS_SQL, last=state.last_revision):
-            if row["key"].startswith(self.postgres.prefix):
-                kvs = self.etcd.range(row["key"].encode(), revision=state.revision).kvs
-                if not row["tombstone"] and kvs and is_row_of(row, kvs[0]):
-                    return True
-                if kvs or not row["tombstone"]:
-                    other = row["key"]
-        if other:
-            raise another_timeline(
-                self.postgres.prefix,
-                f"key {other} at revision {state.revision} is not in etcd what it is in the mirror",
-            )
-        return False
-
-    def watch_shows_nothing(self, state: SyncState, after: int) -> bool:
-        """Whether etcd can tell what happened until the checkpoint. Raises AnotherTimeline."""
-        hidden = (*self.etcd.target.hidden, *(prefix.encode() for prefix in state.excluded))
-        until, waker = state.revision, self.engine.waker
-        try:
-            found = revisions_after(self.etcd, after, waker, hidden=hidden, until=until)
-        except Compacted:
-            return False
-        if found and found[0] <= until:
-            raise another_timeline(
-                self.postgres.prefix, f"at revision {found[0]} something happened that it lacks"
-            )
-        return True
-
-    def count_keys(self, state: SyncState) -> None:
-        """Compare which keys were there at the checkpoint, and that none was changed lately.
-
-        In pages, because etcd reads every value of a page.  About 3 s for a million keys.
-        Raises AnotherTimeline and Compacted.
-        """
-        hidden = (RESERVED.decode(), *self.etcd.target.exclude, *state.excluded)
-        arguments = {"at": state.revision, "hidden": list(hidden), "bytes": PROOF_BYTES}
-        pages = self.postgres.query(PAGES_SQL, **arguments)
-        rows = self.postgres.query(LAST_KEYS_SQL, last=state.last_revision)
-        last = {row["key"].encode() for row in rows}
-        starts = [self.etcd.key, *(page["key"].encode() for page in pages[1:])]
-        ends = [*starts[1:], self.etcd.range_end]
-        options: dict[str, Any] = {"min_mod_revision": state.last_revision, "keys_only": True}
-        for start, end, page in zip(starts, ends, pages or [{"keys": 0}]):
-            self.engine.check_stop()
-            held = 0
-            for segment in segments(self.postgres.prefix, hidden):
-                if both := overlap(segment, (start, end)):
-                    answer = self.etcd.range(*both, revision=state.revision, **options)
-                    held += answer.count
-                    for kv in answer.kvs:
-                        if kv.mod_revision > state.last_revision or (
-                            is_storable(kv.key) and kv.key not in last
-                        ):
-                            key = kv.key.decode(errors="replace")
-                            text = f"it lacks what key {key} had at revision {kv.mod_revision}"
-                            raise another_timeline(self.postgres.prefix, text)
-            if held < page["keys"]:
-                text = f"of {page['keys']} keys from {page['key']} on etcd then had only {held}"
-                raise another_timeline(self.postgres.prefix, text)
-
-    def follow_exclusions(self, state: SyncState) -> None:
-        """Have the mirror be without what the DSN excludes now, and no longer without the rest."""
-        exclude, prefix = self.etcd.target.exclude, self.postgres.prefix
-        if exclude == tuple(state.excluded):
-            return
-        included = bool(set(state.excluded) - set(exclude))
-        with self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
-            dropped = 0
-            for each in exclude:
-                bounds = {"mirror": prefix, "prefix": each, "after": text_after(each)}
-                cur.execute(DROP_EVENTS_SQL, bounds)
-                cur.execute(DROP_ROWS_SQL, bounds)
-                dropped += cur.rowcount
-            arguments = {"prefix": prefix, "excluded": list(exclude), "included": included}
-            cur.execute(EXCLUDED_SQL, arguments)
-        log.warning(
-            "this mirror excludes %(excluded)s now: dropped %(rows)s",
-            excluded=", ".join(exclude) or "nothing",
-            rows=describe(dropped, "row"),
-        )
+        # a restored backup keeps its cluster id, and may have gone past the checkpoint since
+        key, revision = state.last_key or "", state.revision
+        for row in self.postgres.query(LAST_VERSIONS_SQL, key=key, revision=revision):
+            mirrored, value = row["revision"], row["value"]
+            try:
+                found = self.etcd.range(key.encode(), revision=revision).kvs
+            except Compacted:
+                return  # the watch will end the same way, and the snapshot compares everything
+            actual = (found[0].mod_revision, found[0].value) if found else None
+            if actual != (None if value is None else (mirrored, bytes(value))):
+                raise another_timeline(
+                    self.postgres.prefix,
+                    f"key {key} at revision {revision} is not in etcd what it is in the mirror",
+                )
+            if value is not None:
+                return
+            revision = mirrored - 1  # another cluster lacks the key as well: compare what it was
 
     def snapshot(self, state: SyncState | None, at: int) -> None:
         """Copy the prefix as it is at one revision, 0: now; the checkpoint is then that revision.
@@ -4157,9 +4021,11 @@ class Mirror:
             # compacted while it was read: start over with the newest, which stays for longest
             raise Compacted(revision=0) from exc
         old = state.revision if state else None
-        news = Counters(resyncs=int(state is not None), reconnects=engine.lost)
+        news = Counters(resyncs=int(state is not None), reconnects=engine.metrics.lost)
         with self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
-            put, deleted = self.merge_staging(cur, staged, state)
+            put, deleted = self.merge_staging(cur, staged.revision)
+            self.set_checkpoint(cur, staged.revision, old)
+            cur.execute("DROP TABLE etcd_staging")
             event = SynchronizationEvent(
                 operation="snapshot" if state is None else "resync",
                 status="done",
@@ -4170,15 +4036,14 @@ class Mirror:
                 duration=timedelta(seconds=time.monotonic() - started),
                 details={"keys": staged.keys, "put": put, "deleted": deleted},
             )
-            self.postgres.record_event(cur, event)
-            cur.execute(UNSTORABLE_SQL + NOT_RECORDED, self.postgres.bounds)
-            news.unstorable = cur.rowcount
-            cur.execute(DROP_STAGING_SQL)
+            self.postgres.record_events(cur, [event])
+            events = [unstorable_event(r) for r in staged.unstorable]
+            news.unstorable = self.postgres.record_events(cur, events, again=True)
             self.advance(cur, staged.revision, Batch(staged.revision), Outcomes(), news)
             if channel := engine.config.notify_channel:
                 self.postgres.notify(cur, channel, (old or 0) + 1, staged.revision)
-        engine.count(news)
-        warn_of_unstorable(staged.unstorable, staged.last_revision)
+        engine.metrics.count(news)
+        warn_of_unstorable(staged.unstorable)
         log.info(
             "copied %(keys)s from etcd to PostgreSQL at revision %(revision)d"
             " (%(new)d new, %(deleted)d deleted) in %(seconds).2fs",
@@ -4189,12 +4054,12 @@ class Mirror:
             seconds=time.monotonic() - started,
         )
 
-    def complete(self, checkpoint: int) -> None:
-        """Bring in what was not mirrored of the keys until now, as a repair does."""
+    def fill_in_leases(self, checkpoint: int) -> None:
+        """Note the leases of the keys that an earlier version mirrored. Raises Compacted."""
         self.engine.set_state(COPYING)
-        with suppress(Compacted):  # the watch will end the same way, and a snapshot follows
-            options: dict[str, Any] = {"repair": True, "progress": self.show_progress}
-            warn_of_repair(compare(self.postgres, self.etcd, checkpoint, **options))
+        with self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
+            load_staging(self.postgres, self.etcd, checkpoint, self.show_progress)
+            cur.execute(LEASES_SQL, {"prefix": self.postgres.prefix})
 
     def show_progress(self, keys: int, total: int) -> None:
         """Say now and then how far a copy is. Raises Stopped."""
@@ -4203,47 +4068,48 @@ class Mirror:
             log.info("copying from etcd: %(done)d of %(total)d keys", done=keys, total=total)
         self.engine.check_stop()
 
-    def merge_staging(self, cur: Any, staged: Staged, state: SyncState | None) -> tuple[int, int]:
-        """Bring mirror and checkpoint from the staging table to its revision.
+    def merge_staging(self, cur: Any, revision: int) -> tuple[int, int]:
+        """Bring the mirror from the staging table to a revision; rows put, tombstones written.
 
-        How many rows were put, and tombstones written.  Raises EtcdFdwError if the mirror has
-        another history, and PostgresUnavailable if somebody has moved the checkpoint.
+        Raises EtcdFdwError if the mirror has something else at the same revision, or newer.
         """
-        arguments = {
-            **self.postgres.bounds,
-            "cluster_id": self.etcd.cluster_id,
-            "at": staged.revision,
-            "last": staged.last_revision,
-            "excluded": list(self.etcd.target.exclude),
-        }
-        if state is None:
-            # another instance may just be adding a prefix that overlaps
-            cur.execute("LOCK TABLE etcd_sync_state IN SHARE ROW EXCLUSIVE MODE")
-            self.postgres.refuse_overlap(cur)
-            cur.execute(NEW_STATE_SQL, arguments)
-        else:
-            cur.execute(RESYNC_STATE_SQL, {**arguments, "old": state.revision})
-        if cur.rowcount != 1:
-            raise checkpoint_moved()
-        if state:
-            arguments.update(last=state.last_revision, old=state.revision)
-        cur.execute(CONTRADICTION_SQL, {"old": staged.revision, **arguments})
-        if found := cur.fetchone():
+        cur.execute(CONTRADICTION_SQL, {"revision": revision})
+        found = cur.fetchone()
+        if found:
             raise another_timeline(
                 self.postgres.prefix,
                 f"key {found[0]} has another history in the mirror than in etcd",
             )
-        cur.execute(MERGE_SQL)
+        cur.execute(FROM_STAGING_SQL)
         put = cur.rowcount
-        cur.execute(TOMBSTONES_SQL, arguments)
+        cur.execute(TOMBSTONES_SQL, {**self.postgres.bounds, "revision": revision})
         return put, cur.rowcount
 
-    def watch(self, checkpoint: int) -> None:
+    def set_checkpoint(self, cur: Any, revision: int, old: int | None) -> None:
+        """Set the checkpoint after merge_staging(). Raises PostgresUnavailable if it has moved."""
+        cur.execute("SELECT key FROM etcd_staging ORDER BY revision DESC LIMIT 1")
+        row = cur.fetchone()
+        arguments = {
+            "prefix": self.postgres.prefix,
+            "cluster_id": self.etcd.cluster_id,
+            "revision": revision,
+            "old": old,
+            "last_key": row and row[0],
+        }
+        if old is None:
+            # another instance may just be adding a prefix that overlaps
+            cur.execute("LOCK TABLE etcd_sync_state IN SHARE ROW EXCLUSIVE MODE")
+            self.postgres.refuse_overlap(cur)
+        cur.execute(NEW_STATE_SQL if old is None else RESYNC_STATE_SQL, arguments)
+        if cur.rowcount != 1:
+            raise checkpoint_moved()
+
+    def watch(self, checkpoint: int, fragment: bool) -> None:
         """Begin to watch at the checkpoint."""
         self.engine.metrics.checkpoint = checkpoint
         # at the checkpoint, not after it: etcd before 3.4.36 and 3.5.18 silently drops a
         # delete at the compacted revision, and the overlap makes it say "compacted" instead
-        watch = Watch(self.etcd, checkpoint, self.engine.waker)
+        watch = Watch(self.etcd, checkpoint, self.engine.waker, fragment)
         self.intake = Intake(self.etcd, watch)
 
     # ─ an event's way ─
@@ -4251,24 +4117,22 @@ class Mirror:
     def next_batch(self) -> Batch:
         """What the watch has brought, up to the size of a batch. Raises what ended the watch."""
         assert self.intake is not None
-        batch = Batch(self.checkpoint, self.etcd.target.hidden)
+        batch = Batch(self.checkpoint)
         batch.add(*self.intake.take(self.engine.config.batch_size))
         return batch
 
     def write(self, batch: Batch, outcomes: Outcomes) -> None:
         """Rows, checkpoint, counters and outcomes in one transaction."""
-        started, news = time.monotonic(), outcomes.count()
-        news.events, news.unstorable = len(batch.rows), len(batch.unstorable)
-        news.reconnects = self.engine.lost
+        started = time.monotonic()
         try:
-            self.write_once(batch, outcomes, news)
+            news = self.write_once(batch, outcomes)
         except CopyRefused:
             if self.via_staging:
                 raise
             self.via_staging = True
-            self.write_once(batch, outcomes, news)
-        self.engine.count(news)
-        warn_of_unstorable(len(batch.unstorable), batch.checkpoint)
+            news = self.write_once(batch, outcomes)
+        self.engine.metrics.count(news)
+        warn_of_unstorable(batch.unstorable)
         self.engine.metrics.checkpoint = batch.checkpoint
         self.written_at = time.monotonic()
         if self.intake and batch.events:
@@ -4277,21 +4141,19 @@ class Mirror:
         if batch.rows or outcomes.list:
             self.engine.metrics.batch_done((o.read_at for o in outcomes.list), started)
 
-    def write_once(self, batch: Batch, outcomes: Outcomes, news: Counters) -> None:
-        """One attempt of write()."""
+    def write_once(self, batch: Batch, outcomes: Outcomes) -> Counters:
+        """One attempt of write(); what it has written."""
         config = self.engine.config
         wake: dict[str, Any] = {**self.postgres.bounds, "generation": self.generation}
         with self.postgres.transaction(commit=WAKE_SQL, **wake) as cur:
             if self.via_staging:
                 cur.execute(STAGING_SQL)
                 copy_in(cur, "etcd_staging", batch.rows.values())
-                cur.execute(MERGE_SQL)
+                cur.execute(FROM_STAGING_SQL)
             elif batch.rows:
                 copy_in(cur, "etcd", batch.rows.values())
             if batch.unstorable:
-                cur.execute(STAGING_SQL)
-                copy_in(cur, "etcd_unstorable", batch.unstorable)
-                cur.execute(UNSTORABLE_SQL, self.postgres.bounds)
+                self.postgres.record_events(cur, [unstorable_event(r) for r in batch.unstorable])
             outcomes.record(self.postgres, cur, config.audit == "all")
             if config.audit == "all" and batch.rows:
                 keys, revisions = zip(*((key.decode(), revision) for key, revision in batch.rows))
@@ -4303,7 +4165,11 @@ class Mirror:
             # what only mirrors need not be durable: rows and checkpoint are lost together
             if not outcomes.list:
                 cur.defer("SET LOCAL synchronous_commit = off")
+            news = outcomes.count()
+            news.events, news.unstorable = len(batch.rows), len(batch.unstorable)
+            news.reconnects = self.engine.metrics.lost
             self.advance(cur, self.checkpoint, batch, outcomes, news)
+        return news
 
     def advance(self, cur: Any, old: int, batch: Batch, outcomes: Outcomes, news: Counters) -> None:
         """Move the checkpoint, add to the counters, begin a generation.
@@ -4315,9 +4181,10 @@ class Mirror:
             "prefix": self.postgres.prefix,
             "old": old,
             "revision": batch.checkpoint,
-            "last_revision": batch.last_revision,
+            "last_key": batch.last_key,
             "receipt": outcomes.receipt,
             "split": None if outcomes.split is None else int_array(map(int, outcomes.split)),
+            "deferred": None if outcomes.deferred is None else json.dumps(outcomes.deferred),
             "etcd_revision": intake.store_revision if intake else self.etcd.header.revision,
             **vars(news),
         }
@@ -4350,14 +4217,6 @@ def check_cluster(etcd: Etcd, state: SyncState) -> None:
         )
 
 
-def is_row_of(row: Mapping[str, Any], kv: Any) -> bool:
-    """Whether a row of table etcd is what etcd tells of a key; versions may be missing in it."""
-    value = row["value"].encode() if row["value_bytes"] is None else bytes(row["value_bytes"])
-    same = (kv.mod_revision, kv.value) == (row["revision"], value)
-    version = (kv.create_revision, kv.version)
-    return same and (row["version"] is None or version == (row["create_revision"], row["version"]))
-
-
 def another_timeline(prefix: str, reason: str) -> AnotherTimeline:
     """The error that says why the mirror cannot go on, and what to do."""
     return AnotherTimeline(
@@ -4367,16 +4226,164 @@ def another_timeline(prefix: str, reason: str) -> AnotherTimeline:
     )
 
 
-def warn_of_unstorable(count: int, revision: int) -> None:
-    """Report how many events the mirror could not hold, the last one at a revision."""
-    if count:
+def unstorable_event(record: KeyValueRecord) -> SynchronizationEvent:
+    """The audit row of an event that the mirror cannot hold; it has all its bytes."""
+    return SynchronizationEvent(
+        operation="mirror",
+        status="unstorable",
+        key=record.key.replace(b"\0", b"\\x00").decode("utf-8", "backslashreplace"),
+        source_system="etcd",
+        source_revision=record.revision,
+        target_system="postgresql",
+        details={
+            "key_hex": record.key.hex(),
+            "value_hex": None if record.value is None else record.value.hex(),
+        },
+    )
+
+
+def warn_of_unstorable(records: Sequence[KeyValueRecord]) -> None:
+    """Report what the mirror cannot hold."""
+    if records:
         log.warning(
             "cannot mirror %(events)s whose key is not text of up to %(bytes)d bytes: recorded in"
             " etcd_sync_event, revision %(revision)d",
-            events=describe(count, "event"),
+            events=describe(len(records), "event"),
             bytes=KEY_MAX_BYTES,
-            revision=revision,
+            revision=records[-1].revision,
         )
+
+
+# ── comparison of both sides ───────────────────────────────────────────────────
+
+DIFFERENCES = ("missing", "extra", "different")  # in the mirror
+
+# What etcd held is in the staging table; the mirror has the latest row of each key up to then.
+DIFFERENCE = """
+difference AS MATERIALIZED (
+    SELECT CASE WHEN m.key IS NULL THEN 'missing' WHEN s.key IS NULL THEN 'extra'
+                ELSE 'different' END AS kind,
+           coalesce(s.key, m.key) AS key, s.value, s.value_bytes, s.revision, s.lease,
+           m.revision AS mirror_revision
+    FROM etcd_staging s
+    FULL JOIN (SELECT e.*
+               FROM (SELECT key, pg_catalog.max(revision) AS revision FROM etcd
+                     WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %(after)s)
+                       AND revision <= %(at)s
+                     GROUP BY key) l
+               JOIN etcd e ON e.key = l.key AND e.revision = l.revision
+               WHERE NOT e.tombstone) m ON m.key = s.key
+    WHERE (s.value, s.value_bytes, s.revision, s.lease)
+          IS DISTINCT FROM (m.value, m.value_bytes, m.revision, m.lease)
+)
+"""
+COUNT_DIFFERENCES = """
+SELECT kind, pg_catalog.max(n), pg_catalog.array_agg(key ORDER BY n) FILTER (WHERE n <= 10)
+FROM (SELECT kind, key, pg_catalog.row_number() OVER (PARTITION BY kind ORDER BY key) AS n
+      FROM difference) d
+GROUP BY kind
+"""
+KEEP_STATE_SQL = "SELECT FROM etcd_sync_state WHERE prefix = %(prefix)s FOR KEY SHARE"
+PRUNED_SQL = """
+SELECT coalesce(pg_catalog.max(pruned_revision), 0::bigint) FROM etcd_sync_state
+WHERE prefix = %(prefix)s
+"""
+COMPARE_SQL = f"WITH {DIFFERENCE} {COUNT_DIFFERENCES}"
+REPAIR_SQL = f"""
+WITH {DIFFERENCE}, deleted AS (
+    DELETE FROM etcd e USING difference d
+    WHERE e.key = d.key AND e.revision > d.revision AND e.revision <= %(at)s
+), put AS (
+    INSERT INTO etcd (key, value, value_bytes, revision, tombstone, lease)
+    SELECT key, value, value_bytes, coalesce(revision, %(at)s), revision IS NULL, lease
+    FROM difference
+    ON CONFLICT (key, revision) DO UPDATE
+    SET value = excluded.value, value_bytes = excluded.value_bytes,
+        tombstone = excluded.tombstone, lease = excluded.lease
+), noted AS (
+    INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, source_revision,
+                                 target_system, target_revision)
+    SELECT %(prefix)s, 'repair', kind, key, 'etcd', coalesce(revision, %(at)s),
+           'postgresql', mirror_revision
+    FROM difference
+)
+{COUNT_DIFFERENCES}
+"""
+
+
+def compare(
+    postgres: Postgres,
+    etcd: Etcd,
+    checkpoint: int,
+    at: int | None = None,
+    repair: bool = False,
+    progress: Callable[[int, int], None] = lambda keys, total: None,
+) -> dict[str, Any]:
+    """Compare the mirror at the checkpoint with etcd then, or at another revision (0: now).
+
+    The summary is what validate --format json prints.  repair: make the mirror the same; an
+    active instance is not disturbed, as it writes only what comes after its checkpoint.
+    Raises Compacted.
+    """
+    with postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
+        staged = load_staging(postgres, etcd, checkpoint if at is None else at, progress)
+        cur.execute(KEEP_STATE_SQL, postgres.bounds)  # it is not reset meanwhile
+        cur.execute(REPAIR_SQL if repair else COMPARE_SQL, {**postgres.bounds, "at": checkpoint})
+        found = {kind: {"count": count, "first": first} for kind, count, first in cur}
+        cur.execute("DROP TABLE etcd_staging")
+        # housekeeping may have deleted what was superseded since the checkpoint
+        cur.execute(PRUNED_SQL, postgres.bounds)
+        if cur.fetchone()[0] > checkpoint:
+            raise Compacted
+    return {
+        "revision": checkpoint,
+        "keys": staged.keys,
+        "unstorable": len(staged.unstorable),
+        **{kind: found.get(kind, {"count": 0, "first": []}) for kind in DIFFERENCES},
+    }
+
+
+def count_differences(summary: Mapping[str, Any]) -> int:
+    """The number of differences in the summary of a comparison."""
+    return sum(summary[kind]["count"] for kind in DIFFERENCES)
+
+
+def compare_at_checkpoint(
+    postgres: Postgres, etcd: Etcd, checkpoint: int, **options: Any
+) -> dict[str, Any]:
+    """As compare(), also if etcd has compacted the checkpoint, and both sides are the same now.
+
+    With auto-compaction that is usual where the prefix is quiet: had anything changed since the
+    checkpoint, it would show.  Raises Compacted if it does.
+    """
+    try:
+        return compare(postgres, etcd, checkpoint, **options)
+    except Compacted:
+        summary = compare(postgres, etcd, checkpoint, **{**options, "at": 0, "repair": False})
+        if count_differences(summary):
+            raise
+        return summary
+
+
+def compare_up_to(
+    postgres: Postgres, etcd: Etcd, checkpoint: int, goal: int, **options: Any
+) -> dict[str, Any] | None:
+    """Repair the mirror; the summary, or None if it lacks what etcd held at the goal.
+
+    The store's revision says little about a prefix, as others move it too.  So while the
+    checkpoint is below the goal, what both hold is compared.  Raises Compacted.
+    """
+    summary = compare_at_checkpoint(postgres, etcd, checkpoint, repair=True, **options)
+    if repaired := count_differences(summary):
+        log.warning(
+            "the mirror was not what etcd held at revision %(revision)d: repaired %(repaired)s",
+            revision=checkpoint,
+            repaired=describe(repaired, "difference"),
+        )
+    # what came to the prefix after the goal moves the checkpoint past it
+    if checkpoint < goal and count_differences(compare(postgres, etcd, checkpoint, 0, **options)):
+        return None
+    return summary
 
 
 # ── housekeeping ───────────────────────────────────────────────────────────────
@@ -4387,12 +4394,24 @@ class Timer:
 
     def __init__(self, action: Callable[[], float], due_in: float = 0.0) -> None:
         self.action = action
+        self.name = action.__name__.replace("_", " ")
         self.due_at = time.monotonic() + due_in
+        self.failures = 0  # in a row
+        self.warn_after = 0.0  # monotonic
 
     def run(self) -> None:
         """Do it."""
         pause_s = self.action()
         self.due_at = time.monotonic() + pause_s
+
+    def failed(self, error: EtcdFdwError) -> None:
+        """Wait longer each time; say so once an hour."""
+        now = time.monotonic()
+        self.failures += 1
+        self.due_at = now + min(HOUSEKEEPING_S * 2**self.failures, CHORE_WARN_S)
+        if now >= self.warn_after:
+            self.warn_after = now + CHORE_WARN_S
+            log.warning("%(chore)s waits: %(error)s", chore=self.name, error=error)
 
 
 # Each reads `limit` rows behind a position, deletes what is due, and returns where to go on.
@@ -4478,6 +4497,7 @@ class Chore(Timer):
 
     def __init__(self, engine: Engine, postgres: Postgres, table: str) -> None:
         super().__init__(self.step)
+        self.name = f"housekeeping of {table}"
         self.engine = engine
         self.postgres = postgres
         self.table = table
@@ -4512,47 +4532,55 @@ class Session:
     """One connection to both sides: from the lock to the first error, or the request to stop.
 
     It owns the mirror and an outbox: None while there is nothing to send, or etcd takes no changes
-    until outbox_after; retired while only its last answers are waited for.  What a session knows
+    until push_after; retired while only its last answers are waited for.  What a session knows
     is in the two stores as well, so it may end at any line.
     """
 
     def __init__(self, engine: Engine, postgres: Postgres, etcd: Etcd) -> None:
-        self.engine = engine
+        self.config = engine.config
+        self.metrics = engine.metrics
+        self.waker = engine.waker
+        self.guard = engine.guard
+        self.conflicts = engine.conflicts
+        self.handle_signals = engine.handle_signals
         self.postgres = postgres
         self.etcd = etcd
         self.mirror = Mirror(engine, postgres, etcd)
         self.outbox: Outbox | None = None
-        self.outbox_attempt = 0
-        self.outbox_error: EtcdFdwError | None = None  # for which changes wait
-        self.outbox_after = 0.0  # monotonic: when to open an outbox again
+        self.push_attempt = 0
+        self.push_error: EtcdFdwError | None = None  # for which changes wait
+        self.push_after = 0.0  # monotonic: when to open an outbox again
         self.dirty = True  # there may be pending changes that were not read
-        self.timers = [Timer(action) for action in (self.poll, self.heartbeat, self.gauge)]
-        self.timers.append(Timer(self.summarise, SUMMARY_S))
-        self.timers.append(Timer(self.check_alive, SILENCE_LIMIT_S))
-        self.chores = [Chore(engine, postgres, table) for table in CHORES]
+        self.timers = [
+            Timer(self.poll),
+            Timer(self.heartbeat),
+            Timer(engine.summarise, SUMMARY_S),
+        ]
+        self.chores: list[Timer] = [Chore(engine, postgres, table) for table in CHORES]
+        self.chores += [Timer(self.gauge), Timer(self.look_outside)]
 
     # ─ life ─
 
-    def run(self) -> None:
-        """Work until asked to stop. Raises what ends the session."""
-        engine, mirror = self.engine, self.mirror
+    def start(self, resync: int | None, fragment: bool) -> None:
+        """Begin to mirror; resync: copy at this revision first, 0: now."""
+        mirror = self.mirror
         state = self.postgres.state()
         if state:
-            mirror.prove_timeline(state)
-            mirror.follow_exclusions(state)
-            state = self.postgres.state() or state
-        resync, engine.resync = engine.resync, None
+            mirror.check_timeline(state)
         if state and resync and resync <= state.revision:
             resync = None  # meanwhile another instance was active
         if state is None or resync is not None:
             mirror.snapshot(state, resync or 0)
         elif state.unrepaired:
-            mirror.complete(state.revision)
+            with suppress(Compacted):  # the watch will end the same way, and a snapshot follows
+                mirror.fill_in_leases(state.revision)
         state = self.postgres.state()
         assert state is not None
         self.take_over(state)
-        mirror.watch(state.revision)
-        engine.established(self)
+        mirror.watch(state.revision, fragment)
+
+    def run(self) -> None:
+        """Work until asked to stop. Raises what ends the session."""
         while not self.finished():
             self.step()
         self.postgres.deactivate()
@@ -4566,17 +4594,17 @@ class Session:
             "takeover", "done", details={"from_host": state.host, "from_pid": state.pid}
         )
         with self.postgres.transaction() as cur:
-            self.postgres.record_event(cur, event)
+            self.postgres.record_events(cur, [event])
         log.info("took over from pid %(pid)d on %(host)s", pid=state.pid, host=state.host)
 
     def finished(self) -> bool:
         """Whether the session was asked to stop, and no answer or outcome is outstanding."""
-        stop_by = self.engine.guard.stop_by
+        stop_by = self.guard.stop_by
         if stop_by is None:
             return False
         if self.outbox:
             self.outbox.retire()
-        return self.outbox is None or self.outbox.settled() or time.monotonic() > stop_by
+        return self.outbox is None or self.outbox.is_settled() or time.monotonic() > stop_by
 
     def close(self) -> None:
         """End the watch, and send nothing any more."""
@@ -4590,11 +4618,11 @@ class Session:
         """Wait for work and do some of each kind."""
         self.wait(self.deadline())
         self.note_lag()
-        self.engine.handle_signals()
+        self.handle_signals()
         worked = self.push()
         worked |= self.write()
         if worked:
-            self.engine.waker.wake()  # do not wait: push() and write() make room for each other
+            self.waker.wake()  # do not wait: push() and write() make room for each other
         self.check_watch()
         now = time.monotonic()
         for timer in self.timers:
@@ -4602,17 +4630,21 @@ class Session:
                 timer.run()
         chore = min(self.chores, key=lambda chore: chore.due_at)
         if now >= chore.due_at + (HOUSEKEEPING_S if worked else 0):
-            chore.run()
+            self.run_chore(chore)
 
     def deadline(self) -> float:
         """When the loop has something to do even if nothing happens (monotonic)."""
         times = [timer.due_at for timer in (*self.timers, *self.chores)]
         if self.mirror.intake and self.mirror.intake.replaying:
             times.append(self.mirror.intake.heard_at + QUIET_S)
-        if self.dirty and (self.outbox is None or (self.outbox.retired and self.outbox.settled())):
-            times.append(self.outbox_after)
-        if self.engine.guard.stop_by is not None:
-            times.append(self.engine.guard.stop_by)
+        if self.outbox and self.outbox.deferred:
+            times.append(self.outbox.deferred_until)
+        if self.dirty and (
+            self.outbox is None or (self.outbox.retired and self.outbox.is_settled())
+        ):
+            times.append(self.push_after)
+        if self.guard.stop_by is not None:
+            times.append(self.guard.stop_by)
         return min(times)
 
     def wait(self, deadline: float) -> None:
@@ -4620,40 +4652,54 @@ class Session:
         self.note_lag()
         if not self.postgres.notified():
             timeout = max(0.0, deadline - time.monotonic())
-            wait_for_any(timeout, self.postgres.conn, self.engine.waker)
-            self.engine.waker.drain()
+            wait_for_any(timeout, self.postgres.conn, self.waker)
+            self.waker.drain()
             if not self.postgres.notified():
                 return
         self.dirty = True
 
     def note_lag(self) -> None:
         """Measure how far the mirror is, before and after each wait."""
-        intake, metrics = self.mirror.intake, self.engine.metrics
+        intake = self.mirror.intake
         assert intake is not None
-        self.engine.guard.turned_at = time.monotonic()
-        metrics.etcd_revision = intake.store_revision
-        metrics.note_caught_up(not intake.behind())
+        self.guard.turned_at = time.monotonic()
+        self.metrics.etcd_revision = intake.store_revision
+        self.metrics.note_caught_up(not intake.behind())
 
     def push(self) -> bool:
         """Take etcd's answers, and send what is pending; whether there was any of it."""
         worked = False
         try:
             if self.outbox:
-                worked = self.outbox.receive()
-            if not self.engine.guard.stopping:
-                worked |= self.send()
-        except (WritesRefused, PermissionDenied) as exc:
-            self.pause_outbox(exc)
-        return worked
+                worked = self.outbox.take_answers()
+            if self.guard.stopping or not self.may_send():
+                return worked
+            assert self.outbox is not None
+            if self.dirty:
+                self.dirty = self.outbox.all_read = False
+            sent = self.outbox.fill()
+            if sent and self.push_attempt:
+                self.push_attempt, self.push_error = 0, None
+                self.postgres.activate()
+                log.info("changes are sent again")
+        except EtcdFdwError as exc:
+            if exc.side != "postgresql":
+                self.note_wait(exc)
+            if exc.belongs_to > Room.PUSH:
+                raise
+            self.pause_push(exc)
+            return True
+        return worked or sent
 
-    def send(self) -> bool:
-        """Send what is pending; whether there was any. Raises WritesRefused, PermissionDenied."""
-        if self.outbox and self.outbox.retired:
-            if not self.outbox.settled():
+    def may_send(self) -> bool:
+        """Whether there is an outbox to send with; opens one if there is something to send."""
+        if self.outbox and (self.outbox.retired or not self.config.push):
+            self.outbox.retire()
+            if not self.outbox.is_settled():
                 return False
             self.outbox = None
         if self.outbox is None:
-            if not self.dirty or time.monotonic() < self.outbox_after:
+            if not (self.dirty and self.config.push) or time.monotonic() < self.push_after:
                 return False
             self.dirty = self.postgres.query(HAS_PENDING_SQL)[0]["found"]
             if not self.dirty:
@@ -4661,37 +4707,34 @@ class Session:
             state = self.postgres.state()
             if state is None:
                 raise PostgresUnavailable("PostgreSQL: the mirror's state is gone: starting over")
-            try:
-                self.outbox = Outbox(self.engine, self.postgres, self.etcd, state)
-            except (EtcdUnavailable, AccessDenied) as exc:
-                self.postgres.query(WAIT_SQL, message=one_line(exc))
-                raise
-        if self.dirty:
-            self.dirty = self.outbox.all_read = False
-        sent = self.outbox.fill()
-        if sent and self.outbox_attempt:
-            self.outbox_attempt, self.outbox_error = 0, None
-            log.info("changes are sent again")
-        return sent
+            self.outbox = Outbox(
+                self.postgres, self.etcd, self.config, self.waker, self.conflicts, state
+            )
+        return True
 
-    def pause_outbox(self, error: EtcdFdwError) -> None:
-        """Send nothing for a while, as etcd takes no changes; send() then opens a new outbox."""
+    def note_wait(self, error: EtcdFdwError) -> None:
+        """Say in PostgreSQL why changes wait."""
+        with suppress(StatementRefused):
+            self.postgres.activate(one_line(error))
+            self.postgres.query(WAIT_SQL, message=one_line(error))
+
+    def pause_push(self, error: EtcdFdwError) -> None:
+        """Send nothing for a while; may_send() then opens a new outbox. The mirror goes on."""
         if self.outbox:
             self.outbox.retire()
-        self.dirty, self.outbox_error = True, error
-        config = self.engine.config
-        self.outbox_attempt += 1
-        delay = backoff(self.outbox_attempt, config.retry_initial, config.retry_max)
-        denied = isinstance(error, PermissionDenied)
-        if denied:
-            delay = config.retry_max
+        self.dirty, self.push_error = True, error
+        self.push_attempt += 1
+        delay = backoff(self.push_attempt, self.config.retry_initial, self.config.retry_max)
+        if error.needs_person:
+            delay = self.config.retry_max
         log.log(
-            logging.ERROR if denied else logging.WARNING,
-            "%(error)s; changes wait, sending again in %(delay).1fs",
+            logging.ERROR if error.needs_person else logging.WARNING,
+            "%(error)s; changes wait, %(remedy)ssending again in %(delay).1fs",
             error=error,
+            remedy=remedy_for(error),
             delay=delay,
         )
-        self.outbox_after = time.monotonic() + delay
+        self.push_after = time.monotonic() + delay
 
     def write(self, always: bool = False) -> bool:
         """Write what the watch brought, and outcomes that are due; whether there was any."""
@@ -4701,15 +4744,21 @@ class Session:
         if news or always:
             self.mirror.write(batch, outcomes)
             if self.outbox:
-                self.outbox.written(outcomes)
+                self.outbox.recorded(outcomes)
         # also if all events were at or below the checkpoint: there may be newer ones behind them
         return bool(news or batch.events)
 
     def check_watch(self) -> None:
-        """Raises EtcdUnavailable if the event of an acknowledged change does not come."""
+        """Raises EtcdUnavailable if the watch is silent although it must bring something.
+
+        That is etcd's confirmation that it watches, or the event of an acknowledged change.
+        """
         intake = self.mirror.intake
+        assert intake is not None
         since = self.outbox.silent_since() if self.outbox else None
-        if intake and since and time.monotonic() > max(since, intake.heard_at) + EVENT_LIMIT_S:
+        if since is None and not intake.created:
+            since = intake.heard_at
+        if since and time.monotonic() > max(since, intake.heard_at) + EVENT_LIMIT_S:
             raise EtcdUnavailable(
                 f"etcd at {self.etcd.endpoint}: the watch has been silent for"
                 f" {EVENT_LIMIT_S:.0f}s although it has something to tell"
@@ -4717,22 +4766,10 @@ class Session:
 
     # ─ by the clock: each returns when it is due again ─
 
-    def check_alive(self) -> float:
-        """Find out whether the watch lives, if it says nothing."""
-        assert self.mirror.intake is not None
-        return self.mirror.intake.check_alive()
-
     def poll(self) -> float:
         """Look for pending changes even if no notification came."""
         self.dirty = True
-        pending_outside = self.postgres.query(PENDING_OUTSIDE_SQL)[0]["pending_outside"]
-        if pending_outside > self.engine.pending_outside:
-            log.warning(
-                "%(changes)s outside every mirrored prefix: left alone",
-                changes=describe(pending_outside, "pending change"),
-            )
-        self.engine.pending_outside = pending_outside
-        return self.engine.config.poll_interval
+        return self.config.poll_interval
 
     def heartbeat(self) -> float:
         """Say in etcd_sync_state that this instance is alive, unless a batch just did."""
@@ -4741,67 +4778,43 @@ class Session:
             self.write(always=True)
         return mirror.written_at + HEARTBEAT_S - time.monotonic()
 
+    def run_chore(self, chore: Timer) -> None:
+        """Do a chore; if that fails, only this chore waits longer."""
+        try:
+            chore.run()
+            chore.failures = 0
+        except EtcdFdwError as exc:
+            if exc.belongs_to > Room.CHORE:
+                raise
+            chore.failed(exc)
+
     def gauge(self) -> float:
         """Bring the gauges of pending changes up to date."""
         started = time.monotonic()
-        if self.engine.config.metrics_address:
+        if self.config.metrics_address:
             self.count_pending()
         # counting very many takes long: spend a fiftieth of the time on it at most
         return max(HEARTBEAT_S, 50 * (time.monotonic() - started))
 
     def count_pending(self) -> None:
         """Count pending changes."""
-        metrics = self.engine.metrics
+        metrics = self.metrics
         metrics.pending, metrics.oldest_pending_s = self.postgres.pending_gauges()
 
-    def summarise(self) -> float:
-        """Log what happened since the last time, if anything did."""
-        self.engine.summarise()
-        return SUMMARY_S
+    def look_outside(self) -> float:
+        """Warn of pending changes that no mirror will take."""
+        started, metrics = time.monotonic(), self.metrics
+        outside = self.postgres.query(PENDING_OUTSIDE_SQL)[0]["pending_outside"]
+        if outside > metrics.pending_outside:
+            log.warning(
+                "%(changes)s outside every mirrored prefix: left alone",
+                changes=describe(outside, "pending change"),
+            )
+        metrics.pending_outside = outside
+        return max(HEARTBEAT_S, 50 * (time.monotonic() - started))
 
 
 # ── engine ─────────────────────────────────────────────────────────────────────
-
-GRANT_REMEDY = "grant what is missing; "
-REMEDIES: dict[type[EtcdFdwError], str] = {
-    **dict.fromkeys(
-        (EtcdDenied, TokenExpired, PermissionDenied, PostgresDenied, GrantMissing), GRANT_REMEDY
-    ),
-    FencedByCopy: "is that a copy of this database? give it a mirror of its own with the command"
-    ' "sync --reset"; ',
-    Corrupt: 'see "etcdctl alarm list"; ',
-}
-
-
-class ConflictLog:
-    """Logs a line for each conflict; beyond CONFLICTS_SHOWN in a minute it only counts them.
-
-    The summary says so.  If the minute before had too many, all of this one are counted only.
-    """
-
-    def __init__(self) -> None:
-        self.began = time.monotonic()  # this minute
-        self.seen = 0  # in this minute
-        self.flood = False  # the minute before had too many
-        self.hidden = 0  # since the last summary
-
-    def note(self, id_: int, key: str, revision: int | None, message: str) -> None:
-        """Log or count a conflict about the key, which has this revision in etcd."""
-        minutes = (time.monotonic() - self.began) / SUMMARY_S
-        if minutes >= 1:
-            self.flood = minutes < 2 and self.seen > CONFLICTS_SHOWN
-            self.began, self.seen = time.monotonic(), 0
-        self.seen += 1
-        if self.flood or self.seen > CONFLICTS_SHOWN:
-            self.hidden += 1
-            return
-        log.warning(
-            "conflict: change %(id)d: %(message)s",
-            id=id_,
-            key=key,
-            revision=revision,
-            message=message,
-        )
 
 
 class Engine:
@@ -4824,8 +4837,7 @@ class Engine:
         self.current: Session | None = None  # the one whose loop turns
         self.host_index = 0  # index of the etcd endpoint that answered last
         self.resync: int | None = None  # the next session starts with a snapshot at, 0: now
-        self.answer_limit = 0  # which of ANSWER_LIMITS the next session has
-        self.pending_outside = 0
+        self.fragment = False  # the next session's watch asks for fragments: one was TooLarge
         self.backend: tuple[int, str] | None = None  # of the last session that had the lock
         self.attempt = 0  # sessions in a row that did not last
         self.delay = 0.0  # seconds, before the last of them
@@ -4890,6 +4902,10 @@ class Engine:
                 self.metrics.connected["etcd"] = True
                 session = Session(self, postgres, etcd)
                 stack.callback(session.close)
+                resync, self.resync = self.resync, None
+                fragment, self.fragment = self.fragment, False
+                session.start(resync, fragment)
+                self.established(session)
                 session.run()
             except EtcdFdwError as exc:
                 if exc.belongs_to <= Room.SESSION and not isinstance(exc, PostgresUnavailable):
@@ -4931,7 +4947,7 @@ class Engine:
         for turn in range(len(hosts)):
             index = (self.host_index + turn) % len(hosts)
             try:
-                etcd = Etcd(target, hosts[index], ANSWER_LIMITS[self.answer_limit])
+                etcd = Etcd(target, hosts[index])
             except EtcdUnavailable as exc:
                 errors.append(str(exc))
                 self.check_stop()
@@ -4995,11 +5011,10 @@ class Engine:
                 compacted=error.revision or "?",
                 revision=self.metrics.checkpoint,
             )
-        elif isinstance(error, TooLarge) and self.answer_limit + 1 < len(ANSWER_LIMITS):
-            self.answer_limit += 1
+        elif isinstance(error, TooLarge) and not self.fragment:
+            self.fragment = True
         else:
-            self.answer_limit = 0
-            remedy = REMEDIES.get(type(error), "") if level == logging.ERROR else ""
+            remedy = remedy_for(error) if level == logging.ERROR else ""
             text = f"%(error)s; {remedy}retrying in %(delay).1fs"
             log.log(level, text, error=str(error), side=error.side, delay=self.delay)
         self.pause(self.delay)
@@ -5016,13 +5031,13 @@ class Engine:
 
     # ─ counters ─
 
-    def summarise(self) -> None:
-        """Log what happened since the last time, if anything did."""
+    def summarise(self) -> float:
+        """Log what happened since the last time, if anything did; when it is due again."""
         new = self.counters - self.reported
         self.reported = replace(self.counters)
         hidden, self.conflicts.hidden = self.conflicts.hidden, 0
         if not (new.events or new.applied or new.conflicts or new.failures):
-            return
+            return SUMMARY_S
         text = (
             "mirrored %(events)s up to revision %(revision)d; applied %(applied)s, %(conflicts)d in"
             " conflict, %(failures)d failed"
@@ -5038,16 +5053,7 @@ class Engine:
             conflicts=new.conflicts,
             failures=new.failures,
         )
-
-    def count(self, news: Counters) -> None:
-        """Count what a transaction has written."""
-        for name, number in vars(news).items():
-            vars(self.counters)[name] += number
-
-    @property
-    def lost(self) -> int:
-        """How many sessions were lost of which PostgreSQL does not know yet."""
-        return sum(self.metrics.reconnects.values()) - self.counters.reconnects
+        return SUMMARY_S
 
     # ─ signals ─
 
@@ -5100,7 +5106,7 @@ class Engine:
             self.current.count_pending()
         sides = {k: "connected" if yes else "not connected" for k, yes in m.connected.items()}
         facts: dict[str, Any] = {**vars(self.counters), **sides}
-        facts["reconnects"] += self.lost
+        facts["reconnects"] += m.lost
         log.info(
             "status: %(state)s, etcd %(etcd)s, PostgreSQL %(postgresql)s; revision %(revision)d,"
             " etcd at %(etcd_revision)d, %(lag_s).1fs behind; pending %(pending)s, oldest"
@@ -5214,13 +5220,14 @@ def report_pending(postgres: Postgres, etcd: Etcd) -> None:
     total, _ = postgres.pending_gauges()
     print(f"PostgreSQL to etcd: {describe(total, 'pending change')}")
     first = {**postgres.bounds, "limit": 20, "max_bytes": BATCH_BYTES, "in_flight": "{}"}
+    first["largest"] = VALUE_MAX_BYTES
     with postgres.cursor() as cur:
         cur.execute(PENDING_SQL, first)
         rows = [OutboxRow(*row[:-1]) for row in cur]
     for row in sorted(rows):
         transaction = OutboxTransaction([row])
-        transaction.resolve()
-        change = transaction.changes[row.key]
+        transaction.resolve({})
+        change = next(iter(transaction.changes.values()), *transaction.expectations[:1])
         kvs = etcd.range(change.key, keys_only=True).kvs
         current = kvs[0].mod_revision if kvs else 0
         if change.forced:
@@ -5282,6 +5289,31 @@ JOIN etcd e ON e.key = m.key AND e.revision = m.revision
 """
 
 
+def revisions_after(etcd: Etcd, checkpoint: int, waker: Waker) -> list[int]:
+    """The first revisions under the prefix that follow the checkpoint, as a watch tells them.
+
+    The store's own revision would not say whether a mirror is behind, because other prefixes
+    move it too. A watch brings deletions as well, and costs etcd less than a sorted range.
+    """
+    found: set[int] = set()
+    if etcd.header.revision <= checkpoint:
+        return []
+    watch, deadline = Watch(etcd, checkpoint + 1, waker), time.monotonic() + STATUS_WATCH_S
+    try:
+        while time.monotonic() < deadline:
+            wait_for_any(max(0.0, deadline - time.monotonic()), waker)
+            waker.drain()
+            while response := watch.take():
+                if response.compact_revision:  # usual where the prefix is quiet
+                    return revisions_after(etcd, response.compact_revision - 1, waker)
+                if response.canceled:
+                    raise EtcdUnavailable(f"etcd at {etcd.endpoint}: {response.cancel_reason}")
+                found.update(event.kv.mod_revision for event in response.events)
+    finally:
+        watch.stop()
+    return sorted(found)
+
+
 def postgres_status(postgres: Postgres) -> dict[str, Any]:
     """What PostgreSQL knows of the prefix; the names are those of status --format json."""
     postgres.name_session("status")
@@ -5308,13 +5340,8 @@ def lag(etcd: Etcd, postgres: Postgres, facts: dict[str, Any], waker: Waker) -> 
 
     lag_revisions: of this prefix, and at least; lag_s: since the mirror was last in step.
     """
-    # The store's own revision would not say it, because other prefixes move that too. A watch
-    # brings deletions as well, and costs etcd less than a sorted range.
     checkpoint = facts["checkpoint"]
-    try:
-        waiting = revisions_after(etcd, checkpoint, waker)
-    except Compacted as exc:  # usual where the prefix is quiet
-        waiting = revisions_after(etcd, (exc.revision or 1) - 1, waker)
+    waiting = revisions_after(etcd, checkpoint, waker)
     deadline = time.monotonic() + (LAG_LIMIT_S if facts["locked"] else 0)
     while waiting and checkpoint < waiting[-1] and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -5387,7 +5414,7 @@ def problems_of(found: Mapping[str, Any]) -> Iterator[str]:
     if found.get("lag_revisions"):
         yield f"the mirror is behind by {describe(found['lag_revisions'], 'revision')}"
     if found.get("pending") and not found["etcd"].get("writable", True):
-        yield f"changes wait until this is granted: {GRANT_HINT}"
+        yield f"changes wait until this is granted: {grant_hint(RESERVED.decode())}"
     if (found.get("oldest_pending_age_s") or 0) > PENDING_LIMIT_S:
         yield f"a change has been pending for {show_age(found['oldest_pending_age_s'])}"
     if (found.get("oldest_outside_age_s") or 0) > PENDING_LIMIT_S:
@@ -5517,7 +5544,7 @@ def reset_mirror(config: Config) -> None:
         postgres.ensure_schema()
         state = postgres.state()
         if state and postgres.query(HAS_PENDING_SQL)[0]["found"]:
-            outbox = Outbox(engine, postgres, etcd, state)
+            outbox = Outbox(postgres, etcd, config, engine.waker, engine.conflicts, state)
             outcomes = outbox.due(sys.maxsize)
             outbox.retire()
         with postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
@@ -5526,14 +5553,14 @@ def reset_mirror(config: Config) -> None:
             deleted = int(cur.rowcount)
             cur.execute("DELETE FROM etcd_sync_state WHERE prefix = %(prefix)s", postgres.bounds)
             event = SynchronizationEvent("reset", "done", details={"rows": deleted})
-            postgres.record_event(cur, event)
+            postgres.record_events(cur, [event])
     log.warning("dropped the mirror: %(rows)s", rows=describe(deleted, "row"))
 
 
-LAST_PENDING_SQL = f"SELECT pg_catalog.max(id) AS last FROM etcd_wal WHERE {PENDING}"
+LAST_PENDING_SQL = f"SELECT pg_catalog.max(p.id) AS last FROM etcd_wal p WHERE {PENDING}"
 WAITS_SQL = f"""
 SELECT pg_catalog.count(*) AS pending, pg_catalog.pg_notify('{CHANGES_CHANNEL}', '')
-FROM etcd_wal WHERE id <= %(last)s AND {PENDING}
+FROM etcd_wal p WHERE p.id <= %(last)s AND {PENDING}
 """
 # Changes of one transaction are tried again together.
 RETRY_TOGETHER_SQL = """
@@ -5565,8 +5592,8 @@ class Goal:
         Raises EtcdFdwError if the active instance does not get on.
         """
         metrics, session, now = self.engine.metrics, self.engine.current, time.monotonic()
-        if session and session.outbox_error:
-            raise session.outbox_error  # it takes longer than anybody waits for a command
+        if session and session.push_error:
+            raise session.push_error  # it takes longer than anybody waits for a command
         self.pause_s = min(1.5 * self.pause_s, 5.0)
         self.revision = self.revision or etcd.header.revision
         state = postgres.state() if postgres.schema_version() == SCHEMA_VERSION else None
@@ -5759,7 +5786,7 @@ def check_etcd(config: Config) -> Iterator[Finding]:
         if release and release < [3, 4]:
             yield EtcdFdwError("etcd 3.4 or later is needed: upgrade it")
         yield f"etcd grants reading {prefix or 'all keys'!r}"
-        keys = ((prefix, remedy), (RESERVED.decode(), GRANT_HINT))
+        keys = ((prefix, remedy), (RESERVED.decode(), grant_hint(RESERVED.decode())))
         grants = [grant for start, grant in keys if not may_write(etcd, start)]
         text = f"changes from SQL would wait until this is granted: {'; '.join(grants)}"
         if not grants:

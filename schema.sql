@@ -11,13 +11,16 @@
 -- Map (COMMENTs say what each is: \d+, \df+ etcd_*; a function's parameters and errors: \sf)
 --     tables      etcd              the mirror with its history; only the daemon writes it
 --                 etcd_wal          the outbox; applications insert, the daemon records outcomes
+--                 etcd_lock         whose rows are locked while a key is changed
 --                 etcd_sync_state   one row per mirrored prefix: checkpoint, who is active, counters
 --                 etcd_sync_event   audit trail
 --     views       etcd_kv           the live keys; INSERT, UPDATE and DELETE work on it
+--                 etcd_refused      conflicts and failures that nobody has dealt with
 --                 etcd_status       health of each prefix, for dashboards
---     read        etcd_get, etcd_get_all, etcd_list, etcd_at
---     write       etcd_set, etcd_set_bytes, etcd_set_many, etcd_delete, etcd_delete_prefix
---     outcome     etcd_wait, etcd_wait_revision, etcd_retry, etcd_dismiss
+--     read        etcd_get, etcd_get_all, etcd_list, etcd_at, etcd_revision_at
+--     write       etcd_set, etcd_set_bytes, etcd_set_many, etcd_delete, etcd_delete_prefix, etcd_restore
+--                 etcd_expect, etcd_keepalive
+--     outcome     etcd_put, etcd_wait, etcd_wait_revision, etcd_retry, etcd_dismiss, etcd_cancel
 --     trigger     etcd_wal_notify   wakes the daemon
 --     version     etcd_schema_version
 -- What starts with an underscore is internal and may change with any version.
@@ -57,8 +60,7 @@ BEGIN
     v_installed := etcd_schema_version();
     IF v_installed > 5 THEN
         RAISE EXCEPTION 'schema version % is installed, this file is version 5', v_installed
-            USING ERRCODE = 'object_not_in_prerequisite_state',
-                  HINT = 'Use the schema.sql that belongs to the newer etcd_fdw.';
+            USING ERRCODE = '55000', HINT = 'Use the schema.sql that belongs to the newer etcd_fdw.';
     END IF;
 
     -- Step 3, which drops what step 2 added: receipts settle lost answers; outcomes can be dismissed.
@@ -103,19 +105,12 @@ BEGIN
             DROP CONSTRAINT IF EXISTS etcd_wal_finished_check,
             DROP CONSTRAINT IF EXISTS etcd_wal_dismissed_check,
             DROP CONSTRAINT IF EXISTS etcd_wal_ttl_check;
-        ALTER TABLE etcd_sync_state
-            DROP COLUMN IF EXISTS last_key,
-            ADD COLUMN IF NOT EXISTS deferred       jsonb   NOT NULL DEFAULT '[]',
-            ADD COLUMN IF NOT EXISTS last_revision  bigint  NOT NULL DEFAULT 0,
-            ADD COLUMN IF NOT EXISTS excluded       text[]  NOT NULL DEFAULT '{}';
-        UPDATE etcd_sync_state s
-           SET unrepaired = true,
-               last_revision = coalesce(
-                   (SELECT pg_catalog.max(e.revision)
-                      FROM etcd e
-                     WHERE pg_catalog.starts_with(e.key, s.prefix) AND e.revision <= s.revision), 0);
+        ALTER TABLE etcd_sync_state ADD COLUMN IF NOT EXISTS deferred jsonb NOT NULL DEFAULT '[]';
+        UPDATE etcd_sync_state SET unrepaired = true;
+        DROP INDEX IF EXISTS etcd_wal_pending_txid_idx;
         DROP FUNCTION IF EXISTS
-            etcd_get_all(text, bigint), etcd_list(text), etcd_at(bigint, text), _etcd_state(text, bigint),
+            etcd_wait(bigint, interval), etcd_get(text), etcd_get_all(text, bigint), etcd_list(text), etcd_at(bigint, text),
+            _etcd_state(text, bigint), etcd_set(text, jsonb, bigint, interval, boolean),
             _etcd_change(text, text, bytea, bigint, interval, boolean, boolean, boolean, bigint),
             _etcd_wait(text, bigint, timestamptz, text);
     END IF;
@@ -240,14 +235,13 @@ CREATE TABLE IF NOT EXISTS etcd_sync_state (
     revision         bigint            NOT NULL,
     pruned_revision  bigint            NOT NULL DEFAULT 0,
     gaps             int8range[]       NOT NULL DEFAULT '{}',
-    last_revision    bigint            NOT NULL DEFAULT 0,
+    last_key         text COLLATE "C",
     etcd_revision    bigint,
     receipt          bigint            NOT NULL DEFAULT 0,
     split            xid8[]            NOT NULL DEFAULT '{}',
     deferred         jsonb             NOT NULL DEFAULT '[]',
     generation       bigint            NOT NULL DEFAULT 0,
     unrepaired       boolean           NOT NULL DEFAULT false,
-    excluded         text[]            NOT NULL DEFAULT '{}',
     updated_at       timestamptz       NOT NULL DEFAULT now(),
     host             text,
     pid              integer,
@@ -274,14 +268,13 @@ COMMENT ON COLUMN etcd_sync_state.first_revision IS 'where the mirror began; ear
 COMMENT ON COLUMN etcd_sync_state.revision IS 'checkpoint: table etcd is exact up to this revision';
 COMMENT ON COLUMN etcd_sync_state.pruned_revision IS 'housekeeping deleted what was before; the state at it is exact';
 COMMENT ON COLUMN etcd_sync_state.gaps IS 'revisions that etcd compacted before they were mirrored; unknown';
-COMMENT ON COLUMN etcd_sync_state.last_revision IS 'newest event mirrored: between it and the checkpoint was none';
+COMMENT ON COLUMN etcd_sync_state.last_key IS 'recently mirrored key, by which a restored etcd is recognised';
 COMMENT ON COLUMN etcd_sync_state.etcd_revision IS 'newest revision of the whole etcd store that was seen';
 COMMENT ON COLUMN etcd_sync_state.receipt IS 'etcd''s revision up to which the outcomes of changes are in etcd_wal';
 COMMENT ON COLUMN etcd_sync_state.split IS 'PostgreSQL transactions too large for one of etcd, not all applied yet';
 COMMENT ON COLUMN etcd_sync_state.deferred IS 'outcomes whose row of etcd_wal somebody has locked, or a trigger refuses';
 COMMENT ON COLUMN etcd_sync_state.generation IS 'raised with every commit of the daemon; what etcd_wait sleeps on';
 COMMENT ON COLUMN etcd_sync_state.unrepaired IS 'mirrored by a version that knew less of a key: the daemon compares it once';
-COMMENT ON COLUMN etcd_sync_state.excluded IS 'sub-prefixes that are not mirrored: parameter exclude of the etcd DSN';
 COMMENT ON COLUMN etcd_sync_state.updated_at IS 'when the checkpoint last moved';
 COMMENT ON COLUMN etcd_sync_state.host IS 'of the active daemon, as are pid, version and started_at';
 COMMENT ON COLUMN etcd_sync_state.heartbeat_at IS 'when the active daemon last reported';
@@ -326,10 +319,10 @@ COMMENT ON COLUMN etcd_sync_event.details IS 'anything else, by operation; a key
 CREATE INDEX IF NOT EXISTS etcd_revision_ts_idx ON etcd USING brin (revision, ts)
     WITH (autosummarize = on, pages_per_range = 16);
 
--- Pending rows, and only those: in order, the newest of a key, and by transaction.
+-- Pending rows, and only those: in order, and the newest of a key. All rows by transaction, for etcd_wait.
 CREATE INDEX IF NOT EXISTS etcd_wal_pending_idx ON etcd_wal (id) WHERE status = 'pending';
 CREATE INDEX IF NOT EXISTS etcd_wal_pending_key_idx ON etcd_wal (key, id) WHERE status = 'pending';
-CREATE INDEX IF NOT EXISTS etcd_wal_pending_txid_idx ON etcd_wal (txid, id) WHERE status = 'pending';
+CREATE INDEX IF NOT EXISTS etcd_wal_txid_idx ON etcd_wal (txid, id);
 
 -- Conflicts and failures; and a row is tried again once only, by a later row of the same key.
 CREATE INDEX IF NOT EXISTS etcd_wal_unresolved_idx ON etcd_wal (id) WHERE status IN ('conflict', 'failed');
@@ -357,31 +350,75 @@ BEGIN
 END
 $$;
 
+CREATE OR REPLACE FUNCTION _etcd_creations()
+RETURNS TABLE (key text, value text, value_bytes bytea)
+LANGUAGE plpgsql STABLE PARALLEL RESTRICTED ROWS 10 SET search_path FROM CURRENT AS $$
+-- Keys that are not live and will be when what is pending is applied.
+BEGIN
+    RETURN QUERY
+    SELECT n.key::text, n.value, n.value_bytes
+      FROM (SELECT DISTINCT ON (w.key) w.key, w.value, w.value_bytes
+              FROM etcd_wal w
+             WHERE w.status = 'pending' AND w.action IS NULL
+             ORDER BY w.key, w.id DESC) n
+     WHERE (n.value IS NOT NULL OR n.value_bytes IS NOT NULL)
+       AND (SELECT e.tombstone FROM etcd e WHERE e.key = n.key ORDER BY e.revision DESC LIMIT 1) IS NOT FALSE;
+END
+$$;
+
 -- The live keys. See _etcd_kv_write below for what writing to it does.
 --
 -- WHERE key = ... is answered by the index: with two descents from PostgreSQL 16 on, before that by reading
--- the index entries of that key's history. To look up many keys, join LATERAL etcd_get(key); for all keys of
--- a long history, etcd_list() is faster. Where value_json is not asked for, nothing is parsed.
+-- the index entries of that key's history. To look up many keys, join LATERAL etcd_get(key); for keys under a
+-- prefix, or all keys of a long history, etcd_list() is faster. What is not asked for is not computed.
+--
+-- The second part is for UPDATE and DELETE only, while which a trigger has etcd_fdw.writing set: a key whose
+-- creation is pending is visited, too (at revision 0), and not skipped in silence. For a SELECT that part costs
+-- the look at that setting: Result with a One-Time Filter in EXPLAIN.
 CREATE OR REPLACE VIEW etcd_kv AS
-SELECT k.key, e.value, e.value_bytes, e.revision, e.ts, e.lease, _etcd_json(e.value) AS value_json
+(SELECT k.key, e.value, e.value_bytes, e.revision, e.ts, e.lease, _etcd_json(e.value) AS value_json,
+       e.create_revision, e.version, coalesce(e.value_bytes, pg_catalog.convert_to(e.value, 'UTF8')) AS value_raw
   FROM (SELECT DISTINCT d.key FROM etcd d) k
  CROSS JOIN LATERAL (
-        SELECT l.value, l.value_bytes, l.revision, l.ts, l.lease, l.tombstone
+        SELECT l.value, l.value_bytes, l.revision, l.ts, l.lease, l.create_revision, l.version, l.tombstone
           FROM etcd l
          WHERE l.key = k.key
          ORDER BY l.revision DESC
          LIMIT 1) e
- WHERE NOT e.tombstone;
+ WHERE NOT e.tombstone
+ ORDER BY k.key)  -- as the index has it, so that ORDER BY key LIMIT 10 reads 10 keys
+UNION ALL
+SELECT c.key COLLATE "C", c.value, c.value_bytes, 0::bigint, NULL::timestamptz, NULL::bigint, _etcd_json(c.value),
+       NULL::bigint, NULL::bigint, coalesce(c.value_bytes, pg_catalog.convert_to(c.value, 'UTF8'))
+  FROM _etcd_creations() c
+ WHERE pg_catalog.current_setting('etcd_fdw.writing', true) = 'on';
 
 COMMENT ON VIEW etcd_kv IS
-    'Live keys. INSERT, UPDATE and DELETE queue a change made on the version that was seen; '
-    '40001 if the key has a pending change or has moved on, 23505 on INSERT of a live key.';
+    'Live keys. INSERT, UPDATE and DELETE queue a change made on the version that was seen, or on an own change '
+    'of this transaction; 40001 if the key has another pending change or has moved on, 23505 on INSERT of a live '
+    'key. UPDATE and DELETE visit keys whose creation is pending, too; SELECT shows what etcd has.';
 COMMENT ON COLUMN etcd_kv.value IS 'value as text; setting it clears value_bytes';
 COMMENT ON COLUMN etcd_kv.value_bytes IS 'value that is no text; setting it clears value';
-COMMENT ON COLUMN etcd_kv.revision IS 'etcd''s mod_revision; read only';
+COMMENT ON COLUMN etcd_kv.revision IS
+    'etcd''s mod_revision. Read only: an UPDATE that sets another one than the key has is refused with 40001';
 COMMENT ON COLUMN etcd_kv.ts IS 'when that revision was mirrored; read only';
 COMMENT ON COLUMN etcd_kv.lease IS 'id of the lease that the key expires with; null: none; read only';
 COMMENT ON COLUMN etcd_kv.value_json IS 'value as jsonb, null if it is no JSON; read only';
+COMMENT ON COLUMN etcd_kv.create_revision IS 'revision of the put that created the key; read only';
+COMMENT ON COLUMN etcd_kv.version IS 'puts since the key was created; read only';
+COMMENT ON COLUMN etcd_kv.value_raw IS 'value as bytes, whichever column has it; read only';
+
+CREATE OR REPLACE VIEW etcd_refused AS
+SELECT w.id, w.ts, w.key, w.status, w.error_message, w.result_revision, w.revision, w.action, w.finished_at,
+       w.txid, w.role_name, w.application_name
+  FROM etcd_wal w
+ WHERE w.status IN ('conflict', 'failed')
+   AND w.dismissed_at IS NULL
+   AND NOT EXISTS (
+           SELECT FROM etcd_wal r WHERE r.retry_of = w.id AND r.key = w.key AND r.retry_of < r.id);
+
+COMMENT ON VIEW etcd_refused IS
+    'Conflicts and failures that nobody has tried again or dismissed: etcd_retry(id), etcd_dismiss(id).';
 
 CREATE OR REPLACE VIEW etcd_status AS
 WITH open_change AS (
@@ -413,7 +450,7 @@ SELECT coalesce(s.prefix, t.prefix)        AS prefix,
        clock_timestamp() - t.oldest        AS oldest_pending_age,
        coalesce(t.conflicts, 0)            AS conflicts,
        coalesce(t.failures, 0)             AS failures,
-       s.unstorable
+       s.unstorable, s.last_error, s.last_error_at
   FROM etcd_sync_state s
   FULL JOIN tally t ON t.prefix = s.prefix;
 
@@ -427,15 +464,19 @@ COMMENT ON COLUMN etcd_status.oldest_pending_age IS 'for how long the first of t
 COMMENT ON COLUMN etcd_status.conflicts IS 'changes that ended as conflict, neither tried again nor dismissed';
 COMMENT ON COLUMN etcd_status.failures IS 'changes that ended as failed, neither tried again nor dismissed';
 COMMENT ON COLUMN etcd_status.unstorable IS 'events that PostgreSQL cannot hold';
+COMMENT ON COLUMN etcd_status.last_error IS 'what keeps the active daemon from working, since when; null: nothing';
 
 -- == Reading ===========================================================================================
 
-CREATE OR REPLACE FUNCTION etcd_get(p_key text)
-RETURNS SETOF etcd_kv LANGUAGE plpgsql STABLE ROWS 1 SET search_path FROM CURRENT SET enable_sort = off AS $$
+-- What reads, as rows of table etcd. Each is under the name without the underscore below, with value_json and
+-- value_raw. enable_sort is off so that a plan made while the table was small cannot turn into a scan when it grows.
+
+CREATE OR REPLACE FUNCTION _etcd_get(p_key text)
+RETURNS SETOF etcd LANGUAGE plpgsql STABLE PARALLEL SAFE ROWS 1 SET search_path FROM CURRENT SET enable_sort = off AS $$
 -- One index descent, however long the history is.
 BEGIN
     RETURN QUERY
-    SELECT l.key, l.value, l.value_bytes, l.revision, l.ts, l.lease, _etcd_json(l.value)
+    SELECT l.*
       FROM (SELECT e.*
               FROM etcd e
              WHERE e.key = p_key COLLATE "C"
@@ -444,15 +485,10 @@ BEGIN
      WHERE NOT l.tombstone;
 END
 $$;
-COMMENT ON FUNCTION etcd_get(text) IS 'current value of one key; no row if it does not exist';
 
-CREATE OR REPLACE FUNCTION etcd_get_all(p_key text, p_min_revision bigint DEFAULT 0)
-RETURNS TABLE (
-    key text, value text, value_bytes bytea, revision bigint, ts timestamptz, tombstone boolean,
-    lease bigint, value_json jsonb)
-LANGUAGE plpgsql STABLE SET search_path FROM CURRENT SET enable_sort = off AS $$
---   p_min_revision  leave out what is older; 0 or null: everything that the mirror holds
---   errors          22023 if history from p_min_revision on was asked for and some of it has been deleted
+CREATE OR REPLACE FUNCTION _etcd_get_all(p_key text, p_min_revision bigint)
+RETURNS SETOF etcd LANGUAGE plpgsql STABLE PARALLEL SAFE SET search_path FROM CURRENT SET enable_sort = off AS $$
+-- See etcd_get_all.
 DECLARE
     v_pruned  bigint;
 BEGIN
@@ -462,38 +498,41 @@ BEGIN
          WHERE pg_catalog.starts_with(p_key COLLATE "C", s.prefix);
         IF p_min_revision < v_pruned THEN
             RAISE EXCEPTION 'history before revision % has been pruned', v_pruned
-                USING ERRCODE = 'invalid_parameter_value',
+                USING ERRCODE = '22023',
                       HINT = pg_catalog.format(
                           'Ask from revision %s on, or without a revision for what is left.', v_pruned);
         END IF;
     END IF;
     RETURN QUERY
-    SELECT e.key, e.value, e.value_bytes, e.revision, e.ts, e.tombstone, e.lease, _etcd_json(e.value)
+    SELECT e.*
       FROM etcd e
      WHERE e.key = p_key COLLATE "C"
        AND e.revision >= coalesce(p_min_revision, 0)
      ORDER BY e.revision;
 END
 $$;
-COMMENT ON FUNCTION etcd_get_all(text, bigint) IS
-    'history of one key that the mirror holds, oldest first, with tombstones; an error if it was pruned';
 
-CREATE OR REPLACE FUNCTION _etcd_state(p_prefix text, p_revision bigint)
-RETURNS SETOF etcd_kv LANGUAGE plpgsql STABLE SET search_path FROM CURRENT SET enable_sort = off AS $$
--- Live keys under a prefix as of a revision, in key order.
+CREATE OR REPLACE FUNCTION _etcd_list(
+    p_prefix text, p_limit bigint DEFAULT NULL, p_after text DEFAULT NULL,
+    p_revision bigint DEFAULT 9223372036854775807)
+RETURNS SETOF etcd LANGUAGE plpgsql STABLE PARALLEL SAFE SET search_path FROM CURRENT SET enable_sort = off AS $$
+-- Live keys under a prefix as of a revision, in key order. See etcd_list.
 -- Skips from key to key, whatever the history holds: looks at the next 64 rows for keys, goes on behind the
--- last of those, and descends the index once for each key found. enable_sort is off so that a plan made while
--- the table was small cannot turn into a scan when it grows.
+-- last of those, and descends the index once for each key found.
 DECLARE
+    v_after  text := coalesce(p_after, '');
     -- No key with the prefix is above, being shorter: ends the search where row-level security hides the rest.
-    v_end  text := p_prefix || pg_catalog.repeat(pg_catalog.chr(1114111), 700);
+    v_end    text := p_prefix || pg_catalog.repeat(pg_catalog.chr(1114111), 700);
 BEGIN
+    IF p_limit < 0 THEN
+        RAISE EXCEPTION 'limit must not be negative' USING ERRCODE = '22023';
+    END IF;
     RETURN QUERY
     WITH RECURSIVE step (keys) AS (
         SELECT pg_catalog.array_agg(DISTINCT b.key)
           FROM (SELECT e.key
                   FROM etcd e
-                 WHERE e.key >= p_prefix COLLATE "C" AND e.key <= v_end COLLATE "C"
+                 WHERE e.key >= p_prefix COLLATE "C" AND e.key > v_after COLLATE "C" AND e.key <= v_end COLLATE "C"
                  ORDER BY e.key
                  LIMIT 64) b
         UNION ALL
@@ -508,74 +547,146 @@ BEGIN
          WHERE pg_catalog.starts_with(  -- neither null nor beyond
                    step.keys[pg_catalog.cardinality(step.keys)], p_prefix COLLATE "C")
     )
-    SELECT k.key, l.value, l.value_bytes, l.revision, l.ts, l.lease, _etcd_json(l.value)
+    SELECT l.*
       FROM step
      CROSS JOIN LATERAL pg_catalog.unnest(step.keys) k (key)
      CROSS JOIN LATERAL (
-            SELECT e.value, e.value_bytes, e.revision, e.ts, e.lease, e.tombstone
+            SELECT e.*
               FROM etcd e
              WHERE e.key = k.key
                AND e.revision <= p_revision
              ORDER BY e.revision DESC
              LIMIT 1) l
      WHERE pg_catalog.starts_with(k.key, p_prefix COLLATE "C")
-       AND NOT l.tombstone;
+       AND NOT l.tombstone
+     LIMIT p_limit;
 END
 $$;
 
-CREATE OR REPLACE FUNCTION etcd_list(p_prefix text DEFAULT '')
-RETURNS SETOF etcd_kv LANGUAGE plpgsql STABLE SET search_path FROM CURRENT AS $$
---   p_prefix  taken literally (% and _ mean themselves); '' for all keys
-BEGIN
-    RETURN QUERY SELECT * FROM _etcd_state(p_prefix, 9223372036854775807);
-END
-$$;
-COMMENT ON FUNCTION etcd_list(text) IS 'live keys under a prefix, in key order';
-
-CREATE OR REPLACE FUNCTION etcd_at(p_revision bigint, p_prefix text DEFAULT '')
-RETURNS SETOF etcd_kv LANGUAGE plpgsql STABLE SET search_path FROM CURRENT AS $$
---   p_prefix  taken literally; '' for all keys that are mirrored
---   errors    22023 if the mirror cannot know: no mirrored prefix there, before the mirror began or was
---             pruned, in a gap, beyond the checkpoint; 22004 if an argument is null
--- The mirror that must know is the one that covers p_prefix, else each that lies within it.
+CREATE OR REPLACE FUNCTION _etcd_at(p_revision bigint, p_prefix text, p_limit bigint, p_after text)
+RETURNS SETOF etcd LANGUAGE plpgsql STABLE PARALLEL SAFE SET search_path FROM CURRENT AS $$
+-- See etcd_at. The mirror that must know is the one that covers p_prefix, else each that lies within it.
 DECLARE
-    s          etcd_sync_state;
+    s          record;
     v_problem  text;
 BEGIN
     IF p_revision IS NULL OR p_prefix IS NULL THEN
-        RAISE EXCEPTION 'revision and prefix must not be null' USING ERRCODE = 'null_value_not_allowed';
+        RAISE EXCEPTION 'revision and prefix must not be null' USING ERRCODE = '22004';
     END IF;
     FOR s IN
-        SELECT c.*
+        SELECT c.prefix, c.first_revision, c.pruned_revision, c.revision, c.gaps
           FROM etcd_sync_state c
          WHERE pg_catalog.starts_with(p_prefix COLLATE "C", c.prefix)
             OR pg_catalog.starts_with(c.prefix, p_prefix COLLATE "C")
          ORDER BY c.prefix
     LOOP
         v_problem := CASE
-            WHEN p_revision < s.pruned_revision THEN 'has been pruned'
             WHEN p_revision < s.first_revision THEN 'is before the mirror began'
+            WHEN p_revision < s.pruned_revision THEN 'has been pruned'
             WHEN p_revision > s.revision THEN 'is beyond the checkpoint; etcd_wait_revision waits for it'
             WHEN p_revision OPERATOR(pg_catalog.<@) ANY (s.gaps) THEN 'was compacted before it was mirrored' END;
         IF v_problem IS NOT NULL THEN
             RAISE EXCEPTION 'revision % of prefix "%" %', p_revision, s.prefix, v_problem
-                USING ERRCODE = 'invalid_parameter_value', HINT = pg_catalog.format(
-                    'Revisions %s to %s are known, without column gaps of etcd_sync_state.',
-                    greatest(s.first_revision, s.pruned_revision), s.revision);
+                USING ERRCODE = '22023', HINT = pg_catalog.format(
+                    'Revisions %s to %s are known%s.', greatest(s.first_revision, s.pruned_revision), s.revision,
+                    CASE WHEN pg_catalog.cardinality(s.gaps) > 0 THEN ', but for those in ' || s.gaps::text END);
         END IF;
     END LOOP;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'prefix "%" is not mirrored', p_prefix
-            USING ERRCODE = 'invalid_parameter_value',
-                  HINT = CASE WHEN EXISTS (SELECT FROM _etcd_state(p_prefix, p_revision))
+            USING ERRCODE = '22023',
+                  HINT = CASE WHEN EXISTS (SELECT FROM _etcd_list(p_prefix, 1, NULL, p_revision))
                          THEN 'It was: etcd_get_all tells what was mirrored of a key until then.'
                          ELSE 'Table etcd_sync_state lists the mirrored prefixes.' END;
     END IF;
-    RETURN QUERY SELECT * FROM _etcd_state(p_prefix, p_revision);
+    RETURN QUERY SELECT * FROM _etcd_list(p_prefix, p_limit, p_after, p_revision);
 END
 $$;
-COMMENT ON FUNCTION etcd_at(bigint, text) IS
+
+-- The functions to call. PostgreSQL replaces each by its query, so what is not asked for is not computed: no JSON
+-- is parsed for SELECT key, value. That forbids a SET clause, so all names in them are qualified.
+DO $$
+DECLARE
+    v_rows  text := 's.key, s.value, s.value_bytes, s.revision, s.ts,%s s.lease, %%1$I._etcd_json(s.value), '
+                    's.create_revision, s.version, '
+                    'coalesce(s.value_bytes, pg_catalog.convert_to(s.value, ''UTF8''::pg_catalog.name))';
+    f       record;
+BEGIN
+    FOR f IN SELECT * FROM (VALUES
+        ('etcd_get(p_key text)', 'SETOF %1$I.etcd_kv ROWS 1', '', '_etcd_get($1)',
+         '-- One index descent, however long the history is.'),
+        ('etcd_list(p_prefix text DEFAULT '''', p_limit bigint DEFAULT NULL, p_after text DEFAULT NULL)',
+         'SETOF %1$I.etcd_kv', '', '_etcd_list($1, $2, $3)',
+         '--   p_prefix  taken literally (%% and _ mean themselves); '''' for all keys
+--   p_limit   at most so many; null: all
+--   p_after   only keys behind this one: the last one of the page before'),
+        ('etcd_at(p_revision bigint, p_prefix text DEFAULT '''', p_limit bigint DEFAULT NULL, '
+         'p_after text DEFAULT NULL)', 'SETOF %1$I.etcd_kv', '', '_etcd_at($1, $2, $3, $4)',
+         '--   parameters  those of etcd_list; a time''s revision is told by etcd_revision_at
+--   errors      22023 if the mirror cannot know: no mirrored prefix there, before the mirror began or was
+--               pruned, in a gap, beyond the checkpoint; 22004 if an argument is null'),
+        ('etcd_get_all(p_key text, p_min_revision bigint DEFAULT 0)',
+         'TABLE (key text, value text, value_bytes bytea, revision bigint, ts timestamptz, tombstone boolean, '
+         'lease bigint, value_json jsonb, create_revision bigint, version bigint, value_raw bytea)',
+         ' s.tombstone,', '_etcd_get_all($1, $2)',
+         '--   p_min_revision  leave out what is older; 0 or null: everything that the mirror holds
+--   errors          22023 if history from p_min_revision on was asked for and some of it has been deleted')
+    ) v (signature, result, tombstone, source, header) LOOP
+        EXECUTE pg_catalog.format(
+            'CREATE OR REPLACE FUNCTION ' || f.signature || ' RETURNS ' || f.result || E' LANGUAGE sql STABLE AS $b$\n'
+                || f.header || E'\nSELECT ' || pg_catalog.format(v_rows, f.tombstone)
+                || E'\n  FROM %1$I.' || f.source || E' s\n$b$',
+            current_schema());
+    END LOOP;
+END
+$$;
+COMMENT ON FUNCTION etcd_get(text) IS 'current value of one key; no row if it does not exist';
+COMMENT ON FUNCTION etcd_list(text, bigint, text) IS
+    'live keys under a prefix, in key order, behind a key and up to a limit';
+COMMENT ON FUNCTION etcd_at(bigint, text, bigint, text) IS
     'live keys under a prefix as of a past revision, in key order; an error if the mirror cannot know';
+COMMENT ON FUNCTION etcd_get_all(text, bigint) IS
+    'history of one key that the mirror holds, oldest first, with tombstones; an error if it was pruned';
+
+CREATE OR REPLACE FUNCTION etcd_revision_at(p_time timestamptz, p_prefix text DEFAULT '')
+RETURNS bigint LANGUAGE plpgsql STABLE SET search_path FROM CURRENT AS $$
+-- For etcd_at and etcd_restore. The newest revision that was mirrored by then under the mirror that covers
+-- p_prefix ('': the only one); what etcd had written and the daemon had not mirrored yet does not count.
+--   errors  22023 p_time is in the future, or before everything that is mirrored; no such mirror, or several
+DECLARE
+    v_prefix    text;
+    v_window    interval := '1 s';
+    v_revision  bigint;
+BEGIN
+    BEGIN
+        SELECT s.prefix INTO STRICT v_prefix
+          FROM etcd_sync_state s
+         WHERE pg_catalog.starts_with(p_prefix COLLATE "C", s.prefix) OR p_prefix = '';
+    EXCEPTION WHEN no_data_found OR too_many_rows THEN
+        RAISE EXCEPTION 'prefix "%" is not that of one mirror', p_prefix
+            USING ERRCODE = '22023', HINT = 'Table etcd_sync_state lists the mirrored prefixes.';
+    END;
+    IF p_time > clock_timestamp() THEN
+        RAISE EXCEPTION '% is in the future', p_time USING ERRCODE = '22023';
+    END IF;
+    -- Looks back by windows that grow: the block range index finds the few rows of each.
+    LOOP
+        SELECT pg_catalog.max(e.revision) INTO v_revision
+          FROM etcd e
+         WHERE e.ts <= p_time AND e.ts > p_time - v_window AND pg_catalog.starts_with(e.key, v_prefix);
+        IF v_revision IS NOT NULL THEN
+            RETURN v_revision;
+        ELSIF v_window > interval '1000 years' OR p_time IS NULL THEN
+            RAISE EXCEPTION 'nothing was mirrored by %', p_time
+                USING ERRCODE = '22023',
+                      HINT = pg_catalog.format('The mirror began at %s.', (SELECT pg_catalog.min(e.ts) FROM etcd e));
+        END IF;
+        v_window := v_window * 8::float8;
+    END LOOP;
+END
+$$;
+COMMENT ON FUNCTION etcd_revision_at(timestamptz, text) IS
+    'revision that the mirror was at at a time, for etcd_at and etcd_restore';
 
 -- == Writing ===========================================================================================
 
@@ -588,52 +699,60 @@ CREATE OR REPLACE FUNCTION _etcd_change(
     p_force        boolean   DEFAULT false,
     p_delete       boolean   DEFAULT false,
     p_new          boolean   DEFAULT false,
-    p_retry_of     bigint    DEFAULT NULL
+    p_retry_of     bigint    DEFAULT NULL,
+    p_own          boolean   DEFAULT false,
+    p_expect       boolean   DEFAULT false
 ) RETURNS bigint LANGUAGE plpgsql SET search_path FROM CURRENT SET enable_sort = off AS $$
 -- Queue one change: everything that writes goes through here. Parameters and errors are those of etcd_set, and
 --   p_value, p_value_bytes  what to put, one of them; both null with p_delete
 --   p_new                   the key must not exist, 23505 if it does
 --   p_retry_of              the etcd_wal row that this one tries again, 55000 if another one does
+--   p_own                   made on top of an own pending change of this transaction; null if that deletes the key
+--   p_expect                a guard, see etcd_expect
 -- enable_sort is off so that a plan made while the tables were small cannot turn into a scan when they grow.
--- In a REPEATABLE READ transaction the version is that of its snapshot; if it is old, etcd says so later.
+-- In a REPEATABLE READ transaction the version is that of its snapshot; if it is old, etcd says so later. If another
+-- session has changed the key in etcd_wal since, it is 40001 at once, by the row of etcd_lock.
 DECLARE
-    v_pending  bigint;
+    v_hash     bigint := pg_catalog.hashtextextended(p_key COLLATE "C", 0);
+    v_pending  record;
     v_current  bigint;  -- 0: the key does not exist
     v_id       bigint;
 BEGIN
     IF p_key IS NULL THEN
-        RAISE EXCEPTION 'key must not be null' USING ERRCODE = 'null_value_not_allowed';
+        RAISE EXCEPTION 'key must not be null' USING ERRCODE = '22004';
     ELSIF p_key = '' OR pg_catalog.octet_length(p_key) > 2600 THEN
         RAISE EXCEPTION 'key must have 1 to 2600 bytes, not %', pg_catalog.octet_length(p_key)
-            USING ERRCODE = 'invalid_parameter_value',
-                  HINT = 'etcd has no empty key, and PostgreSQL cannot index a longer one.';
-    ELSIF p_value IS NULL AND p_value_bytes IS NULL AND NOT p_delete THEN
+            USING ERRCODE = '22023', HINT = 'etcd has no empty key, and PostgreSQL cannot index a longer one.';
+    ELSIF p_value IS NULL AND p_value_bytes IS NULL AND NOT (p_delete OR p_expect) THEN
         RAISE EXCEPTION 'value must not be null'
-            USING ERRCODE = 'null_value_not_allowed',
-                  HINT = 'To delete a key use etcd_delete, or DELETE FROM etcd_kv.';
+            USING ERRCODE = '22004', HINT = 'To delete a key use etcd_delete, or DELETE FROM etcd_kv.';
     ELSIF p_value IS NOT NULL AND p_value_bytes IS NOT NULL THEN
         RAISE EXCEPTION 'only one of value and value_bytes can be set'
-            USING ERRCODE = 'invalid_parameter_value',
-                  HINT = 'Text belongs into value, and into value_bytes what is no text.';
+            USING ERRCODE = '22023', HINT = 'Text belongs into value, and into value_bytes what is no text.';
     ELSIF p_revision < 0 THEN
         RAISE EXCEPTION 'revision must not be negative'
-            USING ERRCODE = 'invalid_parameter_value',
-                  HINT = '0 means that the key must not exist, null any version.';
+            USING ERRCODE = '22023', HINT = '0 means that the key must not exist, null any version.';
     ELSIF p_revision IS NOT NULL AND p_force THEN
         RAISE EXCEPTION 'a forced change is made on no certain revision'
-            USING ERRCODE = 'invalid_parameter_value',
+            USING ERRCODE = '22023',
                   HINT = 'Give a revision to change that version only, or force => true to change any.';
-    ELSIF p_ttl < interval '0' OR p_ttl > interval '2500000 h' THEN
-        RAISE EXCEPTION 'ttl must be between 0 and 2500000 hours, not %', p_ttl
-            USING ERRCODE = 'invalid_parameter_value',
-                  HINT = '0 takes the lease of the key off, null leaves it as it is.';
+    ELSIF NOT EXTRACT(epoch FROM p_ttl)::float8 BETWEEN 0::float8 AND 9000000000::float8 THEN
+        RAISE EXCEPTION 'ttl must be between 0 and 9000000000 seconds, not %', p_ttl
+            USING ERRCODE = '22023', HINT = '0 takes the lease of the key off, null leaves it as it is.';
     END IF;
 
     -- One transaction after the other changes a key: the next one waits here until this one ends. Transactions
     -- that change the same keys in different orders can deadlock, as with rows: 40P01, try again.
-    INSERT INTO etcd_lock AS l (hash, txid)
-    VALUES (pg_catalog.hashtextextended(p_key COLLATE "C", 0), pg_current_xact_id())
-        ON CONFLICT (hash) DO UPDATE SET txid = excluded.txid WHERE l.txid <> excluded.txid;
+    IF p_expect THEN  -- guards do not wait for each other
+        LOOP
+            INSERT INTO etcd_lock (hash, txid) VALUES (v_hash, pg_current_xact_id()) ON CONFLICT DO NOTHING;
+            PERFORM FROM etcd_lock l WHERE l.hash = v_hash FOR SHARE;
+            EXIT WHEN FOUND;  -- unless housekeeping has deleted it just now
+        END LOOP;
+    ELSE
+        INSERT INTO etcd_lock AS l (hash, txid) VALUES (v_hash, pg_current_xact_id())
+            ON CONFLICT (hash) DO UPDATE SET txid = excluded.txid WHERE l.txid <> excluded.txid;
+    END IF;
 
     IF p_retry_of IS NOT NULL THEN
         SELECT w.id INTO v_id
@@ -641,8 +760,7 @@ BEGIN
          WHERE w.retry_of = p_retry_of AND w.key = p_key COLLATE "C" AND w.retry_of < w.id;
         IF FOUND THEN
             RAISE EXCEPTION 'change % was tried again already', p_retry_of
-                USING ERRCODE = 'object_not_in_prerequisite_state',
-                      DETAIL = pg_catalog.format('That is row %s of etcd_wal.', v_id),
+                USING ERRCODE = '55000', DETAIL = pg_catalog.format('That is row %s of etcd_wal.', v_id),
                       HINT = 'If that one ended as conflict or failed, too, try that one again.';
         END IF;
     END IF;
@@ -652,10 +770,11 @@ BEGIN
         -- is pending no longer, the second query sees its revision: it is never taken for somebody else's.
         -- A range of one key, sorted by both columns: with sorts off only the index on (key, id) can answer
         -- that, while key = p_key ORDER BY id may be planned as a walk along (id), past everything pending.
-        SELECT w.id INTO v_pending
+        SELECT w.id, w.revision, w.force, w.txid, w.value IS NULL AND w.value_bytes IS NULL AS deletes
+          INTO v_pending
           FROM etcd_wal w
          WHERE w.key >= p_key COLLATE "C" AND w.key <= p_key COLLATE "C"
-           AND w.status = 'pending'
+           AND w.status = 'pending' AND w.action IS NULL
          ORDER BY w.key DESC, w.id DESC
          LIMIT 1;
         SELECT CASE WHEN e.tombstone THEN 0 ELSE e.revision END INTO v_current
@@ -665,44 +784,52 @@ BEGIN
          LIMIT 1;
         v_current := coalesce(v_current, 0);
 
-        IF v_pending IS NOT NULL AND (p_new OR p_revision IS NOT NULL) THEN
+        p_own := p_own AND v_pending.txid = pg_current_xact_id();
+        IF p_own AND v_pending.deletes AND NOT p_new THEN
+            RETURN NULL;
+        ELSIF v_pending.id IS NOT NULL AND (p_new OR p_revision IS NOT NULL) AND p_own IS NOT TRUE THEN
             RAISE EXCEPTION 'key "%" has a pending change', p_key
-                USING ERRCODE = 'serialization_failure',
-                      DETAIL = pg_catalog.format('It is row %s of etcd_wal.', v_pending),
+                USING ERRCODE = '40001', DETAIL = pg_catalog.format('It is row %s of etcd_wal.', v_pending.id),
                       HINT = 'Try again when it is applied, or use etcd_set or etcd_delete without a revision.';
-        ELSIF p_new AND v_current > 0 THEN
+        ELSIF p_new AND (CASE WHEN p_own THEN NOT v_pending.deletes ELSE v_current > 0 END) THEN
             RAISE EXCEPTION 'key "%" already exists', p_key
-                USING ERRCODE = 'unique_violation', DETAIL = pg_catalog.format('It is at revision %s.', v_current),
+                USING ERRCODE = '23505',
+                      DETAIL = CASE WHEN p_own THEN pg_catalog.format('It is row %s of etcd_wal.', v_pending.id)
+                                    ELSE pg_catalog.format('It is at revision %s.', v_current) END,
                       HINT = 'To change it use UPDATE or etcd_set.';
-        ELSIF p_revision <> v_current THEN
+        ELSIF (CASE WHEN p_expect THEN p_revision < v_current  -- the mirror may be behind what the caller knows
+                    WHEN p_own THEN p_revision <> coalesce(v_pending.revision, 0) AND NOT v_pending.force
+                    ELSE p_revision <> v_current END) THEN
             RAISE EXCEPTION 'key "%" is not at revision %', p_key, p_revision
-                USING ERRCODE = 'serialization_failure',
+                USING ERRCODE = '40001',
                       DETAIL = CASE v_current WHEN 0 THEN 'It does not exist.'
                                               ELSE pg_catalog.format('It is at revision %s.', v_current) END,
                       HINT = 'Read it again and repeat the change.';
         END IF;
     END IF;
 
-    -- INSERT is checked column by column: name force and ttl only where they are used, so that a role without
-    -- INSERT on them can do all the rest.
-    IF p_force THEN
-        INSERT INTO etcd_wal (key, value, value_bytes, retry_of, ttl, force)
+    -- INSERT is checked column by column: name action, force and ttl only where they are used, so that a role
+    -- without INSERT on them can do all the rest.
+    IF p_expect THEN
+        INSERT INTO etcd_wal AS w (key, revision, action) VALUES (p_key, p_revision, 'expect') RETURNING w.id INTO v_id;
+    ELSIF p_force THEN
+        INSERT INTO etcd_wal AS w (key, value, value_bytes, retry_of, ttl, force)
         VALUES (p_key, p_value, p_value_bytes, p_retry_of, p_ttl, true)
-        RETURNING id INTO v_id;
+        RETURNING w.id INTO v_id;
     ELSIF p_ttl IS NOT NULL THEN
-        INSERT INTO etcd_wal (key, value, value_bytes, revision, depends_on, retry_of, ttl)
-        VALUES (p_key, p_value, p_value_bytes, nullif(v_current, 0), v_pending, p_retry_of, p_ttl)
-        RETURNING id INTO v_id;
+        INSERT INTO etcd_wal AS w (key, value, value_bytes, revision, depends_on, retry_of, ttl)
+        VALUES (p_key, p_value, p_value_bytes, nullif(v_current, 0), v_pending.id, p_retry_of, p_ttl)
+        RETURNING w.id INTO v_id;
     ELSE
-        INSERT INTO etcd_wal (key, value, value_bytes, revision, depends_on, retry_of)
-        VALUES (p_key, p_value, p_value_bytes, nullif(v_current, 0), v_pending, p_retry_of)
-        RETURNING id INTO v_id;
+        INSERT INTO etcd_wal AS w (key, value, value_bytes, revision, depends_on, retry_of)
+        VALUES (p_key, p_value, p_value_bytes, nullif(v_current, 0), v_pending.id, p_retry_of)
+        RETURNING w.id INTO v_id;
     END IF;
 
     -- No warning for a role that may not read etcd_sync_state, nor before there is a mirror.
     IF pg_catalog.has_table_privilege('etcd_sync_state', 'SELECT') THEN
-        IF (SELECT NOT pg_catalog.bool_or(pg_catalog.starts_with(p_key COLLATE "C", s.prefix))
-              FROM etcd_sync_state s) THEN
+        IF NOT EXISTS (SELECT FROM etcd_sync_state s WHERE pg_catalog.starts_with(p_key COLLATE "C", s.prefix))
+           AND EXISTS (SELECT FROM etcd_sync_state) THEN
             RAISE WARNING 'key "%" is outside every mirrored prefix', p_key
                 USING HINT = pg_catalog.format(
                     'Row %s of etcd_wal stays pending until an etcd_fdw that mirrors this key runs.', v_id);
@@ -731,14 +858,20 @@ COMMENT ON FUNCTION etcd_set(text, text, bigint, interval, boolean) IS
     'queue a put, as row id of etcd_wal; with a revision only on that version (0: must not exist), else 40001';
 
 CREATE OR REPLACE FUNCTION etcd_set(
-    p_key text, p_value jsonb, p_revision bigint DEFAULT NULL, ttl interval DEFAULT NULL, force boolean DEFAULT false)
+    p_key text, p_value anynonarray, p_revision bigint DEFAULT NULL, ttl interval DEFAULT NULL,
+    force boolean DEFAULT false)
 RETURNS bigint LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
--- As the text that PostgreSQL makes of it. A plain literal calls etcd_set of text: it arrives as it was written.
+-- A number, boolean, uuid, enum, json, jsonb, time, ...: as the text that PostgreSQL makes of it; bytea: as bytes.
+-- A literal without a type calls etcd_set of text.
 BEGIN
+    IF pg_catalog.pg_typeof(p_value)::oid = 'bytea'::regtype::oid THEN
+        RETURN _etcd_change(p_key, NULL, p_value, p_revision, ttl, force);
+    END IF;
     RETURN _etcd_change(p_key, p_value::text, NULL, p_revision, ttl, force);
 END
 $$;
-COMMENT ON FUNCTION etcd_set(text, jsonb, bigint, interval, boolean) IS 'queue a put of JSON; see etcd_set of text';
+COMMENT ON FUNCTION etcd_set(text, anynonarray, bigint, interval, boolean) IS
+    'queue a put of any scalar, as text, and of bytea, as it is; see etcd_set of text';
 
 CREATE OR REPLACE FUNCTION etcd_set_bytes(
     p_key text, p_value bytea, p_revision bigint DEFAULT NULL, ttl interval DEFAULT NULL, force boolean DEFAULT false)
@@ -758,9 +891,8 @@ RETURNS SETOF bigint LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 --   errors    as etcd_set; 22023 if it is no object
 BEGIN
     IF p_values IS NULL OR pg_catalog.jsonb_typeof(p_values) <> 'object' THEN
-        RAISE EXCEPTION 'values must be an object of keys, not %',
-                coalesce(pg_catalog.jsonb_typeof(p_values), 'null')
-            USING ERRCODE = 'invalid_parameter_value',
+        RAISE EXCEPTION 'values must be an object of keys, not %', coalesce(pg_catalog.jsonb_typeof(p_values), 'null')
+            USING ERRCODE = '22023',
                   HINT = 'For example etcd_set_many(''{"/a": "text", "/b": {"x": 1}, "/gone": null}'').';
     END IF;
     RETURN QUERY
@@ -795,16 +927,16 @@ RETURNS bigint LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 --   errors    22004, 22023 for a null or an empty prefix
 BEGIN
     IF p_prefix IS NULL THEN
-        RAISE EXCEPTION 'prefix must not be null' USING ERRCODE = 'null_value_not_allowed';
+        RAISE EXCEPTION 'prefix must not be null' USING ERRCODE = '22004';
     ELSIF p_prefix = '' THEN
         RAISE EXCEPTION 'prefix must not be empty'
-            USING ERRCODE = 'invalid_parameter_value', HINT = 'To delete everything use DELETE FROM etcd_kv.';
+            USING ERRCODE = '22023', HINT = 'To delete everything use DELETE FROM etcd_kv.';
     END IF;
     RETURN (
         SELECT pg_catalog.count(etcd_delete(k.key, force => force))
           FROM (SELECT DISTINCT ON (u.key) u.key, u.deleted
                   FROM (SELECT s.key, 0 AS id, false AS deleted
-                          FROM _etcd_state(p_prefix, 9223372036854775807) s
+                          FROM _etcd_list(p_prefix) s
                         UNION ALL
                         SELECT w.key, w.id, w.value IS NULL AND w.value_bytes IS NULL
                           FROM etcd_wal w
@@ -816,7 +948,63 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION etcd_delete_prefix(text, boolean) IS
-    'queue a delete of every key under a prefix, which etcd applies together; how many';
+    'queue a delete of every key under a prefix; how many. Applied together if one etcd transaction takes them';
+
+CREATE OR REPLACE FUNCTION etcd_restore(p_prefix text, p_revision bigint)
+RETURNS bigint LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+--   p_prefix    taken literally
+--   p_revision  as for etcd_at; of a time: etcd_revision_at
+--   result      how many changes were queued: puts of what differs or is missing, deletes of what was not there.
+--               Each is made on the version that the mirror has. A lease of then is gone: a key gets none that way,
+--               one that still has a lease keeps it, and one that had none then loses it.
+--   errors      those of etcd_at; 40001 if a key under the prefix has a pending change
+BEGIN
+    RETURN (
+        SELECT pg_catalog.count(_etcd_change(
+                   k.key, k.value, k.value_bytes, k.revision, p_delete => k.deleted,
+                   p_ttl => CASE WHEN k.unleased THEN interval '0' END))
+          FROM (SELECT coalesce(o.key, n.key) AS key, o.value, o.value_bytes, coalesce(n.revision, 0) AS revision,
+                       o.key IS NULL AS deleted, o.lease IS NULL AND n.lease > 0 AND o.key IS NOT NULL AS unleased,
+                       (o.value, o.value_bytes) IS NOT DISTINCT FROM (n.value, n.value_bytes) AS same
+                  FROM _etcd_at(p_revision, p_prefix, NULL, NULL) o
+                  FULL JOIN (SELECT l.key, l.value, l.value_bytes, l.revision, l.lease FROM _etcd_list(p_prefix) l
+                              UNION ALL
+                             SELECT c.key COLLATE "C", NULL, NULL, 0, NULL FROM _etcd_creations() c
+                              WHERE pg_catalog.starts_with(c.key, p_prefix)) n ON n.key = o.key
+                 ORDER BY 1) k
+         WHERE k.unleased OR k.deleted OR NOT k.same);
+END
+$$;
+COMMENT ON FUNCTION etcd_restore(text, bigint) IS
+    'queue what brings a prefix back to what it was at a revision; how many changes';
+
+CREATE OR REPLACE FUNCTION etcd_expect(p_key text, p_revision bigint)
+RETURNS bigint LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+-- A guard: this transaction is applied only if the key is at this revision (0: does not exist) when etcd applies it,
+-- else all of it is a conflict, forced changes, too. The key is not changed. Such a transaction is never split.
+--   errors  40001 if the key has moved on already or has a pending change, else as etcd_set
+BEGIN
+    IF p_revision IS NULL THEN
+        RAISE EXCEPTION 'revision must not be null'
+            USING ERRCODE = '22004', HINT = '0 means that the key must not exist.';
+    END IF;
+    RETURN _etcd_change(p_key, NULL, NULL, p_revision, p_expect => true);
+END
+$$;
+COMMENT ON FUNCTION etcd_expect(text, bigint) IS
+    'apply this transaction only if a key is at a revision (0: does not exist), as row id of etcd_wal';
+
+CREATE OR REPLACE FUNCTION etcd_keepalive(p_key text)
+RETURNS bigint LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+-- The lease that the key has in etcd begins anew: no new revision, no new lease. It fails if there is none.
+DECLARE
+    v_id  bigint;
+BEGIN
+    INSERT INTO etcd_wal AS w (key, action) VALUES (p_key, 'keepalive') RETURNING w.id INTO v_id;
+    RETURN v_id;
+END
+$$;
+COMMENT ON FUNCTION etcd_keepalive(text) IS 'renew the ttl of a key, as row id of etcd_wal';
 
 -- == Outcomes ==========================================================================================
 
@@ -829,26 +1017,27 @@ BEGIN
 END
 $$;
 
-CREATE OR REPLACE FUNCTION _etcd_wait(p_prefix text, p_generation bigint, p_deadline timestamptz, p_for text)
-RETURNS void LANGUAGE plpgsql SET search_path FROM CURRENT SET lock_timeout = 0 AS $$
--- Sleep until the daemon of a prefix has committed something, or until the deadline.
+CREATE OR REPLACE FUNCTION _etcd_wait(p_prefix text, p_generation bigint, INOUT p_left interval, p_for text)
+LANGUAGE plpgsql SET search_path FROM CURRENT SET lock_timeout = 0 AS $$
+-- Sleep until the daemon of a prefix has committed something, or until the time is up.
 --   p_generation  of etcd_sync_state, as last seen
+--   p_left        how long at most; returned: what is left of it. A clock that is set back takes nothing away
 --   p_for         what is waited for, to say so when time is up
 -- The daemon holds the lock of the current generation, and releases it when it has committed the next one:
 -- that wakes everybody at once. Nothing here outlives the wait, as it is rolled back.
 DECLARE
-    v_left  float8 := EXTRACT(epoch FROM p_deadline - clock_timestamp());
+    v_left   float8 := EXTRACT(epoch FROM p_left);
+    v_begin  timestamptz := clock_timestamp();
 BEGIN
-    IF p_deadline IS NULL THEN
-        RAISE EXCEPTION 'timeout must not be null' USING ERRCODE = 'null_value_not_allowed';
+    IF p_left IS NULL THEN
+        RAISE EXCEPTION 'timeout must not be null' USING ERRCODE = '22004';
     ELSIF pg_catalog.current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
         RAISE EXCEPTION 'cannot wait for % in a transaction whose snapshot never moves', p_for
-            USING ERRCODE = 'invalid_transaction_state',
-                  HINT = 'Wait outside of it, or in one with ISOLATION LEVEL READ COMMITTED.';
+            USING ERRCODE = '25000', HINT = 'Wait outside of it, or in one with ISOLATION LEVEL READ COMMITTED.';
     ELSIF v_left <= 0::float8 THEN
         RAISE EXCEPTION 'timeout while waiting for %', p_for
-            USING ERRCODE = 'query_canceled',
-                  HINT = 'Nothing was taken back; wait again. View etcd_status tells what holds it up.';
+            USING ERRCODE = '57014',
+                  HINT = 'Nothing was taken back; wait again. Column last_error of view etcd_status tells what holds it up.';
     END IF;
     PERFORM pg_catalog.set_config(
         'lock_timeout', pg_catalog.ceil(least(v_left, 86400::float8) * 1000::float8)::int::text, true);
@@ -861,30 +1050,40 @@ BEGIN
     IF EXISTS (SELECT FROM etcd_sync_state s WHERE s.prefix = p_prefix AND s.generation = p_generation) THEN
         PERFORM pg_catalog.pg_sleep(least(v_left, 0.05::float8));
     END IF;
+    p_left := p_left - greatest(clock_timestamp() - v_begin, interval '0.01 s');
 END
 $$;
 
 CREATE OR REPLACE FUNCTION etcd_wait(
-    p_id bigint, timeout interval DEFAULT '10 s',
+    p_id bigint DEFAULT NULL, timeout interval DEFAULT '10 s', txid xid8 DEFAULT NULL,
     OUT status text, OUT result_revision bigint, OUT error_message text)
 LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+--   p_id     of etcd_wal
 --   timeout  '0' just looks
+--   txid     instead of p_id, by its name: all changes of that transaction; what is told is the worst of their
+--            ends: failed, conflict, success; the first message, and of successes the newest revision
 --   errors   57014 it is pending still, as when statement_timeout ends a statement (PL/pgSQL: WHEN
 --            query_canceled, as OTHERS does not catch it); 25001 it is of this very transaction; 25000 in a
 --            REPEATABLE READ or SERIALIZABLE transaction; P0002 no such row; 55000 nobody mirrors its key
 -- A session that waits holds no lock and does nothing until the daemon commits.
 DECLARE
-    v_deadline  timestamptz := clock_timestamp() + timeout;
-    w           record;
+    v_ids  bigint[] := ARRAY[p_id];
+    w      record;
 BEGIN
+    IF txid IS NOT NULL THEN
+        v_ids := ARRAY(SELECT o.id FROM etcd_wal o WHERE o.txid = etcd_wait.txid);
+    END IF;
     LOOP
-        SELECT o.status, o.result_revision, o.error_message, o.key, o.txid, s.prefix, s.generation INTO w
+        SELECT o.id, o.status, o.result_revision, o.error_message, o.key, o.txid, s.prefix, s.generation INTO w
           FROM etcd_wal o
           LEFT JOIN etcd_sync_state s ON pg_catalog.starts_with(o.key, s.prefix)
-         WHERE o.id = p_id;
+         WHERE o.id = ANY (v_ids)
+         ORDER BY CASE o.status WHEN 'pending' THEN 1 WHEN 'failed' THEN 2 WHEN 'conflict' THEN 3 ELSE 4 END,
+                  o.error_message IS NULL, CASE o.status WHEN 'success' THEN -o.result_revision END, o.id
+         LIMIT 1;
         IF NOT FOUND THEN
-            RAISE EXCEPTION 'etcd_wal has no row %', p_id
-                USING ERRCODE = 'no_data_found',
+            RAISE EXCEPTION 'etcd_wal has no row %', coalesce('of transaction ' || txid::text, p_id::text, 'null')
+                USING ERRCODE = 'P0002',
                       HINT = 'Was its transaction rolled back, or did housekeeping delete it long after?';
         ELSIF w.status <> 'pending' THEN
             status := w.status;
@@ -892,19 +1091,52 @@ BEGIN
             error_message := w.error_message;
             RETURN;
         ELSIF w.txid = pg_current_xact_id_if_assigned() THEN
-            RAISE EXCEPTION 'change % is not committed', p_id
-                USING ERRCODE = 'active_sql_transaction',
-                      HINT = 'COMMIT first, then wait: etcd_fdw cannot see it before.';
+            RAISE EXCEPTION 'change % is not committed', w.id
+                USING ERRCODE = '25001', HINT = 'COMMIT first, then wait: etcd_fdw cannot see it before.';
         ELSIF w.prefix IS NULL THEN
-            RAISE EXCEPTION 'key "%" of change % is outside every mirrored prefix', w.key, p_id
-                USING ERRCODE = 'object_not_in_prerequisite_state',
+            RAISE EXCEPTION 'key "%" of change % is outside every mirrored prefix', w.key, w.id
+                USING ERRCODE = '55000',
                       HINT = 'Start an etcd_fdw that mirrors it; table etcd_sync_state lists what is mirrored.';
         END IF;
-        PERFORM _etcd_wait(w.prefix, w.generation, v_deadline, pg_catalog.format('change %s', p_id));
+        timeout := _etcd_wait(w.prefix, w.generation, timeout, pg_catalog.format('change %s', w.id));
     END LOOP;
 END
 $$;
-COMMENT ON FUNCTION etcd_wait(bigint, interval) IS 'wait until a committed change is final, and tell how it ended';
+COMMENT ON FUNCTION etcd_wait(bigint, interval, xid8) IS
+    'wait until a committed change, or txid => all of a transaction, is final, and tell how it ended';
+
+DO $$
+BEGIN
+    -- A procedure that commits cannot have a SET clause, so its names are qualified.
+    EXECUTE pg_catalog.format($b$
+        CREATE OR REPLACE PROCEDURE etcd_put(
+            p_key text, p_value text, p_revision bigint DEFAULT NULL, ttl interval DEFAULT NULL,
+            force boolean DEFAULT false, timeout interval DEFAULT '10 s', INOUT result_revision bigint DEFAULT NULL)
+        LANGUAGE plpgsql AS $p$
+-- Set, commit, wait: what people expect of a write. Not within a transaction, which it would end: 2D000.
+--   result  the revision that the key got, and has in table etcd
+--   errors  40001 it became a conflict; 58000 etcd refused it; 57014 as in etcd_wait, it is committed and pending;
+--           those of etcd_set
+DECLARE
+    v_id  bigint := %1$I.etcd_set(p_key, p_value, p_revision, ttl, force);
+    w     record;
+BEGIN
+    COMMIT;
+    SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
+    SELECT o.status, o.result_revision, o.error_message INTO w FROM %1$I.etcd_wait(v_id, timeout) o;
+    IF w.status <> 'success' THEN
+        RAISE EXCEPTION 'change %% of key "%%": %%', v_id, p_key, w.error_message
+            USING ERRCODE = CASE w.status WHEN 'conflict' THEN '40001' ELSE '58000' END,
+                  HINT = 'etcd_retry puts it on the version that etcd has now.';
+    END IF;
+    result_revision := w.result_revision;
+END
+$p$;
+$b$, current_schema());
+END
+$$;
+COMMENT ON PROCEDURE etcd_put(text, text, bigint, interval, boolean, interval, bigint) IS
+    'CALL: set a key, commit, and wait until etcd has it; 40001 if it became a conflict';
 
 CREATE OR REPLACE FUNCTION etcd_wait_revision(
     p_revision bigint, timeout interval DEFAULT '10 s', p_prefix text DEFAULT NULL)
@@ -916,11 +1148,10 @@ RETURNS bigint LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 --   errors      57014 not reached yet, and 25000, as in etcd_wait; 22023 no such mirror, or several and none
 --               named; 22004 without a revision
 DECLARE
-    v_deadline  timestamptz := clock_timestamp() + timeout;
-    s           record;
+    s  record;
 BEGIN
     IF p_revision IS NULL THEN
-        RAISE EXCEPTION 'revision must not be null' USING ERRCODE = 'null_value_not_allowed';
+        RAISE EXCEPTION 'revision must not be null' USING ERRCODE = '22004';
     END IF;
     LOOP
         SELECT c.prefix, c.revision, c.generation, count(*) OVER () AS mirrors INTO s
@@ -928,16 +1159,15 @@ BEGIN
          WHERE p_prefix IS NULL OR pg_catalog.starts_with(p_prefix COLLATE "C", c.prefix);
         IF NOT FOUND THEN
             RAISE EXCEPTION 'prefix "%" is not mirrored', coalesce(p_prefix, '')
-                USING ERRCODE = 'invalid_parameter_value',
-                      HINT = 'Table etcd_sync_state lists the mirrored prefixes.';
+                USING ERRCODE = '22023', HINT = 'Table etcd_sync_state lists the mirrored prefixes.';
         ELSIF s.mirrors > 1 THEN
             RAISE EXCEPTION '% prefixes are mirrored', s.mirrors
-                USING ERRCODE = 'invalid_parameter_value',
+                USING ERRCODE = '22023',
                       HINT = pg_catalog.format('Name one of them: p_prefix => %L, for example.', s.prefix);
         ELSIF s.revision >= p_revision THEN
             RETURN s.revision;
         END IF;
-        PERFORM _etcd_wait(s.prefix, s.generation, v_deadline, pg_catalog.format(
+        timeout := _etcd_wait(s.prefix, s.generation, timeout, pg_catalog.format(
             'revision %s of prefix "%s", which is at %s', p_revision, s.prefix, s.revision));
     END LOOP;
 END
@@ -954,10 +1184,10 @@ BEGIN
     SELECT * INTO w FROM etcd_wal o WHERE o.id = p_id;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'etcd_wal has no row %', p_id
-            USING ERRCODE = 'no_data_found', HINT = 'View etcd_status counts conflicts and failures.';
+            USING ERRCODE = 'P0002', HINT = 'View etcd_refused lists conflicts and failures.';
     ELSIF w.status NOT IN ('conflict', 'failed') THEN
         RAISE EXCEPTION 'change % is %, not conflict or failed', p_id, w.status
-            USING ERRCODE = 'object_not_in_prerequisite_state',
+            USING ERRCODE = '55000',
                   HINT = CASE w.status WHEN 'pending' THEN 'etcd_wait tells how it ends.'
                                        ELSE 'There is nothing to do.' END;
     END IF;
@@ -968,10 +1198,14 @@ $$;
 CREATE OR REPLACE FUNCTION etcd_retry(p_id bigint)
 RETURNS bigint LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 -- It overrides what beat the change. The new row names the old in retry_of.
---   errors   P0002 no such row; 55000 it is pending or succeeded, or was tried again already
+--   errors   P0002 no such row; 55000 it is pending or succeeded, or was tried again already, or is a guard
 DECLARE
     w  etcd_wal := _etcd_unapplied(p_id);
 BEGIN
+    IF w.action IS NOT NULL THEN
+        RAISE EXCEPTION 'change % is no put or delete', p_id
+            USING ERRCODE = '55000', HINT = 'Dismiss it, and run the transaction again.';
+    END IF;
     RETURN _etcd_change(
         w.key, w.value, w.value_bytes, p_ttl => w.ttl, p_force => w.force,
         p_delete => w.value IS NULL AND w.value_bytes IS NULL, p_retry_of => p_id);
@@ -982,13 +1216,44 @@ COMMENT ON FUNCTION etcd_retry(bigint) IS 'queue a conflict or failed change aga
 CREATE OR REPLACE FUNCTION etcd_dismiss(p_id bigint)
 RETURNS void LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 -- It is deleted in time, as old successes are. The caller needs UPDATE on column dismissed_at of etcd_wal.
---   errors   P0002 no such row; 55000 it is pending or succeeded
+--   errors   P0002 no such row; 55000 it is pending or succeeded; 42501
 BEGIN
     PERFORM _etcd_unapplied(p_id);
-    UPDATE etcd_wal SET dismissed_at = now() WHERE id = p_id AND dismissed_at IS NULL;
+    IF NOT pg_catalog.has_column_privilege('etcd_wal', 'dismissed_at', 'UPDATE') THEN
+        RAISE EXCEPTION '% may not dismiss changes', current_user
+            USING ERRCODE = '42501',
+                  HINT = pg_catalog.format('GRANT UPDATE (dismissed_at) ON etcd_wal TO %I', current_user);
+    END IF;
+    UPDATE etcd_wal w SET dismissed_at = now() WHERE w.id = p_id AND w.dismissed_at IS NULL;
 END
 $$;
 COMMENT ON FUNCTION etcd_dismiss(bigint) IS 'acknowledge a conflict or failure, so that it counts no longer';
+
+CREATE OR REPLACE FUNCTION etcd_cancel(p_id bigint)
+RETURNS void LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+-- Deletes it. Only what is outside every mirrored prefix was surely not sent to etcd. The caller needs DELETE.
+--   errors   P0002 no such row; 55000 it is final, or under a mirrored prefix; 42501
+DECLARE
+    w  record;
+BEGIN
+    SELECT o.status, o.key, s.prefix INTO w
+      FROM etcd_wal o
+      LEFT JOIN etcd_sync_state s ON pg_catalog.starts_with(o.key, s.prefix)
+     WHERE o.id = p_id;
+    IF w.status IS NULL THEN
+        RAISE EXCEPTION 'etcd_wal has no row %', p_id USING ERRCODE = 'P0002';
+    ELSIF w.status <> 'pending' OR w.prefix IS NOT NULL THEN
+        RAISE EXCEPTION 'change % is %', p_id, CASE w.status WHEN 'pending' THEN 'on its way to etcd' ELSE w.status END
+            USING ERRCODE = '55000',
+                  HINT = 'Only a pending change outside every mirrored prefix can be taken back. Queue its opposite.';
+    ELSIF NOT pg_catalog.has_table_privilege('etcd_wal', 'DELETE') THEN
+        RAISE EXCEPTION '% may not take back changes', current_user
+            USING ERRCODE = '42501', HINT = pg_catalog.format('GRANT DELETE ON etcd_wal TO %I', current_user);
+    END IF;
+    DELETE FROM etcd_wal o WHERE o.id = p_id AND o.status = 'pending';
+END
+$$;
+COMMENT ON FUNCTION etcd_cancel(bigint) IS 'take back a pending change whose key no daemon mirrors';
 
 CREATE OR REPLACE FUNCTION etcd_schema_version()
 RETURNS integer LANGUAGE sql IMMUTABLE PARALLEL SAFE SET search_path FROM CURRENT AS $$
@@ -1001,20 +1266,32 @@ COMMENT ON FUNCTION etcd_schema_version() IS 'version of schema.sql as installed
 
 CREATE OR REPLACE FUNCTION _etcd_kv_write()
 RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
--- INSERT, UPDATE and DELETE on etcd_kv: queue the change, made on the version that the statement saw.
+-- INSERT, UPDATE and DELETE on etcd_kv: queue the change, made on the version that the statement saw, or on top of
+-- what this transaction itself has queued for the key.
 --   INSERT   one of value and value_bytes; the key must not exist
 --   UPDATE   the value column that was changed counts and clears the other; a changed key is a delete of the
---            old and an insert of the new, applied together; a lease stays with its key
---   errors   40001 the key has a pending change (an own one of this transaction included) or has moved on;
+--            old and an insert of the new, applied together; a lease stays with its key. Other columns may be set
+--            to what they are, as object-relational mappers do
+--   errors   40001 the key has another pending change, has moved on, or is not at the revision that is set;
 --            23505 the key to insert exists; 22004 no value; 428C9 a column set that is not the writer's to set
 DECLARE
     v_new  boolean := NEW.key IS DISTINCT FROM OLD.key;  -- OLD is all null in an INSERT
+    v_id   bigint;
 BEGIN
     IF TG_OP = 'DELETE' THEN
-        PERFORM _etcd_change(OLD.key, NULL, NULL, OLD.revision, p_delete => true);
-        RETURN OLD;
-    ELSIF (NEW.revision, NEW.ts, NEW.lease, NEW.value_json)
-           IS DISTINCT FROM (OLD.revision, OLD.ts, OLD.lease, OLD.value_json) THEN
+        v_id := _etcd_change(OLD.key, NULL, NULL, OLD.revision, p_delete => true, p_own => true);
+        RETURN CASE WHEN v_id IS NOT NULL THEN OLD END;
+    ELSIF OLD.revision = 0 THEN  -- its creation is pending: what the row was made from may not know the rest
+        NEW.value_json := coalesce(NEW.value_json, OLD.value_json);
+        NEW.value_raw := coalesce(NEW.value_raw, OLD.value_raw);
+    END IF;
+    IF TG_OP = 'UPDATE' AND coalesce(NEW.revision, 0) <> OLD.revision THEN
+        RAISE EXCEPTION 'key "%" is not at revision %', OLD.key, coalesce(NEW.revision, 0)
+            USING ERRCODE = '40001', DETAIL = pg_catalog.format('It is at revision %s.', OLD.revision),
+                  HINT = 'Read it again and repeat the change. The revision itself cannot be set.';
+    ELSIF coalesce(NEW.revision, 0) <> coalesce(OLD.revision, 0)
+       OR (NEW.ts, NEW.lease, NEW.create_revision, NEW.version, NEW.value_json, NEW.value_raw) IS DISTINCT FROM
+          (OLD.ts, OLD.lease, OLD.create_revision, OLD.version, OLD.value_json, OLD.value_raw) THEN
         RAISE EXCEPTION 'only columns key, value and value_bytes of etcd_kv can be set'
             USING ERRCODE = 'generated_always',
                   HINT = 'A certain version is changed by UPDATE ... WHERE revision = the one you read, '
@@ -1027,12 +1304,23 @@ BEGIN
         NEW.value_bytes := NULL;
     END IF;
     IF v_new AND TG_OP = 'UPDATE' THEN
-        PERFORM _etcd_change(OLD.key, NULL, NULL, OLD.revision, p_delete => true);
+        PERFORM _etcd_change(OLD.key, NULL, NULL, OLD.revision, p_delete => true, p_own => true);
     END IF;
-    PERFORM _etcd_change(
-        NEW.key, NEW.value, NEW.value_bytes, CASE WHEN NOT v_new THEN OLD.revision END, p_new => v_new);
-    NEW.value_json := _etcd_json(NEW.value);  -- for RETURNING
-    RETURN NEW;
+    v_id := _etcd_change(
+        NEW.key, NEW.value, NEW.value_bytes, CASE WHEN NOT v_new THEN OLD.revision END, p_new => v_new, p_own => true);
+    NEW.revision := coalesce(OLD.revision, 0);  -- from here on for RETURNING
+    NEW.value_json := _etcd_json(NEW.value);
+    NEW.value_raw := coalesce(NEW.value_bytes, pg_catalog.convert_to(NEW.value, 'UTF8'));
+    RETURN CASE WHEN v_id IS NOT NULL THEN NEW END;
+END
+$$;
+
+CREATE OR REPLACE FUNCTION _etcd_kv_statement()
+RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+-- While UPDATE or DELETE on etcd_kv runs, the view shows keys whose creation is pending, too.
+BEGIN
+    PERFORM pg_catalog.set_config('etcd_fdw.writing', CASE TG_WHEN WHEN 'BEFORE' THEN 'on' ELSE '' END, true);
+    RETURN NULL;
 END
 $$;
 
@@ -1055,6 +1343,12 @@ BEGIN
         CREATE TRIGGER etcd_kv_write INSTEAD OF INSERT OR UPDATE OR DELETE ON etcd_kv
             FOR EACH ROW EXECUTE FUNCTION _etcd_kv_write();
     END IF;
+    IF NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = 'etcd_kv'::regclass::oid AND tgname = 'etcd_kv_begin') THEN
+        CREATE TRIGGER etcd_kv_begin BEFORE UPDATE OR DELETE ON etcd_kv
+            FOR EACH STATEMENT EXECUTE FUNCTION _etcd_kv_statement();
+        CREATE TRIGGER etcd_kv_end AFTER UPDATE OR DELETE ON etcd_kv
+            FOR EACH STATEMENT EXECUTE FUNCTION _etcd_kv_statement();
+    END IF;
     IF NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = 'etcd_wal'::regclass::oid AND tgname = 'etcd_wal_notify') THEN
         CREATE TRIGGER etcd_wal_notify AFTER INSERT ON etcd_wal
             FOR EACH STATEMENT EXECUTE FUNCTION _etcd_notify();
@@ -1073,14 +1367,10 @@ BEGIN
     IF v_version >= 150000 THEN
         ALTER VIEW etcd_kv SET (security_invoker = true);
         ALTER VIEW etcd_status SET (security_invoker = true);
+        ALTER VIEW etcd_refused SET (security_invoker = true);
     END IF;
     IF v_version >= 170000 THEN
         ALTER FUNCTION _etcd_json(text) PARALLEL SAFE;
-        ALTER FUNCTION _etcd_state(text, bigint) PARALLEL SAFE;
-        ALTER FUNCTION etcd_get(text) PARALLEL SAFE;
-        ALTER FUNCTION etcd_get_all(text, bigint) PARALLEL SAFE;
-        ALTER FUNCTION etcd_list(text) PARALLEL SAFE;
-        ALTER FUNCTION etcd_at(bigint, text) PARALLEL SAFE;
     END IF;
     PERFORM pg_catalog.set_config('search_path', pg_catalog.current_setting('etcd_fdw.search_path'), false);
 END
@@ -1102,8 +1392,8 @@ $$;
 -- An application that reads everything and changes keys, by function or through etcd_kv, but can neither
 -- write the mirror nor claim an outcome:
 --     GRANT USAGE ON SCHEMA public TO app;
---     GRANT SELECT ON etcd, etcd_wal, etcd_sync_state, etcd_status TO app;
---     GRANT INSERT (key, value, value_bytes, revision, depends_on, retry_of, ttl, force) ON etcd_wal TO app;
+--     GRANT SELECT ON etcd, etcd_wal, etcd_sync_state, etcd_status, etcd_refused TO app;
+--     GRANT INSERT (key, value, value_bytes, revision, depends_on, retry_of, ttl, force, action) ON etcd_wal TO app;
 --     GRANT SELECT, INSERT, UPDATE, DELETE ON etcd_kv TO app;
 --
 -- Leave out force, or force and ttl, for one that must not use them: 42501 if it does, all else works.

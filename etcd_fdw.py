@@ -98,6 +98,7 @@ import json
 import logging
 import math
 import pwd
+import queue
 import random
 import re
 import secrets
@@ -141,16 +142,30 @@ RESERVED = b"etcd_fdw/"  # where the daemon keeps its own keys in etcd; no mirro
 KEY_MAX_BYTES = 2600  # a btree tuple holds 2704 bytes: key, revision, headers
 TXN_MAX_BYTES = 1 << 20  # etcd refuses requests above 1.5 MiB by default
 VALUE_MAX_BYTES = 32 << 20  # of a change: a larger one is not even fetched
-MESSAGE_MAX_BYTES = 32 << 20  # of an answer; with gRPC's 4 MiB a larger one fails for ever
+# Of etcd's answers, each for when the one before was not enough: bytes (with gRPC's 4 MiB a larger
+# one fails for ever), and whether a watch is to split them.  That costs little memory, but etcd a
+# time that grows with the square of the events in each: 24 s instead of 1 s for 90,000 small ones.
+ANSWER_LIMITS = (
+    (32 << 20, False),
+    (32 << 20, True),
+    (128 << 20, False),
+    (512 << 20, False),
+    (512 << 20, True),
+)
+FRAGMENT_EVENTS = 500  # in 2 MiB: if there are more, a larger limit is better than fragments
 QUEUE_MAX_BYTES = 16 << 20  # watch responses between the watch thread and the loop
 BATCH_BYTES = 4 << 20  # of values in one PostgreSQL transaction, or read from etcd_wal, about
 PAGE_BYTES = 2 << 20  # what a snapshot page aims at
 # First and largest number of keys in a page: etcd counts all that follow for every one of them.
 PAGE_KEYS = (16, 20000)
+PROOF_REVISIONS = 50_000  # most that a watch goes through to prove a timeline
+PROOF_BYTES = 16 << 20  # of values that etcd reads at once, for the same
 STATEMENT_LIMIT_S = 60.0  # for PostgreSQL's answer; then the connection counts as lost
 CONNECT_LEAST_S = 2.0  # for a new connection, however short --startup-timeout is
 LONG_STATEMENT_LIMIT_S = 3600.0  # applying the schema, merging a snapshot
 STEADY_S = 2.0  # a session that lasted so long was no failed attempt
+SILENCE_LIMIT_S = 30.0  # of a watch; then it is asked
+ANSWER_LIMIT_S = 15.0  # for its answer
 EVENT_LIMIT_S = 30.0  # for the watch to bring a change that etcd acknowledged
 STOP_LIMIT_S = 10.0
 LOG_LIMIT_S = 0.1  # for somebody to read on in a full log, once
@@ -205,7 +220,8 @@ def _build_etcd3_messages() -> None:
     etcd3 0.12.0 (2020) ships modules made by protoc 3.6, which every protobuf since 4.21
     refuses ("Descriptors cannot be created directly").  Their file descriptors are still
     good: they are read from the source as literals, without running it.  The descriptors lack
-    etcd 3.4's watch fragmentation, which is added.  To be removed once etcd3 is regenerated.
+    etcd 3.4's watch fragmentation and progress requests, which are added.  To be removed once
+    etcd3 is regenerated.
     """
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
@@ -219,7 +235,13 @@ def _build_etcd3_messages() -> None:
         file = descriptor_pb2.FileDescriptorProto.FromString(
             ast.literal_eval(literal[1]).encode("latin-1")
         )
+        if name == "rpc":
+            file.message_type.add(name="WatchProgressRequest")
         for message in file.message_type:
+            if message.name == "WatchRequest":
+                kind = f".{file.package}.WatchProgressRequest"
+                added = {"label": 1, "type": 11, "type_name": kind, "oneof_index": 0}
+                message.field.add(name="progress_request", number=3, **added)
             number = {"WatchCreateRequest": 8, "WatchResponse": 7}.get(message.name)
             if number and all(f.name != "fragment" for f in message.field):
                 message.field.add(name="fragment", number=number, label=1, type=8)  # bool
@@ -670,14 +692,16 @@ class EtcdTarget:
     dial_timeout: float = 5.0  # seconds
     request_timeout: float = 10.0  # seconds
     keepalive: float = 15.0  # seconds between pings
+    exclude: tuple[str, ...] = ()  # what of the prefix is not mirrored; sorted
 
+    @property
+    def hidden(self) -> tuple[bytes, ...]:
+        """What keys begin with that no mirror sees."""
+        return (RESERVED, *(prefix.encode() for prefix in self.exclude))
 
-class KeyValueRecord(NamedTuple):
-    """One version of one key, as etcd has it."""
-
-    key: bytes
-    value: bytes | None  # None: deleted
-    revision: int
+    def excluded(self, key: str | bytes) -> bool:
+        """Whether a key is not mirrored, and cannot be changed from SQL."""
+        return (key.encode() if isinstance(key, str) else key).startswith(self.hidden)
 
 
 class SynchronizationEvent(NamedTuple):
@@ -734,6 +758,25 @@ def prefix_range(prefix: str) -> tuple[bytes, bytes]:
     return key, key[:-1] + bytes([key[-1] + 1])  # no byte of UTF-8 is 0xff
 
 
+def segments(prefix: str, hidden: Iterable[str]) -> list[tuple[bytes, bytes]]:
+    """The ranges of all keys that start with prefix, without those that start with a hidden one."""
+    start, end = prefix_range(prefix)
+    found = []
+    for each in sorted(hidden):
+        key, after = prefix_range(each)
+        if each.startswith(prefix) and key >= start:  # else outside, or below the one before
+            found.append((start, key))
+            start = after
+    return [*found, (start, end)]
+
+
+def overlap(one: tuple[bytes, bytes], other: tuple[bytes, bytes]) -> tuple[bytes, bytes] | None:
+    """The keys that are in both of two ranges of etcd, whose end b"\\0" is above all keys."""
+    end = min(one[1], other[1], key=lambda end: (end == b"\0", end))
+    start = max(one[0], other[0])
+    return (start, end) if end in (b"\0", max(end, start + b"\0")) else None
+
+
 def text_after(prefix: str) -> str | None:
     """The least text above all that starts with prefix, in the order of COLLATE "C"."""
     stem = prefix.rstrip("\U0010ffff")
@@ -741,32 +784,6 @@ def text_after(prefix: str) -> str | None:
         return None
     following = ord(stem[-1]) + 1
     return stem[:-1] + chr(0xE000 if following == 0xD800 else following)
-
-
-COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + struct.pack(">ii", 0, 0)
-COPY_TRAILER = struct.pack(">h", -1)
-COPY_NULL = struct.pack(">i", -1)
-_pack_key = struct.Struct(">hi").pack
-_pack_length = struct.Struct(">i").pack
-_pack_tail = struct.Struct(">iqib").pack
-_pack_lease = struct.Struct(">iq").pack
-
-
-def copy_row(key: bytes, value: bytes | None, revision: int, lease: int) -> bytes:
-    """A row (key, value, value_bytes, revision, tombstone, lease) in COPY's binary format.
-
-    lease is etcd's: 0 for none, which is null in the row.
-    Binary needs no escaping, so no byte can be misread. Source: PostgreSQL's COPY reference.
-    """
-    if value is None:
-        columns = COPY_NULL + COPY_NULL
-    elif is_text(value):
-        columns = _pack_length(len(value)) + value + COPY_NULL
-    else:
-        columns = COPY_NULL + _pack_length(len(value)) + value
-    columns += _pack_tail(8, revision, 1, value is None)
-    columns += _pack_lease(8, lease) if lease else COPY_NULL
-    return _pack_key(6, len(key)) + key + columns
 
 
 def int_array(numbers: Iterable[int | None]) -> str:
@@ -898,7 +915,8 @@ def parse_postgres_dsn(text: str) -> str:
 ETCD_FILES = ("ca", "cert", "key")
 ETCD_PARAMETERS: dict[str, Callable[[str], Any]] = {
     "tls": choice(enabled=True, disabled=False),
-    **dict.fromkeys((*ETCD_FILES, "server_name", "username", "password", "prefix"), str),
+    **dict.fromkeys((*ETCD_FILES, "server_name", "username", "password"), str),
+    **dict.fromkeys(("prefix", "exclude"), str),
     **dict.fromkeys(("dial_timeout", "request_timeout", "keepalive"), parse_positive_duration),
 }
 
@@ -943,10 +961,11 @@ def parse_etcd_parameters(query: str) -> dict[str, Any]:
         if name not in ETCD_PARAMETERS:
             quoted = "" if "password" in given else f" {name!r}"  # it may be the rest of that
             raise ValueError(f"unknown parameter{quoted}; known: {', '.join(ETCD_PARAMETERS)}")
-        if name in given:
+        if name in given and name != "exclude":
             raise ValueError(f"parameter {name!r} is given twice")
         try:
-            given[name] = ETCD_PARAMETERS[name](value)
+            parsed = ETCD_PARAMETERS[name](value)
+            given[name] = (*given.get(name, ()), parsed) if name == "exclude" else parsed
         except ValueError as exc:
             raise ValueError(f"{name}: {exc}") from None
     return given
@@ -981,6 +1000,11 @@ def parse_etcd_dsn(text: str) -> EtcdTarget:
         raise ValueError(
             f"the prefix is below {RESERVED.decode()}, where etcd_fdw has its own keys"
         )
+    given["exclude"] = tuple(sorted(set(given.get("exclude", ()))))
+    for excluded in given["exclude"]:
+        below = excluded.startswith(prefix.decode()) and excluded != prefix.decode()
+        if not (below and is_storable(excluded.encode())):
+            raise ValueError(f"exclude: {excluded!r} is not below the prefix")
     given.setdefault("username", username or None)
     given.setdefault("password", password or None)
     if (given["username"] is None) != (given["password"] is None):
@@ -1691,9 +1715,11 @@ WHERE prefix <> %(prefix)s
   AND (pg_catalog.starts_with(prefix, %(prefix)s) OR pg_catalog.starts_with(%(prefix)s, prefix))
 """
 STATE_SQL = """
-SELECT mirror_id::text, cluster_id, revision, last_key, receipt, split::text[], deferred,
-       unrepaired, pid, host
-FROM etcd_sync_state WHERE prefix = %(prefix)s
+SELECT s.mirror_id::text, s.cluster_id, s.revision, s.last_revision,
+       (SELECT greatest(s.first_revision, pg_catalog.max(pg_catalog.upper(g)))
+        FROM pg_catalog.unnest(s.gaps) g) AS copied_at,
+       s.receipt, s.split::text[], s.deferred, s.unrepaired, s.excluded, s.pid, s.host
+FROM etcd_sync_state s WHERE s.prefix = %(prefix)s
 """
 ACTIVATE_SQL = """
 UPDATE etcd_sync_state
@@ -1709,16 +1735,10 @@ WHERE prefix = %(prefix)s
 EVENT_SQL = """
 INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, source_revision,
                              target_system, target_revision, duration, details)
-SELECT * FROM (VALUES %s) AS n (prefix, operation, status, key, source_system, source_revision)
-"""
-NEW_EVENT_SQL = """
-WHERE NOT EXISTS (
-    SELECT FROM etcd_sync_event e
-    WHERE (e.prefix, e.status, e.key, e.source_revision)
-        = (n.prefix, n.status, n.key, n.source_revision))
+VALUES (%(prefix)s, %(operation)s, %(status)s, %(key)s, %(source_system)s, %(source_revision)s,
+        %(target_system)s, %(target_revision)s, %(duration)s, %(details)s)
 """
 psycopg2.extensions.register_adapter(dict, psycopg2.extras.Json)
-EVENT_TEMPLATE = "(%s, %s, %s, %s, %s, %s::bigint, %s, %s::bigint, %s::interval, %s::jsonb)"
 PENDING = "p.status = 'pending' AND pg_catalog.starts_with(p.key, %(prefix)s)"
 PENDING_GAUGES_SQL = f"""
 SELECT pg_catalog.count(*) AS pending,
@@ -1767,11 +1787,13 @@ class SyncState(NamedTuple):
     mirror_id: str
     cluster_id: str
     revision: int  # the checkpoint
-    last_key: str | None
+    last_revision: int  # of the newest event mirrored; until the checkpoint there was none
+    copied_at: int  # revision of the last copy; what came before it may be known in part
     receipt: int  # revision of the newest receipt whose outcomes are all written
     split: list[str]  # transactions that are applied change by change, and not all done
     deferred: list[list[Any]]  # see Outcomes
-    unrepaired: bool  # mirrored by a version that did not know leases
+    unrepaired: bool  # mirrored by a version that knew less of a key, or without what it now has
+    excluded: list[str]  # sub-prefixes that are not in the mirror
     pid: int | None
     host: str | None
 
@@ -2042,13 +2064,9 @@ class Postgres:
         """NOTIFY the channel of a range, once the transaction is committed."""
         cur.defer("SELECT pg_catalog.pg_notify(%s, %s)", (channel, f"{first}-{last}"))
 
-    def record_events(
-        self, cur: Any, events: Sequence[SynchronizationEvent], again: bool = False
-    ) -> int:
-        """Append to etcd_sync_event; again: but for those that are there already. How many."""
-        rows = [(self.prefix, *event) for event in events]
-        sql = EVENT_SQL + (NEW_EVENT_SQL if again else "") + " RETURNING id"
-        return len(psycopg2.extras.execute_values(cur, sql, rows, EVENT_TEMPLATE, 1000, fetch=True))
+    def record_event(self, cur: Any, event: SynchronizationEvent) -> None:
+        """Append to etcd_sync_event."""
+        cur.execute(EVENT_SQL, {**event._asdict(), "prefix": self.prefix})
 
     def pending_gauges(self) -> tuple[int, float]:
         """Number of pending changes, and age of the oldest in seconds."""
@@ -2064,7 +2082,6 @@ class Postgres:
 
 PUT, DELETE = 0, 1  # mvccpb.Event.EventType
 CHANNEL_OPTIONS = [
-    ("grpc.max_receive_message_length", MESSAGE_MAX_BYTES),
     ("grpc.max_send_message_length", -1),
     # A dead peer is noticed in 25 s, with the default of keepalive=; etcd hangs up on pings more
     # often than every 5 s.
@@ -2119,13 +2136,17 @@ class Etcd:
     and the next session has a new one.
     """
 
-    def __init__(self, target: EtcdTarget, host: str) -> None:
+    def __init__(
+        self, target: EtcdTarget, host: str, limit: tuple[int, bool] = ANSWER_LIMITS[0]
+    ) -> None:
         self.target = target
+        self.limit = limit  # one of ANSWER_LIMITS
         self.endpoint = host
         self.key, self.range_end = prefix_range(target.prefix)
         name, _, port = host.rpartition(":")
         options: list[tuple[str, Any]] = list(CHANNEL_OPTIONS)
         options.append(("grpc.keepalive_time_ms", int(1000 * target.keepalive)))
+        options.append(("grpc.max_receive_message_length", limit[0]))
         if target.server_name:
             options.append(("grpc.ssl_target_name_override", target.server_name))
         try:
@@ -2167,6 +2188,15 @@ class Etcd:
     def guarded(self) -> bool:
         """Whether etcd knows who this client is, and may have told it what it may not do."""
         return "token" in dict(self.metadata) or self.target.cert is not None
+
+    @property
+    def tells_progress(self) -> bool:
+        """Whether etcd answers WatchProgressRequest only when it has sent all events until then.
+
+        Older releases answer at once. Source: etcd's changelogs, #15248.
+        """
+        release = tuple(int(n) for n in re.findall(r"\d+", self.version)[:3])  # (): unknown
+        return not release or release >= (3, 5, 8) or (3, 4, 25) <= release < (3, 5)
 
     def server_version(self) -> str:
         """Such as 3.5.1; "unknown" if this user may not ask (etcd 3.6 and later want root)."""
@@ -2272,13 +2302,21 @@ class Etcd:
             raise Rejected("the key's lease has expired")
 
     def pages(self, revision: int) -> Iterator[Any]:
-        """RangeResponses over the prefix at one revision, in key order; 0: the current one.
+        """RangeResponses over all that is mirrored at one revision, in key order; 0: now."""
+        target = self.target
+        for segment in segments(target.prefix, (RESERVED.decode(), *target.exclude)):
+            for page in self.pages_of(*segment, revision):
+                revision = revision or page.header.revision
+                yield page
+
+    def pages_of(self, key: bytes, range_end: bytes, revision: int) -> Iterator[Any]:
+        """RangeResponses over a range at one revision, in key order; 0: the current one.
 
         Pages aim at PAGE_BYTES. The next page is asked for before this one is handed out.
         Raises Compacted.
         """
         ask = etcdrpc.RangeRequest(
-            key=self.key, range_end=self.range_end, limit=PAGE_KEYS[0], revision=revision
+            key=key, range_end=range_end, limit=PAGE_KEYS[0], revision=revision
         )
         future, renewed = self.future(self.kv.Range, ask), False
         while True:
@@ -2307,15 +2345,9 @@ class Etcd:
 
 
 class Watch(threading.Thread):
-    """Reads the watch stream into a bounded queue. All decisions are the loop's.
+    """Reads the watch stream into a bounded queue. All decisions are the loop's."""
 
-    fragment: have etcd split responses above about 2 MiB. It does so in a time that grows with
-    the square of the events in each: 24 s instead of 1 s for 90,000 small ones.
-    """
-
-    def __init__(
-        self, etcd: Etcd, start_revision: int, waker: Waker, fragment: bool = True
-    ) -> None:
+    def __init__(self, etcd: Etcd, start_revision: int, waker: Waker) -> None:
         super().__init__(name="watch", daemon=True)
         self._endpoint = etcd.endpoint
         self._waker = waker
@@ -2328,17 +2360,19 @@ class Watch(threading.Thread):
             range_end=etcd.range_end,
             start_revision=start_revision,
             progress_notify=True,
+            fragment=etcd.limit[1],
         )
-        if "fragment" in create.DESCRIPTOR.fields_by_name:
-            create.fragment = fragment
-        self._request = etcdrpc.WatchRequest(create_request=create)
+        self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._requests.put(etcdrpc.WatchRequest(create_request=create))
         stub = etcdrpc.WatchStub(etcd.client.channel)
-        self._call = stub.Watch(self._requests(), metadata=etcd.metadata)
+        # the stream lasts as long as its requests
+        self._call = stub.Watch(iter(self._requests.get, None), metadata=etcd.metadata)
         self.start()
 
-    def _requests(self) -> Iterator[Any]:
-        yield self._request
-        self._stopped.wait()  # the stream lasts as long as its requests
+    def ask(self) -> None:
+        """Ask etcd to say something: see Etcd.tells_progress. The answer has watch_id -1."""
+        progress = etcdrpc.WatchProgressRequest()
+        self._requests.put(etcdrpc.WatchRequest(progress_request=progress))
 
     def run(self) -> None:
         """Read until the stream ends or stop() is called."""
@@ -2383,10 +2417,47 @@ class Watch(threading.Thread):
     def stop(self) -> None:
         """End the stream and the thread."""
         self._stopped.set()
+        self._requests.put(None)
         self._call.cancel()
         with self._room:
             self._room.notify()
         self.join(STOP_LIMIT_S)
+
+
+def revisions_after(
+    etcd: Etcd,
+    revision: int,
+    waker: Waker,
+    hidden: tuple[bytes, ...] = (),
+    until: int = sys.maxsize,
+) -> list[int]:
+    """The revisions after one at which keys of the prefix were changed, as a watch tells them.
+
+    Without hidden keys, up to the first one above until, and what is told within STATUS_WATCH_S.
+    Raises Compacted.
+    """
+    found: set[int] = set()
+    if etcd.header.revision <= revision:
+        return []
+    hidden = hidden or etcd.target.hidden
+    watch, deadline = Watch(etcd, revision + 1, waker), time.monotonic() + STATUS_WATCH_S
+    try:
+        while time.monotonic() < deadline and max(found, default=0) <= until:
+            watch.ask()
+            wait_for_any(STATUS_WATCH_S / 10, waker)
+            waker.drain()
+            while response := watch.take():
+                if response.compact_revision:
+                    raise Compacted(revision=response.compact_revision)
+                if response.canceled:
+                    raise EtcdUnavailable(f"etcd at {etcd.endpoint}: {response.cancel_reason}")
+                if response.watch_id < 0 and etcd.tells_progress:
+                    deadline = 0.0  # that was all
+                events = (event.kv for event in response.events)
+                found.update(kv.mod_revision for kv in events if not kv.key.startswith(hidden))
+    finally:
+        watch.stop()
+    return sorted(found)
 
 
 # ── outbox: etcd_wal's way to etcd and back ────────────────────────────────────
@@ -3695,6 +3766,314 @@ class Outbox:
         return not (self.pipeline or self.renewals or self.acknowledged)
 
 
+# ── row format: how a row of table etcd looks, and all that compares rows ──────
+
+# Tables are named with an alias wherever they are read: users may add columns of their own.
+VALUE = ("value", "value_bytes", "revision")
+METADATA = ("lease", "create_revision", "version")  # earlier versions did not mirror these
+FIELDS = ("key", *VALUE, "tombstone", *METADATA)
+COLUMNS = ", ".join(FIELDS)
+
+
+def of(alias: str, fields: Sequence[str] = FIELDS) -> str:
+    """Columns of a table in SQL."""
+    return ", ".join(f"{alias}.{field}" for field in fields)
+
+
+def differ(alias: str, other: str, *fields: str) -> str:
+    """An SQL condition: rows of two tables differ in one of these columns."""
+    return f"({of(alias, fields)}) IS DISTINCT FROM ({of(other, fields)})"
+
+
+COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + struct.pack(">ii", 0, 0)
+COPY_TRAILER = struct.pack(">h", -1)
+COPY_NULL = struct.pack(">i", -1)
+_pack_key = struct.Struct(">hi").pack
+_pack_length = struct.Struct(">i").pack
+_pack_tail = struct.Struct(">iqib").pack
+_pack_number = struct.Struct(">iq").pack
+_pack_numbers = struct.Struct(">iqiq").pack
+
+
+def copy_row(kv: Any, deleted: bool = False) -> bytes:
+    """What etcd tells of a key as a row of FIELDS in COPY's binary format.
+
+    etcd's 0 is null: no lease, and for a tombstone no version, nor a revision that created it.
+    Binary needs no escaping, so no byte can be misread. Source: PostgreSQL's COPY reference.
+    """
+    key, value = kv.key, kv.value
+    if deleted:
+        columns = COPY_NULL + COPY_NULL
+    elif is_text(value):
+        columns = _pack_length(len(value)) + value + COPY_NULL
+    else:
+        columns = COPY_NULL + _pack_length(len(value)) + value
+    columns += _pack_tail(8, kv.mod_revision, 1, deleted)
+    columns += _pack_number(8, kv.lease) if kv.lease else COPY_NULL
+    if kv.version:
+        columns += _pack_numbers(8, kv.create_revision, 8, kv.version)
+    else:
+        columns += COPY_NULL + COPY_NULL
+    return _pack_key(len(FIELDS), len(key)) + key + columns
+
+
+def copy_unstorable(kv: Any, deleted: bool = False) -> bytes:
+    """A row of etcd_unstorable in COPY's binary format: what table etcd cannot hold."""
+    shown = kv.key.replace(b"\0", b"\\x00").decode("utf-8", "backslashreplace").encode()
+    value = COPY_NULL if deleted else _pack_length(len(kv.value)) + kv.value
+    key = _pack_key(4, len(shown)) + shown + _pack_length(len(kv.key)) + kv.key
+    return key + value + _pack_number(8, kv.mod_revision)
+
+
+def copy_in(cur: Any, table: str, rows: Iterable[bytes]) -> None:
+    """COPY rows made by copy_row() into etcd or its staging table, or by copy_unstorable()."""
+    data = b"".join((COPY_HEADER, *rows, COPY_TRAILER))
+    columns = "" if table == "etcd_unstorable" else f"({COLUMNS})"
+    cur.copy_expert(f"COPY {table} {columns} FROM STDIN (FORMAT binary)", io.BytesIO(data), 1 << 18)
+
+
+# ─ the staging tables: what etcd held at a revision ─
+
+# They are dropped after use, or emptied with each heartbeat: autovacuum does not freeze temporary
+# tables, and an old one holds up the whole database's transaction ids.
+STAGING_SQL = f"""
+CREATE TEMPORARY TABLE IF NOT EXISTS etcd_staging AS SELECT {COLUMNS} FROM etcd WITH NO DATA;
+CREATE TEMPORARY TABLE IF NOT EXISTS etcd_unstorable (
+    key text, key_bytes bytea, value_bytes bytea, revision bigint);
+TRUNCATE etcd_staging, etcd_unstorable
+"""
+DROP_STAGING_SQL = "DROP TABLE etcd_staging, etcd_unstorable"
+IN_PREFIX = "e.key >= %(prefix)s AND (%(after)s::text IS NULL OR e.key < %(after)s)"
+LATEST = f"""
+(SELECT e.*
+ FROM (SELECT e.key, pg_catalog.max(e.revision) AS revision FROM etcd e
+       WHERE {IN_PREFIX} AND e.revision <= %(at)s GROUP BY e.key) l
+ JOIN etcd e ON e.key = l.key AND e.revision = l.revision
+ WHERE NOT e.tombstone)
+"""  # what the mirror holds live at a revision
+MERGE_SQL = f"""
+INSERT INTO etcd AS e ({COLUMNS}) SELECT {of("s")} FROM etcd_staging s
+ON CONFLICT (key, revision)
+DO UPDATE SET ({", ".join(METADATA)}) = ROW ({of("excluded", METADATA)})
+WHERE {differ("e", "excluded", *METADATA)}
+"""
+TOMBSTONES_SQL = f"""
+INSERT INTO etcd (key, revision, tombstone)
+SELECT m.key, %(at)s, true FROM {LATEST} m
+WHERE NOT EXISTS (SELECT FROM etcd_staging s WHERE s.key = m.key)
+"""
+# A key with a newer version in the mirror, or another one of the same revision; a version of a
+# time of which the mirror knows that nothing happened; one of a time that it cannot know.
+CONTRADICTION_SQL = f"""
+SELECT s.key FROM etcd_staging s JOIN etcd e ON e.key = s.key
+WHERE e.revision > s.revision AND e.revision <= %(at)s
+   OR e.revision = s.revision AND ({differ("s", "e", "value", "value_bytes", "tombstone")}
+      OR e.version IS NOT NULL AND {differ("s", "e", "create_revision", "version")})
+UNION ALL
+SELECT s.key FROM etcd_staging s WHERE s.revision > %(last)s AND s.revision <= %(old)s
+UNION ALL
+SELECT e.key FROM etcd e
+WHERE {IN_PREFIX} AND e.revision > %(old)s AND e.revision <= %(at)s
+  AND NOT EXISTS (SELECT FROM etcd_staging s WHERE s.key = e.key AND s.revision >= e.revision)
+LIMIT 1
+"""
+UNSTORABLE_SQL = """
+INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, source_revision,
+                             target_system, details)
+SELECT %(prefix)s, 'mirror', 'unstorable', u.key, 'etcd', u.revision, 'postgresql',
+       pg_catalog.jsonb_build_object('key_hex', pg_catalog.encode(u.key_bytes, 'hex'),
+                                     'value_hex', pg_catalog.encode(u.value_bytes, 'hex'))
+FROM etcd_unstorable u
+"""
+NOT_RECORDED = """
+WHERE NOT EXISTS (
+    SELECT FROM etcd_sync_event e
+    WHERE (e.prefix, e.status, e.key, e.source_revision)
+        = (%(prefix)s, 'unstorable', u.key, u.revision))
+"""
+
+
+class Staged(NamedTuple):
+    """What load_staging() has brought."""
+
+    revision: int
+    keys: int
+    unstorable: int  # keys
+    last_revision: int  # of the newest of all
+
+
+def load_staging(
+    postgres: Postgres, etcd: Etcd, revision: int, progress: Callable[[int, int], None]
+) -> Staged:
+    """Copy the prefix as it was at a revision (0: now) into the staging tables.
+
+    In the caller's transaction; if there is none, each page is committed by itself.  Whatever the
+    keys are like, no more than two pages are in memory.  progress is called with the number of
+    keys that are there, and of all.  Raises Compacted.
+    """
+    keys = unstorable = last_revision = 0
+    with postgres.cursor() as cur:
+        cur.execute(STAGING_SQL)
+    for page in etcd.pages(revision):
+        revision = revision or page.header.revision
+        rows = [copy_row(kv) for kv in page.kvs if is_storable(kv.key)]
+        with postgres.cursor() as cur:
+            copy_in(cur, "etcd_staging", rows)
+            if len(rows) < len(page.kvs):
+                others = (copy_unstorable(kv) for kv in page.kvs if not is_storable(kv.key))
+                copy_in(cur, "etcd_unstorable", others)
+        keys += len(rows)
+        unstorable += len(page.kvs) - len(rows)
+        last_revision = max([last_revision, *(kv.mod_revision for kv in page.kvs)])
+        progress(keys, keys + page.count - len(page.kvs))
+    with postgres.cursor() as cur:
+        cur.execute("ANALYZE etcd_staging")
+    return Staged(revision, keys, unstorable, last_revision)
+
+
+# ─ comparison of both sides ─
+
+DIFFERENCES = ("missing", "extra", "different")  # in the mirror
+
+# incomplete: mirrored by a version that knew less of a key.
+DIFFERENCE = f"""
+WITH difference AS MATERIALIZED (
+    SELECT CASE WHEN m.key IS NULL THEN 'missing' WHEN s.key IS NULL THEN 'extra'
+                WHEN m.version IS NULL AND NOT ({differ("s", "m", *VALUE)}) THEN 'incomplete'
+                ELSE 'different' END AS kind,
+           coalesce(s.key, m.key) AS key, {of("s", VALUE)}, {of("s", METADATA)},
+           m.revision AS mirror_revision
+    FROM etcd_staging s FULL JOIN {LATEST} m ON m.key = s.key
+    WHERE {differ("s", "m", *VALUE, *METADATA)}
+)
+"""
+COUNT_DIFFERENCES = """
+SELECT kind, pg_catalog.max(n), pg_catalog.array_agg(key ORDER BY n) FILTER (WHERE n <= 10)
+FROM (SELECT kind, key, pg_catalog.row_number() OVER (PARTITION BY kind ORDER BY key) AS n
+      FROM difference) d
+GROUP BY kind
+"""
+KEEP_STATE_SQL = (
+    "SELECT s.excluded FROM etcd_sync_state s WHERE s.prefix = %(prefix)s FOR KEY SHARE"
+)
+PRUNED_SQL = """
+SELECT coalesce(pg_catalog.max(s.pruned_revision), 0::bigint) FROM etcd_sync_state s
+WHERE s.prefix = %(prefix)s
+"""
+COMPARE_SQL = DIFFERENCE + COUNT_DIFFERENCES
+REPAIR_SQL = f"""
+{DIFFERENCE}, deleted AS (
+    DELETE FROM etcd e USING difference d
+    WHERE e.key = d.key AND e.revision > d.revision AND e.revision <= %(at)s
+), put AS (
+    INSERT INTO etcd ({COLUMNS})
+    SELECT d.key, d.value, d.value_bytes, coalesce(d.revision, %(at)s), d.revision IS NULL,
+           {of("d", METADATA)}
+    FROM difference d
+    ON CONFLICT (key, revision)
+    DO UPDATE SET ({", ".join(FIELDS[1:])}) = ROW ({of("excluded", FIELDS[1:])})
+), noted AS (
+    INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, source_revision,
+                                 target_system, target_revision)
+    SELECT %(prefix)s, 'repair', d.kind, d.key, 'etcd', coalesce(d.revision, %(at)s),
+           'postgresql', d.mirror_revision
+    FROM difference d WHERE d.kind <> 'incomplete'
+), stated AS (
+    UPDATE etcd_sync_state s
+    SET unrepaired = false, last_revision = greatest(s.last_revision, %(last)s)
+    WHERE s.prefix = %(prefix)s AND (s.unrepaired OR s.last_revision < %(last)s)
+)
+{COUNT_DIFFERENCES}
+"""
+
+
+def compare(
+    postgres: Postgres,
+    etcd: Etcd,
+    checkpoint: int,
+    at: int | None = None,
+    repair: bool = False,
+    progress: Callable[[int, int], None] = lambda keys, total: None,
+) -> dict[str, Any]:
+    """Compare the mirror at the checkpoint with etcd then, or at another revision (0: now).
+
+    The summary is what validate --format json prints.  repair: make the mirror the same; an
+    active instance is not disturbed, as it writes only what comes after its checkpoint.
+    Raises Compacted.
+    """
+    with postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
+        staged = load_staging(postgres, etcd, checkpoint if at is None else at, progress)
+        cur.execute(KEEP_STATE_SQL, postgres.bounds)  # it is not reset meanwhile
+        for (excluded,) in cur:
+            if tuple(excluded) != etcd.target.exclude:
+                raise ConfigurationError(
+                    f"--etcd-dsn: this mirror excludes {', '.join(excluded) or 'nothing'}:"
+                    " say the same, or start the daemon, which changes it"
+                )
+        arguments = {**postgres.bounds, "at": checkpoint, "last": staged.last_revision}
+        cur.execute(REPAIR_SQL if repair else COMPARE_SQL, arguments)
+        found = {kind: {"count": count, "first": first} for kind, count, first in cur}
+        cur.execute(DROP_STAGING_SQL)
+        # housekeeping may have deleted what was superseded since the checkpoint
+        cur.execute(PRUNED_SQL, postgres.bounds)
+        if cur.fetchone()[0] > checkpoint:
+            raise Compacted
+    return {
+        "revision": checkpoint,
+        "keys": staged.keys,
+        "unstorable": staged.unstorable,
+        **{kind: found.get(kind, {"count": 0, "first": []}) for kind in DIFFERENCES},
+    }
+
+
+def count_differences(summary: Mapping[str, Any]) -> int:
+    """The number of differences in the summary of a comparison."""
+    return sum(summary[kind]["count"] for kind in DIFFERENCES)
+
+
+def warn_of_repair(summary: Mapping[str, Any]) -> None:
+    """Report what a comparison has repaired."""
+    if repaired := count_differences(summary):
+        log.warning(
+            "the mirror was not what etcd held at revision %(revision)d: repaired %(repaired)s",
+            revision=summary["revision"],
+            repaired=describe(repaired, "difference"),
+        )
+
+
+def compare_at_checkpoint(
+    postgres: Postgres, etcd: Etcd, checkpoint: int, **options: Any
+) -> dict[str, Any]:
+    """As compare(), also if etcd has compacted the checkpoint, and both sides are the same now.
+
+    With auto-compaction that is usual where the prefix is quiet: had anything changed since the
+    checkpoint, it would show.  Raises Compacted if it does.
+    """
+    try:
+        return compare(postgres, etcd, checkpoint, **options)
+    except Compacted:
+        summary = compare(postgres, etcd, checkpoint, **{**options, "at": 0, "repair": False})
+        if count_differences(summary):
+            raise
+        return summary
+
+
+def compare_up_to(
+    postgres: Postgres, etcd: Etcd, checkpoint: int, goal: int, **options: Any
+) -> dict[str, Any] | None:
+    """Repair the mirror; the summary, or None if it lacks what etcd held at the goal.
+
+    The store's revision says little about a prefix, as others move it too.  So while the
+    checkpoint is below the goal, what both hold is compared.  Raises Compacted.
+    """
+    summary = compare_at_checkpoint(postgres, etcd, checkpoint, repair=True, **options)
+    warn_of_repair(summary)
+    # what came to the prefix after the goal moves the checkpoint past it
+    if checkpoint < goal and count_differences(compare(postgres, etcd, checkpoint, 0, **options)):
+        return None
+    return summary
+
+
 # ── mirror: the watch's way into table etcd ────────────────────────────────────
 
 
@@ -3702,12 +4081,12 @@ class Intake:
     """Puts the responses of the watch together to whole revisions.
 
     The first `whole` of its events are of revisions that are complete; with all of them the
-    mirror is at revision `reached`.  `created` once etcd has confirmed the watch; `ended` by
-    what has ended it; `replaying` while etcd sends what is past.
+    mirror is at revision `reached`.  `ended` by what has ended the watch; `replaying` while etcd
+    sends what is past.
     """
 
     def __init__(self, etcd: Etcd, watch: Watch) -> None:
-        self.endpoint = etcd.endpoint
+        self.endpoint, self.limit = etcd.endpoint, etcd.limit
         self.watch = watch
         self.events: list[Any] = []
         self.whole = 0
@@ -3715,8 +4094,8 @@ class Intake:
         self.reached = 0
         self.store_revision = etcd.header.revision  # newest one of the whole store heard of
         self.heard_at = time.monotonic()
+        self.asked_at: float | None = None  # monotonic: since when etcd owes an answer
         self.replaying = True  # etcd sends the past in portions: there may be more of it
-        self.created = False
         self.ended: EtcdFdwError | None = None
 
     def take(self, batch_size: int) -> tuple[list[Any], int]:
@@ -3751,18 +4130,24 @@ class Intake:
         return taken, revision
 
     def receive(self, response: Any) -> None:
-        """Keep the events of a response, or what else it says."""
+        """Keep the events of a response, or what else it says.
+
+        That which was asked for is a sign of life only: some releases of etcd answer before they
+        have told what happened until then.
+        """
         self.heard_at = time.monotonic()
+        self.asked_at = None
         revision = response.header.revision
         self.store_revision = max(self.store_revision, revision)
         if response.canceled:
             self.ended = self.cancellation(response)
-        elif response.created:
-            self.created = True
-        elif not response.events:  # a progress notification: nothing happened up to here
-            self.replaying = False
+        elif not (response.created or response.events or response.watch_id < 0):
+            self.replaying = False  # a progress notification: nothing happened up to here
             self.reached = revision
-        else:
+        elif response.events:
+            if self.limit == ANSWER_LIMITS[1] and len(response.events) > FRAGMENT_EVENTS:
+                self.ended = TooLarge(f"etcd at {self.endpoint}: much to catch up with")
+                return
             self.events.extend(response.events)
             self.bytes += response.ByteSize()
             last = self.events[-1]
@@ -3774,6 +4159,25 @@ class Intake:
                     self.whole -= 1
             if self.whole:
                 self.reached = self.events[self.whole - 1].kv.mod_revision
+
+    def check_alive(self) -> float:
+        """Ask a watch that has been silent for long; returns in how many seconds to call again.
+
+        Raises EtcdUnavailable if etcd does not answer.  What waits in the queue is no silence.
+        """
+        now = time.monotonic()
+        if self.watch.waiting() or now < self.heard_at + SILENCE_LIMIT_S:
+            self.asked_at = None
+            return max(1.0, self.heard_at + SILENCE_LIMIT_S - now)
+        if self.asked_at is None:
+            self.asked_at = now
+        elif now > self.asked_at + ANSWER_LIMIT_S:
+            raise EtcdUnavailable(
+                f"etcd at {self.endpoint}: the watch has been silent for"
+                f" {now - self.heard_at:.0f}s, and does not answer"
+            )
+        self.watch.ask()
+        return ANSWER_LIMIT_S / 3
 
     def cancellation(self, response: Any) -> EtcdFdwError:
         """The error that a cancelled watch is. It is always final, but the stream lives on."""
@@ -3800,51 +4204,48 @@ class Batch:
     All rows are above the last checkpoint, and with them the mirror is complete up to `checkpoint`.
     """
 
-    def __init__(self, checkpoint: int) -> None:
+    def __init__(self, checkpoint: int, hidden: tuple[bytes, ...] = ()) -> None:
+        self.hidden = hidden  # keys that begin so are left out
         self.rows: dict[tuple[bytes, int], bytes] = {}  # one etcd Txn may put and delete a key
-        self.unstorable: list[KeyValueRecord] = []
+        self.unstorable: list[bytes] = []
         self.checkpoint = checkpoint
-        self.last_key: str | None = None
+        self.last_revision: int | None = None  # of the newest event; None: there is none
         self.events = 0  # that were looked at
 
     def add(self, events: Sequence[Any], reached: int) -> None:
         """Add the events above the checkpoint, and move that to the revision reached."""
-        rows, after, key = self.rows, self.checkpoint, None
+        rows, after, hidden = self.rows, self.checkpoint, self.hidden
         for event in events:
             kv = event.kv
             revision = kv.mod_revision
-            if revision <= after or kv.key.startswith(RESERVED):
+            if revision <= after or kv.key.startswith(hidden):
                 continue
-            value = None if event.type == DELETE else kv.value
-            if not is_storable(kv.key):
-                self.unstorable.append(KeyValueRecord(kv.key, value, revision))
-                continue
-            key = kv.key
-            rows[key, revision] = copy_row(key, value, revision, kv.lease)
-        if key is not None:
-            self.last_key = key.decode()
+            deleted = event.type == DELETE
+            if is_storable(kv.key):
+                rows[kv.key, revision] = copy_row(kv, deleted)
+            else:
+                self.unstorable.append(copy_unstorable(kv, deleted))
+            self.last_revision = revision
         self.checkpoint = max(after, reached)
         self.events += len(events)
 
 
-COPY_SQL = """
-COPY {} (key, value, value_bytes, revision, tombstone, lease) FROM STDIN (FORMAT binary)
-"""
 # The lock of the new generation is taken before anybody can know of it; whoever took it all the
 # same must not hold up the mirror.
 CHECKPOINT_SQL = """
-UPDATE etcd_sync_state
-SET revision = %(revision)s, last_key = coalesce(%(last_key)s, last_key),
-    receipt = greatest(receipt, %(receipt)s), split = coalesce(%(split)s::xid8[], split),
-    deferred = coalesce(%(deferred)s::jsonb, deferred),
-    etcd_revision = greatest(etcd_revision, %(etcd_revision)s), generation = generation + 1,
+UPDATE etcd_sync_state s
+SET revision = %(revision)s, last_revision = coalesce(%(last_revision)s, s.last_revision),
+    receipt = greatest(s.receipt, %(receipt)s), split = coalesce(%(split)s::xid8[], s.split),
+    deferred = coalesce(%(deferred)s::jsonb, s.deferred),
+    etcd_revision = greatest(s.etcd_revision, %(etcd_revision)s), generation = s.generation + 1,
     updated_at = now(), heartbeat_at = now(),
-    events = events + %(events)s, applied = applied + %(applied)s,
-    conflicts = conflicts + %(conflicts)s, failures = failures + %(failures)s,
-    resyncs = resyncs + %(resyncs)s, reconnects = reconnects + %(reconnects)s,
-    unstorable = unstorable + %(unstorable)s
-WHERE prefix = %(prefix)s AND revision = %(old)s
-RETURNING generation, pg_catalog.pg_try_advisory_lock(_etcd_generation_lock(prefix, generation))
+    events = s.events + %(events)s, applied = s.applied + %(applied)s,
+    conflicts = s.conflicts + %(conflicts)s, failures = s.failures + %(failures)s,
+    resyncs = s.resyncs + %(resyncs)s, reconnects = s.reconnects + %(reconnects)s,
+    unstorable = s.unstorable + %(unstorable)s
+WHERE s.prefix = %(prefix)s AND s.revision = %(old)s
+RETURNING s.generation,
+          pg_catalog.pg_try_advisory_lock(_etcd_generation_lock(s.prefix, s.generation))
 """
 WAKE_SQL = """
 COMMIT;
@@ -3853,108 +4254,51 @@ SELECT pg_catalog.pg_advisory_unlock(_etcd_generation_lock(%(prefix)s, %(generat
 AUDIT_EVENTS_SQL = """
 INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, source_revision,
                              target_system, target_revision)
-SELECT %(prefix)s, 'mirror', 'success', key, 'etcd', revision, 'postgresql', revision
+SELECT %(prefix)s, 'mirror', 'success', r.key, 'etcd', r.revision, 'postgresql', r.revision
 FROM ROWS FROM (pg_catalog.unnest(%(keys)s::text[]), pg_catalog.unnest(%(revisions)s::bigint[]))
      AS r (key, revision)
 """
-# It is dropped after use, or emptied with each heartbeat: autovacuum does not freeze temporary
-# tables, and an old one holds up the whole database's transaction ids.
-STAGING_SQL = """
-CREATE TEMPORARY TABLE IF NOT EXISTS etcd_staging (
-    key text COLLATE "C", value text, value_bytes bytea, revision bigint, tombstone boolean,
-    lease bigint);
-TRUNCATE etcd_staging
-"""
-# A row that is there already may lack its lease: versions before 2.1 did not mirror that.
-FROM_STAGING_SQL = """
-INSERT INTO etcd AS e (key, value, value_bytes, revision, tombstone, lease)
-SELECT key, value, value_bytes, revision, tombstone, lease FROM etcd_staging
-ON CONFLICT (key, revision) DO UPDATE SET lease = excluded.lease
-WHERE e.lease IS DISTINCT FROM excluded.lease
-"""
-LEASES_SQL = """
-UPDATE etcd e SET lease = s.lease FROM etcd_staging s
-WHERE e.key = s.key AND e.revision = s.revision AND s.lease IS NOT NULL;
-UPDATE etcd_sync_state SET unrepaired = false WHERE prefix = %(prefix)s;
-DROP TABLE etcd_staging
-"""
-CONTRADICTION_SQL = """
-SELECT s.key FROM etcd_staging s JOIN etcd e USING (key)
-WHERE e.revision > s.revision AND e.revision <= %(revision)s
-   OR e.revision = s.revision
-  AND (s.value, s.value_bytes, s.tombstone) IS DISTINCT FROM (e.value, e.value_bytes, e.tombstone)
-LIMIT 1
-"""
-TOMBSTONES_SQL = """
-INSERT INTO etcd (key, revision, tombstone)
-SELECT m.key, %(revision)s, true
-FROM (SELECT DISTINCT ON (key) key, tombstone FROM etcd
-      WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %(after)s)
-        AND revision <= %(revision)s
-      ORDER BY key DESC, revision DESC) m
-WHERE NOT m.tombstone AND NOT EXISTS (SELECT FROM etcd_staging s WHERE s.key = m.key)
-"""
 NEW_STATE_SQL = """
-INSERT INTO etcd_sync_state (prefix, cluster_id, first_revision, revision, last_key)
-VALUES (%(prefix)s, %(cluster_id)s, %(revision)s, %(revision)s, %(last_key)s)
+INSERT INTO etcd_sync_state (prefix, cluster_id, first_revision, revision, last_revision, excluded)
+VALUES (%(prefix)s, %(cluster_id)s, %(at)s, %(at)s, %(last)s, %(excluded)s::text[])
 """
 RESYNC_STATE_SQL = """
-UPDATE etcd_sync_state
-SET gaps = gaps OPERATOR(pg_catalog.||) CASE WHEN revision + 1 < %(revision)s
-        THEN ARRAY[pg_catalog.int8range(revision + 1, %(revision)s::bigint)]
+UPDATE etcd_sync_state s
+SET gaps = s.gaps OPERATOR(pg_catalog.||) CASE WHEN s.revision + 1 < %(at)s
+        THEN ARRAY[pg_catalog.int8range(s.revision + 1, %(at)s::bigint)]
         ELSE '{}'::int8range[] END,
-    revision = %(revision)s, last_key = %(last_key)s, updated_at = now(), unrepaired = false
-WHERE prefix = %(prefix)s AND revision = %(old)s
+    revision = %(at)s, last_revision = %(last)s, updated_at = now(), unrepaired = false
+WHERE s.prefix = %(prefix)s AND s.revision = %(old)s
 """
-# Housekeeping may have deleted the second one.
-LAST_VERSIONS_SQL = """
-SELECT revision, coalesce(value_bytes, pg_catalog.convert_to(value, 'UTF8')) AS value FROM etcd
-WHERE key = %(key)s AND revision <= %(revision)s ORDER BY revision DESC LIMIT 2
+# Pages of keys that the mirror holds, by the size of their values.
+PAGES_SQL = f"""
+SELECT pg_catalog.min(p.key) AS key, pg_catalog.count(*) AS keys
+FROM (SELECT m.key, pg_catalog.sum(1000 + coalesce(pg_catalog.octet_length(m.value),
+                                                   pg_catalog.octet_length(m.value_bytes)))
+                    OVER (ORDER BY m.key) / %(bytes)s AS page
+      FROM {LATEST} m
+      WHERE NOT EXISTS (SELECT FROM pg_catalog.unnest(%(hidden)s::text[]) h
+                        WHERE pg_catalog.starts_with(m.key, h))) p
+GROUP BY p.page ORDER BY p.page
 """
-
-
-class Staged(NamedTuple):
-    """What load_staging() has brought."""
-
-    revision: int
-    keys: int
-    unstorable: list[KeyValueRecord]
-
-
-def copy_in(cur: Any, table: str, rows: Iterable[bytes]) -> None:
-    """COPY rows made by copy_row() into etcd or its staging table."""
-    data = b"".join((COPY_HEADER, *rows, COPY_TRAILER))
-    cur.copy_expert(COPY_SQL.format(table), io.BytesIO(data), size=1 << 18)
-
-
-def load_staging(
-    postgres: Postgres, etcd: Etcd, revision: int, progress: Callable[[int, int], None]
-) -> Staged:
-    """Copy the prefix as it was at a revision (0: now) into the staging table.
-
-    progress is called with the number of keys that are there, and of all. Raises Compacted.
-    """
-    keys = 0
-    unstorable: list[KeyValueRecord] = []
-    with postgres.cursor() as cur:
-        cur.execute(STAGING_SQL)
-    for page in etcd.pages(revision):
-        revision = revision or page.header.revision
-        rows = []
-        for kv in page.kvs:
-            if kv.key.startswith(RESERVED):
-                continue
-            if is_storable(kv.key):
-                rows.append(copy_row(kv.key, kv.value, kv.mod_revision, kv.lease))
-            else:
-                unstorable.append(KeyValueRecord(kv.key, kv.value, kv.mod_revision))
-        with postgres.cursor() as cur:
-            copy_in(cur, "etcd_staging", rows)
-        keys += len(rows)
-        progress(keys, keys + page.count - len(page.kvs))
-    with postgres.cursor() as cur:
-        cur.execute("ANALYZE etcd_staging")
-    return Staged(revision, keys, unstorable)
+DROP_ROWS_SQL = f"DELETE FROM etcd e WHERE {IN_PREFIX}"
+DROP_EVENTS_SQL = f"DELETE FROM etcd_sync_event e WHERE e.prefix = %(mirror)s AND {IN_PREFIX}"
+# What is included again has a past of which nothing is known.
+EXCLUDED_SQL = """
+UPDATE etcd_sync_state s
+SET excluded = %(excluded)s::text[], unrepaired = s.unrepaired OR %(included)s,
+    last_revision = CASE WHEN %(included)s THEN s.revision ELSE s.last_revision END,
+    gaps = CASE WHEN %(included)s
+        THEN s.gaps OPERATOR(pg_catalog.||) pg_catalog.int8range(s.first_revision, s.revision)
+        ELSE s.gaps END
+WHERE s.prefix = %(prefix)s
+"""
+LAST_KEYS_SQL = """
+SELECT e.key FROM etcd e WHERE e.revision = %(last)s AND NOT e.tombstone
+"""
+LAST_ROWS_SQL = f"""
+SELECT {of("e")} FROM etcd e WHERE e.revision = %(last)s ORDER BY e.tombstone LIMIT 100
+"""
 
 
 class Mirror:
@@ -3985,26 +4329,110 @@ class Mirror:
 
     # ─ start ─
 
-    def check_timeline(self, state: SyncState) -> None:
-        """Make sure that etcd is still what the mirror is a mirror of. Raises EtcdFdwError."""
+    def prove_timeline(self, state: SyncState) -> None:
+        """Prove that etcd's history up to the checkpoint is the mirror's. Raises AnotherTimeline.
+
+        A restored backup keeps its cluster id, and may have gone past the checkpoint since.  So
+        etcd must have what was mirrored last, and nothing of the prefix after that: a watch shows
+        it where few revisions lie in between, and the mirror has seen each since its last copy;
+        else the keys are counted.
+        """
         check_cluster(self.etcd, state)
-        # a restored backup keeps its cluster id, and may have gone past the checkpoint since
-        key, revision = state.last_key or "", state.revision
-        for row in self.postgres.query(LAST_VERSIONS_SQL, key=key, revision=revision):
-            mirrored, value = row["revision"], row["value"]
-            try:
-                found = self.etcd.range(key.encode(), revision=revision).kvs
-            except Compacted:
-                return  # the watch will end the same way, and the snapshot compares everything
-            actual = (found[0].mod_revision, found[0].value) if found else None
-            if actual != (None if value is None else (mirrored, bytes(value))):
-                raise another_timeline(
-                    self.postgres.prefix,
-                    f"key {key} at revision {revision} is not in etcd what it is in the mirror",
-                )
-            if value is not None:
-                return
-            revision = mirrored - 1  # another cluster lacks the key as well: compare what it was
+        since = max(state.last_revision, state.copied_at)
+        with suppress(Compacted):  # the watch ends the same way, and the snapshot compares all
+            proved = self.recognise(state) and state.last_revision == since
+            if since < state.revision:
+                few = self.etcd.header.revision - since <= PROOF_REVISIONS
+                proved = few and self.watch_shows_nothing(state, since) and proved
+            if not proved:
+                self.count_keys(state)
+
+    def recognise(self, state: SyncState) -> bool:
+        """Whether etcd has what the mirror says was put last; not if that was deleted since.
+
+        Raises AnotherTimeline if etcd has something else, and Compacted.
+        """
+        other = None
+        for row in self.postgres.query(LAST_ROWS_SQL, last=state.last_revision):
+            if row["key"].startswith(self.postgres.prefix):
+                kvs = self.etcd.range(row["key"].encode(), revision=state.revision).kvs
+                if not row["tombstone"] and kvs and is_row_of(row, kvs[0]):
+                    return True
+                if kvs or not row["tombstone"]:
+                    other = row["key"]
+        if other:
+            raise another_timeline(
+                self.postgres.prefix,
+                f"key {other} at revision {state.revision} is not in etcd what it is in the mirror",
+            )
+        return False
+
+    def watch_shows_nothing(self, state: SyncState, after: int) -> bool:
+        """Whether etcd can tell what happened until the checkpoint. Raises AnotherTimeline."""
+        hidden = (*self.etcd.target.hidden, *(prefix.encode() for prefix in state.excluded))
+        until, waker = state.revision, self.engine.waker
+        try:
+            found = revisions_after(self.etcd, after, waker, hidden=hidden, until=until)
+        except Compacted:
+            return False
+        if found and found[0] <= until:
+            raise another_timeline(
+                self.postgres.prefix, f"at revision {found[0]} something happened that it lacks"
+            )
+        return True
+
+    def count_keys(self, state: SyncState) -> None:
+        """Compare which keys were there at the checkpoint, and that none was changed lately.
+
+        In pages, because etcd reads every value of a page.  About 3 s for a million keys.
+        Raises AnotherTimeline and Compacted.
+        """
+        hidden = (RESERVED.decode(), *self.etcd.target.exclude, *state.excluded)
+        arguments = {"at": state.revision, "hidden": list(hidden), "bytes": PROOF_BYTES}
+        pages = self.postgres.query(PAGES_SQL, **arguments)
+        rows = self.postgres.query(LAST_KEYS_SQL, last=state.last_revision)
+        last = {row["key"].encode() for row in rows}
+        starts = [self.etcd.key, *(page["key"].encode() for page in pages[1:])]
+        ends = [*starts[1:], self.etcd.range_end]
+        options: dict[str, Any] = {"min_mod_revision": state.last_revision, "keys_only": True}
+        for start, end, page in zip(starts, ends, pages or [{"keys": 0}]):
+            self.engine.check_stop()
+            held = 0
+            for segment in segments(self.postgres.prefix, hidden):
+                if both := overlap(segment, (start, end)):
+                    answer = self.etcd.range(*both, revision=state.revision, **options)
+                    held += answer.count
+                    for kv in answer.kvs:
+                        if kv.mod_revision > state.last_revision or (
+                            is_storable(kv.key) and kv.key not in last
+                        ):
+                            key = kv.key.decode(errors="replace")
+                            text = f"it lacks what key {key} had at revision {kv.mod_revision}"
+                            raise another_timeline(self.postgres.prefix, text)
+            if held < page["keys"]:
+                text = f"of {page['keys']} keys from {page['key']} on etcd then had only {held}"
+                raise another_timeline(self.postgres.prefix, text)
+
+    def follow_exclusions(self, state: SyncState) -> None:
+        """Have the mirror be without what the DSN excludes now, and no longer without the rest."""
+        exclude, prefix = self.etcd.target.exclude, self.postgres.prefix
+        if exclude == tuple(state.excluded):
+            return
+        included = bool(set(state.excluded) - set(exclude))
+        with self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
+            dropped = 0
+            for each in exclude:
+                bounds = {"mirror": prefix, "prefix": each, "after": text_after(each)}
+                cur.execute(DROP_EVENTS_SQL, bounds)
+                cur.execute(DROP_ROWS_SQL, bounds)
+                dropped += cur.rowcount
+            arguments = {"prefix": prefix, "excluded": list(exclude), "included": included}
+            cur.execute(EXCLUDED_SQL, arguments)
+        log.warning(
+            "this mirror excludes %(excluded)s now: dropped %(rows)s",
+            excluded=", ".join(exclude) or "nothing",
+            rows=describe(dropped, "row"),
+        )
 
     def snapshot(self, state: SyncState | None, at: int) -> None:
         """Copy the prefix as it is at one revision, 0: now; the checkpoint is then that revision.
@@ -4023,9 +4451,7 @@ class Mirror:
         old = state.revision if state else None
         news = Counters(resyncs=int(state is not None), reconnects=engine.metrics.lost)
         with self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
-            put, deleted = self.merge_staging(cur, staged.revision)
-            self.set_checkpoint(cur, staged.revision, old)
-            cur.execute("DROP TABLE etcd_staging")
+            put, deleted = self.merge_staging(cur, staged, state)
             event = SynchronizationEvent(
                 operation="snapshot" if state is None else "resync",
                 status="done",
@@ -4036,14 +4462,15 @@ class Mirror:
                 duration=timedelta(seconds=time.monotonic() - started),
                 details={"keys": staged.keys, "put": put, "deleted": deleted},
             )
-            self.postgres.record_events(cur, [event])
-            events = [unstorable_event(r) for r in staged.unstorable]
-            news.unstorable = self.postgres.record_events(cur, events, again=True)
+            self.postgres.record_event(cur, event)
+            cur.execute(UNSTORABLE_SQL + NOT_RECORDED, self.postgres.bounds)
+            news.unstorable = cur.rowcount
+            cur.execute(DROP_STAGING_SQL)
             self.advance(cur, staged.revision, Batch(staged.revision), Outcomes(), news)
             if channel := engine.config.notify_channel:
                 self.postgres.notify(cur, channel, (old or 0) + 1, staged.revision)
         engine.metrics.count(news)
-        warn_of_unstorable(staged.unstorable)
+        warn_of_unstorable(staged.unstorable, staged.last_revision)
         log.info(
             "copied %(keys)s from etcd to PostgreSQL at revision %(revision)d"
             " (%(new)d new, %(deleted)d deleted) in %(seconds).2fs",
@@ -4054,12 +4481,12 @@ class Mirror:
             seconds=time.monotonic() - started,
         )
 
-    def fill_in_leases(self, checkpoint: int) -> None:
-        """Note the leases of the keys that an earlier version mirrored. Raises Compacted."""
+    def complete(self, checkpoint: int) -> None:
+        """Bring in what was not mirrored of the keys until now, as a repair does."""
         self.engine.set_state(COPYING)
-        with self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
-            load_staging(self.postgres, self.etcd, checkpoint, self.show_progress)
-            cur.execute(LEASES_SQL, {"prefix": self.postgres.prefix})
+        with suppress(Compacted):  # the watch will end the same way, and a snapshot follows
+            options: dict[str, Any] = {"repair": True, "progress": self.show_progress}
+            warn_of_repair(compare(self.postgres, self.etcd, checkpoint, **options))
 
     def show_progress(self, keys: int, total: int) -> None:
         """Say now and then how far a copy is. Raises Stopped."""
@@ -4068,48 +4495,47 @@ class Mirror:
             log.info("copying from etcd: %(done)d of %(total)d keys", done=keys, total=total)
         self.engine.check_stop()
 
-    def merge_staging(self, cur: Any, revision: int) -> tuple[int, int]:
-        """Bring the mirror from the staging table to a revision; rows put, tombstones written.
+    def merge_staging(self, cur: Any, staged: Staged, state: SyncState | None) -> tuple[int, int]:
+        """Bring mirror and checkpoint from the staging table to its revision.
 
-        Raises EtcdFdwError if the mirror has something else at the same revision, or newer.
+        How many rows were put, and tombstones written.  Raises EtcdFdwError if the mirror has
+        another history, and PostgresUnavailable if somebody has moved the checkpoint.
         """
-        cur.execute(CONTRADICTION_SQL, {"revision": revision})
-        found = cur.fetchone()
-        if found:
+        arguments = {
+            **self.postgres.bounds,
+            "cluster_id": self.etcd.cluster_id,
+            "at": staged.revision,
+            "last": staged.last_revision,
+            "excluded": list(self.etcd.target.exclude),
+        }
+        if state is None:
+            # another instance may just be adding a prefix that overlaps
+            cur.execute("LOCK TABLE etcd_sync_state IN SHARE ROW EXCLUSIVE MODE")
+            self.postgres.refuse_overlap(cur)
+            cur.execute(NEW_STATE_SQL, arguments)
+        else:
+            cur.execute(RESYNC_STATE_SQL, {**arguments, "old": state.revision})
+        if cur.rowcount != 1:
+            raise checkpoint_moved()
+        if state:
+            arguments.update(last=state.last_revision, old=state.revision)
+        cur.execute(CONTRADICTION_SQL, {"old": staged.revision, **arguments})
+        if found := cur.fetchone():
             raise another_timeline(
                 self.postgres.prefix,
                 f"key {found[0]} has another history in the mirror than in etcd",
             )
-        cur.execute(FROM_STAGING_SQL)
+        cur.execute(MERGE_SQL)
         put = cur.rowcount
-        cur.execute(TOMBSTONES_SQL, {**self.postgres.bounds, "revision": revision})
+        cur.execute(TOMBSTONES_SQL, arguments)
         return put, cur.rowcount
 
-    def set_checkpoint(self, cur: Any, revision: int, old: int | None) -> None:
-        """Set the checkpoint after merge_staging(). Raises PostgresUnavailable if it has moved."""
-        cur.execute("SELECT key FROM etcd_staging ORDER BY revision DESC LIMIT 1")
-        row = cur.fetchone()
-        arguments = {
-            "prefix": self.postgres.prefix,
-            "cluster_id": self.etcd.cluster_id,
-            "revision": revision,
-            "old": old,
-            "last_key": row and row[0],
-        }
-        if old is None:
-            # another instance may just be adding a prefix that overlaps
-            cur.execute("LOCK TABLE etcd_sync_state IN SHARE ROW EXCLUSIVE MODE")
-            self.postgres.refuse_overlap(cur)
-        cur.execute(NEW_STATE_SQL if old is None else RESYNC_STATE_SQL, arguments)
-        if cur.rowcount != 1:
-            raise checkpoint_moved()
-
-    def watch(self, checkpoint: int, fragment: bool) -> None:
+    def watch(self, checkpoint: int) -> None:
         """Begin to watch at the checkpoint."""
         self.engine.metrics.checkpoint = checkpoint
         # at the checkpoint, not after it: etcd before 3.4.36 and 3.5.18 silently drops a
         # delete at the compacted revision, and the overlap makes it say "compacted" instead
-        watch = Watch(self.etcd, checkpoint, self.engine.waker, fragment)
+        watch = Watch(self.etcd, checkpoint, self.engine.waker)
         self.intake = Intake(self.etcd, watch)
 
     # ─ an event's way ─
@@ -4117,7 +4543,7 @@ class Mirror:
     def next_batch(self) -> Batch:
         """What the watch has brought, up to the size of a batch. Raises what ended the watch."""
         assert self.intake is not None
-        batch = Batch(self.checkpoint)
+        batch = Batch(self.checkpoint, self.etcd.target.hidden)
         batch.add(*self.intake.take(self.engine.config.batch_size))
         return batch
 
@@ -4132,7 +4558,7 @@ class Mirror:
             self.via_staging = True
             news = self.write_once(batch, outcomes)
         self.engine.metrics.count(news)
-        warn_of_unstorable(batch.unstorable)
+        warn_of_unstorable(len(batch.unstorable), batch.checkpoint)
         self.engine.metrics.checkpoint = batch.checkpoint
         self.written_at = time.monotonic()
         if self.intake and batch.events:
@@ -4149,11 +4575,13 @@ class Mirror:
             if self.via_staging:
                 cur.execute(STAGING_SQL)
                 copy_in(cur, "etcd_staging", batch.rows.values())
-                cur.execute(FROM_STAGING_SQL)
+                cur.execute(MERGE_SQL)
             elif batch.rows:
                 copy_in(cur, "etcd", batch.rows.values())
             if batch.unstorable:
-                self.postgres.record_events(cur, [unstorable_event(r) for r in batch.unstorable])
+                cur.execute(STAGING_SQL)
+                copy_in(cur, "etcd_unstorable", batch.unstorable)
+                cur.execute(UNSTORABLE_SQL, self.postgres.bounds)
             outcomes.record(self.postgres, cur, config.audit == "all")
             if config.audit == "all" and batch.rows:
                 keys, revisions = zip(*((key.decode(), revision) for key, revision in batch.rows))
@@ -4181,7 +4609,7 @@ class Mirror:
             "prefix": self.postgres.prefix,
             "old": old,
             "revision": batch.checkpoint,
-            "last_key": batch.last_key,
+            "last_revision": batch.last_revision,
             "receipt": outcomes.receipt,
             "split": None if outcomes.split is None else int_array(map(int, outcomes.split)),
             "deferred": None if outcomes.deferred is None else json.dumps(outcomes.deferred),
@@ -4217,6 +4645,14 @@ def check_cluster(etcd: Etcd, state: SyncState) -> None:
         )
 
 
+def is_row_of(row: Mapping[str, Any], kv: Any) -> bool:
+    """Whether a row of table etcd is what etcd tells of a key; versions may be missing in it."""
+    value = row["value"].encode() if row["value_bytes"] is None else bytes(row["value_bytes"])
+    same = (kv.mod_revision, kv.value) == (row["revision"], value)
+    version = (kv.create_revision, kv.version)
+    return same and (row["version"] is None or version == (row["create_revision"], row["version"]))
+
+
 def another_timeline(prefix: str, reason: str) -> AnotherTimeline:
     """The error that says why the mirror cannot go on, and what to do."""
     return AnotherTimeline(
@@ -4226,164 +4662,16 @@ def another_timeline(prefix: str, reason: str) -> AnotherTimeline:
     )
 
 
-def unstorable_event(record: KeyValueRecord) -> SynchronizationEvent:
-    """The audit row of an event that the mirror cannot hold; it has all its bytes."""
-    return SynchronizationEvent(
-        operation="mirror",
-        status="unstorable",
-        key=record.key.replace(b"\0", b"\\x00").decode("utf-8", "backslashreplace"),
-        source_system="etcd",
-        source_revision=record.revision,
-        target_system="postgresql",
-        details={
-            "key_hex": record.key.hex(),
-            "value_hex": None if record.value is None else record.value.hex(),
-        },
-    )
-
-
-def warn_of_unstorable(records: Sequence[KeyValueRecord]) -> None:
-    """Report what the mirror cannot hold."""
-    if records:
+def warn_of_unstorable(count: int, revision: int) -> None:
+    """Report how many events the mirror could not hold, the last one at a revision."""
+    if count:
         log.warning(
             "cannot mirror %(events)s whose key is not text of up to %(bytes)d bytes: recorded in"
             " etcd_sync_event, revision %(revision)d",
-            events=describe(len(records), "event"),
+            events=describe(count, "event"),
             bytes=KEY_MAX_BYTES,
-            revision=records[-1].revision,
+            revision=revision,
         )
-
-
-# ── comparison of both sides ───────────────────────────────────────────────────
-
-DIFFERENCES = ("missing", "extra", "different")  # in the mirror
-
-# What etcd held is in the staging table; the mirror has the latest row of each key up to then.
-DIFFERENCE = """
-difference AS MATERIALIZED (
-    SELECT CASE WHEN m.key IS NULL THEN 'missing' WHEN s.key IS NULL THEN 'extra'
-                ELSE 'different' END AS kind,
-           coalesce(s.key, m.key) AS key, s.value, s.value_bytes, s.revision, s.lease,
-           m.revision AS mirror_revision
-    FROM etcd_staging s
-    FULL JOIN (SELECT e.*
-               FROM (SELECT key, pg_catalog.max(revision) AS revision FROM etcd
-                     WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %(after)s)
-                       AND revision <= %(at)s
-                     GROUP BY key) l
-               JOIN etcd e ON e.key = l.key AND e.revision = l.revision
-               WHERE NOT e.tombstone) m ON m.key = s.key
-    WHERE (s.value, s.value_bytes, s.revision, s.lease)
-          IS DISTINCT FROM (m.value, m.value_bytes, m.revision, m.lease)
-)
-"""
-COUNT_DIFFERENCES = """
-SELECT kind, pg_catalog.max(n), pg_catalog.array_agg(key ORDER BY n) FILTER (WHERE n <= 10)
-FROM (SELECT kind, key, pg_catalog.row_number() OVER (PARTITION BY kind ORDER BY key) AS n
-      FROM difference) d
-GROUP BY kind
-"""
-KEEP_STATE_SQL = "SELECT FROM etcd_sync_state WHERE prefix = %(prefix)s FOR KEY SHARE"
-PRUNED_SQL = """
-SELECT coalesce(pg_catalog.max(pruned_revision), 0::bigint) FROM etcd_sync_state
-WHERE prefix = %(prefix)s
-"""
-COMPARE_SQL = f"WITH {DIFFERENCE} {COUNT_DIFFERENCES}"
-REPAIR_SQL = f"""
-WITH {DIFFERENCE}, deleted AS (
-    DELETE FROM etcd e USING difference d
-    WHERE e.key = d.key AND e.revision > d.revision AND e.revision <= %(at)s
-), put AS (
-    INSERT INTO etcd (key, value, value_bytes, revision, tombstone, lease)
-    SELECT key, value, value_bytes, coalesce(revision, %(at)s), revision IS NULL, lease
-    FROM difference
-    ON CONFLICT (key, revision) DO UPDATE
-    SET value = excluded.value, value_bytes = excluded.value_bytes,
-        tombstone = excluded.tombstone, lease = excluded.lease
-), noted AS (
-    INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, source_revision,
-                                 target_system, target_revision)
-    SELECT %(prefix)s, 'repair', kind, key, 'etcd', coalesce(revision, %(at)s),
-           'postgresql', mirror_revision
-    FROM difference
-)
-{COUNT_DIFFERENCES}
-"""
-
-
-def compare(
-    postgres: Postgres,
-    etcd: Etcd,
-    checkpoint: int,
-    at: int | None = None,
-    repair: bool = False,
-    progress: Callable[[int, int], None] = lambda keys, total: None,
-) -> dict[str, Any]:
-    """Compare the mirror at the checkpoint with etcd then, or at another revision (0: now).
-
-    The summary is what validate --format json prints.  repair: make the mirror the same; an
-    active instance is not disturbed, as it writes only what comes after its checkpoint.
-    Raises Compacted.
-    """
-    with postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
-        staged = load_staging(postgres, etcd, checkpoint if at is None else at, progress)
-        cur.execute(KEEP_STATE_SQL, postgres.bounds)  # it is not reset meanwhile
-        cur.execute(REPAIR_SQL if repair else COMPARE_SQL, {**postgres.bounds, "at": checkpoint})
-        found = {kind: {"count": count, "first": first} for kind, count, first in cur}
-        cur.execute("DROP TABLE etcd_staging")
-        # housekeeping may have deleted what was superseded since the checkpoint
-        cur.execute(PRUNED_SQL, postgres.bounds)
-        if cur.fetchone()[0] > checkpoint:
-            raise Compacted
-    return {
-        "revision": checkpoint,
-        "keys": staged.keys,
-        "unstorable": len(staged.unstorable),
-        **{kind: found.get(kind, {"count": 0, "first": []}) for kind in DIFFERENCES},
-    }
-
-
-def count_differences(summary: Mapping[str, Any]) -> int:
-    """The number of differences in the summary of a comparison."""
-    return sum(summary[kind]["count"] for kind in DIFFERENCES)
-
-
-def compare_at_checkpoint(
-    postgres: Postgres, etcd: Etcd, checkpoint: int, **options: Any
-) -> dict[str, Any]:
-    """As compare(), also if etcd has compacted the checkpoint, and both sides are the same now.
-
-    With auto-compaction that is usual where the prefix is quiet: had anything changed since the
-    checkpoint, it would show.  Raises Compacted if it does.
-    """
-    try:
-        return compare(postgres, etcd, checkpoint, **options)
-    except Compacted:
-        summary = compare(postgres, etcd, checkpoint, **{**options, "at": 0, "repair": False})
-        if count_differences(summary):
-            raise
-        return summary
-
-
-def compare_up_to(
-    postgres: Postgres, etcd: Etcd, checkpoint: int, goal: int, **options: Any
-) -> dict[str, Any] | None:
-    """Repair the mirror; the summary, or None if it lacks what etcd held at the goal.
-
-    The store's revision says little about a prefix, as others move it too.  So while the
-    checkpoint is below the goal, what both hold is compared.  Raises Compacted.
-    """
-    summary = compare_at_checkpoint(postgres, etcd, checkpoint, repair=True, **options)
-    if repaired := count_differences(summary):
-        log.warning(
-            "the mirror was not what etcd held at revision %(revision)d: repaired %(repaired)s",
-            revision=checkpoint,
-            repaired=describe(repaired, "difference"),
-        )
-    # what came to the prefix after the goal moves the checkpoint past it
-    if checkpoint < goal and count_differences(compare(postgres, etcd, checkpoint, 0, **options)):
-        return None
-    return summary
 
 
 # ── housekeeping ───────────────────────────────────────────────────────────────
@@ -4555,29 +4843,31 @@ class Session:
             Timer(self.poll),
             Timer(self.heartbeat),
             Timer(engine.summarise, SUMMARY_S),
+            Timer(self.check_alive, SILENCE_LIMIT_S),
         ]
         self.chores: list[Timer] = [Chore(engine, postgres, table) for table in CHORES]
         self.chores += [Timer(self.gauge), Timer(self.look_outside)]
 
     # ─ life ─
 
-    def start(self, resync: int | None, fragment: bool) -> None:
+    def start(self, resync: int | None) -> None:
         """Begin to mirror; resync: copy at this revision first, 0: now."""
         mirror = self.mirror
         state = self.postgres.state()
         if state:
-            mirror.check_timeline(state)
+            mirror.prove_timeline(state)
+            mirror.follow_exclusions(state)
+            state = self.postgres.state() or state
         if state and resync and resync <= state.revision:
             resync = None  # meanwhile another instance was active
         if state is None or resync is not None:
             mirror.snapshot(state, resync or 0)
         elif state.unrepaired:
-            with suppress(Compacted):  # the watch will end the same way, and a snapshot follows
-                mirror.fill_in_leases(state.revision)
+            mirror.complete(state.revision)
         state = self.postgres.state()
         assert state is not None
         self.take_over(state)
-        mirror.watch(state.revision, fragment)
+        mirror.watch(state.revision)
 
     def run(self) -> None:
         """Work until asked to stop. Raises what ends the session."""
@@ -4594,7 +4884,7 @@ class Session:
             "takeover", "done", details={"from_host": state.host, "from_pid": state.pid}
         )
         with self.postgres.transaction() as cur:
-            self.postgres.record_events(cur, [event])
+            self.postgres.record_event(cur, event)
         log.info("took over from pid %(pid)d on %(host)s", pid=state.pid, host=state.host)
 
     def finished(self) -> bool:
@@ -4749,22 +5039,21 @@ class Session:
         return bool(news or batch.events)
 
     def check_watch(self) -> None:
-        """Raises EtcdUnavailable if the watch is silent although it must bring something.
-
-        That is etcd's confirmation that it watches, or the event of an acknowledged change.
-        """
+        """Raises EtcdUnavailable if the event of an acknowledged change does not come."""
         intake = self.mirror.intake
-        assert intake is not None
         since = self.outbox.silent_since() if self.outbox else None
-        if since is None and not intake.created:
-            since = intake.heard_at
-        if since and time.monotonic() > max(since, intake.heard_at) + EVENT_LIMIT_S:
+        if intake and since and time.monotonic() > max(since, intake.heard_at) + EVENT_LIMIT_S:
             raise EtcdUnavailable(
                 f"etcd at {self.etcd.endpoint}: the watch has been silent for"
                 f" {EVENT_LIMIT_S:.0f}s although it has something to tell"
             )
 
     # ─ by the clock: each returns when it is due again ─
+
+    def check_alive(self) -> float:
+        """Find out whether the watch lives, if it says nothing."""
+        assert self.mirror.intake is not None
+        return self.mirror.intake.check_alive()
 
     def poll(self) -> float:
         """Look for pending changes even if no notification came."""
@@ -4837,7 +5126,7 @@ class Engine:
         self.current: Session | None = None  # the one whose loop turns
         self.host_index = 0  # index of the etcd endpoint that answered last
         self.resync: int | None = None  # the next session starts with a snapshot at, 0: now
-        self.fragment = False  # the next session's watch asks for fragments: one was TooLarge
+        self.answer_limit = 0  # which of ANSWER_LIMITS the next session has
         self.backend: tuple[int, str] | None = None  # of the last session that had the lock
         self.attempt = 0  # sessions in a row that did not last
         self.delay = 0.0  # seconds, before the last of them
@@ -4903,8 +5192,7 @@ class Engine:
                 session = Session(self, postgres, etcd)
                 stack.callback(session.close)
                 resync, self.resync = self.resync, None
-                fragment, self.fragment = self.fragment, False
-                session.start(resync, fragment)
+                session.start(resync)
                 self.established(session)
                 session.run()
             except EtcdFdwError as exc:
@@ -4947,7 +5235,7 @@ class Engine:
         for turn in range(len(hosts)):
             index = (self.host_index + turn) % len(hosts)
             try:
-                etcd = Etcd(target, hosts[index])
+                etcd = Etcd(target, hosts[index], ANSWER_LIMITS[self.answer_limit])
             except EtcdUnavailable as exc:
                 errors.append(str(exc))
                 self.check_stop()
@@ -5011,9 +5299,10 @@ class Engine:
                 compacted=error.revision or "?",
                 revision=self.metrics.checkpoint,
             )
-        elif isinstance(error, TooLarge) and not self.fragment:
-            self.fragment = True
+        elif isinstance(error, TooLarge) and self.answer_limit + 1 < len(ANSWER_LIMITS):
+            self.answer_limit += 1
         else:
+            self.answer_limit = 0
             remedy = remedy_for(error) if level == logging.ERROR else ""
             text = f"%(error)s; {remedy}retrying in %(delay).1fs"
             log.log(level, text, error=str(error), side=error.side, delay=self.delay)
@@ -5289,31 +5578,6 @@ JOIN etcd e ON e.key = m.key AND e.revision = m.revision
 """
 
 
-def revisions_after(etcd: Etcd, checkpoint: int, waker: Waker) -> list[int]:
-    """The first revisions under the prefix that follow the checkpoint, as a watch tells them.
-
-    The store's own revision would not say whether a mirror is behind, because other prefixes
-    move it too. A watch brings deletions as well, and costs etcd less than a sorted range.
-    """
-    found: set[int] = set()
-    if etcd.header.revision <= checkpoint:
-        return []
-    watch, deadline = Watch(etcd, checkpoint + 1, waker), time.monotonic() + STATUS_WATCH_S
-    try:
-        while time.monotonic() < deadline:
-            wait_for_any(max(0.0, deadline - time.monotonic()), waker)
-            waker.drain()
-            while response := watch.take():
-                if response.compact_revision:  # usual where the prefix is quiet
-                    return revisions_after(etcd, response.compact_revision - 1, waker)
-                if response.canceled:
-                    raise EtcdUnavailable(f"etcd at {etcd.endpoint}: {response.cancel_reason}")
-                found.update(event.kv.mod_revision for event in response.events)
-    finally:
-        watch.stop()
-    return sorted(found)
-
-
 def postgres_status(postgres: Postgres) -> dict[str, Any]:
     """What PostgreSQL knows of the prefix; the names are those of status --format json."""
     postgres.name_session("status")
@@ -5340,8 +5604,13 @@ def lag(etcd: Etcd, postgres: Postgres, facts: dict[str, Any], waker: Waker) -> 
 
     lag_revisions: of this prefix, and at least; lag_s: since the mirror was last in step.
     """
+    # The store's own revision would not say it, because other prefixes move that too. A watch
+    # brings deletions as well, and costs etcd less than a sorted range.
     checkpoint = facts["checkpoint"]
-    waiting = revisions_after(etcd, checkpoint, waker)
+    try:
+        waiting = revisions_after(etcd, checkpoint, waker)
+    except Compacted as exc:  # usual where the prefix is quiet
+        waiting = revisions_after(etcd, (exc.revision or 1) - 1, waker)
     deadline = time.monotonic() + (LAG_LIMIT_S if facts["locked"] else 0)
     while waiting and checkpoint < waiting[-1] and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -5553,7 +5822,7 @@ def reset_mirror(config: Config) -> None:
             deleted = int(cur.rowcount)
             cur.execute("DELETE FROM etcd_sync_state WHERE prefix = %(prefix)s", postgres.bounds)
             event = SynchronizationEvent("reset", "done", details={"rows": deleted})
-            postgres.record_events(cur, [event])
+            postgres.record_event(cur, event)
     log.warning("dropped the mirror: %(rows)s", rows=describe(deleted, "row"))
 
 

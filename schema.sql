@@ -105,8 +105,17 @@ BEGIN
             DROP CONSTRAINT IF EXISTS etcd_wal_finished_check,
             DROP CONSTRAINT IF EXISTS etcd_wal_dismissed_check,
             DROP CONSTRAINT IF EXISTS etcd_wal_ttl_check;
-        ALTER TABLE etcd_sync_state ADD COLUMN IF NOT EXISTS deferred jsonb NOT NULL DEFAULT '[]';
-        UPDATE etcd_sync_state SET unrepaired = true;
+        ALTER TABLE etcd_sync_state
+            DROP COLUMN IF EXISTS last_key,
+            ADD COLUMN IF NOT EXISTS deferred       jsonb   NOT NULL DEFAULT '[]',
+            ADD COLUMN IF NOT EXISTS last_revision  bigint  NOT NULL DEFAULT 0,
+            ADD COLUMN IF NOT EXISTS excluded       text[]  NOT NULL DEFAULT '{}';
+        UPDATE etcd_sync_state s
+           SET unrepaired = true,
+               last_revision = coalesce(
+                   (SELECT pg_catalog.max(e.revision)
+                      FROM etcd e
+                     WHERE pg_catalog.starts_with(e.key, s.prefix) AND e.revision <= s.revision), 0);
         DROP INDEX IF EXISTS etcd_wal_pending_txid_idx;
         DROP FUNCTION IF EXISTS
             etcd_wait(bigint, interval), etcd_get(text), etcd_get_all(text, bigint), etcd_list(text), etcd_at(bigint, text),
@@ -235,13 +244,14 @@ CREATE TABLE IF NOT EXISTS etcd_sync_state (
     revision         bigint            NOT NULL,
     pruned_revision  bigint            NOT NULL DEFAULT 0,
     gaps             int8range[]       NOT NULL DEFAULT '{}',
-    last_key         text COLLATE "C",
+    last_revision    bigint            NOT NULL DEFAULT 0,
     etcd_revision    bigint,
     receipt          bigint            NOT NULL DEFAULT 0,
     split            xid8[]            NOT NULL DEFAULT '{}',
     deferred         jsonb             NOT NULL DEFAULT '[]',
     generation       bigint            NOT NULL DEFAULT 0,
     unrepaired       boolean           NOT NULL DEFAULT false,
+    excluded         text[]            NOT NULL DEFAULT '{}',
     updated_at       timestamptz       NOT NULL DEFAULT now(),
     host             text,
     pid              integer,
@@ -268,13 +278,14 @@ COMMENT ON COLUMN etcd_sync_state.first_revision IS 'where the mirror began; ear
 COMMENT ON COLUMN etcd_sync_state.revision IS 'checkpoint: table etcd is exact up to this revision';
 COMMENT ON COLUMN etcd_sync_state.pruned_revision IS 'housekeeping deleted what was before; the state at it is exact';
 COMMENT ON COLUMN etcd_sync_state.gaps IS 'revisions that etcd compacted before they were mirrored; unknown';
-COMMENT ON COLUMN etcd_sync_state.last_key IS 'recently mirrored key, by which a restored etcd is recognised';
+COMMENT ON COLUMN etcd_sync_state.last_revision IS 'newest event mirrored: between it and the checkpoint was none';
 COMMENT ON COLUMN etcd_sync_state.etcd_revision IS 'newest revision of the whole etcd store that was seen';
 COMMENT ON COLUMN etcd_sync_state.receipt IS 'etcd''s revision up to which the outcomes of changes are in etcd_wal';
 COMMENT ON COLUMN etcd_sync_state.split IS 'PostgreSQL transactions too large for one of etcd, not all applied yet';
 COMMENT ON COLUMN etcd_sync_state.deferred IS 'outcomes whose row of etcd_wal somebody has locked, or a trigger refuses';
 COMMENT ON COLUMN etcd_sync_state.generation IS 'raised with every commit of the daemon; what etcd_wait sleeps on';
 COMMENT ON COLUMN etcd_sync_state.unrepaired IS 'mirrored by a version that knew less of a key: the daemon compares it once';
+COMMENT ON COLUMN etcd_sync_state.excluded IS 'sub-prefixes that are not mirrored: parameter exclude of the etcd DSN';
 COMMENT ON COLUMN etcd_sync_state.updated_at IS 'when the checkpoint last moved';
 COMMENT ON COLUMN etcd_sync_state.host IS 'of the active daemon, as are pid, version and started_at';
 COMMENT ON COLUMN etcd_sync_state.heartbeat_at IS 'when the active daemon last reported';

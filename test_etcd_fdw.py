@@ -885,7 +885,8 @@ class Recorder(Closing):
     def __init__(self, client: EtcdClient, prefix: str) -> None:
         self.client, self.prefix = client, prefix.encode()
         self.events: list[Event] = []  # in order, appended by the thread
-        self.leases: dict[tuple[int, bytes], int] = {}  # by revision and key; 0: none
+        # lease, create_revision and version by revision and key; 0: none
+        self.metadata: dict[tuple[int, bytes], tuple[int, ...]] = {}
         self.revision = client.revision()  # all of it and before has been seen
         self.error: str | None = None  # a watch that etcd canceled
         self._closing = threading.Event()
@@ -910,7 +911,8 @@ class Recorder(Closing):
             kv = event.kv
             if kv.key.startswith(self.prefix):
                 deleted = event.type == DELETE
-                self.leases[kv.mod_revision, kv.key] = kv.lease
+                metadata = (kv.lease, kv.create_revision, kv.version)
+                self.metadata[kv.mod_revision, kv.key] = metadata
                 self.events.append(Event(kv.mod_revision, kv.key, None if deleted else kv.value))
         if response.events:
             self.revision = response.events[-1].kv.mod_revision
@@ -988,8 +990,8 @@ def assert_same(
         SELECT coalesce(target_revision, 0), source_revision FROM etcd_sync_event
         WHERE operation IN ('snapshot', 'resync') AND prefix = %s ORDER BY id
     """
-    leases = """
-        SELECT revision, convert_to(key, 'UTF8'), lease FROM etcd
+    metadata = """
+        SELECT revision, convert_to(key, 'UTF8'), lease, create_revision, version FROM etcd
         WHERE starts_with(key, %s) AND revision >= %s
     """
     expected, mirrored = list[Event](), list[Event]()
@@ -1004,8 +1006,8 @@ def assert_same(
             if gaps:
                 expected = survivors(expected, rows(db, resyncs, prefix))
             return mirrored == expected and all(
-                (lease or 0) == recorder.leases.get((revision, key), 0)
-                for revision, key, lease in rows(db, leases, prefix, since)
+                tuple(n or 0 for n in told) == recorder.metadata.get((revision, key), (0, 0, 0))
+                for revision, key, *told in rows(db, metadata, prefix, since)
             )
         return False
 
@@ -1017,7 +1019,7 @@ def assert_same(
     pytest.fail(
         f"the mirror has {len(mirrored)} rows of {len(expected)}; "
         f"{len(missing)} missing: {missing[:5]}; {len(surplus)} too many: {surplus[:5]}; "
-        "or leases differ"
+        "or leases, create_revisions or versions differ"
     )
 
 
@@ -1039,9 +1041,32 @@ def held(etcd: EtcdClient, prefix: str) -> dict[bytes, tuple[bytes, int]]:
     }
 
 
+SIX_FIELDS = """
+    SELECT convert_to(key, 'UTF8'), coalesce(value_bytes, convert_to(value, 'UTF8')), revision,
+           coalesce(lease, 0), create_revision, version
+    FROM (SELECT DISTINCT ON (key) * FROM etcd WHERE starts_with(key, %s) AND revision <= %s
+          ORDER BY key, revision DESC) e
+    WHERE NOT tombstone ORDER BY key
+"""
+
+
+def range_at(etcd: EtcdClient, prefix: str, revision: int = 0) -> list[tuple[Any, ...]]:
+    """What SIX_FIELDS should return, as etcd has it now or at a revision."""
+    return [
+        (kv.key, kv.value, kv.mod_revision, kv.lease, kv.create_revision, kv.version)
+        for kv in etcd.range(prefix, revision).kvs
+        if not kv.key.startswith(etcd_fdw.RESERVED)
+    ]
+
+
 def wait_equal(db: str, etcd: EtcdClient, prefix: str) -> None:
-    """Wait until both sides hold the same live keys."""
-    wait_until("live keys differ", lambda: live(db, prefix) == held(etcd, prefix))
+    """Wait until both sides hold the same live keys, in all six fields."""
+
+    def equal() -> bool:
+        mirrored = rows(db, SIX_FIELDS, prefix, 2**62)
+        return live(db, prefix) == held(etcd, prefix) and mirrored == range_at(etcd, prefix)
+
+    wait_until("live keys differ", equal)
 
 
 def arrives(db: str, key: str) -> Callable[[], bool]:
@@ -1136,7 +1161,7 @@ class Told:
     """What etcd told a recorder, by revision and key."""
 
     def __init__(self, recorder: Recorder) -> None:
-        self.leases = recorder.leases
+        self.leases = {at: lease for at, (lease, *_) in recorder.metadata.copy().items()}
         self.values = {event[:2]: event.value for event in recorder.history()}
         self.versions: dict[bytes, list[int]] = collections.defaultdict(list)
         for revision, key in self.values:  # in order
@@ -2326,37 +2351,42 @@ def test_wiped_etcd_is_exit_code_4(daemon, command, db, prefix, own_etcd, past):
     assert rows(db, EVERYTHING) == before
 
 
+OLD_MIRROR = "UPDATE etcd SET lease = NULL, create_revision = NULL, version = NULL"
+
+
 @pytest.mark.parametrize("compacted", [False, True])
-def test_mirror_of_a_version_without_leases_gets_them(daemon, db, prefix, own_client, compacted):
-    leases = "SELECT key, revision, lease FROM etcd WHERE NOT tombstone ORDER BY revision"
+def test_mirror_of_an_older_version_gets_all_that_etcd_tells(
+    daemon, db, prefix, own_client, compacted
+):
+    metadata = "SELECT lease, create_revision, version FROM etcd ORDER BY key, revision"
     lease = own_client.grant(300)
-    own_client.put(prefix + "a", "1", lease)
+    first = own_client.put(prefix + "a", "1", lease)
     own_client.put(prefix + "b", "1")
     daemon(etcd=own_client).stop()
-    own_client.put(prefix + "b", "2", lease)
-    before = rows(db, leases)
-    rows(db, "UPDATE etcd SET lease = NULL")
+    rows(db, OLD_MIRROR)
     rows(db, "UPDATE etcd_sync_state SET unrepaired = true")
-    newest = own_client.put(prefix + "b", "3")
+    own_client.put("elsewhere", "1")
+    newest = own_client.put(prefix + "b", "2", lease)
     if compacted:
         own_client.compact(newest)
     daemon(etcd=own_client)
-    between = [] if compacted else [(prefix + "b", newest - 1, lease)]
-    expected = [*before, *between, (prefix + "b", newest, None)]
-    wait_until("no leases", lambda: rows(db, leases) == expected)
-    assert rows(db, "SELECT unrepaired, gaps = '{}', resyncs FROM etcd_sync_state") == [
-        (False, not compacted, int(compacted))
-    ]
+    wait_equal(db, own_client, prefix)
+    superseded = (None, None if compacted else first + 1, None if compacted else 1)
+    assert rows(db, metadata) == [(lease, first, 1), superseded, (lease, first + 1, 2)]
+    state = rows(db, "SELECT unrepaired, gaps = '{}', resyncs FROM etcd_sync_state")
+    assert state == [(False, not compacted, int(compacted))]
+    assert not scalar(db, "SELECT count(*) FROM etcd_sync_event WHERE operation = 'repair'")
 
 
-def test_what_else_is_wrong_with_an_old_mirror_is_for_validate(daemon, command, db, prefix, etcd):
+def test_what_else_is_wrong_with_an_old_mirror_is_repaired(daemon, db, prefix, etcd):
     etcd.put(prefix + "a", "1")
+    etcd.put(prefix + "z", "1")
     daemon().stop()
     extra = "INSERT INTO etcd (key, value, revision) SELECT %s, '1', revision FROM etcd_sync_state"
     rows(db, extra, prefix + "extra")
+    rows(db, f"DELETE FROM etcd WHERE key = %s; {OLD_MIRROR}", prefix + "a")
     rows(db, "UPDATE etcd_sync_state SET unrepaired = true")
-    daemon()
-    command("validate", "--fix", exit_code=0)
+    daemon().wait_log("WARN .* repaired 2 differences")
     wait_equal(db, etcd, prefix)
 
 
@@ -3126,6 +3156,8 @@ OLD_SCHEMAS = {
         DROP INDEX etcd_wal_txid_idx;
         CREATE INDEX etcd_wal_pending_txid_idx ON etcd_wal (txid, id) WHERE status = 'pending';
         ALTER TABLE etcd DROP COLUMN create_revision, DROP COLUMN version;
+        ALTER TABLE etcd_sync_state DROP COLUMN last_revision, DROP COLUMN excluded,
+            ADD COLUMN last_key text COLLATE "C";
         ALTER TABLE etcd_wal DROP COLUMN action,
             ADD CONSTRAINT etcd_wal_revision_check CHECK (revision >= 0),
             ADD CONSTRAINT etcd_wal_finished_check
@@ -6384,7 +6416,7 @@ def test_etcd_restored_from_a_backup(daemon, db, prefix, own_etcd, tmp_path, how
             client.put(prefix + "b", "other")
         if where == "compacted":
             client.compact(client.revision())
-    sql = "SELECT cluster_id, revision, last_key, gaps FROM etcd_sync_state"
+    sql = "SELECT cluster_id, revision, last_revision, gaps FROM etcd_sync_state"
     before, state = mirror_rows(db, prefix), rows(db, sql)
     refused = daemon(*FAST, etcd=own_etcd, ready=False)
     assert refused.wait_exit() == 4

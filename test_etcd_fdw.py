@@ -2938,6 +2938,28 @@ def test_backlog_of_a_killed_program_takes_few_statements(daemon, db, prefix, et
     assert rows(db, scans)[0][0] == tuples
 
 
+def test_owners_floor_with_a_wide_margin(daemon, db, prefix, etcd, recorder):
+    """2,000 single changes each way, all at once, within 20 s."""
+    daemon()
+    count, began = 2000, time.monotonic()
+
+    def change(number: int) -> None:
+        for n in range(number, count, 16):
+            if number % 2:
+                etcd.put(f"{prefix}etcd/{n}", str(n))
+                etcd.put(f"{prefix}etcd/{n}", str(n + 1))
+            else:
+                rows(db, "SELECT etcd_set(%s, '1')", f"{prefix}sql/{n}")
+                rows(db, "SELECT etcd_set(%s, '2')", f"{prefix}sql/{n}")
+
+    in_threads(16, change)
+    assert statuses(db) == ["success"] * count
+    wait_equal(db, etcd, prefix)
+    assert time.monotonic() - began < 20
+    assert_same(recorder, db, prefix)
+    assert len(mirror_rows(db, prefix)) == 2 * count
+
+
 # ── SQL interface ────────────────────────────────────────────────────────────
 
 # ─ the schema without the daemon ─

@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.9"
 # dependencies = [
-#     "psycopg2-binary>=2.9", "etcd3>=0.12", "grpcio>=1.50,!=1.80.*", "protobuf>=4.22", "PyYAML"]
+#     "psycopg2-binary>=2.9.2", "etcd3>=0.12", "grpcio>=1.50,!=1.80.*", "protobuf>=4.22", "PyYAML"]
 # ///
 """Keep an etcd v3 key prefix and PostgreSQL in step, both ways.
 

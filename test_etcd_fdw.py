@@ -772,7 +772,6 @@ class Daemon(Process, Closing):
 # without them a daemon has its defaults, which are slow.
 FAST = ("--retry-initial", "50ms", "--retry-max", "200ms", "--poll-interval", "500ms")
 FAST_ETCD = "?dial_timeout=1s&request_timeout=2s"
-HASTE, HASTY_ETCD = FAST, FAST_ETCD
 
 StartDaemon = Callable[..., Daemon]
 
@@ -1141,20 +1140,6 @@ def statuses(db: str) -> list[str]:
 
     wait_until("changes are still pending", settled)
     return [status for (status,) in rows(db, "SELECT status FROM etcd_wal ORDER BY id")]
-
-
-wait_settled = statuses
-
-
-def outcome(db: str, id_: int) -> tuple[str, int | None, str | None]:
-    row = ended(db, id_)
-    return (*row.outcome, row.error_message)
-
-
-def wait_status(db: str, change: int, status: str) -> str:
-    row = ended(db, change)
-    assert row.status == status, row
-    return str(row.error_message)
 
 
 class Told:

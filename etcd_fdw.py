@@ -171,7 +171,7 @@ STOP_LIMIT_S = 10.0
 LOG_LIMIT_S = 0.1  # for somebody to read on in a full log, once
 GC_THRESHOLD = 50_000  # with Python's 700 it takes a third of the time that changes take
 PIPELINE_DEPTH = 8  # Txns prepared for etcd, so that it need not wait for PostgreSQL
-PICK_LOOKS = 1000  # at pending transactions, for the next Txn
+PICK_PASSES = 100  # how many pending transactions may be passed over for the next Txn
 OPS_LEAST = 8  # in a Txn; an etcd that takes fewer is none
 DEFERRED_S = 1.0  # before an outcome whose row was locked is written again
 CHORE_WARN_S = 3600.0  # between two lines about the same trouble
@@ -2502,7 +2502,7 @@ class OutboxRow(NamedTuple):
             return "its ttl or revision is below zero"
         if self.key.startswith(RESERVED.decode()):
             return f"keys below {RESERVED.decode()} are reserved"
-        if len(self.key.encode()) > KEY_MAX_BYTES:
+        if 4 * len(self.key) > KEY_MAX_BYTES < len(self.key.encode()):
             return f"its key has more than {KEY_MAX_BYTES} bytes, which the mirror cannot hold"
         return None
 
@@ -2560,13 +2560,17 @@ class OutboxTransaction:
     def __init__(self, rows: list[OutboxRow]) -> None:
         self.read_at = time.monotonic()
         self.rows = rows
-        self.keys = {row.key for row in rows}  # which no other transaction may have with it
-        self.forced = {row.key for row in rows if row.force}
+        self.keys: set[str] = set()  # which no other transaction may have with it
+        self.forced: set[str] = set()
+        self.size = 0  # of the request in bytes, about; a forced put is there twice
+        for row in rows:
+            self.keys.add(row.key)
+            self.size += 150 + 4 * len(row.key.encode()) + row.size
+            if row.force:
+                self.forced.add(row.key)
+                self.size += row.size
         # how many operations its nested Txn holds, see Limits
         self.width = len(rows) + (2 if self.forced else 1)
-        self.size = sum(  # of the request in bytes, about; a forced put is there twice
-            150 + 4 * len(row.key.encode()) + row.size * (2 if row.force else 1) for row in rows
-        )
         self.changes: dict[str, Change] = {}  # by key; see resolve()
         self.expectations: list[Change] = []
 
@@ -2651,7 +2655,6 @@ class Outcome(NamedTuple):
 
     id: int
     queued_at: int
-    key: str
     status: str  # success, conflict, failed
     revision: int | None = None  # that it got (success), or that its compare met (conflict)
     message: str | None = None
@@ -2667,7 +2670,7 @@ CASE WHEN w.ts BETWEEN '4713-01-01 BC'::timestamptz AND '9999-01-01'::timestampt
 # "finished_at IS NULL" rather than "status = 'pending'", so that the planner takes the primary key
 # and not an index of pending rows; the settings keep it from reading all of etcd_wal
 BY_KEY_SQL = """
-SAVEPOINT outcomes; SET LOCAL lock_timeout = '100ms';
+SET LOCAL lock_timeout = '100ms';
 SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off
 """
 OUTCOMES_SQL = f"""
@@ -2675,11 +2678,11 @@ UPDATE etcd_wal w
 SET status = coalesce(o.status, 'success'), error_message = o.message,
     result_revision = o.revision, replaced_revision = o.replaced, finished_at = now()
 FROM ROWS FROM (pg_catalog.unnest(%(ids)s::bigint[]), pg_catalog.unnest(%(queued)s::bigint[]),
-                pg_catalog.unnest(%(keys)s::text[]), pg_catalog.unnest(%(revisions)s::bigint[]),
+                pg_catalog.unnest(%(revisions)s::bigint[]),
                 pg_catalog.unnest(%(replaced)s::bigint[]), pg_catalog.unnest(%(statuses)s::text[]),
                 pg_catalog.unnest(%(messages)s::text[]))
-     AS o (id, queued, key, revision, replaced, status, message)
-WHERE w.id = o.id AND w.finished_at IS NULL AND w.key = o.key AND {QUEUED_AT} = o.queued
+     AS o (id, queued, revision, replaced, status, message)
+WHERE w.id = o.id AND w.finished_at IS NULL AND {QUEUED_AT} = o.queued
 """
 UNLOCKED_SQL = """
 SELECT w.id FROM etcd_wal w WHERE w.id = ANY (%(ids)s::bigint[]) AND w.finished_at IS NULL
@@ -2734,75 +2737,77 @@ class Outcomes:
         applied, conflicts, failures = tally["success"], tally["conflict"], tally["failed"]
         return Counters(applied=applied, conflicts=conflicts, failures=failures)
 
-    def record(self, postgres: Postgres, cur: Any, audit: bool) -> None:
-        """Write them into etcd_wal, refusals (and with audit all) into etcd_sync_event."""
-        if not self.list:
-            return
+    def record(
+        self, postgres: Postgres, cur: Any, audit: bool, finish: Callable[[], None] = lambda: None
+    ) -> None:
+        """Write them into etcd_wal, refusals (and with audit all) into etcd_sync_event.
+
+        finish: writes the rest of the transaction, in the same round trip if all goes well.
+        """
         try:
             if self.careful:
                 cur.execute("SAVEPOINT outcomes")
                 raise NotNow
-            self.write(postgres, cur, self.list, audit)
+            self.defer(postgres, cur, self.list, audit)
+            finish()
+            return
         except (psycopg2.Error, NotNow) as exc:
             if isinstance(exc, psycopg2.Error) and postgres_error(exc).belongs_to > Room.CHORE:
                 raise
-            written = list(self.write_what_can_be(postgres, cur, audit))
-            left = set(self.list).difference(written)
-            self.deferred = [*(self.deferred or ()), *(o for o in self.list if o in left)]
-            self.list = written
-        if self.list:
-            ids = [outcome.id for outcome in self.list]
-            postgres.notify(cur, OUTCOME_CHANNEL, min(ids), max(ids))
-
-    def write_what_can_be(self, postgres: Postgres, cur: Any, audit: bool) -> Iterator[Outcome]:
-        """Write those whose row is not locked, and halve what is refused; yield what is done."""
         cur.execute("ROLLBACK TO SAVEPOINT outcomes")
         ids = {"ids": int_array(o.id for o in self.list)}
         cur.execute(UNFINISHED_SQL, ids)
         there = {id_ for (id_,) in cur}
         cur.execute(UNLOCKED_SQL, ids)
         free = {id_ for (id_,) in cur}
-        yield from (o for o in self.list if o.id not in there)  # nothing to write
+        done = [o for o in self.list if o.id not in there]  # nothing to write
+        self.deferred = list(self.deferred or ())
+        self.deferred += (o for o in self.list if o.id in there and o.id not in free)
         parts = [[o for o in self.list if o.id in free]]
         while parts:
             part = parts.pop()
             try:
-                if part:
-                    self.write(postgres, cur, part, audit)
-                yield from part
+                self.defer(postgres, cur, part, audit)
+                cur.execute("RELEASE SAVEPOINT outcomes")
+                done += part
             except psycopg2.Error as exc:
                 error = postgres_error(exc)
                 if error.belongs_to > Room.CHORE:
                     raise
                 cur.execute("ROLLBACK TO SAVEPOINT outcomes")
-                if len(part) == 1:
-                    self.refusal = type(error)(f"{error}: the outcome of change {part[0].id} waits")
-                else:
-                    middle = len(part) // 2
+                if middle := len(part) // 2:
                     parts += [part[middle:], part[:middle]]
+                else:
+                    self.deferred += part
+                    self.refusal = type(error)(f"{error}: the outcome of change {part[0].id} waits")
+        self.list = done
+        finish()
 
-    def write(self, postgres: Postgres, cur: Any, outcomes: list[Outcome], audit: bool) -> None:
-        """One attempt, behind a savepoint."""
+    def defer(self, postgres: Postgres, cur: Any, outcomes: list[Outcome], audit: bool) -> None:
+        """Have outcomes written with the next statement, behind a savepoint."""
+        cur.defer("SAVEPOINT outcomes")
+        if not outcomes:
+            return
         refused = [o for o in outcomes if o.status != "success"]
-        ordered = refused + [o for o in outcomes if o.status == "success"]
+        ordered = refused + [o for o in outcomes if o.status == "success"] if refused else outcomes
         ids = [o.id for o in ordered]
         arguments = {
             "ids": int_array(ids),
-            "queued": int_array(o.queued_at for o in ordered),
-            "keys": [o.key for o in ordered],
-            "revisions": int_array(o.revision for o in ordered),
-            "replaced": int_array(o.replaced for o in ordered),
+            "queued": int_array([o.queued_at for o in ordered]),
+            "revisions": int_array([o.revision for o in ordered]),
+            "replaced": int_array([o.replaced for o in ordered]),
             # of arrays of different lengths, the shorter ones are filled up with nulls
             "statuses": [o.status for o in refused],
             "messages": [o.message for o in refused],
         }
         execute = postgres.planned(cur, OUTCOMES_SQL, arguments)
         cur.defer(BY_KEY_SQL)
-        cur.execute(execute, arguments)
+        cur.defer(execute, arguments)
         cur.defer("SET LOCAL lock_timeout = %s", (postgres.lock_timeout,))
         if audit or refused:
             audited = int_array(ids if audit else ids[: len(refused)])
-            cur.execute(AUDIT_CHANGES_SQL, {"prefix": postgres.prefix, "ids": audited})
+            cur.defer(AUDIT_CHANGES_SQL, {"prefix": postgres.prefix, "ids": audited})
+        postgres.notify(cur, OUTCOME_CHANNEL, min(ids), max(ids))
 
 
 def conflict_message(changes: Sequence[Change], current: Sequence[int | None]) -> str:
@@ -3420,14 +3425,13 @@ class Outbox:
         self.ids.update(row.id for row in rows)
         self.blocked = False
         groups = group_rows(rows, self.limits(), self.split)
+        self.awaited.update(row.depends_on for row in rows if row.depends_on in self.ids)
         for transaction in groups:
-            problem = next(filter(None, (self.problem(row) for row in transaction.rows)), None)
-            if problem:
-                self.fail(transaction, Rejected(problem))
+            problems = [problem for row in transaction.rows if (problem := self.problem(row))]
+            if problems:
+                self.fail(transaction, Rejected(problems[0]))
             else:
                 self.queue.append(transaction)
-                on = (row.depends_on for row in transaction.rows)
-                self.awaited.update(id_ for id_ in on if id_ in self.ids)
         self.queue.sort(key=lambda transaction: transaction.rows[-1].id)
 
     def problem(self, row: OutboxRow) -> str | None:
@@ -3475,8 +3479,8 @@ class Outbox:
             return taken
         limits, keys = self.limits(), set(self.busy)
         rows = widest = size = looked = 0
-        for transaction in itertools.islice(self.queue, PICK_LOOKS):
-            if transaction.rows[-1].id > self.horizon:
+        for transaction in self.queue:
+            if transaction.rows[-1].id > self.horizon or len(passed) > PICK_PASSES:
                 break
             if keys.isdisjoint(transaction.keys):
                 if transaction.first.action == KEEPALIVE:
@@ -3658,7 +3662,7 @@ class Outbox:
                 replaced = change.expected or None
                 self.versions[row.id] = 0 if change.value is None else revision
             outcomes.append(
-                Outcome(row.id, row.queued_at, row.key, "success", reached, None, replaced, read_at)
+                Outcome(row.id, row.queued_at, "success", reached, None, replaced, read_at)
             )
         return outcomes
 
@@ -3705,9 +3709,7 @@ class Outbox:
     ) -> Outcome:
         """The outcome of a row that moved no key."""
         read_at = transaction.read_at
-        return Outcome(
-            row.id, row.queued_at, row.key, status, revision or None, message, None, read_at
-        )
+        return Outcome(row.id, row.queued_at, status, revision or None, message, None, read_at)
 
     # ─ back to PostgreSQL ─
 
@@ -4582,7 +4584,6 @@ class Mirror:
                 cur.execute(STAGING_SQL)
                 copy_in(cur, "etcd_unstorable", batch.unstorable)
                 cur.execute(UNSTORABLE_SQL, self.postgres.bounds)
-            outcomes.record(self.postgres, cur, config.audit == "all")
             if config.audit == "all" and batch.rows:
                 keys, revisions = zip(*((key.decode(), revision) for key, revision in batch.rows))
                 arguments = {"keys": list(keys), "revisions": int_array(revisions)}
@@ -4591,12 +4592,18 @@ class Mirror:
                 (_, first), (_, last) = next(iter(batch.rows)), next(reversed(batch.rows))
                 self.postgres.notify(cur, config.notify_channel, first, last)
             # what only mirrors need not be durable: rows and checkpoint are lost together
-            if not outcomes.list:
-                cur.defer("SET LOCAL synchronous_commit = off")
-            news = outcomes.count()
-            news.events, news.unstorable = len(batch.rows), len(batch.unstorable)
-            news.reconnects = self.engine.metrics.lost
-            self.advance(cur, self.checkpoint, batch, outcomes, news)
+            commit = "local" if outcomes.list else "off"
+            cur.defer("SET LOCAL synchronous_commit = %s", (commit,))
+            news = Counters()
+
+            def finish() -> None:
+                nonlocal news
+                news = outcomes.count()
+                news.events, news.unstorable = len(batch.rows), len(batch.unstorable)
+                news.reconnects = self.engine.metrics.lost
+                self.advance(cur, self.checkpoint, batch, outcomes, news)
+
+            outcomes.record(self.postgres, cur, config.audit == "all", finish)
         return news
 
     def advance(self, cur: Any, old: int, batch: Batch, outcomes: Outcomes, news: Counters) -> None:

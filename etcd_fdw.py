@@ -1656,6 +1656,7 @@ class MetricsServer:
 # noticed even while its last statement runs, where PostgreSQL (14 and later) can.
 # Statistics of a queue are always wrong: it was empty, or full, when they were taken.  So the
 # session does not sort, which leaves each query the one index with the order that it asks for.
+# A standby that is away must not hold up the mirror: receipts make a failover safe.
 # A queue of notifications that was full stays so until somebody asks how full it is.
 SESSION_SQL = """
 SELECT pg_catalog.set_config(name, '0', false) FROM pg_settings
@@ -1665,8 +1666,7 @@ SELECT pg_catalog.set_config('lock_timeout', '30s', false)
 WHERE pg_catalog.current_setting('lock_timeout') = '0';
 SELECT pg_catalog.set_config(name, '2s', false) FROM pg_settings
 WHERE name = 'client_connection_check_interval' AND version() LIKE '%linux%';
-SELECT pg_catalog.set_config('synchronous_commit', 'local', false)
-WHERE pg_catalog.current_setting('synchronous_commit') = 'off';
+SET synchronous_commit = local;
 SET default_transaction_isolation = 'read committed';
 SET array_nulls = on;
 SET plan_cache_mode = force_generic_plan;
@@ -2744,6 +2744,9 @@ class Outcomes:
 
         finish: writes the rest of the transaction, in the same round trip if all goes well.
         """
+        if not self.list:
+            finish()
+            return
         try:
             if self.careful:
                 cur.execute("SAVEPOINT outcomes")
@@ -4592,8 +4595,8 @@ class Mirror:
                 (_, first), (_, last) = next(iter(batch.rows)), next(reversed(batch.rows))
                 self.postgres.notify(cur, config.notify_channel, first, last)
             # what only mirrors need not be durable: rows and checkpoint are lost together
-            commit = "local" if outcomes.list else "off"
-            cur.defer("SET LOCAL synchronous_commit = %s", (commit,))
+            if not outcomes.list:
+                cur.defer("SET LOCAL synchronous_commit = off")
             news = Counters()
 
             def finish() -> None:

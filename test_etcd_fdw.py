@@ -8526,7 +8526,7 @@ def test_objects_of_kubernetes_are_read_and_undeleted_as_readme_says(daemon, db,
     pod, custom = "/registry/pods/default/web-1", "/registry/stable.example.com/crontabs/default/ct"
     rows(db, SCHEMA_SQL)
     rows(db, readme_block("kubernetes objects"))
-    query, undelete = re.findall(r"SELECT .*?;", readme_block("kubernetes queries"), re.DOTALL)
+    query, undelete = re.findall(r"^SELECT .*?;$", readme_block("kubernetes objects"), re.M | re.S)
     meta = '"name": "ct", "namespace": "default", "managedFields": [{"manager": "helm"}]'
     told = f'{{"apiVersion": "stable.example.com/v1", "kind": "CronTab", "metadata": {{{meta}}}}}'
     daemon(etcd=etcd_dsn(own_client.endpoint, "/registry/"))

@@ -2610,9 +2610,9 @@ def test_what_etcd_refuses_fails_alone(daemon, db, prefix, etcd):
         if number == 2:
             too_large = scalar(db, "SELECT etcd_set(%s, repeat('x', 2000000))", prefix + "large")
     daemon()
-    refused_ = ended(db, too_large)
-    assert refused_.outcome == ("failed", None)
-    assert "request is too large" in str(refused_.error_message)
+    row = ended(db, too_large)
+    assert row.outcome == ("failed", None)
+    assert "request is too large" in str(row.error_message)
     assert statuses(db).count("success") == 5
     sql = "SELECT status FROM etcd_sync_event WHERE operation = 'change' AND key = %s"
     assert rows(db, sql, prefix + "large") == [("failed",)]
@@ -2857,7 +2857,9 @@ def test_flood_of_conflicts_that_goes_on_is_counted_only(monkeypatch, caplog):
 
 
 def test_changes_outside_the_prefix_are_left_alone(daemon, db, prefix, etcd):
+    """Also where polling takes the place of the trigger."""
     one = daemon("--poll-interval=50ms")
+    rows(db, "ALTER TABLE etcd_wal DISABLE TRIGGER etcd_wal_notify")
     rows(db, "SELECT etcd_set('/elsewhere', '1')")
     rows(db, "SELECT etcd_set(%s, '1'), etcd_set('/elsewhere', '2')", prefix + "a")
     rows(db, "SELECT etcd_set(%s, '1')", prefix + "b")
@@ -2869,13 +2871,6 @@ def test_changes_outside_the_prefix_are_left_alone(daemon, db, prefix, etcd):
     assert scalar(db, "SELECT pending FROM etcd_status WHERE prefix IS NULL") == 2
     rows(db, "SELECT etcd_set('/elsewhere', '3')")
     one.wait_log("WARN 3 pending changes outside every")  # each time that there are new ones
-
-
-def test_polling_does_without_the_trigger(daemon, db, prefix, etcd):
-    daemon("--poll-interval=50ms")
-    rows(db, "ALTER TABLE etcd_wal DISABLE TRIGGER etcd_wal_notify")
-    rows(db, "SELECT etcd_set(%s, '1')", prefix + "a")
-    assert statuses(db) == ["success"]
 
 
 def test_etcd_status_tells_what_is_going_on(daemon, db, prefix, etcd):
@@ -7518,8 +7513,8 @@ def test_mirror_of_everything_leaves_the_daemons_own_keys_alone(daemon, command,
     own_client.put(foreign, "1")
     own_client.put("etcd_fdw", "theirs")
     running = daemon(*FAST, etcd=dsn)
-    refused_ = ended(db, ask(db, OWN_KEYS + "x"))
-    assert refused_.status == "failed" and "reserved" in str(refused_.error_message)
+    row = ended(db, ask(db, OWN_KEYS + "x"))
+    assert row.status == "failed" and "reserved" in str(row.error_message)
     assert own_client.get(OWN_KEYS + "x") is None
     apply_change(db, "a")
     own_client.put(foreign, "2")
@@ -9036,12 +9031,12 @@ def bare_txns(
 
 
 def sql_load(
-    db: str, sessions: int, each: int, statement: str, rate: float = 0.0, durable: bool = False
+    db: str, sessions: int, each: int, statement: str, rate: float = 0.0
 ) -> Callable[[], tuple[float, float]]:
     """Open sessions; return what commits `each` transactions in each, and when it began and ended.
 
-    They run in a loop on the server; c, i: session, turn. rate: transactions a second in each
-    session. durable: waiting for the disk, which limits how many fit into a second.
+    They run in a loop on the server, and do not wait for the disk, which limits how many fit into a
+    second; c, i: session, turn. rate: transactions a second in each session.
     """
     block = """
         DO $$ DECLARE c int := {}; t timestamptz := clock_timestamp();
@@ -9049,7 +9044,7 @@ def sql_load(
     """
     pace = "PERFORM pg_sleep(extract(epoch FROM t - clock_timestamp()) + i * {})"
     wait = pace.format(1 / rate) if rate else "NULL"
-    options = f"-csynchronous_commit={'on' if durable else 'off'}"
+    options = "-csynchronous_commit=off"
     cursors = [connect(db, options=options).cursor() for _ in range(sessions)]
 
     def run() -> tuple[float, float]:
@@ -9412,47 +9407,13 @@ def bench_idle(bench: Bench) -> None:
     bench.add("idle: CPU", share * 100, "% of a core", note=memory(daemon))
 
 
-def bench_notify(bench: Bench) -> None:
-    """What the notification costs 32 sessions that commit one row each, waiting for the disk."""
-    for what, args in (("with the trigger", ()), ("with polling", ("--poll-interval", "50ms"))):
-        prefix, db = bench.setting()
-        bench.daemon(prefix, db, *args)
-        if args:
-            rows(db, "ALTER TABLE etcd_wal DISABLE TRIGGER etcd_wal_notify")
-        each, insert = scaled(200, 5), INSERT_ROWS.format(prefix, 1)
-        began, ended = sql_load(db, 32, each, insert, durable=True)()
-        wait_state(db, "applied", 32 * each)
-        bench.add(f"32 sessions, {what}", 32 * each / (ended - began), "commits/s")
-
-
 def bench_waiting(bench: Bench) -> None:
-    """How long after the commit of an outcome etcd_wait returns, one change after another."""
-    rows(bench.postgres.dsn(), "ALTER SYSTEM SET track_commit_timestamp = on")
-    bench.postgres.restart()
+    """How long an application waits for its outcome, one change after another."""
     prefix, db = bench.setting()
     bench.daemon(prefix, db)
-    rows(
-        db,
-        """
-        CREATE FUNCTION waited(p_id bigint) RETURNS float8 LANGUAGE plpgsql AS $$
-        DECLARE v_returned timestamptz;
-        BEGIN
-            PERFORM etcd_wait(p_id);
-            v_returned := clock_timestamp();
-            RETURN extract(epoch FROM v_returned - (
-                SELECT pg_xact_commit_timestamp(xmin) FROM etcd_wal WHERE id = p_id));
-        END $$
-        """,
-    )
-    samples = []
-
-    def change(n: int) -> None:
-        id_ = scalar(db, "SELECT etcd_set(%s, %s)", f"{prefix}{n % 10}", str(n))
-        samples.append(scalar(db, "SELECT waited(%s)", id_))
-
-    whole = timed(scaled(1000), change)
-    bench.add_percentiles("etcd_wait after the commit of the outcome", samples)
-    bench.add_percentiles("etcd_set and etcd_wait", whole)
+    sql = "SELECT etcd_set(%s, '1')", "SELECT etcd_wait(max(id)) FROM etcd_wal"
+    times = timed(scaled(1000), lambda n: (rows(db, sql[0], f"{prefix}{n % 10}"), rows(db, sql[1])))
+    bench.add_percentiles("etcd_set and etcd_wait", times)
 
 
 def bench_backlog(bench: Bench) -> None:
@@ -9477,22 +9438,6 @@ def bench_backlog(bench: Bench) -> None:
             note = f"first tenth {first:,.0f}/s, last tenth {last:,.0f}/s; {note}"
         bench.add(f"backlog of {count:,} changes", count / (ended - began), "changes/s", note=note)
         assert scalar(db, "SELECT count(*) FROM etcd_wal WHERE status = 'success'") == count
-        daemon.stop()
-
-
-def bench_batch_size(bench: Bench) -> None:
-    """Catching up with Txns of 100 keys, by --batch-size."""
-    prefix, _ = bench.setting()
-    settings = {size: bench.setting()[1] for size in (100, 1000, 5000, 50_000)}
-    for db in settings.values():
-        bench.daemon(prefix, db).stop()
-    txns = scaled(1000, 20)
-    bench.start(put_load, bench.etcd.endpoint, prefix, txns, 100, 64, 4).result()
-    for size, db in settings.items():
-        daemon = bench.daemon(prefix, db, "--batch-size", str(size))
-        began = time.monotonic()
-        rate = txns * 100 / (wait_state(db, "revision", bench.client.revision()) - began)
-        bench.add(f"catch-up with --batch-size {size}", rate, "events/s", note=memory(daemon))
         daemon.stop()
 
 

@@ -395,6 +395,8 @@ class Compacted(EtcdUnavailable):
 class TooLarge(EtcdUnavailable):
     """the answer is larger than gRPC was told to take: ask for less, or take more"""
 
+    needs_person = True
+
 
 class EtcdDenied(AccessDenied):
     """etcd does not know this user"""
@@ -656,6 +658,7 @@ REMEDIES: tuple[tuple[type[EtcdFdwError], str], ...] = (
         'is that a copy of this database? give it a mirror of its own with "sync --reset"; ',
     ),
     (Corrupt, 'see "etcdctl alarm list"; '),
+    (TooLarge, "a value is larger than what this program takes: make it smaller; "),
 )
 
 
@@ -5295,8 +5298,9 @@ class Engine:
         self.attempt += 1
         self.delay = backoff(self.attempt, self.config.retry_initial, self.config.retry_max)
         just_expired = isinstance(error, TokenExpired) and self.attempt == 1  # the next has another
+        grows = isinstance(error, TooLarge) and self.answer_limit + 1 < len(ANSWER_LIMITS)
         level = logging.WARNING
-        if error.needs_person and not just_expired:
+        if error.needs_person and not (just_expired or grows):
             level, self.delay = logging.ERROR, self.config.retry_max
         if error.side in self.metrics.connected:
             self.metrics.connected[error.side] = False
@@ -5309,7 +5313,7 @@ class Engine:
                 compacted=error.revision or "?",
                 revision=self.metrics.checkpoint,
             )
-        elif isinstance(error, TooLarge) and self.answer_limit + 1 < len(ANSWER_LIMITS):
+        elif grows:
             self.answer_limit += 1
         else:
             self.answer_limit = 0

@@ -813,6 +813,14 @@ def daemon(
             print(f"── {one.log_path.name}: exit code {one.returncode}\n{one.log()}")
 
 
+def altered_script(tmp_path: Path, change: str) -> Path:
+    """The program after a statement that changes it, such as "etcd_fdw.HEARTBEAT_S = 1"."""
+    script = tmp_path / "altered.py"
+    start = f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import etcd_fdw"
+    script.write_text(f"{start}\n{change}\nsys.exit(etcd_fdw.main())\n")
+    return script
+
+
 @pytest.fixture
 def command(db: str, prefix: str, etcd_address: EtcdAddress) -> Callable[..., Any]:
     """Run a command for this test's database and prefix: command("status", "--check")."""
@@ -2219,11 +2227,8 @@ def test_unstorable_key_is_reported_and_the_rest_goes_on(daemon, command, db, pr
 
 
 def test_revision_is_never_parted(daemon, db, prefix, etcd, recorder, tmp_path):
-    heartless = tmp_path / "heartless.py"  # no heartbeat wakes a loop that forgot to go on
-    heartless.write_text(
-        f"import sys\nsys.path.insert(0, {str(SCRIPT.parent)!r})\nimport etcd_fdw\n"
-        "etcd_fdw.HEARTBEAT_S = 1e6\nsys.exit(etcd_fdw.main())\n"
-    )
+    # no heartbeat wakes a loop that forgot to go on
+    heartless = altered_script(tmp_path, "etcd_fdw.HEARTBEAT_S = 1e6")
     one = daemon("--batch-size", "7")
     for number in range(12):
         if number == 6:
@@ -2398,6 +2403,99 @@ def test_index_that_refuses_a_value_keeps_the_mirror_waiting(daemon, db, prefix,
     etcd.put(prefix + "b", value)
     one.wait_log(r"ERROR PostgreSQL: .* \"somebody_s\" .*retrying")
     rows(db, "DROP INDEX somebody_s")
+    wait_equal(db, etcd, prefix)
+
+
+def test_rows_of_a_time_that_the_mirror_cannot_know_are_another_timeline(
+    daemon, db, prefix, own_client
+):
+    own_client.put(prefix + "a", "1")
+    daemon(etcd=own_client).stop()
+    rows(db, "INSERT INTO etcd (key, value, revision) VALUES (%s, 'x', 4)", prefix + "foreign")
+    for number in range(3):
+        own_client.put(prefix + "a", str(number))
+    own_client.compact(own_client.revision())
+    one = daemon(*FAST, etcd=own_client, ready=False)
+    assert one.wait_exit() == 4
+    assert f"key {prefix}foreign has another history in the mirror" in one.log()
+
+
+def test_own_columns_indexes_and_triggers_do_not_matter(
+    daemon, command, db, prefix, etcd, recorder
+):
+    daemon().stop()
+    for table in ("etcd", "etcd_wal", "etcd_sync_state", "etcd_sync_event"):
+        for column in ("size", "kind", "n", "page", "due", "keys", "at", "following", "mine"):
+            rows(db, f"ALTER TABLE {table} ADD COLUMN {column} text")
+    rows(db, "CREATE INDEX ON etcd (revision); CREATE INDEX ON etcd (ts)")
+    rows(
+        db,
+        "CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS"
+        " 'BEGIN NEW.kind := NEW.key; RETURN NEW; END';"
+        "CREATE TRIGGER note BEFORE INSERT OR UPDATE ON etcd FOR EACH ROW EXECUTE FUNCTION note()",
+    )
+    old = ("--history-retention", "0s", "--wal-retention", "0s", "--audit-retention", "0s")
+    one = daemon("-l", "debug", "--audit", "all", *old)
+    for value in "12":
+        etcd.put(prefix + "a", value)
+    apply_change(db, prefix + "b")
+    etcd.put(prefix.encode() + b"\xff", "")
+    etcd.delete(prefix.encode() + b"\xff")
+    wait_equal(db, etcd, prefix)
+    rows(db, "UPDATE etcd_sync_state SET unrepaired = true")
+    one.stop()
+    assert daemon("--audit", "all").log().count("ERROR") == one.log().count("ERROR") == 0
+    rows(db, "DELETE FROM etcd WHERE key = %s", prefix + "a")
+    command("validate", "--fix", exit_code=0)
+    command("status", exit_code=0)
+    wait_equal(db, etcd, prefix)
+
+
+def test_first_copy_of_what_cannot_be_stored_takes_little_memory(daemon, db, prefix, own_client):
+    value = os.urandom(1 << 20)
+    for number in range(100):
+        own_client.put(prefix.encode() + b"\xff%d" % number, value)
+    one = daemon(etcd=own_client)
+    assert peak_mib(one.pid) < 150
+    told = "SELECT count(DISTINCT key), sum(length(details->>'value_hex')) FROM etcd_sync_event"
+    assert rows(db, f"{told} WHERE status = 'unstorable'") == [(100, 100 << 21)]
+
+
+def test_large_answers_of_many_events_are_not_taken_in_fragments(
+    daemon, db, prefix, own_etcd, own_client
+):
+    daemon(etcd=own_etcd).stop()
+    for number in range(900):
+        ops = [own_client.put_op(f"{prefix}{number}/{n}", "v" * 400) for n in range(100)]
+        own_client.txn(ops)
+    before = cpu_s(own_etcd.process.pid)
+    one = daemon(*FAST, etcd=own_etcd)
+    wait_until("no catch-up", lambda: scalar(db, "SELECT count(*) FROM etcd") == 90_000)
+    assert cpu_s(own_etcd.process.pid) - before < 8  # 24 with fragments
+    assert "WARN" not in one.log()
+
+
+def test_answer_that_is_always_too_large_has_a_reason(daemon, command, db, prefix, etcd, tmp_path):
+    daemon().stop()
+    tiny = "etcd_fdw.ANSWER_LIMITS = tuple((70_000, half) for _, half in etcd_fdw.ANSWER_LIMITS)"
+    etcd.put(prefix + "a", "x" * 100_000)
+    one = daemon(*FAST, script=altered_script(tmp_path, tiny))
+    one.wait_log("ERROR .*larger than max.*retrying")
+    wait_until("no reason", lambda: "larger than max" in (status_of(command)["last_error"] or ""))
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_silent_watch_is_asked(daemon, db, prefix, etcd, tmp_path, asks):
+    change = "etcd_fdw.SILENCE_LIMIT_S = etcd_fdw.ANSWER_LIMIT_S = 0.5\n"
+    if not asks:  # so that nothing is heard
+        change += "etcd_fdw.Watch.ask = lambda self: None"
+    one = daemon(*FAST, script=altered_script(tmp_path, change))
+    if not asks:
+        one.wait_log("WARN .*the watch has been silent for .*, and does not answer")
+    else:
+        time.sleep(4)
+        assert "silent" not in one.log()
+    etcd.put(prefix + "a", "1")
     wait_equal(db, etcd, prefix)
 
 
@@ -6438,6 +6536,188 @@ def test_etcd_restored_while_the_daemon_runs(daemon, db, prefix, own_etcd, tmp_p
         restore(own_etcd, tmp_path / "backup")
     assert running.wait_exit() == 4
     assert len(mirror_rows(db, prefix)) == 2
+
+
+def leave(daemon, db, client, prefix, path, known: str) -> int:
+    """Have a mirror end past a backup of etcd, and etcd without what came since; the checkpoint."""
+    client.put(prefix + "a", "1")
+    if known == "watched":
+        daemon(etcd=client).stop()
+    client.put("elsewhere", "1")
+    client.snapshot(path)
+    for number in range(9):
+        client.put("elsewhere", str(number))
+    daemon(etcd=client).stop()
+    if known == "watched":  # as after a progress notification
+        rows(db, "UPDATE etcd_sync_state SET revision = %s", client.revision())
+    return scalar(db, "SELECT revision FROM etcd_sync_state")
+
+
+@pytest.mark.parametrize("limit", ["", "etcd_fdw.PROOF_REVISIONS = 0"], ids=["few", "many"])
+@pytest.mark.parametrize("known", ["copied", "watched"])
+@pytest.mark.parametrize("then", ["nothing", "put", "delete", "put and delete", "too late"])
+def test_what_a_restored_etcd_did_instead_is_found(
+    daemon, db, prefix, own_etcd, tmp_path, limit, known, then
+):
+    with EtcdClient(own_etcd.endpoint) as client:
+        checkpoint = leave(daemon, db, client, prefix, tmp_path / "backup", known)
+        restore(own_etcd, tmp_path / "backup")
+    with EtcdClient(own_etcd.endpoint) as client:
+        if "put" in then:
+            client.put(prefix + "b", "other")
+        if "delete" in then:
+            client.delete(prefix + ("b" if "put" in then else "a"))
+        while client.revision() < checkpoint + 5:
+            client.put("elsewhere", "other")
+        before = rows(db, EVERYTHING)
+        options = {"etcd": client, "script": altered_script(tmp_path, limit), "ready": False}
+        one = daemon(*FAST, **options)
+        # what left no trace is seen by the watch, and by nobody if the mirror does not claim it
+        fine = then in ("nothing", "too late") or (
+            then == "put and delete" and (known == "copied" or bool(limit))
+        )
+        if fine:
+            client.put(prefix + "new", "1")
+            one.wait_log("watching")
+            wait_until("not mirrored", arrives(db, prefix + "new"))
+            return
+    assert one.wait_exit() == 4
+    assert "another etcd timeline" in one.log()
+    assert rows(db, EVERYTHING) == before
+
+
+@pytest.mark.parametrize("value", ["same", "other"])
+def test_same_key_at_the_same_revision_in_a_restored_etcd(
+    daemon, db, prefix, own_etcd, tmp_path, value
+):
+    with EtcdClient(own_etcd.endpoint) as client:
+        client.put(prefix + "a", "1")
+        client.snapshot(tmp_path / "backup")
+        daemon(etcd=client).stop()
+        last = client.put(prefix + "a", "same")
+        one = daemon(etcd=client)
+        wait_equal(db, client, prefix)
+        one.stop()
+        restore(own_etcd, tmp_path / "backup")
+    with EtcdClient(own_etcd.endpoint) as client:
+        assert client.put(prefix + "a", value) == last
+        client.put(prefix + "b", "1")
+        one = daemon(*FAST, etcd=client, ready=False)
+        if value == "other":
+            assert one.wait_exit() == 4
+        else:
+            wait_equal(db, client, prefix)
+
+
+def test_timeline_is_proved_by_who_may_only_read(daemon, db, secure_etcd, tmp_path):
+    reader = etcd_dsn(secure_etcd.endpoint, "/t/", "reader", "secret")
+    count = altered_script(tmp_path, "etcd_fdw.PROOF_REVISIONS = 0; etcd_fdw.PROOF_BYTES = 5000")
+    with secure_etcd.enable_auth() as root:
+        add_etcd_user(root, "reader", "secret", "/t/", kind=READ)
+        for number in range(50):
+            root.put(f"/t/{number}", "1")
+        root.put("/u", "1")
+        daemon(*FAST, etcd=reader).stop()
+        root.put("/t/a", "1")
+        daemon(*FAST, etcd=reader, script=count)
+        wait_equal(db, root, "/t/")
+
+
+def test_postgres_restored_from_a_backup_catches_up(daemon, db, prefix, etcd, recorder):
+    etcd.put(prefix + "a", "1")
+    daemon().stop()
+    tables = ("etcd", "etcd_sync_state")
+    for table in tables:
+        rows(db, f"CREATE TABLE backup_{table} AS TABLE {table}")
+    one = daemon()
+    etcd.put(prefix + "b", "1")
+    assert_same(recorder, db, prefix)
+    one.stop()
+    for table in tables:
+        rows(db, f"DELETE FROM {table}; INSERT INTO {table} TABLE backup_{table}")
+    daemon()
+    assert_same(recorder, db, prefix)
+
+
+# ─ exclude ─
+
+
+def whole_dump(db: str) -> str:
+    """All that is in the database's tables, as text."""
+    tables = "SELECT oid::regclass::text FROM pg_class WHERE relkind = 'r' AND oid >= 16384"
+    return str([rows(db, f"SELECT t::text FROM {table} t") for (table,) in rows(db, tables)])
+
+
+def assert_no_trace(db: str, *logs: str) -> None:
+    """No value of an excluded key is anywhere: all of them have this in them."""
+    for text in (whole_dump(db), *logs):
+        assert "hush" not in text
+        assert b"hush".hex() not in text
+
+
+def test_excluded_keys_leave_no_trace(daemon, command, db, prefix, own_client):
+    secret, put = prefix + "secret/", own_client.put
+    options = {"etcd": own_client, "query": f"?exclude={secret}&exclude={prefix}events/"}
+    dsn = dsn_of(own_client, prefix) + options["query"]
+    for key in (prefix + "a", prefix + "secret", prefix + "secret0"):
+        put(key, "seen")
+    put(secret + "a", "hush")
+    put(secret.encode() + b"\xff", "hush")
+    lines = ("-l", "debug", "--audit", "all")
+    logs = [one := daemon(*lines, **options)]
+    put(secret + "b", "hush", own_client.grant(60))
+    put(prefix + "events/1", "hush")
+    put(secret.encode() + b"\xfe", "hush")
+    own_client.txn([own_client.put_op(secret + "c", "hush"), own_client.put_op(prefix + "b", "1")])
+    own_client.delete(secret + "a")
+    put(prefix + "b", "2")
+    seen = {kv.key: kv for kv in own_client.range(prefix).kvs if b"hush" not in kv.value}
+    expected = {key: (kv.value, kv.mod_revision) for key, kv in seen.items()}
+    wait_until("not mirrored", lambda: live(db, prefix) == expected)
+    one.stop()
+    put(secret + "d", "hush")
+    put("elsewhere", "1")
+    own_client.compact(own_client.revision())  # a resync
+    logs.append(one := daemon(*lines, **options))
+    wait_until("no resync", lambda: "copied 4 keys" in one.log())
+    one.stop()
+    rows(db, f"UPDATE etcd_sync_state SET unrepaired = true; {OLD_MIRROR}")
+    logs.append(daemon(*lines, **options))
+    found = comparison_of(command, "--fix", etcd=dsn)
+    assert (found["equal"], found["keys"], found["unstorable"]) == (True, 4, 0)
+    assert live(db, prefix) == expected
+    assert_no_trace(db, *(log.log() for log in logs))
+    done = command("validate", etcd=own_client, exit_code=1)
+    assert f"this mirror excludes {prefix}events/, {secret}" in done.stderr
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_what_is_excluded_may_change(daemon, db, prefix, own_client, compacted):
+    secret = {"etcd": own_client, "query": f"?exclude={prefix}secret/"}
+    own_client.put(prefix + "a", "1")
+    own_client.put(prefix + "secret/a", "old")
+    daemon(**secret).stop()
+    own_client.put(prefix + "secret/a", "hush")
+    own_client.put(prefix.encode() + b"secret/\xff", "hush")
+    known = scalar(db, "SELECT revision FROM etcd_sync_state")
+    if compacted:
+        own_client.compact(own_client.revision())
+    one = daemon(etcd=own_client)
+    assert "this mirror excludes nothing now" in one.log()
+    wait_until("not mirrored", lambda: live(db, prefix + "secret/"))
+    own_client.put(prefix + "b", "1")
+    wait_until("not mirrored", arrives(db, prefix + "b"))
+    assert {key for key, *_ in rows(db, SIX_FIELDS, prefix, 2**62)} == {
+        (prefix + key).encode() for key in ("a", "b", "secret/a")
+    }
+    refused("22023", db, "SELECT etcd_at(%s)", known - 1)  # nobody knows what was there
+    one.stop()
+    two = daemon(**secret)
+    assert re.search(r"excludes \S+/secret/ now: dropped [12] row", two.log())
+    assert set(live(db, prefix)) == {(prefix + key).encode() for key in "ab"}
+    assert_no_trace(db, two.log())
+    two.stop()
+    daemon(**secret)
 
 
 # ─ much at once ─

@@ -2757,16 +2757,20 @@ class Outcomes:
             self.defer(postgres, cur, self.list, audit)
             finish()
             return
-        except (psycopg2.Error, NotNow) as exc:
-            if isinstance(exc, psycopg2.Error) and postgres_error(exc).belongs_to > Room.CHORE:
-                raise
-        cur.execute("ROLLBACK TO SAVEPOINT outcomes")
+        except NotNow:
+            pass
+        except psycopg2.Error as exc:
+            self.forgive(exc, cur)
         ids = {"ids": int_array(o.id for o in self.list)}
         cur.execute(UNFINISHED_SQL, ids)
         there = {id_ for (id_,) in cur}
-        cur.execute(UNLOCKED_SQL, ids)
-        free = {id_ for (id_,) in cur}
         done = [o for o in self.list if o.id not in there]  # nothing to write
+        free: set[int] = set()
+        try:
+            cur.execute(UNLOCKED_SQL, ids)
+            free.update(id_ for (id_,) in cur)
+        except psycopg2.Error as exc:
+            self.refusal = self.forgive(exc, cur)
         self.deferred = list(self.deferred or ())
         self.deferred += (o for o in self.list if o.id in there and o.id not in free)
         parts = [[o for o in self.list if o.id in free]]
@@ -2777,10 +2781,7 @@ class Outcomes:
                 cur.execute("RELEASE SAVEPOINT outcomes")
                 done += part
             except psycopg2.Error as exc:
-                error = postgres_error(exc)
-                if error.belongs_to > Room.CHORE:
-                    raise
-                cur.execute("ROLLBACK TO SAVEPOINT outcomes")
+                error = self.forgive(exc, cur)
                 if middle := len(part) // 2:
                     parts += [part[middle:], part[:middle]]
                 else:
@@ -2788,6 +2789,14 @@ class Outcomes:
                     self.refusal = type(error)(f"{error}: the outcome of change {part[0].id} waits")
         self.list = done
         finish()
+
+    def forgive(self, exc: psycopg2.Error, cur: Any) -> EtcdFdwError:
+        """Go back to the savepoint after an error that ends no more than a statement."""
+        error = postgres_error(exc)
+        if error.belongs_to > Room.CHORE:
+            raise exc
+        cur.execute("ROLLBACK TO SAVEPOINT outcomes")
+        return error
 
     def defer(self, postgres: Postgres, cur: Any, outcomes: list[Outcome], audit: bool) -> None:
         """Have outcomes written with the next statement, behind a savepoint."""

@@ -28,6 +28,7 @@ import shlex
 import shutil
 import signal
 import socket
+import statistics
 import struct
 import subprocess
 import sys
@@ -73,7 +74,7 @@ from psycopg2.extensions import make_dsn
 from supervisor.xmlrpc import SupervisorTransport
 
 import etcd_fdw
-from etcd_fdw import etcdrpc
+from etcd_fdw import Room, etcdrpc
 
 SCRIPT = Path(etcd_fdw.__file__).resolve()
 SCHEMA_SQL = etcd_fdw.SCHEMA_FILE.read_text(encoding="utf-8")
@@ -7090,6 +7091,364 @@ def test_read_only_database_is_waited_for(daemon, db, etcd, recorder, prefix):
     assert mirror_rows(db, prefix) == []
     rows(db, f"ALTER DATABASE {name} RESET default_transaction_read_only")
     assert_same(recorder, db, prefix)
+
+
+# ── faults: bulkheads ────────────────────────────────────────────────────────
+
+
+@contextmanager
+def others_go_on(one: Daemon, db: str, client: EtcdClient, prefix: str) -> Iterator[None]:
+    """Whatever the block does, both directions serve others, in the session that there is."""
+    yield
+    client.put(f"{prefix}others/theirs", "goes on")
+    wait_until("the mirror stands still", arrives(db, f"{prefix}others/theirs"))
+    rows(db, "SELECT etcd_set(%s, 'goes on')", f"{prefix}others/mine")
+    assert ended(db, f"{prefix}others/mine").status == "success"
+    assert "retrying" not in one.log()
+
+
+INSERT = "INSERT INTO etcd_wal (key, value, {0}) VALUES (%s, 'mine', {1}) RETURNING id"
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "reason"),
+    [
+        ("ttl", "interval '300 years'", "too large lease TTL"),
+        ("ttl", "interval '-1 s'", "below zero"),
+        ("ts", "'infinity'", "its ts is no time"),
+        ("ts", "'-infinity'", "its ts is no time"),
+        ("ts", "'294276-12-31'", "its ts is no time"),
+        ("revision", "-7", "below zero"),
+        ("action", "'no such'", "no action 'no such'"),
+    ],
+)
+def test_one_bad_row_fails_alone(daemon, db, prefix, etcd, column, value, reason):
+    one = daemon(*FAST)
+    with others_go_on(one, db, etcd, prefix):
+        rows(db, "SELECT etcd_set(%s, 'innocent')", prefix + "innocent")
+        id_ = scalar(db, INSERT.format(column, value), prefix + "bad")
+        row = ended(db, id_)
+        assert row.status == "failed"
+        assert reason in (row.error_message or "")
+        assert ended(db, prefix + "innocent").status == "success"
+    one.wait_log(f"WARN change {id_} to {prefix}bad failed: ")
+    assert scalar(db, "SELECT last_error FROM etcd_sync_state") is None
+
+
+@pytest.mark.parametrize("column", ["value", "value_bytes"])
+def test_value_beyond_what_any_etcd_takes_fails_unread(daemon, db, prefix, etcd, column):
+    made = {
+        "value": "repeat('鍵', 12000000)",
+        "value_bytes": "decode(repeat('00', 36000000), 'hex')",
+    }
+    one = daemon(*FAST)
+    before = peak_mib(one.pid)
+    with others_go_on(one, db, etcd, prefix):
+        sql = f"INSERT INTO etcd_wal (key, {column}) VALUES (%s, {made[column]}) RETURNING id"
+        row = ended(db, scalar(db, sql, prefix + "large"))
+        assert (row.status, "36000000 bytes" in str(row.error_message)) == ("failed", True)
+    assert peak_mib(one.pid) < before + 30
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "count"),
+    [("漢", 300_000, 2), ("🐘", 9_000, 50), ("ä", 9_000, 90), ("a", 30_000, 90)],
+)
+def test_sizes_are_bytes(daemon, db, prefix, etcd, text, size, count):
+    one = daemon(*FAST)
+    with others_go_on(one, db, etcd, prefix):
+        sql = "INSERT INTO etcd_wal (key, value) SELECT %s || i, repeat(%s, %s) "
+        rows(db, sql + "FROM generate_series(1, %s) i", prefix, text, size, count)
+        assert statuses(db) == ["success"] * count
+
+
+def test_server_with_a_lower_limit_of_operations_fails_nothing(daemon, db, prefix, etcd):
+    one = daemon("--max-txn-ops", "1000", *FAST)
+    with others_go_on(one, db, etcd, prefix):
+        sql = "INSERT INTO etcd_wal (key, value) SELECT %s || i, i FROM generate_series(1, %s) i"
+        rows(db, sql, prefix + "small/", 100)
+        in_transactions_of_their_own(db, 300, f"INSERT INTO etcd_wal (key) VALUES ('{prefix}%s')")
+        rows(db, sql, prefix + "large/", 500)
+        assert set(statuses(db)) == {"success"}
+    one.wait_log("WARN etcd takes fewer operations in a transaction than --max-txn-ops 1000")
+    whole = "SELECT count(DISTINCT result_revision) FROM etcd_wal WHERE starts_with(key, %s)"
+    assert scalar(db, whole, prefix + "small/") == 1
+
+
+@pytest.mark.parametrize("objection", ["trigger", "foreign key", "lock"])
+def test_chore_that_is_refused_is_a_warning(daemon, db, prefix, etcd, objection):
+    statements = {
+        "trigger": """
+            CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+                $$ BEGIN RAISE EXCEPTION 'not this one'; END $$;
+            CREATE TRIGGER keep BEFORE DELETE ON etcd_wal EXECUTE FUNCTION refuse()""",
+        "foreign key": """
+            CREATE TABLE mine (id bigint CONSTRAINT mine_fk REFERENCES etcd_wal (id));
+            INSERT INTO mine SELECT id FROM etcd_wal""",
+        "lock": "SELECT",
+    }
+    said = {"trigger": "not this one", "foreign key": "mine_fk", "lock": "lock timeout"}
+    one = daemon(*FAST)
+    apply_change(db, prefix + "old")
+    one.stop()
+    rows(db, statements[objection])
+    with ExitStack() as stack:
+        if objection == "lock":
+            stack.enter_context(session(db, "BEGIN", "LOCK etcd_sync_event IN SHARE MODE"))
+            rows(db, "UPDATE etcd_wal SET dismissed_at = now()")
+        one = daemon("--wal-retention", "0s", "--audit-retention", "0s", *FAST)
+        with others_go_on(one, db, etcd, prefix):
+            if objection != "lock":
+                one.wait_log(f"WARN .*etcd_wal.*{said[objection]}")
+        assert one.log().count("WARN") <= 1
+
+
+def test_column_index_and_trigger_of_a_user_are_no_matter(daemon, db, prefix, etcd):
+    daemon(*FAST).stop()
+    for table in ("etcd", "etcd_wal", "etcd_sync_state", "etcd_sync_event"):
+        for column in ("size", "p", "s", "data", "found", "n"):
+            rows(db, f"ALTER TABLE {table} ADD COLUMN {column} bigint DEFAULT 7")
+    one = daemon(
+        "--wal-retention", "0s", "--history-retention", "0s", "--audit-retention", "0s", *FAST
+    )
+    with others_go_on(one, db, etcd, prefix):
+        rows(db, "SELECT etcd_set(%s, %s)", prefix + "a", "1")
+        assert ended(db, prefix + "a").status == "success"
+    assert "WARN" not in one.log()
+
+
+def test_corrupt_etcd_keeps_changes_waiting(daemon, db, own_etcd, own_client):
+    one = daemon(*FAST, etcd=etcd_dsn(own_etcd.endpoint, "/x/"))
+    apply_change(db, "/x/first")
+    member = own_client.call(
+        own_client.maintenance.Status, etcdrpc.StatusRequest()
+    ).header.member_id
+    alarm = partial(etcdrpc.AlarmRequest, memberID=member, alarm=2)  # CORRUPT
+    own_client.call(own_client.maintenance.Alarm, alarm(action=etcdrpc.AlarmRequest.ACTIVATE))
+    rows(db, SET, "/x/waits")
+    one.wait_log('ERROR .*corrupt cluster.*changes wait, see "etcdctl alarm list"')
+    assert wal_rows(db)[-1].status == "pending"
+    own_client.call(own_client.maintenance.Alarm, alarm(action=etcdrpc.AlarmRequest.DEACTIVATE))
+    assert ended(db, "/x/waits").status == "success"
+    assert "retrying" not in one.log()
+
+
+def test_unexpected_exception_is_a_new_session(daemon, db, prefix, etcd, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import threading, os\n"
+        "start, failed = threading.Thread.start, []\n"
+        "def once(self):\n"
+        "    if self.name == 'watch' and not failed:\n"
+        "        failed.append(1)\n"
+        '        raise RuntimeError("can\'t start new thread")\n'
+        "    start(self)\n"
+        "threading.Thread.start = once\n"
+    )
+    one = daemon(*FAST, env={"PYTHONPATH": str(tmp_path)}, ready=False)
+    one.wait_log(
+        r"ERROR internal error: RuntimeError: can't start new thread \(line \d+\); retrying"
+    )
+    etcd.put(prefix + "a", "1")
+    wait_until("it did not go on", arrives(db, prefix + "a"))
+
+
+def test_synchronous_standby_that_is_away_holds_up_nothing(daemon, own_postgres, prefix, etcd):
+    db = own_postgres.dsn()
+    one = daemon(*FAST, postgres=db)
+    rows(db, "ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
+    rows(db, "SELECT pg_reload_conf()")
+    with session(db, "SET synchronous_commit = local") as cur:
+        cur.execute("SELECT etcd_set(%s, '1')", (prefix + "a",))
+        wait_until("not applied", lambda: etcd.get(prefix + "a"))
+        etcd.put(prefix + "b", "1")
+        wait_until("not mirrored", arrives(db, prefix + "b"))
+        cur.execute("SELECT status FROM etcd_wal")
+        assert cur.fetchall() == [("success",)]
+    assert "WARN" not in one.log()
+
+
+def test_outcome_of_a_row_that_somebody_has_locked_waits_alone(daemon, db, prefix, etcd):
+    one = daemon(*FAST)
+    with frozen_mirror(db):
+        id_ = scalar(db, "SELECT etcd_set(%s, '1')", prefix + "locked")
+        holder = connect(db)
+        holder.cursor().execute("BEGIN; SELECT FROM etcd_wal WHERE id = %s FOR UPDATE", (id_,))
+    with others_go_on(one, db, etcd, prefix):
+        wait_until("it was not applied", lambda: etcd.get(prefix + "locked"))
+    assert wal_rows(db, id_=id_)[0].status == "pending"
+    revision = revision_of(etcd, prefix + "locked")
+    one.kill()  # the next one knows what became of it, and does not send it again
+    etcd.delete(prefix + "locked")
+    one = daemon(*FAST)
+    with others_go_on(one, db, etcd, prefix + "again/"):
+        pass
+    holder.cursor().execute("COMMIT")
+    row = ended(db, id_)
+    assert (row.status, row.result_revision) == ("success", revision)
+    assert etcd.get(prefix + "locked") is None
+    assert scalar(db, "SELECT deferred FROM etcd_sync_state") == []
+
+
+def test_outcome_that_a_trigger_refuses_waits_alone(daemon, db, prefix, etcd):
+    one = daemon(*FAST)
+    rows(
+        db,
+        """
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+            $$ BEGIN RAISE EXCEPTION 'not this one'; END $$;
+        CREATE TRIGGER refuse BEFORE UPDATE ON etcd_wal FOR EACH ROW
+            WHEN (NEW.value = 'refused') EXECUTE FUNCTION refuse()
+        """,
+    )
+    with others_go_on(one, db, etcd, prefix):
+        with session(db, "BEGIN") as cur:
+            for n, value in enumerate(["fine", "refused", "fine", "fine"]):
+                cur.execute("SELECT etcd_set(%s, %s)", (f"{prefix}{n}", value))
+            cur.execute("COMMIT")
+        one.wait_log("WARN .*not this one.*the outcome of change")
+        assert [ended(db, f"{prefix}{n}").status for n in (0, 2, 3)] == ["success"] * 3
+    rows(db, "DROP TRIGGER refuse ON etcd_wal")
+    assert set(statuses(db)) == {"success"}
+
+
+def test_outcome_goes_to_the_row_that_was_sent(daemon, db, prefix, own_etcd, own_client, network):
+    one = daemon(*FAST, etcd=f"etcd://{network.endpoint}{prefix}?request_timeout=60s")
+    apply_change(db, prefix + "first")
+    rows(db, "TRUNCATE etcd_wal RESTART IDENTITY")
+    keep_back(network, db, SET, prefix + "sent")
+    rows(db, "TRUNCATE etcd_wal RESTART IDENTITY")
+    id_ = scalar(db, "SELECT etcd_set(%s, 'other')", prefix + "other")
+    deliver(network, own_etcd)
+    row = ended(db, id_)
+    assert (row.id, row.status) == (1, "success")
+    assert row.result_revision == revision_of(own_client, prefix + "other")
+    assert revision_of(own_client, prefix + "sent") < row.result_revision
+    assert "retrying" not in one.log()
+
+
+def test_role_that_is_narrowed_for_a_moment_fails_nothing(daemon, db, secure_etcd):
+    client = secure_etcd.enable_auth()
+    one = daemon(*FAST, etcd=secure_etcd.dsn())
+    apply_change(db, "/t/first")
+    revoke = etcdrpc.AuthRoleRevokePermissionRequest(
+        role="fdw", key=b"/t/", range_end=prefix_end("/t/")
+    )
+    client.call(client.auth.RoleRevokePermission, revoke)
+    permit(client, "fdw", READ, "/t/")
+    rows(db, SET, "/t/waits")
+    one.wait_log("ERROR .*permission denied.*changes wait")
+    assert wal_rows(db)[-1].status == "pending"
+    permit(client, "fdw", READWRITE, "/t/")
+    assert ended(db, "/t/waits").status == "success"
+
+
+@pytest.mark.parametrize("privilege", ["SELECT", "UPDATE"])
+def test_missing_grant_for_changes_leaves_the_mirror_alone(
+    daemon, db, roles, privilege, own_client
+):
+    roles("GRANT")
+    narrow = f"daemon_{RUN_ID}"
+    one = daemon(
+        *FAST, postgres=make_dsn(db, user=narrow), etcd=f"etcd://{own_client.endpoint}/app/"
+    )
+    rows(db, f"REVOKE {privilege} ON etcd_wal FROM {narrow}")
+    rows(db, SET, "/app/waits")
+    one.wait_log("(ERROR|WARN) .*permission denied for table etcd_wal")
+    own_client.put("/app/theirs", "goes on")
+    wait_until("the mirror stands still", arrives(db, "/app/theirs"))
+    rows(db, f"GRANT {privilege} ON etcd_wal TO {narrow}")
+    assert ended(db, "/app/waits").status == "success"
+    assert "retrying" not in one.log()
+
+
+def test_many_changes_outside_every_prefix_delay_none(daemon, db, prefix):
+    daemon("--poll-interval", "50ms")
+    rows(db, "ALTER TABLE etcd_wal DISABLE TRIGGER etcd_wal_notify")
+    sql = "INSERT INTO etcd_wal (key) SELECT 'outside/' || i FROM generate_series(1, 200000) i"
+    rows(db, sql)
+    rows(db, "ANALYZE etcd_wal")
+
+    def took(n: int) -> float:
+        started = time.monotonic()
+        rows(db, "INSERT INTO etcd_wal (key, value) VALUES (%s, '1')", f"{prefix}{n}")
+        ended(db, f"{prefix}{n}")
+        return time.monotonic() - started
+
+    assert statistics.median(took(n) for n in range(20)) < 0.25
+
+
+def test_transactions_that_overlap_are_applied_in_an_order_that_can_have_happened(
+    daemon, db, prefix, etcd
+):
+    daemon(*FAST).stop()
+    a, b, k = (prefix + name for name in "abk")
+    first, second = connect(db).cursor(), connect(db).cursor()
+    first.execute("SELECT etcd_set(%s, 'first')", (a,))
+    for key in (k, b):
+        second.execute("SELECT etcd_set(%s, 'second')", (key,))
+    second.connection.commit()
+    first.execute("SELECT etcd_set(%s, 'first')", (k,))
+    first.connection.commit()
+    daemon(*FAST)
+    assert statuses(db) == ["success"] * 4
+    assert [etcd.get(key).value for key in (a, b, k)] == [b"first", b"second", b"first"]
+
+
+RPCTYPES = {  # what each of etcd's messages stops; source: rpctypes/error.go of 3.7.3
+    Room.CHANGE: """
+        InvalidArgument: duplicate key given in txn request, key is not provided, key not found,
+            lease is provided, request is too large, too many operations in txn request,
+            value is provided, invalid client api version
+        NotFound: requested lease not found
+        OutOfRange: too large lease TTL
+        FailedPrecondition: lease already exists""",
+    Room.PUSH: """
+        ResourceExhausted: mvcc: database space exceeded, too many requests
+        Unavailable: leader changed, no leader, request timed out,
+            request timed out possibly due to connection lost,
+            request timed out waiting for the applied index took too long
+        DataLoss: corrupt cluster
+        PermissionDenied: permission denied
+        Unimplemented: unsupported operations in txn request""",
+    Room.SESSION: """
+        OutOfRange: mvcc: required revision has been compacted,
+            mvcc: required revision is a future revision
+        InvalidArgument: revision of auth store is old, user name is empty,
+            authentication failed
+        Unauthenticated: invalid auth token
+        Unavailable: server stopped, unhealthy cluster
+        Canceled: request canceled, watch canceled
+        DeadlineExceeded: context deadline exceeded
+        FailedPrecondition: not capable, not leader, rpc not supported for learner
+        Unknown: a message that nobody knows""",
+}
+
+
+@pytest.mark.parametrize("room", RPCTYPES)
+def test_every_message_of_etcd_stops_what_it_belongs_to(room):
+    codes = {code.name.replace("_", "").lower(): code for code in grpc.StatusCode}
+    codes["canceled"] = grpc.StatusCode.CANCELLED
+    for code, texts in re.findall(r"(\w+): (.+?)(?=\n *[A-Z]\w+: |$)", RPCTYPES[room], re.DOTALL):
+        for text in texts.split(","):
+            error = etcd_error("etcdserver: " + " ".join(text.split()), codes[code.lower()])
+            assert (error.belongs_to, error.side) == (room, "etcd"), text
+
+
+@pytest.mark.parametrize(
+    ("room", "codes"),
+    [
+        (Room.CHANGE, "22003 22008 22P02 54000"),
+        (Room.CHORE, "23503 23505 23514 P0001 42501 42703 40001 40P01 55P03 57014 53100 XX000"),
+        (Room.SESSION, "08006 25006 57P01 57P03 58030 28P01"),
+        (Room.PROCESS, "2BP01"),
+    ],
+)
+def test_every_sqlstate_stops_what_it_belongs_to(db, room, codes):
+    for code in codes.split():
+        with pytest.raises(psycopg2.Error) as caught:
+            rows(db, f"DO $$ BEGIN RAISE EXCEPTION 'no' USING ERRCODE = '{code}'; END $$")
+        error = etcd_fdw.postgres_error(caught.value)
+        assert (error.belongs_to, code in str(error)) == (room, True), code
 
 
 # ── faults: the daemon and its peers ─────────────────────────────────────────

@@ -754,7 +754,7 @@ BEGIN
 
     -- One transaction after the other changes a key: the next one waits here until this one ends. Transactions
     -- that change the same keys in different orders can deadlock, as with rows: 40P01, try again.
-    IF p_expect THEN  -- guards do not wait for each other
+    IF p_expect THEN  -- guards do not wait for each other, once the row is there
         LOOP
             INSERT INTO etcd_lock (hash, txid) VALUES (v_hash, pg_current_xact_id()) ON CONFLICT DO NOTHING;
             PERFORM FROM etcd_lock l WHERE l.hash = v_hash FOR SHARE;

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import asyncio
 import base64
 import bisect
 import collections
@@ -3662,6 +3663,11 @@ def test_values_are_parsed_only_where_their_json_is_asked_for(schema):
         plan = rows(schema, f"EXPLAIN VERBOSE SELECT {columns} FROM etcd_kv WHERE key = '/a'")
         assert ("_etcd_json" in str(plan)) == parsed
     assert "_etcd_json" not in str(rows(schema, "EXPLAIN VERBOSE SELECT count(*) FROM etcd_kv"))
+    covers(schema, "", 1, 1)
+    for call in ["etcd_list()", "etcd_get('/a')", "etcd_at(1)", "etcd_get_all('/a')"]:
+        plan = rows(schema, f"EXPLAIN VERBOSE SELECT key, value FROM {call}")
+        assert "_etcd_json" not in str(plan), call
+        assert scalar(schema, f"SELECT value_json FROM {call}") == {}
 
 
 def test_list_and_at_agree_with_a_full_scan(schema):
@@ -3718,6 +3724,68 @@ def test_at_refuses_what_the_mirror_cannot_know(schema):
         error = refused("22023", schema, "SELECT * FROM etcd_at(%s, %s)", revision, prefix)
         assert message in error.message_primary
         assert ("It was: etcd_get_all" in error.message_hint) == (prefix == "/retired/")
+
+
+def test_at_says_what_is_known(schema):
+    covers(schema, "/a/", 10, 50, gaps='{"[20,30)","[40,41)"}')
+    for revision, message in [(-1, "before the mirror began"), (25, "was compacted")]:
+        error = refused("22023", schema, f"SELECT * FROM etcd_at({revision}, '/a/')")
+        assert message in error.message_primary
+        known = 'Revisions 10 to 50 are known, but for those in {"[20,30)","[40,41)"}.'
+        assert error.message_hint == known
+
+
+def test_lists_have_a_limit_and_a_start(schema):
+    long_history(schema, 20000, keys=5000)
+    mirror(schema, ("no slash", 30000, "v"), ("/z", 30001, None))
+    covers(schema, "", 1, 30001)
+    keys = sorted(f"/k/{n}" for n in range(5000))
+    assert rows(schema, "SELECT key FROM etcd_list('/k/', 3)") == [(k,) for k in keys[:3]]
+    for source in ["etcd_list('/', 3, %s)", "etcd_at(20000, '', 3, %s)"]:
+        found = rows(schema, f"SELECT key FROM {source}", keys[70])
+        assert found == [(k,) for k in keys[71:74]], source
+    assert rows(schema, "SELECT key FROM etcd_list('', 2, '/z')") == [("no slash",)]
+    assert rows(schema, "SELECT key FROM etcd_list('/k/', 0)") == []
+    assert rows(schema, "SELECT key FROM etcd_list('/k/', 9, '/')") == [(k,) for k in keys[:9]]
+    refused("22023", schema, "SELECT etcd_list('', -1)")
+    with session(schema) as cur:
+        for call in ["etcd_list('/k/', 50, '/k/3')", "etcd_at(9000, '/k/', 50, '/k/3')"]:
+            assert tuples_read(cur, "etcd", f"SELECT * FROM {call}") < 400
+
+
+def test_many_keys_are_looked_up_by_lateral_etcd_get_not_by_the_view(schema):
+    long_history(schema, 20000, keys=5000)
+    wanted = "FROM (VALUES ('/k/1'), ('/k/77'), ('/nil')) w (key) LEFT JOIN"
+    view = f"SELECT w.key, k.value {wanted} etcd_kv k ON k.key = w.key"
+    lateral = f"SELECT w.key, k.value {wanted} LATERAL etcd_get(w.key) k ON true"
+    assert sorted(rows(schema, view)) == sorted(rows(schema, lateral))
+    with session(schema) as cur:
+        assert tuples_read(cur, "etcd", lateral) == 2
+        assert tuples_read(cur, "etcd", view) >= 5000  # what the README warns of
+        first = "SELECT key, value FROM etcd_kv WHERE key > '/k/3' ORDER BY key LIMIT 9"
+        assert tuples_read(cur, "etcd", first) < 100  # ordered by the index
+    for statement in (f"EXPLAIN {lateral}", f"EXPLAIN {first}"):
+        assert "Sort (" not in str(rows(schema, statement))
+
+
+def test_the_revision_of_a_time(schema):
+    covers(schema, "/a/", 1, 99)
+    for revision, age in [(10, "3 days"), (11, "3 days"), (20, "2 h"), (30, "2 s")]:
+        mirrored = (
+            "INSERT INTO etcd (ts, key, value, revision) VALUES (now() - %s::interval, %s, 'v', %s)"
+        )
+        rows(schema, mirrored, age, "/a/x", revision)
+        rows(schema, mirrored, age, "/b/other", revision + 500)
+    at = "SELECT etcd_revision_at(now() - %s::interval, '/a/')"
+    for age, revision in [("0", 30), ("1 min", 20), ("1 day", 11)]:
+        assert scalar(schema, at, age) == revision
+    assert "mirrored by" in refused("22023", schema, at, "4 days").message_primary
+    assert "future" in refused("22023", schema, at, "-1 min").message_primary
+    refused("22023", schema, "SELECT etcd_revision_at(now(), '/elsewhere')")
+    refused("22023", schema, "SELECT etcd_revision_at(NULL)")
+    assert rows(
+        schema, "SELECT revision FROM etcd_at(etcd_revision_at(now() - '1 h'::interval), '/a/')"
+    ) == [(20,)]
 
 
 def test_at_answers_up_to_the_edges_of_what_is_known(schema):
@@ -3954,13 +4022,132 @@ def test_concurrent_sessions_on_one_key_form_one_chain(schema):
     assert wal(schema, "depends_on") == [(None,), *((change,) for change in ids[:-1])]
 
 
-def test_a_bulk_change_leaves_room_in_the_lock_table(schema):
-    locks = "FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()"
+def test_sessions_with_keys_of_their_own_never_meet(schema):
+    def write(number: int) -> None:
+        dice, keys = random.Random(number), [f"/{number}/{n}ä" for n in range(90)]
+        for turn in range(12):
+            dice.shuffle(keys)  # the order does not matter
+            if turn % 2:
+                rows(schema, "SELECT etcd_set(k, 'v') FROM unnest(%s) k", keys)
+            else:
+                rows(schema, "SELECT etcd_set_many(%s)", json.dumps(dict.fromkeys(keys, turn)))
+
+    in_threads(6, write)  # raises what any of them met
+    assert scalar(schema, "SELECT count(*) FROM etcd_wal") == 6 * 12 * 90
+
+
+def test_a_large_transaction_holds_up_nobody_and_fits_the_lock_table(schema):
     with session(schema, "BEGIN") as cur:
-        cur.execute("SELECT count(etcd_set('/k/' || g, 'v')) FROM generate_series(1, 5000) g")
-        assert cur.fetchone() == (5000,)
-        cur.execute(f"SELECT count(*) <= 1024 {locks}")
+        cur.execute("SELECT count(etcd_set('/k/' || g, 'v')) FROM generate_series(1, 10000) g")
+        cur.execute("SELECT count(*) < 50 FROM pg_locks WHERE pid = pg_backend_pid()")
         assert cur.fetchone() == (True,)
+        others = "SELECT count(etcd_set('/o/' || g, 'v')) FROM generate_series(1, 1000) g"
+        rows(schema, f"SET lock_timeout = '1s'; {others}; RESET lock_timeout")
+
+
+def test_the_same_key_is_ordered_as_a_row_is(schema):
+    begin = "BEGIN; SELECT etcd_set('/b', 'v'); SAVEPOINT s; SELECT etcd_set('/a', 'v')"
+    with session(schema, begin) as first, ThreadPoolExecutor() as pool:
+        second = pool.submit(scalar, schema, "SELECT etcd_set('/a', 'w')")
+        wait_until("nobody waits", lambda: blocked(schema))
+        first.execute("ROLLBACK TO s")  # gives back what was locked after the savepoint
+        change = second.result(timeout=WAIT_S)
+        second = pool.submit(scalar, schema, "SELECT etcd_set('/b', 'w')")
+        wait_until("nobody waits", lambda: blocked(schema))
+        first.execute("COMMIT")
+        last = second.result(timeout=WAIT_S)
+    assert wal(schema, "id, depends_on") == [(1, None), (change, None), (last, 1)]
+
+
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+def test_a_snapshot_that_hides_a_newer_change_is_refused_at_once(schema, level):
+    rows(schema, "SELECT etcd_set('/a', '1')")
+    with session(schema, f"BEGIN ISOLATION LEVEL {level}; SELECT FROM etcd_wal") as cur:
+        cur.execute("SELECT etcd_set('/a', '2')")  # sees the first
+        cur.execute("COMMIT; BEGIN; SELECT FROM etcd_wal")
+        cur.execute(f"ROLLBACK; BEGIN ISOLATION LEVEL {level}; SELECT FROM etcd_wal")
+        rows(schema, "SELECT etcd_set('/a', '3'), etcd_set('/new', '3')")
+        for key in ("/a", "/new"):
+            cur.execute("SAVEPOINT s")
+            with pytest.raises(psycopg2.errors.SerializationFailure):
+                cur.execute("SELECT etcd_set(%s, '4')", (key,))
+            cur.execute("ROLLBACK TO s")
+
+
+def test_guards_hold_off_changes_but_not_each_other(schema):
+    mirror(schema, ("/lock", 3, "x"))
+    rows(schema, "SELECT etcd_expect('/lock', 3)")  # only the very first one holds up others
+    rows(schema, "DELETE FROM etcd_wal")
+    hold = "BEGIN; SELECT etcd_expect('/lock', 3), etcd_set('/a', 'v', force => true)"
+    with session(schema, hold) as cur, ThreadPoolExecutor() as pool:
+        rows(schema, "SELECT etcd_expect('/lock', 3), etcd_expect('/none', 0)")
+        rows(schema, "SELECT etcd_expect('/lock', 4)")  # the mirror may not have it yet
+        writer = pool.submit(scalar, schema, "SELECT etcd_set('/lock', 'y')")
+        wait_until("it does not wait for the guard", lambda: blocked(schema))
+        cur.execute("COMMIT")
+        change = writer.result(timeout=WAIT_S)
+    refused("40001", schema, "SELECT etcd_expect('/lock', 3)")  # has a pending change
+    refused("40001", schema, "SELECT etcd_expect('/a', 3)")
+    assert wal(schema, "action, key, revision, force, depends_on") == [
+        ("expect", "/lock", 3, False, None),
+        (None, "/a", None, True, None),
+        ("expect", "/lock", 3, False, None),
+        ("expect", "/none", 0, False, None),
+        ("expect", "/lock", 4, False, None),
+        (None, "/lock", 3, False, None),  # a guard is nothing to build on
+    ]
+    finish(schema, change, "success", 5)
+    mirror(schema, ("/lock", 5, "y"))
+    assert "5" in refused("40001", schema, "SELECT etcd_expect('/lock', 3)").message_detail
+
+
+def test_a_keepalive_is_queued_and_nothing_else(schema):
+    rows(schema, "SELECT etcd_keepalive('/a'), etcd_set('/a', 'v')")
+    assert wal(schema, "key, action, value, depends_on") == [
+        ("/a", "keepalive", None, None),
+        ("/a", None, "v", None),
+    ]
+    for bad in ("''", "NULL"):
+        refused("23514" if bad == "''" else "23502", schema, f"SELECT etcd_keepalive({bad})")
+    finish(schema, 1, "failed")
+    refused("55000", schema, "SELECT etcd_retry(1)")
+
+
+def test_any_scalar_is_put_as_its_text(schema):
+    rows(schema, "CREATE TYPE pg_temp.color AS ENUM ('red')")
+    values = {
+        "5": "5", "5::smallint": "5", "1.50": "1.50", "1e3::float8": "1000", "true": "true",
+        "'{\"a\": 1}'::json": '{"a": 1}', "'{\"a\":1}'::jsonb": '{"a": 1}',
+        "'red'::pg_temp.color": "red",
+        "'7f0c8f0e-0000-4000-8000-000000000000'::uuid": "7f0c8f0e-0000-4000-8000-000000000000",
+        "date '2026-01-31'": "2026-01-31", "'x'::varchar": "x", "'y'::name": "y", "'日本'": "日本",
+    }  # fmt: skip
+    for value in values:
+        rows(schema, f"SELECT etcd_set('/a', {value}, ttl => '1 h')")
+    rows(schema, "SELECT etcd_set('/a', '\\xff00'::bytea)")
+    assert wal(schema, "value") == [*((value,) for value in values.values()), (None,)]
+    assert wal(schema, "value_bytes")[-1] == (b"\xff\0",)
+
+
+def test_restore_queues_what_differs_and_nothing_else(schema):
+    mirror(schema, ("same", 1, ""), ("/bytes", 2, b"\n\x03k8s\0"), ("/text", 3, "ä日😀"))
+    mirror(schema, ("/gone", 4, "{}"), ("/gone", 8, None), ("/bytes", 9, "text"))
+    mirror(schema, ("/text", 10, "new"), ("/later", 11, "x"), ("/leased", 5, "l"))
+    rows(schema, "INSERT INTO etcd (key, revision, value, lease) VALUES ('/leased', 12, 'l', 7)")
+    covers(schema, "", 1, 20)
+    refused("22023", schema, "SELECT etcd_restore('', 21)")
+    assert scalar(schema, "SELECT etcd_restore('/nothing/', 5)") == 0
+    assert scalar(schema, "SELECT etcd_restore('', 5)") == 5
+    assert wal(schema, "key, value, value_bytes, revision, ttl = '0'") == [
+        ("/bytes", None, b"\n\x03k8s\0", 9, None),
+        ("/gone", "{}", None, None, None),
+        ("/later", None, None, 11, None),
+        ("/leased", "l", None, 12, True),
+        ("/text", "ä日😀", None, 10, None),
+    ]
+    refused("40001", schema, "SELECT etcd_restore('', 5)")
+    rows(schema, "DELETE FROM etcd_wal; SELECT etcd_set('/pending', 'v')")
+    refused("40001", schema, "SELECT etcd_restore('/pending', 5)")  # not skipped in silence
 
 
 def test_own_success_is_not_mistaken_for_a_foreign_change(schema):
@@ -4151,6 +4338,44 @@ def test_waiting_works_on_a_standby(own_postgres):
         assert waiter.result(timeout=90) == 10
 
 
+def test_waiting_for_a_transaction_tells_its_worst_end(schema):
+    covers(schema, "/a/", 1, 9)
+    rows(schema, "SELECT etcd_set('/a/' || g, 'v') FROM generate_series(1, 3) g")
+    txid = scalar(schema, "SELECT txid::text FROM etcd_wal WHERE id = 1")
+    wait = "SELECT * FROM etcd_wait(txid => %s, timeout => '0.1 s')"
+    for change, status, revision in [(1, "success", 7), (2, "success", 8)]:
+        finish(schema, change, status, revision)
+    assert "change 3" in refused("57014", schema, wait, txid).message_primary
+    finish(schema, 3, "success")  # deleted nothing
+    assert rows(schema, wait, txid) == [("success", 8, None)]
+    rows(schema, "UPDATE etcd_wal SET status = 'conflict', error_message = 'theirs' WHERE id = 2")
+    assert rows(schema, wait, txid) == [("conflict", 8, "theirs")]
+    rows(schema, "UPDATE etcd_wal SET status = 'failed', error_message = 'no' WHERE id = 3")
+    assert rows(schema, wait, txid) == [("failed", None, "no")]
+    refused("P0002", schema, wait, str(int(txid) + 99))
+    rows(schema, "INSERT INTO etcd_wal (key) SELECT g::text FROM generate_series(1, 2000) g")
+    rows(schema, "ANALYZE etcd_wal")
+    plan = str(rows(schema, f"EXPLAIN SELECT * FROM etcd_wal WHERE txid = '{txid}'"))
+    assert "etcd_wal_txid_idx" in plan
+
+
+def test_put_sets_commits_and_waits(db, daemon, etcd, prefix):
+    daemon(*FAST)
+    put = "CALL etcd_put(%s, 'v', %s, timeout => '60 s')"
+    with session(db, "SET default_transaction_isolation = 'repeatable read'") as cur:
+        cur.execute(put, (prefix + "a", 0))
+        (revision,) = cur.fetchone()
+        assert etcd.get(prefix + "a").mod_revision == revision
+        assert scalar(db, "SELECT revision FROM etcd_get(%s)", prefix + "a") == revision
+        with pytest.raises(psycopg2.errors.SerializationFailure):
+            cur.execute(put, (prefix + "a", 0))
+        with pytest.raises(psycopg2.errors.InvalidTransactionTermination):
+            cur.execute(f"BEGIN; CALL etcd_put('{prefix}b', 'v')")
+        cur.execute("ROLLBACK")
+    rows(db, "SELECT etcd_set(%s, 'mine')", prefix + "c")
+    assert scalar(db, "SELECT count(*) FROM etcd_wal") == 2
+
+
 def test_waiting_leaves_nothing_behind(schema):
     covers(schema, "/a/", 1, 9)
     rows(schema, "SELECT etcd_set('/a/1', 'v')")
@@ -4258,6 +4483,67 @@ def test_kv_refuses_a_key_with_a_pending_change(schema):
     assert len(wal(schema)) == 2
 
 
+def test_kv_builds_on_what_its_own_transaction_has_queued(schema):
+    mirror(schema, ("/a", 3, "x"), ("/b", 4, "x"))
+    with session(schema, "BEGIN") as cur:
+        for statement, count in [
+            ("INSERT INTO etcd_kv (key, value) VALUES ('/new', '1')", 1),
+            ("UPDATE etcd_kv SET value = '2' WHERE key = '/new'", 1),
+            ("UPDATE etcd_kv SET value = '2', revision = 0 WHERE value = '2' AND revision = 0", 1),
+            ("DELETE FROM etcd_kv WHERE key = '/new'", 1),
+            ("DELETE FROM etcd_kv WHERE key = '/new'", 0),
+            ("INSERT INTO etcd_kv (key, value) VALUES ('/new', '3')", 1),
+            ("UPDATE etcd_kv SET value = 'y' WHERE key = '/a'", 1),
+            ("UPDATE etcd_kv SET value = 'z' WHERE key = '/a' AND revision = 3", 1),
+            ("DELETE FROM etcd_kv WHERE key = '/b'", 1),
+            ("UPDATE etcd_kv SET value = 'y' WHERE key = '/b'", 0),  # as of a row that is deleted
+            ("SELECT FROM etcd_kv", 2),  # what etcd has
+        ]:
+            cur.execute(statement)
+            assert cur.rowcount == count, statement
+        cur.execute("SAVEPOINT s")
+        with pytest.raises(psycopg2.errors.UniqueViolation):
+            cur.execute("INSERT INTO etcd_kv (key, value) VALUES ('/new', '4')")
+        cur.execute("ROLLBACK TO s; COMMIT")
+    assert wal(schema, "key, value, revision, depends_on") == [
+        ("/new", "1", None, None),
+        ("/new", "2", None, 1),
+        ("/new", "2", None, 2),
+        ("/new", None, None, 3),
+        ("/new", "3", None, 4),
+        ("/a", "y", 3, None),
+        ("/a", "z", 3, 6),
+        ("/b", None, 4, None),
+    ]
+
+
+def test_kv_skips_no_pending_creation_in_silence(schema):
+    rows(schema, "SELECT etcd_set('/new', 'v'), etcd_set('/gone', 'v'), etcd_delete('/gone')")
+    for condition in ("key = '/new'", "key LIKE '/n%'", "value = 'v'", "true"):
+        refused("40001", schema, f"DELETE FROM etcd_kv WHERE {condition}")
+        refused("40001", schema, f"UPDATE etcd_kv SET value = 'w' WHERE {condition}")
+    for key in ("/gone", "/nil"):
+        rows(schema, "WITH d AS (DELETE FROM etcd_kv WHERE key = %s RETURNING 1) TABLE d", key)
+    assert rows(schema, "SELECT * FROM etcd_kv") == []
+    plan = str(rows(schema, "EXPLAIN ANALYZE SELECT * FROM etcd_kv WHERE key = '/a'"))
+    assert "One-Time Filter: (current_setting('etcd_fdw.writing'" in plan
+    assert re.search(r"Function Scan on _etcd_creations[^)]*\) \(never executed\)", plan)
+
+
+def test_kv_takes_whole_rows_as_mappers_write_them(schema):
+    mirror(schema, ("/a", 3, '{"x": 1}'))
+    columns = ("value", "value_bytes", "revision", "ts", "lease", "value_json", "create_revision")
+    (row,) = rows(schema, f"SELECT {', '.join(columns)} FROM etcd_kv WHERE key = '/a'")
+    update = f"UPDATE etcd_kv SET {', '.join(f'{c} = %s' for c in columns)} WHERE key = '/a'"
+    read = [json.dumps(v) if isinstance(v, dict) else v for v in row]
+    rows(schema, update, "new", *read[1:])
+    assert wal(schema, "value, revision") == [("new", 3)]
+    rows(schema, "DELETE FROM etcd_wal")
+    mirror(schema, ("/a", 5, "theirs"))
+    error = refused("40001", schema, update, "new", *read[1:])  # made of an older row
+    assert "not at revision 3" in error.message_primary
+
+
 @pytest.mark.parametrize(
     "statement", ["UPDATE etcd_kv SET value = 'mine' WHERE key = '/a'", "DELETE FROM etcd_kv"]
 )
@@ -4327,6 +4613,30 @@ def test_kv_refuses_what_etcd_could_not_do(schema):
         assert wal(schema) == []
 
 
+def test_files_are_copied_into_kv_which_refuses_an_empty_field(schema):
+    def copy(table: str, text: str) -> None:
+        with session(schema) as cur:
+            cur.copy_expert(f"COPY {table} FROM STDIN (FORMAT csv)", io.StringIO(text))
+
+    copy("etcd_kv (key, value)", '/a,1\n/b,""\nno slash,"{""x"": ""ä😀""}"\n')
+    assert wal(schema, "key, value") == [("/a", "1"), ("/b", ""), ("no slash", '{"x": "ä😀"}')]
+    with pytest.raises(psycopg2.errors.NullValueNotAllowed):
+        copy("etcd_kv (key, value)", "/c,\n")
+    copy("etcd_wal (key, value)", "/c,\n")  # is a delete, as the README warns
+    assert wal(schema, "key, value")[3:] == [("/c", None)]
+
+
+def test_values_are_bytes_in_one_column_whatever_they_are(schema):
+    mirror(schema, ("/p", 1, b"k8s\0\n\x02v1"), ("/p", 2, "k8s"), ("/e", 3, ""), ("/u", 4, "ä😀"))
+    covers(schema, "", 1, 4)
+    expected = [("/e", b""), ("/p", b"k8s"), ("/u", "ä😀".encode())]
+    for source in ("etcd_kv ORDER BY key", "etcd_list()", "etcd_at(4)"):
+        assert rows(schema, f"SELECT key, value_raw FROM {source}") == expected
+    assert rows(schema, "SELECT value_raw FROM etcd_get('/e')") == [(b"",)]
+    history = rows(schema, "SELECT value_raw FROM etcd_get_all('/p')")
+    assert history == [(b"k8s\0\n\x02v1",), (b"k8s",)]
+
+
 # ─ etcd_status ─
 
 
@@ -4355,6 +4665,37 @@ def test_status_shows_changes_that_no_daemon_will_take(schema):
     assert rows(schema, query) == [("/a/", 5, 0), (None, None, 1)]
     covers(schema, "/l", 1, 5)
     assert rows(schema, query) == [("/a/", 5, 0), ("/l", 5, 1)]
+
+
+def test_refused_lists_what_nobody_has_dealt_with(schema):
+    covers(schema, "/", 1, 5)
+    rows(schema, "SELECT etcd_set('/a/' || g, 'v') FROM generate_series(1, 5) g")
+    for change, status in [(1, "conflict"), (2, "failed"), (3, "conflict"), (4, "success")]:
+        finish(schema, change, status)
+    rows(schema, "SELECT etcd_retry(1); SELECT etcd_dismiss(2)")
+    query = "SELECT id, key, status FROM etcd_refused"
+    assert rows(schema, query) == [(3, "/a/3", "conflict")]
+    assert rows(schema, "SELECT conflicts, failures FROM etcd_status") == [(1, 0)]
+    rows(schema, "UPDATE etcd_sync_state SET last_error = 'etcd is away', last_error_at = now()")
+    assert rows(schema, "SELECT last_error FROM etcd_status") == [("etcd is away",)]
+
+
+def test_what_nobody_mirrors_can_be_taken_back(schema, role):
+    covers(schema, "/a/", 1, 5)
+    rows(schema, "SELECT etcd_set('/a/1', 'v'), etcd_set('typo', 'v'), etcd_set('typo2', 'v')")
+    finish(schema, 3, "failed")
+    grant_example(schema, app=role)
+    app = make_dsn(schema, user=role)
+    error = refused("42501", app, "SELECT etcd_cancel(2)")
+    assert error.message_hint == f"GRANT DELETE ON etcd_wal TO {role}"
+    error = refused("42501", app, "SELECT etcd_dismiss(3)")
+    assert error.message_hint == f"GRANT UPDATE (dismissed_at) ON etcd_wal TO {role}"
+    rows(schema, error.message_hint + f"; GRANT DELETE ON etcd_wal TO {role}")
+    assert "on its way" in refused("55000", app, "SELECT etcd_cancel(1)").message_primary
+    assert "is failed" in refused("55000", app, "SELECT etcd_cancel(3)").message_primary
+    refused("P0002", app, "SELECT etcd_cancel(9)")
+    rows(app, "SELECT etcd_cancel(2), etcd_dismiss(3)")
+    assert wal(schema, "id") == [(1,), (3,)]
 
 
 # ─ privileges ─
@@ -4455,6 +4796,190 @@ def test_row_level_security_does_not_make_lists_scan_the_rest(schema, role):
     with session(schema, user=role) as cur:
         assert tuples_read(cur, "etcd", "SELECT * FROM etcd_list('/app/')") <= 2 * 100 + 64
         assert tuples_read(cur, "etcd", "SELECT * FROM etcd_get('/app/7')") == 1
+
+
+@pytest.mark.usefixtures("altered")
+def test_an_application_cannot_lock_the_mirror_by_its_view(schema, role):
+    grant_example(schema, app=role)
+    app = make_dsn(schema, user=role)
+    if version(schema) < 15:  # as the file says beside the grants
+        rows(schema, f"REVOKE INSERT, UPDATE, DELETE ON etcd_kv FROM {role}")
+    for relation in ("etcd_kv", "etcd_status", "etcd"):
+        refused("42501", app, f"BEGIN; LOCK TABLE {relation} IN ACCESS EXCLUSIVE MODE")
+    rows(app, "SELECT etcd_set('/a', 'v')")
+
+
+@pytest.mark.usefixtures("altered")
+def test_columns_and_triggers_of_the_user_are_no_matter(schema):
+    own = "size", "k", "s", "w", "e", "prefix", "v_pending", "mirrors", "keys", "deletes", "same"
+    for table in ("etcd", "etcd_wal", "etcd_sync_state", "etcd_lock"):
+        new = ", ".join(f"ADD COLUMN IF NOT EXISTS {name} text DEFAULT 'own'" for name in own)
+        rows(schema, f"ALTER TABLE {table} ADD COLUMN dropped int, {new}")
+        rows(schema, f"ALTER TABLE {table} DROP COLUMN dropped")
+    mirror(schema, ("/a", 3, "x"), ("/a", 5, "y"))
+    rows(
+        schema, "INSERT INTO etcd_sync_state (prefix, first_revision, revision) VALUES ('/', 1, 9)"
+    )
+    for source in (
+        "etcd_kv", "etcd_get('/a')", "etcd_list()", "etcd_at(4)", "etcd_get_all('/a', 1)",
+        "etcd_status", "etcd_revision_at(now(), '/')", "etcd_wait_revision(9)",
+    ):  # fmt: skip
+        assert rows(schema, f"SELECT * FROM {source}"), source
+    rows(schema, "SELECT etcd_restore('/', 4); SELECT etcd_set('/a', 'w'), etcd_set('x', 'w')")
+    rows(schema, "INSERT INTO etcd_kv (key, value) VALUES ('/b', 'v')")
+    rows(schema, "SELECT etcd_expect('/c', 0), etcd_delete_prefix('/a'), etcd_cancel(3)")
+    finish(schema, 1, "failed")
+    rows(schema, "SELECT etcd_wait(1), etcd_retry(1), etcd_dismiss(1)")
+    rows(schema, SCHEMA_SQL)
+
+
+def test_views_that_bypass_row_level_security_are_mended(db, daemon, command, schema_user):
+    rows(db, SCHEMA_SQL)
+    if version(db) < 15:
+        pytest.skip("before PostgreSQL 15 a view has its owner's rights")
+    rows(db, "ALTER VIEW etcd_kv RESET (security_invoker)")  # as in a dump of 14
+    rows(db, "ALTER VIEW etcd_refused SET (security_invoker = false)")
+    for name in ("etcd_kv", "etcd_refused"):
+        mends = f"ALTER VIEW {name} SET (security_invoker = true)"
+        assert mends in command("config", "validate", "--connect", exit_code=3).stdout
+        assert mends in str(status_of(command)["problems"])
+    here = scalar(db, "SELECT current_database()")
+    grant_example(db, app=schema_user, etcd_fdw=schema_user, mydb=here)
+    other = command("start", postgres=make_dsn(db, user=schema_user), exit_code=3)
+    assert "have the owner of the schema apply it" in other.stderr
+    daemon()
+    assert rows(db, etcd_fdw.OPEN_VIEWS_SQL.replace("%%", "%")) == []
+
+
+def test_rows_of_keys_that_nobody_holds_are_deleted(schema):
+    many = "INSERT INTO etcd_lock SELECT g, pg_current_xact_id() FROM generate_series(1, 300000) g"
+    rows(schema, many)
+    prune = etcd_fdw.PRUNE_LOCK_SQL % {"limit": 200000}
+    with session(schema, "BEGIN; UPDATE etcd_lock SET txid = pg_current_xact_id() WHERE hash = 1"):
+        assert rows(schema, prune) == [(200000, True)]
+        assert rows(schema, prune) == [(99999, False)]
+    assert scalar(schema, "SELECT count(*) FROM etcd_lock") == 1
+
+
+# ─ applications ─
+
+
+def test_sqlalchemy_maps_the_view_with_a_version(schema):
+    sqlalchemy = pytest.importorskip("sqlalchemy")
+    orm = pytest.importorskip("sqlalchemy.orm")
+    mirror(schema, ("/a", 3, "x"), ("/b", 4, '{"y": 1}'))
+    table = sqlalchemy.Table(
+        "etcd_kv",
+        sqlalchemy.MetaData(),
+        sqlalchemy.Column("key", sqlalchemy.Text, primary_key=True),
+        sqlalchemy.Column("value", sqlalchemy.Text),
+        sqlalchemy.Column(
+            "revision", sqlalchemy.BigInteger, server_default=sqlalchemy.FetchedValue()
+        ),
+    )
+
+    class Setting:
+        def __init__(self, key: str, value: str) -> None:
+            self.key, self.value = key, value
+
+    version = {"version_id_col": table.c.revision, "version_id_generator": False}
+    orm.registry().map_imperatively(Setting, table, eager_defaults=True, **version)
+    engine = sqlalchemy.create_engine(
+        "postgresql+psycopg2://", creator=lambda: psycopg2.connect(schema)
+    )
+    with orm.Session(engine) as work:
+        new, old = Setting("/new", "1"), work.get(Setting, "/a")
+        work.add(new)
+        old.value = "y"
+        work.flush()
+        new.value, old.value = "2", "z"  # flushed again in the same transaction
+        work.flush()
+        work.delete(work.get(Setting, "/b"))
+        work.commit()
+    changes = [("/a", "y", 3), ("/a", "z", 3), ("/b", "", 4), ("/new", "1", 0), ("/new", "2", 0)]
+    assert sorted(wal(schema, "key, coalesce(value, ''), coalesce(revision, 0)")) == changes
+    rows(schema, "DELETE FROM etcd_wal")
+    with orm.Session(engine) as work:
+        stale = work.get(Setting, "/a")
+        mirror(schema, ("/a", 9, "theirs"))
+        stale.value = "mine"
+        with pytest.raises(orm.exc.StaleDataError):
+            work.flush()
+    engine.dispose()
+
+
+def test_django_saves_whole_rows(schema):
+    django = pytest.importorskip("django")
+    from django.conf import settings
+
+    host = dict(part.split("=", 1) for part in shlex.split(schema))
+    connection = {
+        k.upper(): v for k, v in host.items() if k in ("user", "password", "host", "port")
+    }
+    connection.update(ENGINE="django.db.backends.postgresql", NAME=host["dbname"])
+    settings.configure(DATABASES={"default": connection}, USE_TZ=True)
+    django.setup()
+    from django.db import connections, models, transaction
+    from django.db.utils import IntegrityError, OperationalError
+
+    class Setting(models.Model):
+        key = models.TextField(primary_key=True)
+        value = models.TextField(null=True)
+        value_bytes = models.BinaryField(null=True)
+        revision = models.BigIntegerField(null=True)
+        ts = models.DateTimeField(null=True)
+        value_json = models.JSONField(null=True)
+
+        class Meta:
+            app_label, managed, db_table = "tests", False, "etcd_kv"
+
+    mirror(schema, ("/a", 3, '{"x": [1, "ä"]}'), ("/b", 4, "x"))
+    with transaction.atomic():
+        one = Setting.objects.get(key="/a")
+        one.value = "y"
+        one.save()
+        one.value = "z"
+        one.save()
+        Setting.objects.create(key="/new", value="1")
+        Setting.objects.filter(key="/b").delete()
+        Setting.objects.filter(key="/new").update(value="2")
+    assert wal(schema, "key, value, revision") == [
+        ("/a", "y", 3), ("/a", "z", 3), ("/new", "1", None), ("/b", None, 4), ("/new", "2", None),
+    ]  # fmt: skip
+    rows(schema, "DELETE FROM etcd_wal")
+    stale = Setting.objects.get(key="/a")
+    mirror(schema, ("/a", 9, "theirs"))
+    with pytest.raises(OperationalError) as caught:
+        stale.save()
+    cause = caught.value.__cause__
+    assert (getattr(cause, "sqlstate", None) or cause.pgcode) == "40001"  # psycopg 3 or 2
+    with pytest.raises(IntegrityError):
+        Setting.objects.create(key="/a", value="1")
+    connections.close_all()
+
+
+def test_asyncpg_calls_with_untyped_parameters(schema):
+    asyncpg = pytest.importorskip("asyncpg")
+    mirror(schema, ("/a", 3, "x"))
+    covers(schema, "/", 1, 9)
+    host = dict(part.split("=", 1) for part in shlex.split(schema))
+
+    async def run() -> None:
+        names = {"dbname": "database"}
+        conn = await asyncpg.connect(**{names.get(k, k): v for k, v in host.items()})
+        change = await conn.fetchval(
+            "SELECT etcd_set($1, $2, ttl => $3)", "/a", "y", timedelta(hours=1)
+        )
+        rows(schema, "UPDATE etcd_wal SET status = 'success', finished_at = now()")
+        assert (await conn.fetchrow("SELECT * FROM etcd_wait($1)", change))["status"] == "success"
+        assert await conn.fetchval("SELECT etcd_set($1, $2::int)", "/b", 5)
+        assert [r["key"] for r in await conn.fetch("SELECT * FROM etcd_at($1, $2)", 3, "/")] == [
+            "/a"
+        ]
+        assert await conn.fetchval("SELECT etcd_expect($1, $2)", "/a", 3)
+        await conn.close()
+
+    asyncio.run(run())
 
 
 # ── random histories ─────────────────────────────────────────────────────────

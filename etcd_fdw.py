@@ -1790,7 +1790,7 @@ SELECT pg_catalog.format('ALTER VIEW %%s SET (security_invoker = true)', c.oid::
 FROM pg_catalog.unnest(ARRAY['etcd_kv', 'etcd_refused', 'etcd_status']) v (name)
 JOIN pg_catalog.pg_class c ON c.oid = pg_catalog.to_regclass(v.name)::oid
 WHERE pg_catalog.current_setting('server_version_num')::int >= 150000
-  AND NOT coalesce(c.reloptions, '{}') @> '{security_invoker=true}'::text[]
+  AND ('security_invoker=true' = ANY (c.reloptions)) IS NOT TRUE
 """
 
 

@@ -5370,6 +5370,69 @@ def test_random_histories(daemon, db, own_client, network):
     play()
 
 
+def overlap(
+    db: str, prefix: str, session_: int, dice: int, order: dict[str, list[tuple[int, str]]]
+) -> None:
+    """Run random transactions on keys that other sessions change as well.
+
+    order: by key, what was set and by which transaction, as the lock of the key was handed on.
+    """
+    draw = random.Random(f"{dice} {session_}")
+    cur = connect(db).cursor()
+    for number in range(25):
+        transaction, made = session_ * 1000 + number, list[str]()
+
+        def set_one(key: str, transaction: int = transaction, made: list[str] = made) -> None:
+            value = draw.choice(World.TEXTS) + f"{transaction}"
+            cur.execute("SELECT etcd_set(%s, %s)", (prefix + key, value))
+            order[key].append((transaction, value))
+            made.append(key)
+
+        def undo(count: int, made: list[str] = made, transaction: int = transaction) -> None:
+            for key in made[count:]:
+                mine = [n for n, (by, _) in enumerate(order[key]) if by == transaction]
+                del order[key][mine[-1]]
+            del made[count:]
+
+        try:
+            cur.execute("BEGIN")
+            for _ in range(draw.randrange(1, 5)):
+                set_one(draw.choice("abcdefgh"))
+                if draw.random() < 0.3:
+                    cur.execute("SAVEPOINT s")
+                    before = len(made)
+                    set_one(draw.choice("abcdefgh"))
+                    if draw.random() < 0.5:
+                        undo(before)
+                        cur.execute("ROLLBACK TO s")
+            if draw.random() < 0.1:  # more than one Txn takes
+                for n in range(150):
+                    set_one(f"{session_}/{number}/{n}")
+            if draw.random() < 0.2:
+                undo(0)
+                cur.execute("ROLLBACK")
+            cur.execute("COMMIT")
+        except psycopg2.errors.DeadlockDetected:
+            undo(0)
+            cur.execute("ROLLBACK")
+
+
+def test_where_only_sql_competes_the_last_writer_wins(daemon, db, prefix, etcd, seed):
+    running = daemon(*FAST)
+    order = collections.defaultdict[str, list[tuple[int, str]]](list)
+    with ThreadPoolExecutor() as pool:
+        work = [pool.submit(overlap, db, prefix, number, seed, order) for number in range(4)]
+        while not all(each.done() for each in work):
+            wait_until("nothing is applied", lambda: etcd.range(prefix).kvs)
+            running.kill()
+            running = daemon(*FAST)
+        for each in work:
+            each.result()
+    assert set(statuses(db)) == {"success"}
+    expected = {key: writes[-1][1] for key, writes in order.items() if writes}
+    assert {k: etcd.get(prefix + k).value.decode() for k in expected} == expected
+
+
 # ── status, sync, validate, config ───────────────────────────────────────────
 
 

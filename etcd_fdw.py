@@ -4344,19 +4344,26 @@ class Mirror:
     compacted what comes next; from watch() on next_batch() and write(), again and again.
     """
 
-    def __init__(self, engine: Engine, postgres: Postgres, etcd: Etcd) -> None:
-        self.engine = engine
+    def __init__(
+        self,
+        postgres: Postgres,
+        etcd: Etcd,
+        config: Config,
+        metrics: Metrics,
+        waker: Waker,
+        check_stop: Callable[[], None],
+    ) -> None:
         self.postgres = postgres
         self.etcd = etcd
+        self.config = config
+        self.metrics = metrics
+        self.waker = waker
+        self.check_stop = check_stop  # raises Stopped
+        self.checkpoint = 0  # up to which revision the mirror is complete, since watch()
         self.generation: int | None = None  # None: no lock is held
         self.intake: Intake | None = None  # None: not watching yet
         self.via_staging = False  # PostgreSQL refused a plain COPY: go through the staging table
         self.written_at = self.shown_at = time.monotonic()  # shown: how far a copy is
-
-    @property
-    def checkpoint(self) -> int:
-        """Up to which revision the mirror is complete, since watch()."""
-        return self.engine.metrics.checkpoint
 
     # ─ start ─
 
@@ -4401,7 +4408,7 @@ class Mirror:
     def watch_shows_nothing(self, state: SyncState, after: int) -> bool:
         """Whether etcd can tell what happened until the checkpoint. Raises AnotherTimeline."""
         hidden = (*self.etcd.target.hidden, *(prefix.encode() for prefix in state.excluded))
-        until, waker = state.revision, self.engine.waker
+        until, waker = state.revision, self.waker
         try:
             found = revisions_after(self.etcd, after, waker, hidden=hidden, until=until)
         except Compacted:
@@ -4427,7 +4434,7 @@ class Mirror:
         ends = [*starts[1:], self.etcd.range_end]
         options: dict[str, Any] = {"min_mod_revision": state.last_revision, "keys_only": True}
         for start, end, page in zip(starts, ends, pages or [{"keys": 0}]):
-            self.engine.check_stop()
+            self.check_stop()
             held = 0
             for segment in segments(self.postgres.prefix, hidden):
                 if both := overlap(segment, (start, end)):
@@ -4471,8 +4478,6 @@ class Mirror:
         Constant memory: pages go to a staging table, and are merged in one transaction.
         Raises Compacted.
         """
-        engine = self.engine
-        engine.set_state(COPYING)
         started = self.shown_at = time.monotonic()
         try:
             staged = load_staging(self.postgres, self.etcd, at, self.show_progress)
@@ -4480,7 +4485,7 @@ class Mirror:
             # compacted while it was read: start over with the newest, which stays for longest
             raise Compacted(revision=0) from exc
         old = state.revision if state else None
-        news = Counters(resyncs=int(state is not None), reconnects=engine.metrics.lost)
+        news = Counters(resyncs=int(state is not None), reconnects=self.metrics.lost)
         with self.postgres.transaction(LONG_STATEMENT_LIMIT_S) as cur:
             put, deleted = self.merge_staging(cur, staged, state)
             event = SynchronizationEvent(
@@ -4498,9 +4503,9 @@ class Mirror:
             news.unstorable = cur.rowcount
             cur.execute(DROP_STAGING_SQL)
             self.advance(cur, staged.revision, Batch(staged.revision), Outcomes(), news)
-            if channel := engine.config.notify_channel:
+            if channel := self.config.notify_channel:
                 self.postgres.notify(cur, channel, (old or 0) + 1, staged.revision)
-        engine.metrics.count(news)
+        self.metrics.count(news)
         warn_of_unstorable(staged.unstorable, staged.last_revision)
         log.info(
             "copied %(keys)s from etcd to PostgreSQL at revision %(revision)d"
@@ -4514,7 +4519,6 @@ class Mirror:
 
     def complete(self, checkpoint: int) -> None:
         """Bring in what was not mirrored of the keys until now, as a repair does."""
-        self.engine.set_state(COPYING)
         with suppress(Compacted):  # the watch will end the same way, and a snapshot follows
             options: dict[str, Any] = {"repair": True, "progress": self.show_progress}
             warn_of_repair(compare(self.postgres, self.etcd, checkpoint, **options))
@@ -4524,7 +4528,7 @@ class Mirror:
         if time.monotonic() > self.shown_at + PROGRESS_S:
             self.shown_at = time.monotonic()
             log.info("copying from etcd: %(done)d of %(total)d keys", done=keys, total=total)
-        self.engine.check_stop()
+        self.check_stop()
 
     def merge_staging(self, cur: Any, staged: Staged, state: SyncState | None) -> tuple[int, int]:
         """Bring mirror and checkpoint from the staging table to its revision.
@@ -4563,10 +4567,10 @@ class Mirror:
 
     def watch(self, checkpoint: int) -> None:
         """Begin to watch at the checkpoint."""
-        self.engine.metrics.checkpoint = checkpoint
+        self.checkpoint = self.metrics.checkpoint = checkpoint
         # at the checkpoint, not after it: etcd before 3.4.36 and 3.5.18 silently drops a
         # delete at the compacted revision, and the overlap makes it say "compacted" instead
-        watch = Watch(self.etcd, checkpoint, self.engine.waker)
+        watch = Watch(self.etcd, checkpoint, self.waker)
         self.intake = Intake(self.etcd, watch)
 
     # ─ an event's way ─
@@ -4575,7 +4579,7 @@ class Mirror:
         """What the watch has brought, up to the size of a batch. Raises what ended the watch."""
         assert self.intake is not None
         batch = Batch(self.checkpoint, self.etcd.target.hidden)
-        batch.add(*self.intake.take(self.engine.config.batch_size))
+        batch.add(*self.intake.take(self.config.batch_size))
         return batch
 
     def write(self, batch: Batch, outcomes: Outcomes) -> None:
@@ -4588,19 +4592,19 @@ class Mirror:
                 raise
             self.via_staging = True
             news = self.write_once(batch, outcomes)
-        self.engine.metrics.count(news)
+        self.metrics.count(news)
         warn_of_unstorable(len(batch.unstorable), batch.checkpoint)
-        self.engine.metrics.checkpoint = batch.checkpoint
+        self.checkpoint = self.metrics.checkpoint = batch.checkpoint
         self.written_at = time.monotonic()
         if self.intake and batch.events:
             # the silence that ends the replay begins now: the loop did not read meanwhile
             self.intake.heard_at = self.written_at
         if batch.rows or outcomes.list:
-            self.engine.metrics.batch_done((o.read_at for o in outcomes.list), started)
+            self.metrics.batch_done((o.read_at for o in outcomes.list), started)
 
     def write_once(self, batch: Batch, outcomes: Outcomes) -> Counters:
         """One attempt of write(); what it has written."""
-        config = self.engine.config
+        config = self.config
         wake: dict[str, Any] = {**self.postgres.bounds, "generation": self.generation}
         with self.postgres.transaction(commit=WAKE_SQL, **wake) as cur:
             if self.via_staging:
@@ -4629,7 +4633,7 @@ class Mirror:
                 nonlocal news
                 news = outcomes.count()
                 news.events, news.unstorable = len(batch.rows), len(batch.unstorable)
-                news.reconnects = self.engine.metrics.lost
+                news.reconnects = self.metrics.lost
                 self.advance(cur, self.checkpoint, batch, outcomes, news)
 
             outcomes.record(self.postgres, cur, config.audit == "all", finish)
@@ -4741,70 +4745,72 @@ class Timer:
 # Each reads `limit` rows behind a position, deletes what is due, and returns where to go on.
 PRUNE_HISTORY_SQL = """
 WITH looked_at AS MATERIALIZED (
-    SELECT key, revision,
-           pg_catalog.lead(revision) OVER (PARTITION BY key ORDER BY revision) AS following
-    FROM (SELECT key, revision FROM etcd
-          WHERE (key, revision) >= (%(key)s, %(revision)s)
-            AND (%(after)s::text IS NULL OR key < %(after)s)
-          ORDER BY key, revision LIMIT %(limit)s) r
+    SELECT r.key, r.revision,
+           pg_catalog.lead(r.revision) OVER (PARTITION BY r.key ORDER BY r.revision) AS following
+    FROM (SELECT e.key, e.revision FROM etcd e
+          WHERE (e.key, e.revision) >= (%(key)s, %(revision)s)
+            AND (%(after)s::text IS NULL OR e.key < %(after)s)
+          ORDER BY e.key, e.revision LIMIT %(limit)s) r
 ), due AS MATERIALIZED (
     SELECT l.* FROM looked_at l JOIN etcd n ON n.key = l.key AND n.revision = l.following
     WHERE n.ts < now() - %(age_s)s::float8 * interval '1 second'
 ), deleted AS (
     DELETE FROM etcd e USING due d WHERE e.key = d.key AND e.revision = d.revision
 ), noted AS (
-    UPDATE etcd_sync_state
-    SET pruned_revision = greatest(pruned_revision, (SELECT pg_catalog.max(following) FROM due))
-    WHERE prefix = %(prefix)s AND EXISTS (SELECT FROM due)
+    UPDATE etcd_sync_state s
+    SET pruned_revision = greatest(s.pruned_revision,
+                                   (SELECT pg_catalog.max(d.following) FROM due d))
+    WHERE s.prefix = %(prefix)s AND EXISTS (SELECT FROM due)
 )
 SELECT (SELECT pg_catalog.count(*) FROM due) AS deleted,
-       (SELECT pg_catalog.max(key) FROM looked_at) AS key,
-       (SELECT pg_catalog.max(revision) FROM looked_at
-        WHERE key = (SELECT pg_catalog.max(key) FROM looked_at)) AS revision,
+       (SELECT pg_catalog.max(l.key) FROM looked_at l) AS key,
+       (SELECT pg_catalog.max(l.revision) FROM looked_at l
+        WHERE l.key = (SELECT pg_catalog.max(k.key) FROM looked_at k)) AS revision,
        (SELECT pg_catalog.count(*) = %(limit)s FROM looked_at) AS more
 """
 # What a pending change was made on top of stays: its result is the version to compare with.
 PRUNE_WAL_SQL = """
 WITH looked_at AS MATERIALIZED (
-    SELECT id, coalesce(dismissed_at, finished_at) AS settled_at,
-           retry_of IS NULL AND pg_catalog.starts_with(key, %(prefix)s) AS mine
-    FROM etcd_wal
-    WHERE (status = 'success' OR dismissed_at IS NOT NULL)
-      AND coalesce(dismissed_at, finished_at) >= %(settled_at)s
-      AND coalesce(dismissed_at, finished_at) < now() - %(age_s)s::float8 * interval '1 second'
-    ORDER BY settled_at LIMIT %(limit)s
+    SELECT o.id, coalesce(o.dismissed_at, o.finished_at) AS settled_at,
+           o.retry_of IS NULL AND pg_catalog.starts_with(o.key, %(prefix)s) AS mine
+    FROM etcd_wal o
+    WHERE (o.status = 'success' OR o.dismissed_at IS NOT NULL)
+      AND coalesce(o.dismissed_at, o.finished_at) >= %(settled_at)s
+      AND coalesce(o.dismissed_at, o.finished_at)
+          < now() - %(age_s)s::float8 * interval '1 second'
+    ORDER BY coalesce(o.dismissed_at, o.finished_at) LIMIT %(limit)s
 ), due AS MATERIALIZED (
-    SELECT id FROM etcd_wal w
-    WHERE id = ANY (ARRAY(SELECT id FROM looked_at WHERE mine)) AND NOT EXISTS (
+    SELECT w.id FROM etcd_wal w
+    WHERE w.id = ANY (ARRAY(SELECT l.id FROM looked_at l WHERE l.mine)) AND NOT EXISTS (
         SELECT FROM etcd_wal p
         WHERE p.key = w.key AND p.status = 'pending' AND p.depends_on = w.id)
     FOR UPDATE SKIP LOCKED
 ), deleted AS (
-    DELETE FROM etcd_wal WHERE id = ANY (ARRAY(SELECT id FROM due))
+    DELETE FROM etcd_wal w WHERE w.id = ANY (ARRAY(SELECT d.id FROM due d))
 )
 SELECT (SELECT pg_catalog.count(*) FROM due) AS deleted,
        CASE WHEN pg_catalog.count(*) < %(limit)s
             THEN now() - %(age_s)s::float8 * interval '1 second'
-            WHEN EXISTS (SELECT FROM due) THEN pg_catalog.max(settled_at)
-            ELSE pg_catalog.max(settled_at) + interval '1 microsecond' END AS settled_at,
+            WHEN EXISTS (SELECT FROM due) THEN pg_catalog.max(l.settled_at)
+            ELSE pg_catalog.max(l.settled_at) + interval '1 microsecond' END AS settled_at,
        pg_catalog.count(*) = %(limit)s AS more
-FROM looked_at
+FROM looked_at l
 """
 PRUNE_AUDIT_SQL = """
 WITH looked_at AS MATERIALIZED (
-    SELECT id, ts < now() - %(age_s)s::float8 * interval '1 second' AS old,
-           prefix = %(prefix)s AND status <> 'unstorable' AS mine
-    FROM etcd_sync_event WHERE id > %(id)s ORDER BY id LIMIT %(limit)s
+    SELECT e.id, e.ts < now() - %(age_s)s::float8 * interval '1 second' AS old,
+           e.prefix = %(prefix)s AND e.status <> 'unstorable' AS mine
+    FROM etcd_sync_event e WHERE e.id > %(id)s ORDER BY e.id LIMIT %(limit)s
 ), passed AS MATERIALIZED (
-    SELECT id, mine FROM looked_at
-    WHERE id < ALL (SELECT pg_catalog.min(id) FROM looked_at
-                    WHERE NOT old HAVING pg_catalog.min(id) IS NOT NULL)
+    SELECT l.id, l.mine FROM looked_at l
+    WHERE l.id < ALL (SELECT pg_catalog.min(n.id) FROM looked_at n
+                      WHERE NOT n.old HAVING pg_catalog.min(n.id) IS NOT NULL)
 ), deleted AS (
-    DELETE FROM etcd_sync_event WHERE id = ANY (ARRAY(SELECT id FROM passed WHERE mine))
+    DELETE FROM etcd_sync_event e WHERE e.id = ANY (ARRAY(SELECT p.id FROM passed p WHERE p.mine))
 )
-SELECT pg_catalog.count(*) FILTER (WHERE mine) AS deleted,
-       coalesce(pg_catalog.max(id), %(id)s) AS id, pg_catalog.count(*) = %(limit)s AS more
-FROM passed
+SELECT pg_catalog.count(*) FILTER (WHERE p.mine) AS deleted,
+       coalesce(pg_catalog.max(p.id), %(id)s) AS id, pg_catalog.count(*) = %(limit)s AS more
+FROM passed p
 """
 # Rows that nobody holds: the next change of the key makes one again. Only where there are many.
 PRUNE_LOCK_SQL = """
@@ -4818,6 +4824,8 @@ WITH due AS MATERIALIZED (
 )
 SELECT pg_catalog.count(*) AS deleted, pg_catalog.count(*) = %(limit)s AS more FROM due
 """
+# Who waits for a lock on a table holds up all that queue behind.
+CHORE_LOCK_TIMEOUT_SQL = "SET LOCAL lock_timeout = '1s';"
 CHORES = {  # by table: the option that says what is due, and what deletes it
     "etcd": ("history_retention", PRUNE_HISTORY_SQL),
     "etcd_wal": ("wal_retention", PRUNE_WAL_SQL),
@@ -4832,10 +4840,11 @@ class Chore(Timer):
     All rows before `position` were looked at in this round.
     """
 
-    def __init__(self, engine: Engine, postgres: Postgres, table: str) -> None:
+    def __init__(self, postgres: Postgres, config: Config, metrics: Metrics, table: str) -> None:
         super().__init__(self.step)
         self.name = f"housekeeping of {table}"
-        self.engine = engine
+        self.config = config
+        self.metrics = metrics
         self.postgres = postgres
         self.table = table
         self.start = {"key": postgres.prefix, "revision": 0, "settled_at": "-infinity", "id": 0}
@@ -4845,13 +4854,13 @@ class Chore(Timer):
         """Look at some rows, and delete those that are due."""
         started = time.monotonic()
         option, sql = CHORES[self.table]
-        age_s = getattr(self.engine.config, option) if option else 0
+        age_s = getattr(self.config, option) if option else 0
         if age_s is None:
             return HOUSEKEEPING_S
         arguments = {**self.position, "limit": HOUSEKEEPING_ROWS, "age_s": age_s}
-        self.position = found = self.postgres.query(sql, **arguments)[0]
+        self.position = found = self.postgres.query(CHORE_LOCK_TIMEOUT_SQL + sql, **arguments)[0]
         if deleted := found["deleted"]:
-            self.engine.metrics.deleted[self.table] += deleted
+            self.metrics.deleted[self.table] += deleted
             text = "housekeeping deleted %(rows)d rows of %(table)s"
             log.debug(text, rows=deleted, table=self.table)
         if found["more"]:
@@ -4882,7 +4891,10 @@ class Session:
         self.handle_signals = engine.handle_signals
         self.postgres = postgres
         self.etcd = etcd
-        self.mirror = Mirror(engine, postgres, etcd)
+        self.set_state = engine.set_state
+        self.mirror = Mirror(
+            postgres, etcd, engine.config, engine.metrics, engine.waker, engine.check_stop
+        )
         self.outbox: Outbox | None = None
         self.push_attempt = 0
         self.push_error: EtcdFdwError | None = None  # for which changes wait
@@ -4894,7 +4906,9 @@ class Session:
             Timer(engine.summarise, SUMMARY_S),
             Timer(self.check_alive, SILENCE_LIMIT_S),
         ]
-        self.chores: list[Timer] = [Chore(engine, postgres, table) for table in CHORES]
+        self.chores: list[Timer] = [
+            Chore(postgres, engine.config, engine.metrics, table) for table in CHORES
+        ]
         self.chores += [Timer(self.gauge), Timer(self.look_outside)]
 
     # ─ life ─
@@ -4909,6 +4923,8 @@ class Session:
             state = self.postgres.state() or state
         if state and resync and resync <= state.revision:
             resync = None  # meanwhile another instance was active
+        if state is None or resync is not None or state.unrepaired:
+            self.set_state(COPYING)
         if state is None or resync is not None:
             mirror.snapshot(state, resync or 0)
         elif state.unrepaired:

@@ -7629,10 +7629,10 @@ def test_housekeeping_spares_what_a_pending_change_was_made_on(db, etcd_address,
     rows(db, finish + " WHERE id = %s", first)
     engine = engine_of(db, etcd_address, prefix, wal_retention="0s")
     with closing(etcd_fdw.Postgres(engine.config, engine.guard)) as postgres:
-        etcd_fdw.Chore(engine, postgres, "etcd_wal").run()
+        etcd_fdw.Chore(postgres, engine.config, engine.metrics, "etcd_wal").run()
         assert rows(db, "SELECT id FROM etcd_wal ORDER BY id") == [(first,), (second,)]
         rows(db, finish + " WHERE id = %s", second)
-        etcd_fdw.Chore(engine, postgres, "etcd_wal").run()
+        etcd_fdw.Chore(postgres, engine.config, engine.metrics, "etcd_wal").run()
         assert rows(db, "SELECT id FROM etcd_wal") == []
 
 

@@ -2422,12 +2422,16 @@ def test_rows_of_a_time_that_the_mirror_cannot_know_are_another_timeline(
     assert f"key {prefix}foreign has another history in the mirror" in one.log()
 
 
+OWN_COLUMNS = "size kind n page due keys at following mine p s data found"
+REFUSALS = "22003 23505 23514 0A000 P0001 42501 40001 53100 54000 57014 XX000"
+
+
 def test_own_columns_indexes_and_triggers_do_not_matter(
     daemon, command, db, prefix, etcd, recorder
 ):
     daemon().stop()
     for table in ("etcd", "etcd_wal", "etcd_sync_state", "etcd_sync_event"):
-        for column in ("size", "kind", "n", "page", "due", "keys", "at", "following", "mine"):
+        for column in OWN_COLUMNS.split():
             rows(db, f"ALTER TABLE {table} ADD COLUMN {column} text")
     rows(db, "CREATE INDEX ON etcd (revision); CREATE INDEX ON etcd (ts)")
     rows(
@@ -2451,6 +2455,32 @@ def test_own_columns_indexes_and_triggers_do_not_matter(
     command("validate", "--fix", exit_code=0)
     command("status", exit_code=0)
     wait_equal(db, etcd, prefix)
+
+
+@pytest.mark.parametrize("place", ["etcd", "etcd_sync_state", "etcd_sync_event", "resync"])
+def test_whatever_keeps_the_mirror_from_writing_is_waited_out(daemon, db, prefix, own_etcd, place):
+    table = "etcd" if place == "resync" else place
+    code = "LANGUAGE plpgsql AS $$ BEGIN RAISE 'not now' USING ERRCODE = '{}'; END $$"
+    with EtcdClient(own_etcd.endpoint) as client:
+        one = daemon("--audit", "all", *FAST, etcd=client)
+        rows(db, f"CREATE FUNCTION refuse() RETURNS trigger {code.format('P0001')}")
+        for sqlstate in REFUSALS.split():
+            if place == "resync":
+                one.stop()
+            rows(db, f"CREATE OR REPLACE FUNCTION refuse() RETURNS trigger {code.format(sqlstate)}")
+            rows(
+                db,
+                f"CREATE TRIGGER refuse BEFORE INSERT OR UPDATE ON {table}"
+                " FOR EACH ROW EXECUTE FUNCTION refuse()",
+            )
+            mark = one.mark()
+            client.put(prefix + sqlstate, "1")
+            if place == "resync":
+                client.compact(client.put(prefix + sqlstate, "2"))
+                one, mark = daemon("--audit", "all", *FAST, etcd=client, ready=False), 0
+            one.wait_log(rf"(WARN|ERROR) PostgreSQL: not now \({sqlstate}\).*retrying", after=mark)
+            rows(db, f"DROP TRIGGER refuse ON {table}")
+            wait_equal(db, client, prefix)
 
 
 def test_first_copy_of_what_cannot_be_stored_takes_little_memory(daemon, db, prefix, own_client):
@@ -7791,20 +7821,6 @@ def test_chore_that_is_refused_is_a_warning(daemon, db, prefix, etcd, objection)
             if objection != "lock":
                 one.wait_log(f"WARN .*etcd_wal.*{said[objection]}")
         assert one.log().count("WARN") <= 1
-
-
-def test_column_index_and_trigger_of_a_user_are_no_matter(daemon, db, prefix, etcd):
-    daemon(*FAST).stop()
-    for table in ("etcd", "etcd_wal", "etcd_sync_state", "etcd_sync_event"):
-        for column in ("size", "p", "s", "data", "found", "n"):
-            rows(db, f"ALTER TABLE {table} ADD COLUMN {column} bigint DEFAULT 7")
-    one = daemon(
-        "--wal-retention", "0s", "--history-retention", "0s", "--audit-retention", "0s", *FAST
-    )
-    with others_go_on(one, db, etcd, prefix):
-        rows(db, "SELECT etcd_set(%s, %s)", prefix + "a", "1")
-        assert ended(db, prefix + "a").status == "success"
-    assert "WARN" not in one.log()
 
 
 def test_corrupt_etcd_keeps_changes_waiting(daemon, db, own_etcd, own_client):

@@ -2505,7 +2505,7 @@ class OutboxRow(NamedTuple):
             return self.value.encode()
         return None if self.value_bytes is None else bytes(self.value_bytes)
 
-    def problem(self) -> str | None:
+    def problem(self, target: EtcdTarget) -> str | None:
         """Why it cannot be sent, None if it can."""
         if self.size > VALUE_MAX_BYTES:
             return f"its value has {self.size} bytes, more than any etcd takes ({VALUE_MAX_BYTES})"
@@ -2517,8 +2517,8 @@ class OutboxRow(NamedTuple):
             return f"there is no action {self.action!r}"
         if (self.ttl or 0) < 0 or (self.revision or 0) < 0:
             return "its ttl or revision is below zero"
-        if self.key.startswith(RESERVED.decode()):
-            return f"keys below {RESERVED.decode()} are reserved"
+        if target.excluded(self.key):
+            return "its key is excluded from the mirror, or reserved"
         if 4 * len(self.key) > KEY_MAX_BYTES < len(self.key.encode()):
             return f"its key has more than {KEY_MAX_BYTES} bytes, which the mirror cannot hold"
         return None
@@ -3236,7 +3236,8 @@ ROW_COLUMNS = f"""
     d.id, d.status,
     CASE WHEN d.value IS NULL AND d.value_bytes IS NULL THEN 0 ELSE d.result_revision END,
     CASE WHEN w.ttl IS NOT NULL
-         THEN pg_catalog.ceil(least(extract(epoch FROM w.ttl)::float8, 1e15::float8))::bigint END,
+         THEN pg_catalog.ceil(greatest(-1::float8, least(extract(epoch FROM w.ttl)::float8,
+                                                         1e15::float8)))::bigint END,
     w.force,
     w.action
 """
@@ -3456,16 +3457,13 @@ class Outbox:
         groups = group_rows(rows, self.limits(), self.split)
         self.awaited.update(row.depends_on for row in rows if row.depends_on in self.ids)
         for transaction in groups:
-            problems = [problem for row in transaction.rows if (problem := self.problem(row))]
+            target, rows_ = self.etcd.target, transaction.rows
+            problems = [problem for row in rows_ if (problem := row.problem(target))]
             if problems:
                 self.fail(transaction, Rejected(problems[0]))
             else:
                 self.queue.append(transaction)
         self.queue.sort(key=lambda transaction: transaction.rows[-1].id)
-
-    def problem(self, row: OutboxRow) -> str | None:
-        """Why a row cannot be sent, None if it can."""
-        return row.problem()
 
     def read_rows(self, limit: int) -> list[OutboxRow]:
         """The first pending rows in id order without those that were read.

@@ -51,8 +51,7 @@ $$;
 -- A step per version, for what the rest of this file does not replace in place. Functions whose signature has
 -- changed are dropped: a view of yours that uses one stops the upgrade, with nothing changed.
 DO $$
-DECLARE
-    v_installed  int;
+DECLARE v_installed int;
 BEGIN
     IF pg_catalog.to_regprocedure('etcd_schema_version()') IS NULL THEN
         RETURN;  -- a new installation
@@ -230,9 +229,6 @@ CREATE UNLOGGED TABLE IF NOT EXISTS etcd_lock (
 ) WITH (fillfactor = 50);
 
 COMMENT ON TABLE  etcd_lock IS 'One row per changed key, locked while a transaction that changes it is open.';
-COMMENT ON COLUMN etcd_lock.hash IS 'of the key';
-COMMENT ON COLUMN etcd_lock.txid IS 'transaction that changed it last';
-
 -- What is in it means nothing: the grants on etcd_wal decide who may change a key.
 GRANT SELECT, INSERT, UPDATE, DELETE ON etcd_lock TO PUBLIC;
 
@@ -260,20 +256,15 @@ CREATE TABLE IF NOT EXISTS etcd_sync_state (
     heartbeat_at     timestamptz,
     last_error       text,
     last_error_at    timestamptz,
-    events           bigint            NOT NULL DEFAULT 0,
-    applied          bigint            NOT NULL DEFAULT 0,
-    conflicts        bigint            NOT NULL DEFAULT 0,
-    failures         bigint            NOT NULL DEFAULT 0,
-    resyncs          bigint            NOT NULL DEFAULT 0,
-    reconnects       bigint            NOT NULL DEFAULT 0,
-    unstorable       bigint            NOT NULL DEFAULT 0,
+    events bigint NOT NULL DEFAULT 0, applied bigint NOT NULL DEFAULT 0, conflicts bigint NOT NULL DEFAULT 0,
+    failures bigint NOT NULL DEFAULT 0, resyncs bigint NOT NULL DEFAULT 0, reconnects bigint NOT NULL DEFAULT 0,
+    unstorable bigint NOT NULL DEFAULT 0,
     CONSTRAINT etcd_sync_state_pkey PRIMARY KEY (prefix)
 ) WITH (fillfactor = 50);  -- updated with every batch: leave room for it in the page
 
 COMMENT ON TABLE  etcd_sync_state IS 'Per mirrored prefix: checkpoint, active daemon, counters.';
 COMMENT ON COLUMN etcd_sync_state.prefix IS 'empty: the whole key space. No row''s prefix begins with another''s';
 COMMENT ON COLUMN etcd_sync_state.mirror_id IS 'names the daemon''s own keys in etcd: etcd_fdw/<mirror_id>/';
-COMMENT ON COLUMN etcd_sync_state.cluster_id IS 'etcd cluster, in hex as etcdctl shows it';
 COMMENT ON COLUMN etcd_sync_state.first_revision IS 'where the mirror began; earlier states are unknown';
 COMMENT ON COLUMN etcd_sync_state.revision IS 'checkpoint: table etcd is exact up to this revision';
 COMMENT ON COLUMN etcd_sync_state.pruned_revision IS 'housekeeping deleted what was before; the state at it is exact';
@@ -286,17 +277,12 @@ COMMENT ON COLUMN etcd_sync_state.deferred IS 'outcomes whose row of etcd_wal so
 COMMENT ON COLUMN etcd_sync_state.generation IS 'raised with every commit of the daemon; what etcd_wait sleeps on';
 COMMENT ON COLUMN etcd_sync_state.unrepaired IS 'mirrored by a version that knew less of a key: the daemon compares it once';
 COMMENT ON COLUMN etcd_sync_state.excluded IS 'sub-prefixes that are not mirrored: parameter exclude of the etcd DSN';
-COMMENT ON COLUMN etcd_sync_state.updated_at IS 'when the checkpoint last moved';
-COMMENT ON COLUMN etcd_sync_state.host IS 'of the active daemon, as are pid, version and started_at';
-COMMENT ON COLUMN etcd_sync_state.heartbeat_at IS 'when the active daemon last reported';
+COMMENT ON COLUMN etcd_sync_state.host IS 'of the active daemon, as are pid, version, started_at, heartbeat_at';
 COMMENT ON COLUMN etcd_sync_state.last_error IS 'what keeps the active daemon from working; null: nothing';
-COMMENT ON COLUMN etcd_sync_state.events IS 'counter since the prefix was first mirrored: revisions of keys mirrored';
-COMMENT ON COLUMN etcd_sync_state.applied IS 'counter: changes from etcd_wal that etcd took';
-COMMENT ON COLUMN etcd_sync_state.conflicts IS 'counter: changes that ended as conflict';
-COMMENT ON COLUMN etcd_sync_state.failures IS 'counter: changes that ended as failed';
-COMMENT ON COLUMN etcd_sync_state.resyncs IS 'counter: full snapshots taken';
-COMMENT ON COLUMN etcd_sync_state.reconnects IS 'counter: sessions lost and started again';
-COMMENT ON COLUMN etcd_sync_state.unstorable IS 'counter: events that cannot be stored; see etcd_sync_event';
+COMMENT ON COLUMN etcd_sync_state.events IS
+    'counters since the prefix was first mirrored: revisions of keys mirrored; changes that etcd took (applied), or '
+    'that ended as conflicts or failures; full snapshots (resyncs); sessions lost (reconnects); events that cannot be '
+    'stored, see etcd_sync_event (unstorable)';
 
 CREATE TABLE IF NOT EXISTS etcd_sync_event (
     id               bigint       GENERATED ALWAYS AS IDENTITY,
@@ -315,12 +301,8 @@ CREATE TABLE IF NOT EXISTS etcd_sync_event (
 );
 
 COMMENT ON TABLE  etcd_sync_event IS 'Audit trail: conflicts, failures, resyncs, takeovers; with --audit all, changes.';
-COMMENT ON COLUMN etcd_sync_event.prefix IS 'mirrored prefix that it belongs to';
 COMMENT ON COLUMN etcd_sync_event.operation IS 'change, mirror, snapshot, resync, takeover, repair or reset';
 COMMENT ON COLUMN etcd_sync_event.key IS 'null if it concerns the whole prefix, or if the key is no text';
-COMMENT ON COLUMN etcd_sync_event.source_system IS 'where it came from: etcd or postgresql';
-COMMENT ON COLUMN etcd_sync_event.target_system IS 'where it was to go: etcd or postgresql';
-COMMENT ON COLUMN etcd_sync_event.status IS 'how it ended';
 COMMENT ON COLUMN etcd_sync_event.details IS 'anything else, by operation; a key that is no text is here in hex';
 
 -- == Indexes ===========================================================================================
@@ -394,8 +376,7 @@ CREATE OR REPLACE VIEW etcd_kv AS
         SELECT l.value, l.value_bytes, l.revision, l.ts, l.lease, l.create_revision, l.version, l.tombstone
           FROM etcd l
          WHERE l.key = k.key
-         ORDER BY l.revision DESC
-         LIMIT 1) e
+         ORDER BY l.revision DESC LIMIT 1) e
  WHERE NOT e.tombstone
  ORDER BY k.key)  -- as the index has it, so that ORDER BY key LIMIT 10 reads 10 keys
 UNION ALL
@@ -491,8 +472,7 @@ BEGIN
       FROM (SELECT e.*
               FROM etcd e
              WHERE e.key = p_key COLLATE "C"
-             ORDER BY e.revision DESC
-             LIMIT 1) l
+             ORDER BY e.revision DESC LIMIT 1) l
      WHERE NOT l.tombstone;
 END
 $$;
@@ -500,8 +480,7 @@ $$;
 CREATE OR REPLACE FUNCTION _etcd_get_all(p_key text, p_min_revision bigint)
 RETURNS SETOF etcd LANGUAGE plpgsql STABLE PARALLEL SAFE SET search_path FROM CURRENT SET enable_sort = off AS $$
 -- See etcd_get_all.
-DECLARE
-    v_pruned  bigint;
+DECLARE v_pruned bigint;
 BEGIN
     IF p_min_revision > 0 THEN
         SELECT s.pruned_revision INTO v_pruned
@@ -544,16 +523,14 @@ BEGIN
           FROM (SELECT e.key
                   FROM etcd e
                  WHERE e.key >= p_prefix COLLATE "C" AND e.key > v_after COLLATE "C" AND e.key <= v_end COLLATE "C"
-                 ORDER BY e.key
-                 LIMIT 64) b
+                 ORDER BY e.key LIMIT 64) b
         UNION ALL
         SELECT (SELECT pg_catalog.array_agg(DISTINCT b.key)
                   FROM (SELECT e.key
                           FROM etcd e
                          WHERE e.key > step.keys[pg_catalog.cardinality(step.keys)]
                            AND e.key <= v_end COLLATE "C"
-                         ORDER BY e.key
-                         LIMIT 64) b)
+                         ORDER BY e.key LIMIT 64) b)
           FROM step
          WHERE pg_catalog.starts_with(  -- neither null nor beyond
                    step.keys[pg_catalog.cardinality(step.keys)], p_prefix COLLATE "C")
@@ -566,8 +543,7 @@ BEGIN
               FROM etcd e
              WHERE e.key = k.key
                AND e.revision <= p_revision
-             ORDER BY e.revision DESC
-             LIMIT 1) l
+             ORDER BY e.revision DESC LIMIT 1) l
      WHERE pg_catalog.starts_with(k.key, p_prefix COLLATE "C")
        AND NOT l.tombstone
      LIMIT p_limit;
@@ -659,38 +635,48 @@ COMMENT ON FUNCTION etcd_at(bigint, text, bigint, text) IS
 COMMENT ON FUNCTION etcd_get_all(text, bigint) IS
     'history of one key that the mirror holds, oldest first, with tombstones; an error if it was pruned';
 
+CREATE OR REPLACE FUNCTION _etcd_mirror(p_prefix text, OUT prefix text, OUT revision bigint, OUT generation bigint)
+LANGUAGE plpgsql STABLE SET search_path FROM CURRENT AS $$
+-- The mirror that covers a prefix or key; null or '': the only one. 22023 if there is none, or several.
+DECLARE
+    v_prefixes  text[];
+BEGIN
+    SELECT pg_catalog.max(s.prefix), pg_catalog.max(s.revision), pg_catalog.max(s.generation),
+           pg_catalog.array_agg(s.prefix ORDER BY s.prefix)
+      INTO prefix, revision, generation, v_prefixes
+      FROM etcd_sync_state s
+     WHERE coalesce(p_prefix, '') = '' OR pg_catalog.starts_with(p_prefix COLLATE "C", s.prefix);
+    IF v_prefixes IS NULL THEN
+        RAISE EXCEPTION 'prefix "%" is not mirrored', coalesce(p_prefix, '')
+            USING ERRCODE = '22023', HINT = 'Table etcd_sync_state lists the mirrored prefixes.';
+    ELSIF pg_catalog.cardinality(v_prefixes) > 1 THEN
+        RAISE EXCEPTION '% prefixes are mirrored', pg_catalog.cardinality(v_prefixes)
+            USING ERRCODE = '22023', HINT = pg_catalog.format('Name one: p_prefix => %L, for example.', v_prefixes[1]);
+    END IF;
+END
+$$;
+
 CREATE OR REPLACE FUNCTION etcd_revision_at(p_time timestamptz, p_prefix text DEFAULT '')
 RETURNS bigint LANGUAGE plpgsql STABLE SET search_path FROM CURRENT AS $$
 -- For etcd_at and etcd_restore. The newest revision that was mirrored by then under the mirror that covers
 -- p_prefix ('': the only one); what etcd had written and the daemon had not mirrored yet does not count.
 --   errors  22023 p_time is in the future, or before everything that is mirrored; no such mirror, or several
 DECLARE
-    v_prefix    text;
+    v_prefix    text := (_etcd_mirror(p_prefix)).prefix;
     v_window    interval := '1 s';
     v_revision  bigint;
 BEGIN
-    BEGIN
-        SELECT s.prefix INTO STRICT v_prefix
-          FROM etcd_sync_state s
-         WHERE pg_catalog.starts_with(p_prefix COLLATE "C", s.prefix) OR p_prefix = '';
-    EXCEPTION WHEN no_data_found OR too_many_rows THEN
-        RAISE EXCEPTION 'prefix "%" is not that of one mirror', p_prefix
-            USING ERRCODE = '22023', HINT = 'Table etcd_sync_state lists the mirrored prefixes.';
-    END;
     IF p_time > clock_timestamp() THEN
         RAISE EXCEPTION '% is in the future', p_time USING ERRCODE = '22023';
     END IF;
-    -- Looks back by windows that grow: the block range index finds the few rows of each.
-    LOOP
+    LOOP  -- looks back by windows that grow: the block range index finds the few rows of each
         SELECT pg_catalog.max(e.revision) INTO v_revision
           FROM etcd e
          WHERE e.ts <= p_time AND e.ts > p_time - v_window AND pg_catalog.starts_with(e.key, v_prefix);
         IF v_revision IS NOT NULL THEN
             RETURN v_revision;
         ELSIF v_window > interval '1000 years' OR p_time IS NULL THEN
-            RAISE EXCEPTION 'nothing was mirrored by %', p_time
-                USING ERRCODE = '22023',
-                      HINT = pg_catalog.format('The mirror began at %s.', (SELECT pg_catalog.min(e.ts) FROM etcd e));
+            RAISE EXCEPTION 'nothing was mirrored by %', p_time USING ERRCODE = '22023';
         END IF;
         v_window := v_window * 8::float8;
     END LOOP;
@@ -786,13 +772,11 @@ BEGIN
           FROM etcd_wal w
          WHERE w.key >= p_key COLLATE "C" AND w.key <= p_key COLLATE "C"
            AND w.status = 'pending' AND w.action IS NULL
-         ORDER BY w.key DESC, w.id DESC
-         LIMIT 1;
+         ORDER BY w.key DESC, w.id DESC LIMIT 1;
         SELECT CASE WHEN e.tombstone THEN 0 ELSE e.revision END INTO v_current
           FROM etcd e
          WHERE e.key = p_key COLLATE "C"
-         ORDER BY e.revision DESC
-         LIMIT 1;
+         ORDER BY e.revision DESC LIMIT 1;
         v_current := coalesce(v_current, 0);
 
         p_own := p_own AND v_pending.txid = pg_current_xact_id();
@@ -1008,8 +992,7 @@ COMMENT ON FUNCTION etcd_expect(text, bigint) IS
 CREATE OR REPLACE FUNCTION etcd_keepalive(p_key text)
 RETURNS bigint LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 -- The lease that the key has in etcd begins anew: no new revision, no new lease. It fails if there is none.
-DECLARE
-    v_id  bigint;
+DECLARE v_id bigint;
 BEGIN
     INSERT INTO etcd_wal AS w (key, action) VALUES (p_key, 'keepalive') RETURNING w.id INTO v_id;
     RETURN v_id;
@@ -1158,24 +1141,14 @@ RETURNS bigint LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 --   result      the checkpoint: p_revision or newer
 --   errors      57014 not reached yet, and 25000, as in etcd_wait; 22023 no such mirror, or several and none
 --               named; 22004 without a revision
-DECLARE
-    s  record;
+DECLARE s record;
 BEGIN
     IF p_revision IS NULL THEN
         RAISE EXCEPTION 'revision must not be null' USING ERRCODE = '22004';
     END IF;
     LOOP
-        SELECT c.prefix, c.revision, c.generation, count(*) OVER () AS mirrors INTO s
-          FROM etcd_sync_state c
-         WHERE p_prefix IS NULL OR pg_catalog.starts_with(p_prefix COLLATE "C", c.prefix);
-        IF NOT FOUND THEN
-            RAISE EXCEPTION 'prefix "%" is not mirrored', coalesce(p_prefix, '')
-                USING ERRCODE = '22023', HINT = 'Table etcd_sync_state lists the mirrored prefixes.';
-        ELSIF s.mirrors > 1 THEN
-            RAISE EXCEPTION '% prefixes are mirrored', s.mirrors
-                USING ERRCODE = '22023',
-                      HINT = pg_catalog.format('Name one of them: p_prefix => %L, for example.', s.prefix);
-        ELSIF s.revision >= p_revision THEN
+        s := _etcd_mirror(p_prefix);
+        IF s.revision >= p_revision THEN
             RETURN s.revision;
         END IF;
         timeout := _etcd_wait(s.prefix, s.generation, timeout, pg_catalog.format(
@@ -1189,8 +1162,7 @@ COMMENT ON FUNCTION etcd_wait_revision(bigint, interval, text) IS
 CREATE OR REPLACE FUNCTION _etcd_unapplied(p_id bigint)
 RETURNS etcd_wal LANGUAGE plpgsql STABLE SET search_path FROM CURRENT AS $$
 -- The row of a conflict or failed change; P0002 no such row, 55000 it is pending or succeeded.
-DECLARE
-    w  etcd_wal;
+DECLARE w etcd_wal;
 BEGIN
     SELECT * INTO w FROM etcd_wal o WHERE o.id = p_id;
     IF NOT FOUND THEN
@@ -1210,8 +1182,7 @@ CREATE OR REPLACE FUNCTION etcd_retry(p_id bigint)
 RETURNS bigint LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 -- It overrides what beat the change. The new row names the old in retry_of.
 --   errors   P0002 no such row; 55000 it is pending or succeeded, or was tried again already, or is a guard
-DECLARE
-    w  etcd_wal := _etcd_unapplied(p_id);
+DECLARE w etcd_wal := _etcd_unapplied(p_id);
 BEGIN
     IF w.action IS NOT NULL THEN
         RAISE EXCEPTION 'change % is no put or delete', p_id
@@ -1244,8 +1215,7 @@ CREATE OR REPLACE FUNCTION etcd_cancel(p_id bigint)
 RETURNS void LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 -- Deletes it. Only what is outside every mirrored prefix was surely not sent to etcd. The caller needs DELETE.
 --   errors   P0002 no such row; 55000 it is final, or under a mirrored prefix; 42501
-DECLARE
-    w  record;
+DECLARE w record;
 BEGIN
     SELECT o.status, o.key, s.prefix INTO w
       FROM etcd_wal o
@@ -1349,36 +1319,28 @@ $$;
 --     ALTER TABLE etcd_wal DISABLE TRIGGER etcd_wal_notify;
 -- and run the daemon with a short --poll-interval. A later run of this file leaves that as it is.
 DO $$
-BEGIN
-    IF NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = 'etcd_kv'::regclass::oid AND tgname = 'etcd_kv_write') THEN
-        CREATE TRIGGER etcd_kv_write INSTEAD OF INSERT OR UPDATE OR DELETE ON etcd_kv
-            FOR EACH ROW EXECUTE FUNCTION _etcd_kv_write();
-    END IF;
-    IF NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = 'etcd_kv'::regclass::oid AND tgname = 'etcd_kv_begin') THEN
-        CREATE TRIGGER etcd_kv_begin BEFORE UPDATE OR DELETE ON etcd_kv
-            FOR EACH STATEMENT EXECUTE FUNCTION _etcd_kv_statement();
-        CREATE TRIGGER etcd_kv_end AFTER UPDATE OR DELETE ON etcd_kv
-            FOR EACH STATEMENT EXECUTE FUNCTION _etcd_kv_statement();
-    END IF;
-    IF NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = 'etcd_wal'::regclass::oid AND tgname = 'etcd_wal_notify') THEN
-        CREATE TRIGGER etcd_wal_notify AFTER INSERT ON etcd_wal
-            FOR EACH STATEMENT EXECUTE FUNCTION _etcd_notify();
-    END IF;
-END
-$$;
-
--- == Settings ==========================================================================================
-
--- From PostgreSQL 15 on the views check the caller's privileges and row-level security; before, a view reads with
--- its owner's rights. From 17 on _etcd_json can run in a parallel query; before, that cannot catch an error.
-DO $$
 DECLARE
     v_version  int := pg_catalog.current_setting('server_version_num')::int;
+    t          record;
 BEGIN
+    FOR t IN SELECT * FROM (VALUES
+        ('etcd_kv_write', 'INSTEAD OF INSERT OR UPDATE OR DELETE ON etcd_kv FOR EACH ROW', '_etcd_kv_write'),
+        ('etcd_kv_begin', 'BEFORE UPDATE OR DELETE ON etcd_kv FOR EACH STATEMENT', '_etcd_kv_statement'),
+        ('etcd_kv_end', 'AFTER UPDATE OR DELETE ON etcd_kv FOR EACH STATEMENT', '_etcd_kv_statement'),
+        ('etcd_wal_notify', 'AFTER INSERT ON etcd_wal FOR EACH STATEMENT', '_etcd_notify')) v (name, event, function)
+    LOOP
+        IF NOT EXISTS (SELECT FROM pg_trigger g WHERE g.tgname = t.name::name
+                          AND g.tgrelid IN ('etcd_kv'::regclass::oid, 'etcd_wal'::regclass::oid)) THEN
+            EXECUTE pg_catalog.format('CREATE TRIGGER %I %s EXECUTE FUNCTION %I()', t.name, t.event, t.function);
+        END IF;
+    END LOOP;
+
+    -- From PostgreSQL 15 on the views check the caller's privileges and row-level security; before, a view reads with
+    -- its owner's rights. From 17 on _etcd_json can run in a parallel query; before, that cannot catch an error.
     IF v_version >= 150000 THEN
         ALTER VIEW etcd_kv SET (security_invoker = true);
-        ALTER VIEW etcd_status SET (security_invoker = true);
         ALTER VIEW etcd_refused SET (security_invoker = true);
+        ALTER VIEW etcd_status SET (security_invoker = true);
     END IF;
     IF v_version >= 170000 THEN
         ALTER FUNCTION _etcd_json(text) PARALLEL SAFE;

@@ -48,8 +48,9 @@ $$;
 
 -- == Upgrades ==========================================================================================
 
--- A step per version, for what the rest of this file does not replace in place. Functions whose signature has
--- changed are dropped: a view of yours that uses one stops the upgrade, with nothing changed.
+-- What older versions lack or had, as far as the rest of this file does not replace it in place; in one step, from
+-- whichever version. Functions whose signature has changed are dropped: a view of yours that uses one stops the
+-- upgrade, with nothing changed. What is mirrored gets what etcd tells of a key by now when the daemon starts.
 DO $$
 DECLARE v_installed int;
 BEGIN
@@ -62,65 +63,48 @@ BEGIN
             USING ERRCODE = '55000', HINT = 'Use the schema.sql that belongs to the newer etcd_fdw.';
     END IF;
 
-    -- Step 3, which drops what step 2 added: receipts settle lost answers; outcomes can be dismissed.
-    IF v_installed < 3 THEN
-        ALTER TABLE etcd_sync_state
-            DROP COLUMN IF EXISTS sent_before, DROP COLUMN IF EXISTS sent_after, DROP COLUMN IF EXISTS sent_in_parts,
-            ADD COLUMN mirror_id      uuid    NOT NULL DEFAULT pg_catalog.gen_random_uuid(),
-            ADD COLUMN receipt        bigint  NOT NULL DEFAULT 0,
-            ADD COLUMN split          xid8[]  NOT NULL DEFAULT '{}',
-            ADD COLUMN last_error     text,
-            ADD COLUMN last_error_at  timestamptz;
-        ALTER TABLE etcd_wal ADD COLUMN dismissed_at timestamptz;
-        DROP INDEX IF EXISTS etcd_wal_retry_of_key, etcd_wal_success_idx;
-    END IF;
-
-    -- Step 4: leases, forced changes, waiting. What is mirrored already gets its leases when the daemon starts.
-    IF v_installed < 4 THEN
-        ALTER TABLE etcd ADD COLUMN lease bigint;
-        ALTER TABLE etcd_wal
-            ADD COLUMN ttl                interval,
-            ADD COLUMN force              boolean  NOT NULL DEFAULT false,
-            ADD COLUMN replaced_revision  bigint,
-            DROP CONSTRAINT IF EXISTS etcd_wal_status_check;
-        ALTER TABLE etcd_sync_state
-            ADD COLUMN generation  bigint   NOT NULL DEFAULT 0,
-            ADD COLUMN unrepaired  boolean  NOT NULL DEFAULT false;
-        UPDATE etcd_sync_state SET unrepaired = true;
-        DROP INDEX IF EXISTS etcd_revision_ts_idx;
-        DROP FUNCTION IF EXISTS
-            etcd_get(text), etcd_get_all(text, bigint), etcd_list(text), etcd_at(bigint, text),
-            etcd_set(text, text, bigint), etcd_set_bytes(text, bytea, bigint), etcd_delete(text, bigint),
-            _etcd_lock_key(text), _etcd_state(text, bigint), _etcd_change(text, text, bytea, bigint, boolean, bigint);
-    END IF;
-
-    -- Step 5: all that etcd tells of a key; guards and keepalives. What is mirrored already gets its
-    -- create_revision and version when the daemon starts.
     IF v_installed < 5 THEN
-        ALTER TABLE etcd ADD COLUMN IF NOT EXISTS create_revision bigint, ADD COLUMN IF NOT EXISTS version bigint;
+        ALTER TABLE etcd
+            ADD COLUMN IF NOT EXISTS lease            bigint,
+            ADD COLUMN IF NOT EXISTS create_revision  bigint,
+            ADD COLUMN IF NOT EXISTS version          bigint;
         ALTER TABLE etcd_wal
-            ADD COLUMN IF NOT EXISTS action text,
-            DROP CONSTRAINT IF EXISTS etcd_wal_revision_check,
-            DROP CONSTRAINT IF EXISTS etcd_wal_finished_check,
-            DROP CONSTRAINT IF EXISTS etcd_wal_dismissed_check,
+            ADD COLUMN IF NOT EXISTS dismissed_at       timestamptz,
+            ADD COLUMN IF NOT EXISTS ttl                interval,
+            ADD COLUMN IF NOT EXISTS force              boolean  NOT NULL DEFAULT false,
+            ADD COLUMN IF NOT EXISTS replaced_revision  bigint,
+            ADD COLUMN IF NOT EXISTS action             text,
+            DROP CONSTRAINT IF EXISTS etcd_wal_status_check, DROP CONSTRAINT IF EXISTS etcd_wal_revision_check,
+            DROP CONSTRAINT IF EXISTS etcd_wal_finished_check, DROP CONSTRAINT IF EXISTS etcd_wal_dismissed_check,
             DROP CONSTRAINT IF EXISTS etcd_wal_ttl_check;
         ALTER TABLE etcd_sync_state
+            DROP COLUMN IF EXISTS sent_before, DROP COLUMN IF EXISTS sent_after, DROP COLUMN IF EXISTS sent_in_parts,
             DROP COLUMN IF EXISTS last_key,
-            ADD COLUMN IF NOT EXISTS deferred       jsonb   NOT NULL DEFAULT '[]',
-            ADD COLUMN IF NOT EXISTS last_revision  bigint  NOT NULL DEFAULT 0,
-            ADD COLUMN IF NOT EXISTS excluded       text[]  NOT NULL DEFAULT '{}';
+            ADD COLUMN IF NOT EXISTS mirror_id      uuid     NOT NULL DEFAULT pg_catalog.gen_random_uuid(),
+            ADD COLUMN IF NOT EXISTS receipt        bigint   NOT NULL DEFAULT 0,
+            ADD COLUMN IF NOT EXISTS split          xid8[]   NOT NULL DEFAULT '{}',
+            ADD COLUMN IF NOT EXISTS last_error     text,
+            ADD COLUMN IF NOT EXISTS last_error_at  timestamptz,
+            ADD COLUMN IF NOT EXISTS generation     bigint   NOT NULL DEFAULT 0,
+            ADD COLUMN IF NOT EXISTS unrepaired     boolean  NOT NULL DEFAULT false,
+            ADD COLUMN IF NOT EXISTS deferred       jsonb    NOT NULL DEFAULT '[]',
+            ADD COLUMN IF NOT EXISTS last_revision  bigint   NOT NULL DEFAULT 0,
+            ADD COLUMN IF NOT EXISTS excluded       text[]   NOT NULL DEFAULT '{}';
         UPDATE etcd_sync_state s
            SET unrepaired = true,
                last_revision = coalesce(
-                   (SELECT pg_catalog.max(e.revision)
-                      FROM etcd e
+                   (SELECT pg_catalog.max(e.revision) FROM etcd e
                      WHERE pg_catalog.starts_with(e.key, s.prefix) AND e.revision <= s.revision), 0);
-        DROP INDEX IF EXISTS etcd_wal_pending_txid_idx;
+        IF v_installed < 4 THEN
+            DROP INDEX IF EXISTS etcd_revision_ts_idx;  -- has other ranges now
+        END IF;
+        DROP INDEX IF EXISTS etcd_wal_retry_of_key, etcd_wal_success_idx, etcd_wal_pending_txid_idx;
         DROP FUNCTION IF EXISTS
-            etcd_wait(bigint, interval), etcd_get(text), etcd_get_all(text, bigint), etcd_list(text), etcd_at(bigint, text),
-            _etcd_state(text, bigint), etcd_set(text, jsonb, bigint, interval, boolean),
-            _etcd_change(text, text, bytea, bigint, interval, boolean, boolean, boolean, bigint),
-            _etcd_wait(text, bigint, timestamptz, text);
+            etcd_get(text), etcd_get_all(text, bigint), etcd_list(text), etcd_at(bigint, text), _etcd_lock_key(text),
+            _etcd_state(text, bigint), etcd_set(text, text, bigint), etcd_set(text, jsonb, bigint, interval, boolean),
+            etcd_set_bytes(text, bytea, bigint), etcd_delete(text, bigint), etcd_wait(bigint, interval),
+            _etcd_wait(text, bigint, timestamptz, text), _etcd_change(text, text, bytea, bigint, boolean, bigint),
+            _etcd_change(text, text, bytea, bigint, interval, boolean, boolean, boolean, bigint);
     END IF;
 END
 $$;
@@ -264,21 +248,16 @@ CREATE TABLE IF NOT EXISTS etcd_sync_state (
 
 COMMENT ON TABLE  etcd_sync_state IS 'Per mirrored prefix: checkpoint, active daemon, counters.';
 COMMENT ON COLUMN etcd_sync_state.prefix IS 'empty: the whole key space. No row''s prefix begins with another''s';
-COMMENT ON COLUMN etcd_sync_state.mirror_id IS 'names the daemon''s own keys in etcd: etcd_fdw/<mirror_id>/';
-COMMENT ON COLUMN etcd_sync_state.first_revision IS 'where the mirror began; earlier states are unknown';
 COMMENT ON COLUMN etcd_sync_state.revision IS 'checkpoint: table etcd is exact up to this revision';
 COMMENT ON COLUMN etcd_sync_state.pruned_revision IS 'housekeeping deleted what was before; the state at it is exact';
 COMMENT ON COLUMN etcd_sync_state.gaps IS 'revisions that etcd compacted before they were mirrored; unknown';
 COMMENT ON COLUMN etcd_sync_state.last_revision IS 'newest event mirrored: between it and the checkpoint was none';
-COMMENT ON COLUMN etcd_sync_state.etcd_revision IS 'newest revision of the whole etcd store that was seen';
 COMMENT ON COLUMN etcd_sync_state.receipt IS 'etcd''s revision up to which the outcomes of changes are in etcd_wal';
-COMMENT ON COLUMN etcd_sync_state.split IS 'PostgreSQL transactions too large for one of etcd, not all applied yet';
 COMMENT ON COLUMN etcd_sync_state.deferred IS 'outcomes whose row of etcd_wal somebody has locked, or a trigger refuses';
 COMMENT ON COLUMN etcd_sync_state.generation IS 'raised with every commit of the daemon; what etcd_wait sleeps on';
 COMMENT ON COLUMN etcd_sync_state.unrepaired IS 'mirrored by a version that knew less of a key: the daemon compares it once';
 COMMENT ON COLUMN etcd_sync_state.excluded IS 'sub-prefixes that are not mirrored: parameter exclude of the etcd DSN';
 COMMENT ON COLUMN etcd_sync_state.host IS 'of the active daemon, as are pid, version, started_at, heartbeat_at';
-COMMENT ON COLUMN etcd_sync_state.last_error IS 'what keeps the active daemon from working; null: nothing';
 COMMENT ON COLUMN etcd_sync_state.events IS
     'counters since the prefix was first mirrored: revisions of keys mirrored; changes that etcd took (applied), or '
     'that ended as conflicts or failures; full snapshots (resyncs); sessions lost (reconnects); events that cannot be '
@@ -343,16 +322,16 @@ BEGIN
 END
 $$;
 
-CREATE OR REPLACE FUNCTION _etcd_creations()
+CREATE OR REPLACE FUNCTION _etcd_creations(p_prefix text DEFAULT '')
 RETURNS TABLE (key text, value text, value_bytes bytea)
 LANGUAGE plpgsql STABLE PARALLEL RESTRICTED ROWS 10 SET search_path FROM CURRENT AS $$
 -- Keys that are not live and will be when what is pending is applied.
 BEGIN
     RETURN QUERY
     SELECT n.key::text, n.value, n.value_bytes
-      FROM (SELECT DISTINCT ON (w.key) w.key, w.value, w.value_bytes
-              FROM etcd_wal w
+      FROM (SELECT DISTINCT ON (w.key) w.key, w.value, w.value_bytes FROM etcd_wal w
              WHERE w.status = 'pending' AND w.action IS NULL
+               AND w.key >= p_prefix COLLATE "C" AND pg_catalog.starts_with(w.key, p_prefix COLLATE "C")
              ORDER BY w.key, w.id DESC) n
      WHERE (n.value IS NOT NULL OR n.value_bytes IS NOT NULL)
        AND (SELECT e.tombstone FROM etcd e WHERE e.key = n.key ORDER BY e.revision DESC LIMIT 1) IS NOT FALSE;
@@ -414,13 +393,9 @@ COMMENT ON VIEW etcd_refused IS
 
 CREATE OR REPLACE VIEW etcd_status AS
 WITH open_change AS (
-    SELECT w.key, w.status, w.ts
-      FROM etcd_wal w
-     WHERE w.status = 'pending'
+    SELECT w.key, w.status, w.ts FROM etcd_wal w WHERE w.status = 'pending'
     UNION ALL
-    SELECT w.key, w.status, w.ts
-      FROM etcd_wal w
-     WHERE w.status IN ('conflict', 'failed')
+    SELECT w.key, w.status, w.ts FROM etcd_wal w WHERE w.status IN ('conflict', 'failed')
        AND w.dismissed_at IS NULL
        AND NOT EXISTS (
                SELECT FROM etcd_wal r WHERE r.retry_of = w.id AND r.key = w.key AND r.retry_of < r.id)
@@ -447,16 +422,9 @@ SELECT coalesce(s.prefix, t.prefix)        AS prefix,
   FULL JOIN tally t ON t.prefix = s.prefix;
 
 COMMENT ON VIEW etcd_status IS
-    'Health of each mirrored prefix. Prefix null: changes outside every prefix, which no daemon will apply.';
-COMMENT ON COLUMN etcd_status.revision IS 'checkpoint';
-COMMENT ON COLUMN etcd_status.etcd_revision IS 'newest revision of the whole etcd store that was seen';
-COMMENT ON COLUMN etcd_status.heartbeat_age IS 'since the active daemon reported; beyond seconds: none is active';
-COMMENT ON COLUMN etcd_status.pending IS 'changes that wait';
-COMMENT ON COLUMN etcd_status.oldest_pending_age IS 'for how long the first of them has waited';
-COMMENT ON COLUMN etcd_status.conflicts IS 'changes that ended as conflict, neither tried again nor dismissed';
-COMMENT ON COLUMN etcd_status.failures IS 'changes that ended as failed, neither tried again nor dismissed';
-COMMENT ON COLUMN etcd_status.unstorable IS 'events that PostgreSQL cannot hold';
-COMMENT ON COLUMN etcd_status.last_error IS 'what keeps the active daemon from working, since when; null: nothing';
+    'Health of each mirrored prefix. Prefix null: changes outside every prefix, which no daemon will apply. '
+    'revision: checkpoint; etcd_revision: newest of the whole store; heartbeat_age: beyond seconds no daemon is active; '
+    'conflicts, failures: neither tried again nor dismissed; last_error: what keeps the daemon from working.';
 
 -- == Reading ===========================================================================================
 
@@ -469,9 +437,7 @@ RETURNS SETOF etcd LANGUAGE plpgsql STABLE PARALLEL SAFE ROWS 1 SET search_path 
 BEGIN
     RETURN QUERY
     SELECT l.*
-      FROM (SELECT e.*
-              FROM etcd e
-             WHERE e.key = p_key COLLATE "C"
+      FROM (SELECT e.* FROM etcd e WHERE e.key = p_key COLLATE "C"
              ORDER BY e.revision DESC LIMIT 1) l
      WHERE NOT l.tombstone;
 END
@@ -483,8 +449,7 @@ RETURNS SETOF etcd LANGUAGE plpgsql STABLE PARALLEL SAFE SET search_path FROM CU
 DECLARE v_pruned bigint;
 BEGIN
     IF p_min_revision > 0 THEN
-        SELECT s.pruned_revision INTO v_pruned
-          FROM etcd_sync_state s
+        SELECT s.pruned_revision INTO v_pruned FROM etcd_sync_state s
          WHERE pg_catalog.starts_with(p_key COLLATE "C", s.prefix);
         IF p_min_revision < v_pruned THEN
             RAISE EXCEPTION 'history before revision % has been pruned', v_pruned
@@ -494,9 +459,7 @@ BEGIN
         END IF;
     END IF;
     RETURN QUERY
-    SELECT e.*
-      FROM etcd e
-     WHERE e.key = p_key COLLATE "C"
+    SELECT e.* FROM etcd e WHERE e.key = p_key COLLATE "C"
        AND e.revision >= coalesce(p_min_revision, 0)
      ORDER BY e.revision;
 END
@@ -520,28 +483,22 @@ BEGIN
     RETURN QUERY
     WITH RECURSIVE step (keys) AS (
         SELECT pg_catalog.array_agg(DISTINCT b.key)
-          FROM (SELECT e.key
-                  FROM etcd e
+          FROM (SELECT e.key FROM etcd e
                  WHERE e.key >= p_prefix COLLATE "C" AND e.key > v_after COLLATE "C" AND e.key <= v_end COLLATE "C"
                  ORDER BY e.key LIMIT 64) b
         UNION ALL
         SELECT (SELECT pg_catalog.array_agg(DISTINCT b.key)
-                  FROM (SELECT e.key
-                          FROM etcd e
-                         WHERE e.key > step.keys[pg_catalog.cardinality(step.keys)]
+                  FROM (SELECT e.key FROM etcd e WHERE e.key > step.keys[pg_catalog.cardinality(step.keys)]
                            AND e.key <= v_end COLLATE "C"
                          ORDER BY e.key LIMIT 64) b)
           FROM step
          WHERE pg_catalog.starts_with(  -- neither null nor beyond
                    step.keys[pg_catalog.cardinality(step.keys)], p_prefix COLLATE "C")
     )
-    SELECT l.*
-      FROM step
+    SELECT l.* FROM step
      CROSS JOIN LATERAL pg_catalog.unnest(step.keys) k (key)
      CROSS JOIN LATERAL (
-            SELECT e.*
-              FROM etcd e
-             WHERE e.key = k.key
+            SELECT e.* FROM etcd e WHERE e.key = k.key
                AND e.revision <= p_revision
              ORDER BY e.revision DESC LIMIT 1) l
      WHERE pg_catalog.starts_with(k.key, p_prefix COLLATE "C")
@@ -561,8 +518,7 @@ BEGIN
         RAISE EXCEPTION 'revision and prefix must not be null' USING ERRCODE = '22004';
     END IF;
     FOR s IN
-        SELECT c.prefix, c.first_revision, c.pruned_revision, c.revision, c.gaps
-          FROM etcd_sync_state c
+        SELECT c.prefix, c.first_revision, c.pruned_revision, c.revision, c.gaps FROM etcd_sync_state c
          WHERE pg_catalog.starts_with(p_prefix COLLATE "C", c.prefix)
             OR pg_catalog.starts_with(c.prefix, p_prefix COLLATE "C")
          ORDER BY c.prefix
@@ -670,8 +626,7 @@ BEGIN
         RAISE EXCEPTION '% is in the future', p_time USING ERRCODE = '22023';
     END IF;
     LOOP  -- looks back by windows that grow: the block range index finds the few rows of each
-        SELECT pg_catalog.max(e.revision) INTO v_revision
-          FROM etcd e
+        SELECT pg_catalog.max(e.revision) INTO v_revision FROM etcd e
          WHERE e.ts <= p_time AND e.ts > p_time - v_window AND pg_catalog.starts_with(e.key, v_prefix);
         IF v_revision IS NOT NULL THEN
             RETURN v_revision;
@@ -752,8 +707,7 @@ BEGIN
     END IF;
 
     IF p_retry_of IS NOT NULL THEN
-        SELECT w.id INTO v_id
-          FROM etcd_wal w
+        SELECT w.id INTO v_id FROM etcd_wal w
          WHERE w.retry_of = p_retry_of AND w.key = p_key COLLATE "C" AND w.retry_of < w.id;
         IF FOUND THEN
             RAISE EXCEPTION 'change % was tried again already', p_retry_of
@@ -773,8 +727,7 @@ BEGIN
          WHERE w.key >= p_key COLLATE "C" AND w.key <= p_key COLLATE "C"
            AND w.status = 'pending' AND w.action IS NULL
          ORDER BY w.key DESC, w.id DESC LIMIT 1;
-        SELECT CASE WHEN e.tombstone THEN 0 ELSE e.revision END INTO v_current
-          FROM etcd e
+        SELECT CASE WHEN e.tombstone THEN 0 ELSE e.revision END INTO v_current FROM etcd e
          WHERE e.key = p_key COLLATE "C"
          ORDER BY e.revision DESC LIMIT 1;
         v_current := coalesce(v_current, 0);
@@ -809,8 +762,7 @@ BEGIN
         INSERT INTO etcd_wal AS w (key, revision, action) VALUES (p_key, p_revision, 'expect') RETURNING w.id INTO v_id;
     ELSIF p_force THEN
         INSERT INTO etcd_wal AS w (key, value, value_bytes, retry_of, ttl, force)
-        VALUES (p_key, p_value, p_value_bytes, p_retry_of, p_ttl, true)
-        RETURNING w.id INTO v_id;
+        VALUES (p_key, p_value, p_value_bytes, p_retry_of, p_ttl, true) RETURNING w.id INTO v_id;
     ELSIF p_ttl IS NOT NULL THEN
         INSERT INTO etcd_wal AS w (key, value, value_bytes, revision, depends_on, retry_of, ttl)
         VALUES (p_key, p_value, p_value_bytes, nullif(v_current, 0), v_pending.id, p_retry_of, p_ttl)
@@ -929,17 +881,13 @@ BEGIN
     END IF;
     RETURN (
         SELECT pg_catalog.count(etcd_delete(k.key, force => force))
-          FROM (SELECT DISTINCT ON (u.key) u.key, u.deleted
-                  FROM (SELECT s.key, 0 AS id, false AS deleted
-                          FROM _etcd_list(p_prefix) s
-                        UNION ALL
-                        SELECT w.key, w.id, w.value IS NULL AND w.value_bytes IS NULL
-                          FROM etcd_wal w
-                         WHERE w.status = 'pending'
-                           AND w.key >= p_prefix COLLATE "C"
-                           AND pg_catalog.starts_with(w.key, p_prefix COLLATE "C")) u
-                 ORDER BY u.key, u.id DESC) k
-         WHERE NOT k.deleted);
+          FROM (SELECT l.key FROM _etcd_list(p_prefix) l
+                 WHERE (SELECT w.value IS NULL AND w.value_bytes IS NULL FROM etcd_wal w
+                         WHERE w.key = l.key AND w.status = 'pending' AND w.action IS NULL
+                         ORDER BY w.key DESC, w.id DESC LIMIT 1) IS NOT TRUE  -- unless it will be gone by then
+                 UNION ALL
+                SELECT c.key COLLATE "C" FROM _etcd_creations(p_prefix) c
+                 ORDER BY 1) k);
 END
 $$;
 COMMENT ON FUNCTION etcd_delete_prefix(text, boolean) IS
@@ -964,8 +912,7 @@ BEGIN
                   FROM _etcd_at(p_revision, p_prefix, NULL, NULL) o
                   FULL JOIN (SELECT l.key, l.value, l.value_bytes, l.revision, l.lease FROM _etcd_list(p_prefix) l
                               UNION ALL
-                             SELECT c.key COLLATE "C", NULL, NULL, 0, NULL FROM _etcd_creations() c
-                              WHERE pg_catalog.starts_with(c.key, p_prefix)) n ON n.key = o.key
+                             SELECT c.key COLLATE "C", NULL, NULL, 0, NULL FROM _etcd_creations(p_prefix) c) n ON n.key = o.key
                  ORDER BY 1) k
          WHERE k.unleased OR k.deleted OR NOT k.same);
 END
@@ -1215,23 +1162,21 @@ CREATE OR REPLACE FUNCTION etcd_cancel(p_id bigint)
 RETURNS void LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 -- Deletes it. Only what is outside every mirrored prefix was surely not sent to etcd. The caller needs DELETE.
 --   errors   P0002 no such row; 55000 it is final, or under a mirrored prefix; 42501
-DECLARE w record;
+DECLARE v_state text := (
+    SELECT CASE WHEN s.prefix IS NOT NULL AND w.status = 'pending' THEN 'on its way to etcd' ELSE w.status END
+      FROM etcd_wal w LEFT JOIN etcd_sync_state s ON pg_catalog.starts_with(w.key, s.prefix)
+     WHERE w.id = p_id);
 BEGIN
-    SELECT o.status, o.key, s.prefix INTO w
-      FROM etcd_wal o
-      LEFT JOIN etcd_sync_state s ON pg_catalog.starts_with(o.key, s.prefix)
-     WHERE o.id = p_id;
-    IF w.status IS NULL THEN
+    IF v_state IS NULL THEN
         RAISE EXCEPTION 'etcd_wal has no row %', p_id USING ERRCODE = 'P0002';
-    ELSIF w.status <> 'pending' OR w.prefix IS NOT NULL THEN
-        RAISE EXCEPTION 'change % is %', p_id, CASE w.status WHEN 'pending' THEN 'on its way to etcd' ELSE w.status END
-            USING ERRCODE = '55000',
-                  HINT = 'Only a pending change outside every mirrored prefix can be taken back. Queue its opposite.';
+    ELSIF v_state <> 'pending' THEN
+        RAISE EXCEPTION 'change % is %', p_id, v_state
+            USING ERRCODE = '55000', HINT = 'Only a pending change outside every mirrored prefix can be taken back.';
     ELSIF NOT pg_catalog.has_table_privilege('etcd_wal', 'DELETE') THEN
         RAISE EXCEPTION '% may not take back changes', current_user
             USING ERRCODE = '42501', HINT = pg_catalog.format('GRANT DELETE ON etcd_wal TO %I', current_user);
     END IF;
-    DELETE FROM etcd_wal o WHERE o.id = p_id AND o.status = 'pending';
+    DELETE FROM etcd_wal w WHERE w.id = p_id AND w.status = 'pending';
 END
 $$;
 COMMENT ON FUNCTION etcd_cancel(bigint) IS 'take back a pending change whose key no daemon mirrors';

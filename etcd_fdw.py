@@ -13,7 +13,7 @@ One loop does it all.  It waits in select() for PostgreSQL (LISTEN etcd_changes)
 wake-up pipe (watch thread, finished etcd calls, signals) and for the next deadline:
 
     watch thread ──responses──▶ queue ─┐
-    etcd calls ──done callbacks────────┼─▶ pipe ─▶ select() ─▶ receive, send, write
+    etcd calls ──done callbacks────────┼─▶ pipe ─▶ select() ─▶ Session.step(): push, write, clock
     signals ──▶ a thread ──────────────┘               ▲
     PostgreSQL ──notifications─────────────────────────┘
 
@@ -26,44 +26,44 @@ Promises
   3. A PostgreSQL transaction arrives as one etcd transaction, if etcd takes its size.
   4. At checkpoint R the rows of `etcd` with revision <= R are what etcd held at R.
   5. It recovers by itself, and stops only where going on would destroy data.
+  6. A fault stays where it is: class Room says whom an error belongs to, and what happens.
 
-How they are kept
-  - Rows of `etcd`, the checkpoint and the outcomes of changes are written in one PostgreSQL
-    transaction, so a crash undoes all or none; the watch then starts again at the checkpoint.
-  - A change is sent as compare-and-swap on the key's mod_revision, behind a fence: a key that
-    says who sends.  A session makes itself the owner before it sends, so what was sent before
-    and arrives later fails.  Every Txn puts a receipt, which tells what became of it.
-  - One session-level advisory lock per prefix: one instance is active, the others stand by.
-  - Any lost connection ends the session.  Start, crash, failover and partition are one path:
-    connect, lock, schema, check the cluster, snapshot if needed, watch, loop.
+One event's way in
+  Watch.run        the thread puts a response into its queue, and wakes the loop
+  Intake.take      puts responses together to whole revisions
+  Batch.add        leaves out what is mirrored already; copy_row() makes a row of an event
+  Mirror.write     COPY, checkpoint, counters and due outcomes in one transaction.  A crash undoes
+                   all or none of it; the next watch starts at the checkpoint
+One row's way out
+  Outbox.read      pending rows, in id order
+  group_rows       by transaction; what is too large for one etcd transaction is split
+  Outbox.pick      what fits into the next Txn, in the order of the last ids
+  OutboxTransaction.resolve    decides for each key on the version to compare with
+  Txn, Pipeline    built behind the fence, a key that says who sends: what was sent before and
+                   arrives after another session has begun fails.  Every Txn leaves a receipt
+  Outbox.take_answers          applied, conflict, or take_error(): halved, waits, or lost
+  Outbox.due       the outcomes, once the mirror has got to their revision
+  Outcomes.record  writes them, in the transaction of Mirror.write
+Where an answer is lost the session ends.  The next one is fenced anew, and Outbox.recover() reads
+in the receipts what was applied; all else that is pending is sent again.
 
-Sections; none calls what stands below it, but for the Engine that many are given
-  etcd3 on today's protobuf
-  errors          what a server's message means; masked() hides passwords
-  values, pure helpers
-  options         one field of Config for each, and a row in README's table; the parsers of their
-                  values; settings(): flag before environment before file
-  log
-  waker, signals  Guard takes signals, and limits every wait for PostgreSQL
-  metrics         what Metrics counts where it happens, Counters (in values) once it is committed,
-                  and exposition() prints; /metrics, /healthz, /readyz
-  PostgreSQL side a session: connect, locks, schema, transactions
-  etcd side       a client and its token; pages of a snapshot; the watch thread
-  outbox          a row's way from etcd_wal to etcd and back: OutboxTransaction decides on the
-                  versions to compare, Queue orders, Txn puts compares, changes and leases together,
-                  Pipeline sends, Outbox takes answers, words conflicts (conflict_message), and
-                  settles lost answers by the Receipts
-  mirror          an event's way into table etcd: Intake, Batch, Mirror; the snapshot; each commit
-                  begins a generation, which wakes etcd_wait()
-  comparison      both sides at one revision, for validate, sync and repairs
-  housekeeping    deletes what the retentions say from etcd, etcd_wal and etcd_sync_event
-  session         one connection to both sides, and its loop
-  engine          session after session: standby, backoff, a snapshot after a compaction, signals
-  commands        start, dry run, status, sync, validate, config
+Start, crash, failover and partition are one path, Engine.session(): connect, lock, schema, prove
+the timeline, copy if needed, watch, loop.  One advisory lock per prefix: one instance is active,
+the others stand by.
+
+Sections; none calls what stands below it
+  etcd3 on today's protobuf; errors; values; pure helpers; options; log; waker and signals; metrics;
+  PostgreSQL side; etcd side; outbox; row format; mirror; housekeeping; session; engine; commands;
   throw-away servers and the demo; command line
+Where to add
+  an error         a class in "errors" with its room, and a line in one of the three tables there
+  an option        a field of Config, and a row in README's table; `reloadable` if SIGHUP changes it
+  an interval      a Timer of Session.timers, or, if it may fail by itself, of Session.chores
+  a metric         of this process: Metrics and exposition(); one that PostgreSQL adds up over all
+                   processes: a field of Counters, a column of etcd_sync_state, CHECKPOINT_SQL
 
 Exit codes: 0 clean stop or success · 1 configuration · 2 PostgreSQL or etcd unreachable ·
-3 permission or authentication · 4 a person is needed · 5 differences found, or unhealthy.
+3 permission or authentication · 4 a person is needed · 5 differences found.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ from typing import Any, Callable, ClassVar, NamedTuple, TypeVar, Union
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's C core would write to stderr by itself
 
 
-__version__ = "2.1.1"
+__version__ = "3.0.0"
 STARTED_AT = time.time()
 
 SCHEMA_VERSION = 5

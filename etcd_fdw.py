@@ -659,6 +659,7 @@ REMEDIES: tuple[tuple[type[EtcdFdwError], str], ...] = (
     ),
     (Corrupt, 'see "etcdctl alarm list"; '),
     (TooLarge, "a value is larger than what this program takes: make it smaller; "),
+    (Unsupported, "this server can only be mirrored; "),
 )
 
 
@@ -4568,7 +4569,9 @@ class Mirror:
         self.checkpoint = self.metrics.checkpoint = checkpoint
         # at the checkpoint, not after it: etcd before 3.4.36 and 3.5.18 silently drops a
         # delete at the compacted revision, and the overlap makes it say "compacted" instead
-        watch = Watch(self.etcd, checkpoint, self.waker)
+        # kine, which has no cluster id, refuses to watch from the revision that it compacted at
+        start = checkpoint if self.etcd.header.cluster_id else checkpoint + 1
+        watch = Watch(self.etcd, start, self.waker)
         self.intake = Intake(self.etcd, watch)
 
     # ─ an event's way ─

@@ -1862,7 +1862,7 @@ class Postgres:
             cur.execute(LISTEN_SQL * listen + SESSION_SQL)
             pid, since, self.lock_timeout, _ = cur.fetchone()
             self.backend: tuple[int, str] = pid, since  # this session in pg_stat_activity
-        self.where = f"{self.conn.info.host or 'localhost'}:{self.conn.info.port}"
+        self.where = f"{self.conn.info.host or 'localhost'}:{self.conn.info.port or 5432}"
         self.database = f"{self.where}/{self.conn.info.dbname}"
         self.version = self.conn.info.server_version
         if listen:
@@ -2306,7 +2306,7 @@ class Etcd:
 
     def renew_lease(self, key: bytes) -> None:
         """Renew the lease of a key. Raises Rejected if it has none."""
-        kvs = self.range(key, keys_only=True).kvs
+        kvs = self.range(key).kvs  # with its value: without, etcd 3.7 leaves out the lease
         if not kvs or not kvs[0].lease:
             raise Rejected("the key has no lease" if kvs else "the key is not there")
         requests = iter([etcdrpc.LeaseKeepAliveRequest(ID=kvs[0].lease)])

@@ -8475,6 +8475,19 @@ def test_lease_is_kept_renewed_and_taken_off(daemon, db, prefix, etcd):
     assert lease_after(None) == 0
 
 
+def test_keepalive_renews_the_lease_that_a_key_has(daemon, db, prefix, etcd):
+    """Asked for keys only, etcd 3.7 does not tell the lease."""
+    daemon()
+    key = prefix + "a"
+    put = etcd.put(key, "1", etcd.grant(300))
+    etcd.put(prefix + "b", "1")
+    wait_until("not mirrored", lambda: len(mirror_rows(db, prefix)) == 2)
+    for name, end in (("a", ("success", None)), ("b", ("failed", "the key has no lease"))):
+        id_ = scalar(db, "SELECT etcd_keepalive(%s)", prefix + name)
+        assert rows(db, "SELECT status, error_message FROM etcd_wait(%s)", id_) == [end]
+    assert etcd.get(key).mod_revision == put
+
+
 def test_lease_of_a_key_that_a_transaction_changes_more_than_once(daemon, db, prefix, etcd):
     daemon()
     insert = "INSERT INTO etcd_wal (key, value, ttl) VALUES "

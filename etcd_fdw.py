@@ -3455,13 +3455,20 @@ class Outbox:
         rows = self.read_rows(self.config.batch_size)
         self.ids.update(row.id for row in rows)
         self.blocked = False
-        groups = group_rows(rows, self.limits(), self.split)
         self.awaited.update(row.depends_on for row in rows if row.depends_on in self.ids)
-        for transaction in groups:
-            target, rows_ = self.etcd.target, transaction.rows
-            problems = [problem for row in rows_ if (problem := row.problem(target))]
+        self.enqueue(rows)
+
+    def enqueue(self, rows: Iterable[OutboxRow]) -> None:
+        """Have rows wait to be picked, by transaction; what cannot be sent fails."""
+        limits, target = self.limits(), self.etcd.target
+        for transaction in group_rows(rows, limits, self.split):
+            members = transaction.rows
+            problems = [problem for row in members if (problem := row.problem(target))]
             if problems:
                 self.fail(transaction, Rejected(problems[0]))
+            elif len(members) > 1 and not transaction.fits(limits):
+                reason = "a transaction with etcd_expect is applied whole or not at all"
+                self.fail(transaction, RequestTooLarge(f"{reason}: this one is too large"))
             else:
                 self.queue.append(transaction)
         self.queue.sort(key=lambda transaction: transaction.rows[-1].id)
@@ -3641,9 +3648,7 @@ class Outbox:
         """Put transactions back, grouped anew."""
         transactions = list(transactions)
         self.free(transactions)
-        rows = [row for transaction in transactions for row in transaction.rows]
-        self.queue += group_rows(rows, self.limits(), self.split)
-        self.queue.sort(key=lambda transaction: transaction.rows[-1].id)
+        self.enqueue(row for transaction in transactions for row in transaction.rows)
 
     def note_retry(self, transactions: Sequence[OutboxTransaction], error: EtcdFdwError) -> None:
         """Say in etcd_wal why these changes wait, where nobody holds the row."""
@@ -4995,9 +5000,8 @@ class Session:
             times.append(self.mirror.intake.heard_at + QUIET_S)
         if self.outbox and self.outbox.deferred:
             times.append(self.outbox.deferred_until)
-        if self.dirty and (
-            self.outbox is None or (self.outbox.retired and self.outbox.is_settled())
-        ):
+        sending = self.outbox and not (self.outbox.retired and self.outbox.is_settled())
+        if self.dirty and self.config.push and not sending:
             times.append(self.push_after)
         if self.guard.stop_by is not None:
             times.append(self.guard.stop_by)
@@ -5034,10 +5038,8 @@ class Session:
             if self.dirty:
                 self.dirty = self.outbox.all_read = False
             sent = self.outbox.fill()
-            if sent and self.push_attempt:
-                self.push_attempt, self.push_error = 0, None
-                self.postgres.activate()
-                log.info("changes are sent again")
+            if sent:
+                self.push_works()
         except EtcdFdwError as exc:
             if exc.side != "postgresql":
                 self.note_wait(exc)
@@ -5059,6 +5061,7 @@ class Session:
                 return False
             self.dirty = self.postgres.query(HAS_PENDING_SQL)[0]["found"]
             if not self.dirty:
+                self.push_works()
                 return False
             state = self.postgres.state()
             if state is None:
@@ -5067,6 +5070,13 @@ class Session:
                 self.postgres, self.etcd, self.config, self.waker, self.conflicts, state
             )
         return True
+
+    def push_works(self) -> None:
+        """Forget why changes waited."""
+        if self.push_attempt:
+            self.push_attempt, self.push_error = 0, None
+            self.postgres.activate()
+            log.info("changes are sent again")
 
     def note_wait(self, error: EtcdFdwError) -> None:
         """Say in PostgreSQL why changes wait."""

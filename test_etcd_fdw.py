@@ -7797,6 +7797,19 @@ def test_server_with_a_lower_limit_of_operations_fails_nothing(daemon, db, prefi
     assert scalar(db, whole, prefix + "small/") == 1
 
 
+def test_transaction_that_expects_something_is_never_split(daemon, db, prefix, etcd):
+    one = daemon("--max-txn-ops", "1000", *FAST)
+    with others_go_on(one, db, etcd, prefix):
+        for size, status in [(60, "success"), (300, "failed"), (1200, "failed")]:
+            with session(db, "BEGIN") as cur:
+                cur.execute("SELECT etcd_expect(%s, 0)", (f"{prefix}absent",))
+                sql = "SELECT etcd_set(%s || i, 'x') FROM generate_series(1, %s) i"
+                cur.execute(sql, (f"{prefix}{size}/", size))
+                cur.execute("COMMIT")
+            assert statuses(db)[-size - 1 :] == [status] * (size + 1)
+            assert len(etcd.range(f"{prefix}{size}/").kvs) == (size if status == "success" else 0)
+
+
 @pytest.mark.parametrize("objection", ["trigger", "foreign key", "lock"])
 def test_chore_that_is_refused_is_a_warning(daemon, db, prefix, etcd, objection):
     statements = {

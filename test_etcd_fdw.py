@@ -4480,6 +4480,109 @@ def test_applications_wait_for_what_they_wrote(db, daemon, own_etcd):
         assert scalar(db, "SELECT value FROM etcd_get('/b')") == "w"
 
 
+def ends(db: str, *statements: str, **names: str) -> list[tuple[Any, ...]]:
+    """Run statements in one transaction, %(name)s stands for a key; how each row ended."""
+    with session(db, "BEGIN") as cur:
+        for statement in statements:
+            cur.execute(statement, names)
+        cur.execute("SELECT pg_current_xact_id()::text")
+        (txid,) = cur.fetchone()
+        cur.execute("COMMIT")
+    scalar(db, "SELECT status FROM etcd_wait(txid => %s, timeout => '60 s')", txid)
+    return rows(
+        db, "SELECT status, result_revision FROM etcd_wal WHERE txid = %s ORDER BY id", txid
+    )
+
+
+def test_a_guard_decides_for_its_whole_transaction(db, daemon, etcd, prefix):
+    lock, other, gone = (prefix + name for name in ("lock", "other", "gone"))
+    fence = etcd.put(lock, "me")
+    daemon(*FAST)
+    names = {"lock": lock, "other": other, "gone": gone}
+    put = "SELECT etcd_set(%(other)s, 'v', force => true)"
+    holds = f"SELECT etcd_expect(%(lock)s, {fence}), etcd_expect(%(gone)s, 0)"
+    ended = ends(db, holds, put, **names)
+    assert {status for status, _ in ended} == {"success"}
+    assert ended[2][1] == etcd.get(other).mod_revision
+    assert etcd.get(lock).mod_revision == fence  # not changed
+    taken = etcd.put(lock, "somebody else")
+    rows(db, "SELECT etcd_wait_revision(%s, '60 s')", taken)
+    late = f"INSERT INTO etcd_wal (key, revision, action) VALUES (%(lock)s, {fence}, 'expect')"
+    assert {status for status, _ in ends(db, put, late, **names)} == {"conflict"}
+    assert etcd.get(other).mod_revision == ended[2][1]
+    with pytest.raises(psycopg2.errors.SerializationFailure):
+        ends(db, holds, put, **names)  # the mirror knows already
+
+
+def test_a_guarded_transaction_is_never_split(db, daemon, etcd, prefix):
+    daemon(*FAST, "--max-txn-ops=50")
+    many = "SELECT etcd_set(%(p)s || g, 'v') FROM generate_series(1, 300) g"
+    ended = ends(db, "SELECT etcd_expect(%(p)s, 0)", many, p=prefix)
+    assert {status for status, _ in ended} == {"failed"}
+    assert not etcd.range(prefix).kvs
+
+
+def test_a_keepalive_renews_without_a_revision(db, daemon, etcd, prefix):
+    daemon(*FAST)
+    leased, plain = prefix + "leased", prefix + "plain"
+    put = "SELECT etcd_set(%(k)s, 'v', ttl => '9 s')"
+    ((_, revision),) = ends(db, put, k=leased)
+    etcd.put(plain, "v")
+    deadline = time.monotonic() + 12
+    while time.monotonic() < deadline:
+        ended = ends(db, "SELECT etcd_keepalive(%(k)s)", k=leased)
+        assert ended[0][0] == "success", rows(db, "TABLE etcd_refused")
+        time.sleep(1)
+    found = etcd.get(leased)
+    assert (found.mod_revision, found.version) == (revision, 1)
+    assert ends(db, "SELECT etcd_keepalive(%(k)s)", k=plain)[0][0] == "failed"
+    wait_until("it does not expire", lambda: etcd.get(leased) is None, 60)
+
+
+def test_a_prefix_comes_back_as_it_was(db, daemon, etcd, prefix):
+    def content() -> list[tuple[bytes, bytes]]:
+        return [(kv.key, kv.value) for kv in etcd.range(prefix).kvs]
+
+    values = ["", "ä日😀", '{"x": 1}', b"\n\x03k8s\0", "plain"]
+    for number, value in enumerate(values * 8):
+        revision = etcd.put(f"{prefix}{number}", value)
+    before = content()
+    daemon(*FAST)
+    for number in range(0, 40, 3):
+        etcd.put(f"{prefix}{number}", "changed")
+        etcd.delete(f"{prefix}{number + 1}")
+        revision_now = etcd.put(f"{prefix}new{number}", "x")
+    rows(db, "SELECT etcd_wait_revision(%s, '60 s')", revision_now)
+    assert content() != before
+    restored = ends(db, f"SELECT etcd_restore(%(p)s, {revision})", p=prefix)
+    assert {status for status, _ in restored} == {"success"}
+    assert content() == before
+    previous = """
+        SELECT count(*) FROM etcd_wal w
+        CROSS JOIN LATERAL etcd_get_all(w.key, w.replaced_revision) h
+        WHERE h.revision = w.replaced_revision AND h.value IN ('changed', 'x')
+    """
+    assert scalar(db, previous) == 28  # what each change replaced
+
+
+def test_an_empty_etcd_is_filled_from_the_mirror(db, daemon, command, prefix, etcd, own_etcd):
+    keys = {prefix + name: value for name, value in [("a", b"1"), ("ä", b""), ("b", b"\0\xff")]}
+    for key, value in keys.items():
+        revision = etcd.put(key, value)
+    one = daemon()
+    rows(db, "SELECT etcd_wait_revision(%s, '60 s')", revision)
+    assert one.stop() == 0  # and then etcd is lost, and comes back empty
+    rows(db, "CREATE TABLE saved AS SELECT key, value_raw FROM etcd_list()")
+    there = etcd_dsn(own_etcd.endpoint, prefix)
+    command("sync", "--reset", "--yes", etcd=there, exit_code=0)
+    daemon(*FAST, etcd=there)
+    assert {status for status, _ in ends(db, "SELECT etcd_set(key, value_raw, 0) FROM saved")} == {
+        "success"
+    }
+    with EtcdClient(own_etcd.endpoint) as new:
+        assert {kv.key.decode(): kv.value for kv in new.range(prefix).kvs} == keys
+
+
 # ─ etcd_kv ─
 
 

@@ -3629,7 +3629,7 @@ class Outbox:
         """Use less of --max-txn-ops than the Txn did; whether that is possible."""
         transactions, rows = txn.transactions, sum(len(t.rows) for t in txn.transactions)
         used = self.etcd.guarded * rows + 2 + len(transactions) + max(t.width for t in transactions)
-        if used // 2 < OPS_LEAST:
+        if used // 2 < OPS_LEAST or (len(transactions) == 1 and transactions[0].never_split):
             return False
         self.max_ops = min(self.max_ops, used // 2)
         log.warning(

@@ -2750,16 +2750,6 @@ def test_what_etcd_refuses_fails_alone(daemon, db, prefix, etcd):
     assert len(held(etcd, prefix)) == 5
 
 
-def test_more_operations_than_the_server_takes_are_halved(daemon, db, prefix, etcd):
-    daemon().stop()
-    with session(db) as cur:
-        for number in range(200):
-            cur.execute("SELECT etcd_set(%s, '1')", (prefix + str(number),))
-    daemon("--max-txn-ops", "1000")  # the server takes 128
-    assert statuses(db) == ["success"] * 200
-    wait_equal(db, etcd, prefix)
-
-
 def test_interleaved_ids_of_two_transactions_stay_whole(daemon, db, prefix, etcd):
     one = daemon()
     one.pause()

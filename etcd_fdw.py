@@ -4954,8 +4954,11 @@ class Session:
         event = SynchronizationEvent(
             "takeover", "done", details={"from_host": state.host, "from_pid": state.pid}
         )
-        with self.postgres.transaction() as cur:
-            self.postgres.record_event(cur, event)
+        try:
+            with self.postgres.transaction() as cur:
+                self.postgres.record_event(cur, event)
+        except StatementRefused as exc:
+            log.warning("the takeover is not recorded: %(error)s", error=exc)
         log.info("took over from pid %(pid)d on %(host)s", pid=state.pid, host=state.host)
 
     def finished(self) -> bool:
@@ -5469,7 +5472,8 @@ class Engine:
         """Log in one line how it goes."""
         m = self.metrics
         if self.current:
-            self.current.count_pending()
+            with suppress(StatementRefused):  # then it is as old as it is
+                self.current.count_pending()
         sides = {k: "connected" if yes else "not connected" for k, yes in m.connected.items()}
         facts: dict[str, Any] = {**vars(self.counters), **sides}
         facts["reconnects"] += m.lost

@@ -8025,6 +8025,26 @@ def test_outcome_that_a_trigger_refuses_waits_alone(daemon, db, prefix, etcd):
     assert set(statuses(db)) == {"success"}
 
 
+def test_audit_that_a_trigger_refuses_holds_up_only_what_it_is_about(daemon, db, prefix, etcd):
+    one = daemon(*FAST)
+    rows(
+        db,
+        """
+        CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+            $$ BEGIN RAISE EXCEPTION 'not here'; END $$;
+        CREATE TRIGGER refuse BEFORE INSERT ON etcd_sync_event EXECUTE FUNCTION refuse()
+        """,
+    )
+    one.kill()
+    one = daemon(*FAST)
+    one.wait_log("WARN the takeover is not recorded: .*not here")
+    with others_go_on(one, db, etcd, prefix):
+        rows(db, INSERT.format("revision", "77"), prefix + "conflict")
+        one.wait_log("WARN .*not here.*the outcome of change 1 waits")
+    rows(db, "DROP TRIGGER refuse ON etcd_sync_event")
+    assert ended(db, 1).status == "conflict"
+
+
 def test_outcome_goes_to_the_row_that_was_sent(daemon, db, prefix, own_etcd, own_client, network):
     daemon(*FAST, etcd=f"etcd://{network.endpoint}{prefix}?request_timeout=60s")
     apply_change(db, prefix + "first")

@@ -1110,6 +1110,7 @@ class Wal(NamedTuple):
     ttl: timedelta | None
     force: bool
     replaced_revision: int | None
+    action: str | None
 
     @property
     def outcome(self) -> tuple[str, int | None]:
@@ -1121,7 +1122,7 @@ def wal_rows(db: str, prefix: str = "", id_: int | None = None) -> list[Wal]:
     sql = """
         SELECT id, convert_to(key, 'UTF8'), coalesce(value_bytes, convert_to(value, 'UTF8')),
                revision, status, result_revision, error_message, txid::text, depends_on,
-               ttl, force, replaced_revision
+               ttl, force, replaced_revision, action
         FROM etcd_wal WHERE starts_with(key, %s) AND coalesce(id = %s, true) ORDER BY id
     """
     return [Wal(*row) for row in rows(db, sql, prefix, id_)]
@@ -1219,7 +1220,8 @@ def assert_outcomes(
       what was not there.
     - A conflict or failure left no trace: what etcd tells of a value that begins with sql is a
       success. So is each deletion, but for those by the load in etcd and of leases.
-    - An event belongs to one transaction. Up to `whole` changes of one end alike, at one revision.
+    - An event belongs to one transaction. Up to `whole` changes of one end alike, at one revision;
+      with a guard, however many, and the guard's key was then at its revision.
 
     compacted: etcd may have forgotten what a forced change replaced. Returns the statuses, counted.
     """
@@ -1231,15 +1233,23 @@ def assert_outcomes(
     counts: collections.Counter[str] = collections.Counter()
     for db in dbs:
         wal = {row.id: row for row in wal_rows(db, recorder.prefix.decode())}
-        counts.update(row.status for row in wal.values())
         transactions: dict[str, list[Wal]] = collections.defaultdict(list)
         for row in wal.values():
-            transactions[row.txid].append(row)
+            if row.action != "keepalive":
+                transactions[row.txid].append(row)
         for txid, together in transactions.items():
-            successes = [row for row in together if row.status == "success"]
+            guards = [row for row in together if row.action]
+            counts.update("guarded" if guards else row.status for row in together)
+            successes = [row for row in together if row.status == "success" and not row.action]
             revisions = {row.result_revision for row in successes} - {None}
             parts = max(len(revisions), len({row.status for row in together}))
-            if parts > 1 and len(together) + any(row.force for row in together) <= whole:
+            small = len(together) + any(row.force for row in together) <= whole
+            wrong += [
+                f"applied at {revision}: {guard}"
+                for revision, guard in itertools.product(revisions, guards)
+                if told.before(revision, guard.key) != guard.revision
+            ]
+            if parts > 1 and (small or guards):
                 wrong.append(f"a transaction in parts: {together}")
             for at in {(row.result_revision or 0, row.key): None for row in successes}:
                 changes = [row for row in successes if (row.result_revision or 0, row.key) == at]
@@ -5141,9 +5151,12 @@ STATEMENTS = [
     "UPDATE etcd_kv SET value = %(value)s WHERE key = %(key)s",
     "DELETE FROM etcd_kv WHERE key = %(key)s",
     "SELECT etcd_delete_prefix(%(prefix)s)",
+    "SELECT etcd_expect(%(key)s, coalesce(({made_on}), 0))",
+    "SELECT etcd_keepalive(%(key)s)",
+    "SELECT etcd_restore(%(prefix)s, coalesce(({made_on}), revision)) FROM etcd_sync_state",
     """
         SELECT etcd_retry(min(id)) FROM etcd_wal w
-        WHERE status = 'conflict' AND starts_with(key, %(prefix)s)
+        WHERE status = 'conflict' AND starts_with(key, %(prefix)s) AND action IS NULL
           AND NOT EXISTS (SELECT FROM etcd_wal r WHERE r.retry_of = w.id)
         HAVING min(id) IS NOT NULL
     """,
@@ -5268,7 +5281,9 @@ class History:
                 cur.execute("SAVEPOINT here")
                 try:
                     cur.execute(sql.format(made_on=MADE_ON[made_on], force=force), given)
-                except (psycopg2.errors.SerializationFailure, psycopg2.errors.UniqueViolation):
+                except psycopg2.Error as exc:
+                    if exc.pgcode not in ("40001", "23505", "22023"):
+                        raise
                     cur.execute("ROLLBACK TO here")
             cur.execute(end)
 
@@ -5329,7 +5344,7 @@ class History:
         statuses = assert_outcomes(
             self.recorder, self.db, whole=self.max_ops, compacted=self.compacted
         )
-        assert set(statuses) <= {"success", "conflict"}, statuses
+        assert set(statuses) <= {"success", "conflict", "guarded"}, statuses
 
 
 def test_stop_does_not_forget_what_was_sent_before_a_crash(daemon, db, prefix, own_client, network):

@@ -322,6 +322,12 @@ class ConfigurationError(EtcdFdwError):
 class AnotherTimeline(EtcdFdwError):
     """etcd's history is not the one that was mirrored"""
 
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"the mirror belongs to another etcd timeline: {reason}; nothing was changed; if etcd"
+            ' is right, drop this mirror and copy again with the command "sync --reset"'
+        )
+
 
 class OtherSchema(EtcdFdwError):
     """the database has the schema of another version of this script"""
@@ -4189,7 +4195,7 @@ class Intake:
             # while it replays the past, etcd names the store's revision, far ahead of the events
             self.replaying = last.kv.mod_revision < revision
             self.whole = len(self.events)
-            if getattr(response, "fragment", False):  # its last revision may go on in the next
+            if response.fragment:  # its last revision may go on in the next
                 while self.whole and same_revision(self.events[self.whole - 1], last):
                     self.whole -= 1
             if self.whole:
@@ -4344,8 +4350,9 @@ class Mirror:
     transaction begins a generation, whose lock this session holds until the next one is
     committed: that wakes whoever waits for it in etcd_wait().
 
-    First check_timeline(), if there is a mirror; then snapshot(), if there is none or etcd has
-    compacted what comes next; from watch() on next_batch() and write(), again and again.
+    First prove_timeline() and follow_exclusions(), if there is a mirror; then snapshot(), if there
+    is none or etcd has compacted what comes next, or complete(), if an earlier version made it;
+    from watch() on next_batch() and write(), again and again.
     """
 
     def __init__(
@@ -4403,9 +4410,8 @@ class Mirror:
                 if kvs or not row["tombstone"]:
                     other = row["key"]
         if other:
-            raise another_timeline(
-                self.postgres.prefix,
-                f"key {other} at revision {state.revision} is not in etcd what it is in the mirror",
+            raise AnotherTimeline(
+                f"key {other} at revision {state.revision} is not in etcd what it is in the mirror"
             )
         return False
 
@@ -4418,9 +4424,7 @@ class Mirror:
         except Compacted:
             return False
         if found and found[0] <= until:
-            raise another_timeline(
-                self.postgres.prefix, f"at revision {found[0]} something happened that it lacks"
-            )
+            raise AnotherTimeline(f"at revision {found[0]} something happened that it lacks")
         return True
 
     def count_keys(self, state: SyncState) -> None:
@@ -4450,10 +4454,10 @@ class Mirror:
                         ):
                             key = kv.key.decode(errors="replace")
                             text = f"it lacks what key {key} had at revision {kv.mod_revision}"
-                            raise another_timeline(self.postgres.prefix, text)
+                            raise AnotherTimeline(text)
             if held < page["keys"]:
                 text = f"of {page['keys']} keys from {page['key']} on etcd then had only {held}"
-                raise another_timeline(self.postgres.prefix, text)
+                raise AnotherTimeline(text)
 
     def follow_exclusions(self, state: SyncState) -> None:
         """Have the mirror be without what the DSN excludes now, and no longer without the rest."""
@@ -4560,10 +4564,7 @@ class Mirror:
             arguments.update(last=state.last_revision, old=state.revision)
         cur.execute(CONTRADICTION_SQL, {"old": staged.revision, **arguments})
         if found := cur.fetchone():
-            raise another_timeline(
-                self.postgres.prefix,
-                f"key {found[0]} has another history in the mirror than in etcd",
-            )
+            raise AnotherTimeline(f"key {found[0]} has another history in the mirror than in etcd")
         cur.execute(MERGE_SQL)
         put = cur.rowcount
         cur.execute(TOMBSTONES_SQL, arguments)
@@ -4680,15 +4681,11 @@ def checkpoint_moved() -> PostgresUnavailable:
 
 def check_cluster(etcd: Etcd, state: SyncState) -> None:
     """Make sure that etcd can be what the mirror is a mirror of. Raises EtcdFdwError."""
-    prefix, header = etcd.target.prefix, etcd.header
-    if state.cluster_id != etcd.cluster_id:
-        raise another_timeline(
-            prefix, f"it is of cluster {state.cluster_id}, this is {etcd.cluster_id}"
-        )
-    if header.revision < state.revision:
-        raise another_timeline(
-            prefix, f"it is at revision {state.revision}, etcd only at {header.revision}"
-        )
+    found, revision = etcd.cluster_id, etcd.header.revision
+    if state.cluster_id != found:
+        raise AnotherTimeline(f"it is of cluster {state.cluster_id}, this is {found}")
+    if revision < state.revision:
+        raise AnotherTimeline(f"it is at revision {state.revision}, etcd only at {revision}")
 
 
 def is_row_of(row: Mapping[str, Any], kv: Any) -> bool:
@@ -4697,15 +4694,6 @@ def is_row_of(row: Mapping[str, Any], kv: Any) -> bool:
     same = (kv.mod_revision, kv.value) == (row["revision"], value)
     version = (kv.create_revision, kv.version)
     return same and (row["version"] is None or version == (row["create_revision"], row["version"]))
-
-
-def another_timeline(prefix: str, reason: str) -> AnotherTimeline:
-    """The error that says why the mirror cannot go on, and what to do."""
-    return AnotherTimeline(
-        f"the mirror of {prefix or 'the whole key space'!r} belongs to another etcd timeline:"
-        f" {reason}; nothing was changed; if etcd is right, drop this mirror and copy again"
-        ' with the command "sync --reset"'
-    )
 
 
 def warn_of_unstorable(count: int, revision: int) -> None:
@@ -4919,12 +4907,13 @@ class Session:
 
     # ─ life ─
 
-    def start(self, resync: int | None) -> None:
-        """Begin to mirror; resync: copy at this revision first, 0: now."""
+    def start(self, resync: int | None, proved: bool) -> None:
+        """Begin to mirror; resync: copy at this revision first, 0: now; proved: the timeline is."""
         mirror = self.mirror
         state = self.postgres.state()
         if state:
-            mirror.prove_timeline(state)
+            if not proved:
+                mirror.prove_timeline(state)
             mirror.follow_exclusions(state)
             state = self.postgres.state() or state
         if state and resync and resync <= state.revision:
@@ -5206,6 +5195,7 @@ class Engine:
         self.host_index = 0  # index of the etcd endpoint that answered last
         self.resync: int | None = None  # the next session starts with a snapshot at, 0: now
         self.answer_limit = 0  # which of ANSWER_LIMITS the next session has
+        self.proved = False  # the last session had connected to this etcd, and has not lost it
         self.backend: tuple[int, str] | None = None  # of the last session that had the lock
         self.attempt = 0  # sessions in a row that did not last
         self.delay = 0.0  # seconds, before the last of them
@@ -5271,7 +5261,7 @@ class Engine:
                 session = Session(self, postgres, etcd)
                 stack.callback(session.close)
                 resync, self.resync = self.resync, None
-                session.start(resync)
+                session.start(resync, self.proved)
                 self.established(session)
                 session.run()
             except EtcdFdwError as exc:
@@ -5355,6 +5345,8 @@ class Engine:
         The pauses grow until a session has lasted, whichever side the errors come from.
         """
         now, lasted_s = time.monotonic(), 0.0
+        grows = isinstance(error, TooLarge) and self.answer_limit + 1 < len(ANSWER_LIMITS)
+        self.proved = grows and self.established_at is not None
         if self.established_at is not None:
             lasted_s = now - self.established_at
             self.metrics.reconnects[error.side] += 1
@@ -5364,7 +5356,6 @@ class Engine:
         self.attempt += 1
         self.delay = backoff(self.attempt, self.config.retry_initial, self.config.retry_max)
         just_expired = isinstance(error, TokenExpired) and self.attempt == 1  # the next has another
-        grows = isinstance(error, TooLarge) and self.answer_limit + 1 < len(ANSWER_LIMITS)
         level = logging.WARNING
         if error.needs_person and not (just_expired or grows):
             level, self.delay = logging.ERROR, self.config.retry_max

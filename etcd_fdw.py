@@ -104,6 +104,7 @@ import re
 import secrets
 import select
 import selectors
+import shlex
 import shutil
 import socket
 import ssl
@@ -186,6 +187,7 @@ HEARTBEAT_S = 10.0
 SUMMARY_S = 60.0
 PROGRESS_S = 5.0
 QUIET_S = 0.5  # etcd sends the past in portions 100 ms apart; after this silence it is all here
+HANG_LIMIT_S = 120.0  # a loop that was stuck for so long more will not come back
 STUCK_S = 60.0  # a loop that has not turned for so long is stuck, unless PostgreSQL is working
 READY_LAG_S = 10.0  # "in step" for /readyz
 HOUSEKEEPING_S = 60.0
@@ -340,6 +342,10 @@ class OtherSchema(EtcdFdwError):
             f"the database has schema version {version}, this script's is {SCHEMA_VERSION}:"
             f" {remedy}"
         )
+
+
+class Busy(EtcdFdwError):
+    """another instance is active"""
 
 
 class Stopped(EtcdFdwError):
@@ -658,7 +664,8 @@ def postgres_error(exc: psycopg2.Error, notices: Sequence[str] = ()) -> EtcdFdwE
 
 
 REMEDIES: tuple[tuple[type[EtcdFdwError], str], ...] = (
-    (AccessDenied, "grant what is missing; "),
+    (PermissionDenied, "grant what is missing; "),
+    (GrantMissing, "grant what is missing; "),
     (
         FencedByCopy,
         'is that a copy of this database? give it a mirror of its own with "sync --reset"; ',
@@ -1419,6 +1426,7 @@ class Guard(threading.Thread):
         self.notifier = SystemdNotifier(os.environ)
         self.stop_by: float | None = None  # monotonic; set once asked to stop
         self.exit_code = 0  # if it ends without having stopped in good order
+        self.listening = False
         self.requests: set[int] = set()  # other signals, for the loop to take
         self.turned_at = time.monotonic()  # when the loop last went on
         self._lock = threading.Lock()
@@ -1431,6 +1439,7 @@ class Guard(threading.Thread):
 
     def listen(self) -> None:
         """Take signals from now on, and those that came before. Call from the main thread."""
+        self.listening = True
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         while signal.sigpending() & set(SIGNALS):
             self._take_signal()
@@ -1465,13 +1474,18 @@ class Guard(threading.Thread):
         return silent if silent > STUCK_S else 0.0
 
     def run(self) -> None:
+        hung_s = 0.0  # while this thread ran: a process that was frozen is not hung
         while True:
-            time.sleep(min(1.0, (self.notifier.watchdog_s or 3.0) / 3))
+            tick_s = min(1.0, (self.notifier.watchdog_s or 3.0) / 3)
+            time.sleep(tick_s)
             self._enforce(time.monotonic())
-            alive = not self.stuck_s()
-            if alive and self.notifier.watchdog_s:
+            hung_s = hung_s + tick_s if self.stuck_s() else 0.0
+            if hung_s > HANG_LIMIT_S and self.listening:
+                log.error("the loop hangs, perhaps in a library: ending, to be started again")
+                os._exit(InternalError.exit_code)
+            if not hung_s and self.notifier.watchdog_s:
                 self.notifier.tell(WATCHDOG=1)
-            if alive and not self.notifier.ready:  # a first copy takes as long as it takes
+            if not hung_s and not self.notifier.ready:  # a first copy takes as long as it takes
                 self.notifier.tell(EXTEND_TIMEOUT_USEC=30_000_000)
 
     def _take_signals(self) -> None:
@@ -1757,12 +1771,14 @@ SELECT pg_catalog.count(*) AS pending,
 FROM etcd_wal p WHERE {PENDING}
 """
 PENDING_OUTSIDE_SQL = """
-SELECT pg_catalog.count(*) AS pending_outside,
+SELECT o.*, (SELECT key FROM etcd_wal WHERE id = outside_id) AS outside_key FROM (
+SELECT pg_catalog.count(*) AS pending_outside, pg_catalog.min(id) AS outside_id,
        extract(epoch FROM clock_timestamp() - pg_catalog.min(ts))::float8
            AS oldest_outside_age_s
 FROM etcd_wal w
 WHERE status = 'pending'
   AND NOT EXISTS (SELECT FROM etcd_sync_state s WHERE pg_catalog.starts_with(w.key, s.prefix))
+) o
 """
 # Tables that lack the same privileges share a GRANT.
 PRIVILEGES_SQL = """
@@ -1798,6 +1814,14 @@ FROM pg_catalog.unnest(ARRAY['etcd_kv', 'etcd_refused', 'etcd_status']) v (name)
 JOIN pg_catalog.pg_class c ON c.oid = pg_catalog.to_regclass(v.name)::oid
 WHERE pg_catalog.current_setting('server_version_num')::int >= 150000
   AND ('security_invoker=true' = ANY (c.reloptions)) IS NOT TRUE
+"""
+SITUATION_SQL = """
+SELECT current_schema() AS schema,
+       (SELECT pg_catalog.min(relname::text) FROM pg_class
+        WHERE relnamespace = pg_catalog.to_regnamespace(pg_catalog.quote_ident(current_schema()))
+          AND relname IN ('etcd', 'etcd_wal', 'etcd_sync_state', 'etcd_sync_event')) AS foreign,
+       (SELECT pg_catalog.pg_has_role(relowner, 'USAGE') FROM pg_class
+        WHERE oid = pg_catalog.to_regclass('etcd_sync_state')) AS owner
 """
 
 
@@ -1846,7 +1870,9 @@ class Postgres:
     session is over.  Every method raises the errors of postgres_error().
     """
 
-    def __init__(self, config: Config, guard: Guard, listen: bool = True) -> None:
+    def __init__(
+        self, config: Config, guard: Guard, listen: bool = True, limit_s: float | None = None
+    ) -> None:
         self.guard = guard
         self.prefix = config.etcd_dsn.prefix
         self.bounds = {"prefix": self.prefix, "after": text_after(self.prefix)}  # for SQL
@@ -1854,7 +1880,7 @@ class Postgres:
         given = psycopg2.extensions.parse_dsn(dsn)
         extra: dict[str, Any] = {k: v for k, v in LIBPQ_DEFAULTS.items() if k not in given}
         if "connect_timeout" in extra:
-            limit_s = max(CONNECT_LEAST_S, config.startup_timeout)
+            limit_s = limit_s or max(CONNECT_LEAST_S, config.startup_timeout)
             extra["connect_timeout"] = int(min(float(extra["connect_timeout"]), limit_s))
         try:
             self.conn = psycopg2.connect(
@@ -2015,9 +2041,48 @@ class Postgres:
             raise OtherSchema(version)
         return bool(version)
 
-    def missing_grants(self, applies: bool) -> list[str]:
-        """The fewest statements that give this role what it lacks; applies: to apply the schema."""
-        return [row["format"] for row in self.query(PRIVILEGES_SQL, applies=applies)]
+    def flaws(self) -> Iterator[EtcdFdwError]:
+        """What start refuses, and config validate reports."""
+        if self.version < 130000:
+            yield EtcdFdwError("PostgreSQL 13 or later is needed: upgrade it")
+        encoding = self.query("SHOW server_encoding")[0]["server_encoding"]
+        if encoding != "UTF8":
+            yield EtcdFdwError(
+                f"the database's encoding is {encoding}: etcd_fdw needs a UTF8 database"
+            )
+        version = self.usable_schema_version()
+        if version > SCHEMA_VERSION:
+            yield OtherSchema(version)
+        facts = self.query(SITUATION_SQL)[0]
+        if not version and facts["foreign"]:
+            yield EtcdFdwError(
+                f"schema {facts['schema']} has a table {facts['foreign']} that is not etcd_fdw's:"
+                " use another schema, as with options=-csearch_path%3D… in --postgres-dsn"
+            )
+        missing = [
+            r["format"] for r in self.query(PRIVILEGES_SQL, applies=version < SCHEMA_VERSION)
+        ]
+        if missing:
+            yield GrantMissing(f"PostgreSQL: these privileges are missing: {'; '.join(missing)}")
+        if 0 < version < SCHEMA_VERSION and not facts["owner"]:
+            text = f"only the owner of schema version {version} can replace it"
+            yield GrantMissing(f"PostgreSQL: {text}: psql -1 -f {SCHEMA_FILE.name}")
+        for command in self.open_views() if facts["owner"] is False else ():
+            yield GrantMissing(
+                f"PostgreSQL: a view bypasses row-level security; its owner mends it: {command}"
+            )
+        if version and not missing:
+            try:
+                with self.cursor() as cur:
+                    self.refuse_overlap(cur)
+            except EtcdFdwError as exc:
+                yield exc
+
+    def check(self, but_for_grants: bool = False) -> None:
+        """Raises the first of flaws()."""
+        for flaw in self.flaws():
+            if not (but_for_grants and isinstance(flaw, GrantMissing)):
+                raise flaw
 
     def open_views(self) -> list[str]:
         """Statements that keep views from showing what row-level security hides; none is usual."""
@@ -2045,12 +2110,6 @@ class Postgres:
             raise OtherSchema(found)
         if found == SCHEMA_VERSION and not self.open_views():
             return False
-        cur.execute("SHOW server_encoding")
-        encoding = cur.fetchone()[0]
-        if encoding != "UTF8":
-            raise EtcdFdwError(
-                f"the database's encoding is {encoding}: etcd_fdw needs a UTF8 database"
-            )
         try:
             cur.execute(SCHEMA_FILE.read_text(encoding="utf-8"))
         except OSError as exc:
@@ -2197,6 +2256,9 @@ class Etcd:
                 self.key, self.range_end, target.dial_timeout, limit=1, keys_only=True
             ).header
             self.version = self.server_version()
+            release = [int(n) for n in re.findall(r"\d+", self.version)[:2]]  # []: unknown
+            if release and release < [3, 4]:
+                raise EtcdFdwError(f"etcd at {host} is {self.version}: 3.4 or later is needed")
         except EtcdFdwError as exc:
             self.close()
             if isinstance(exc, TokenExpired) and not target.username:
@@ -2280,15 +2342,53 @@ class Etcd:
         return int(self.call(self.kv.Put, etcdrpc.PutRequest(key=key, value=value)).header.revision)
 
     def check_write(self, key: bytes, range_end: bytes) -> None:
-        """Ask whether a range may be written, without writing. Raises AccessDenied."""
-        request = etcdrpc.TxnRequest()
-        # etcd checks the permissions of both branches, and no revision is below zero
+        """Ask whether a range could be written now. Raises PermissionDenied, WritesRefused."""
+        delete, put = etcdrpc.RequestOp(), etcdrpc.RequestOp()
+        delete.request_delete_range.key, delete.request_delete_range.range_end = key, range_end
+        put.request_put.key = key + b"/"  # which a full store refuses
+        self.ask(delete)
+        self.ask(put)
+
+    def ask(self, *operations: Any) -> None:
+        """Send a Txn that changes nothing: no revision is below zero. Raises what etcd says.
+
+        etcd checks both branches, whichever is taken.
+        """
+        request = etcdrpc.TxnRequest(success=operations)
         request.compare.add(
-            result=etcdrpc.Compare.LESS, target=etcdrpc.Compare.MOD, key=key, mod_revision=0
+            result=etcdrpc.Compare.LESS, target=etcdrpc.Compare.MOD, key=self.key, mod_revision=0
         )
-        delete = request.success.add().request_delete_range
-        delete.key, delete.range_end = key, range_end
         self.call(self.kv.Txn, request)
+
+    def takes_operations(self, count: int) -> bool:
+        """Whether a Txn may hold so many operations."""
+        operation = etcdrpc.RequestOp()
+        operation.request_range.key = self.key
+        try:
+            self.ask(*[operation] * count)
+        except TooManyOperations:
+            return False
+        return True
+
+    def other_prefix(self) -> str:
+        """What to say if no key has the prefix, but some have it with, or without, a slash."""
+        prefix = self.target.prefix
+        if not prefix or self.range(self.key, self.range_end, count_only=True).count:
+            return ""
+        other = prefix[1:] if prefix.startswith("/") else f"/{prefix}"
+        try:
+            count = self.range(*prefix_range(other), count_only=True).count if other else 0
+        except AccessDenied:
+            return ""
+        how = f"prefix={other} in the query" if prefix.startswith("/") else f"{other} as the path"
+        return (
+            ""
+            if not count
+            else (
+                f"no key begins with {prefix!r}, but {describe(count, 'key')} with {other!r}:"
+                f" see {how} of --etcd-dsn"
+            )
+        )
 
     def may_write_some(self) -> bool:
         """Whether this user may write any key of the prefix; True where that cannot be asked."""
@@ -4099,22 +4199,6 @@ def compare_at_checkpoint(
         return summary
 
 
-def compare_up_to(
-    postgres: Postgres, etcd: Etcd, checkpoint: int, goal: int, **options: Any
-) -> dict[str, Any] | None:
-    """Repair the mirror; the summary, or None if it lacks what etcd held at the goal.
-
-    The store's revision says little about a prefix, as others move it too.  So while the
-    checkpoint is below the goal, what both hold is compared.  Raises Compacted.
-    """
-    summary = compare_at_checkpoint(postgres, etcd, checkpoint, repair=True, **options)
-    warn_of_repair(summary)
-    # what came to the prefix after the goal moves the checkpoint past it
-    if checkpoint < goal and count_differences(compare(postgres, etcd, checkpoint, 0, **options)):
-        return None
-    return summary
-
-
 # ── mirror: the watch's way into table etcd ────────────────────────────────────
 
 
@@ -4903,6 +4987,8 @@ class Session:
         self.chores: list[Timer] = [
             Chore(postgres, engine.config, engine.metrics, table) for table in CHORES
         ]
+        if goal := engine.goal:
+            self.timers.append(Timer(lambda: goal(self)))
         self.chores += [Timer(self.gauge), Timer(self.look_outside)]
 
     # ─ life ─
@@ -5161,10 +5247,13 @@ class Session:
     def look_outside(self) -> float:
         """Warn of pending changes that no mirror will take."""
         started, metrics = time.monotonic(), self.metrics
-        outside = self.postgres.query(PENDING_OUTSIDE_SQL)[0]["pending_outside"]
+        found = self.postgres.query(PENDING_OUTSIDE_SQL)[0]
+        outside = found["pending_outside"]
         if outside > metrics.pending_outside:
             log.warning(
-                "%(changes)s outside every mirrored prefix: left alone",
+                "%(changes)s outside every mirrored prefix: left alone; the first is"
+                " %(outside_id)d to %(outside_key)s",
+                **found,
                 changes=describe(outside, "pending change"),
             )
         metrics.pending_outside = outside
@@ -5182,8 +5271,17 @@ class Engine:
     next session to begin with a snapshot.
     """
 
-    def __init__(self, config: Config, read_config: Callable[[], Config] | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        read_config: Callable[[], Config] | None = None,
+        goal: Callable[[Session], float] | None = None,
+    ) -> None:
+        """goal: looked at now and then, to stop once it is reached; such an engine never waits
+        for another instance, but raises Busy."""
         self.config = config
+        self.goal = goal
+        self.give_up_at: float | None = None  # monotonic; while it may still fail to connect
         self.read_config = read_config or (lambda: config)  # for SIGHUP
         self.waker = Waker()
         self.guard = Guard(self.waker)
@@ -5222,7 +5320,7 @@ class Engine:
 
     def work(self) -> None:
         """Run one session after another. Raises EtcdFdwError where retrying makes no sense."""
-        give_up_at = time.monotonic() + self.config.startup_timeout
+        self.give_up_at = time.monotonic() + self.config.startup_timeout
         while not self.guard.stopping:
             try:
                 self.session()
@@ -5238,7 +5336,7 @@ class Engine:
             if not self.connected:
                 renewable = isinstance(error, TokenExpired) and not self.attempt
                 denied = isinstance(error, AccessDenied) and not renewable
-                if denied or time.monotonic() > give_up_at:
+                if denied or time.monotonic() >= self.give_up_at:
                     raise error
             self.retry(error)
 
@@ -5246,18 +5344,19 @@ class Engine:
         """Connect, lock, schema, and work until asked to stop or a connection is lost."""
         with ExitStack() as stack:
             stack.callback(self.disconnected)
-            postgres = Postgres(self.config, self.guard)
+            postgres = Postgres(self.config, self.guard, limit_s=self.connect_limit_s())
             stack.callback(postgres.close)
             self.metrics.connected["postgresql"] = True
             self.lock(postgres)
             self.metrics.active = True
+            postgres.check(but_for_grants=self.connected)  # which only what needs them may miss
             postgres.ensure_schema()
-            with postgres.cursor() as cur:
-                postgres.refuse_overlap(cur)
             try:
                 etcd = self.connect_etcd()
                 stack.callback(etcd.close)
                 self.metrics.connected["etcd"] = True
+                if not self.connected and (doubt := etcd.other_prefix()):
+                    log.warning("%(doubt)s", doubt=doubt)
                 session = Session(self, postgres, etcd)
                 stack.callback(session.close)
                 resync, self.resync = self.resync, None
@@ -5274,6 +5373,8 @@ class Engine:
         """Become the active instance of the prefix, however long it takes."""
         waiting = False
         while not postgres.try_lock():
+            if self.goal:
+                raise Busy
             if self.backend:
                 postgres.end_backend(*self.backend)
             if not waiting:
@@ -5294,16 +5395,23 @@ class Engine:
         postgres.name_session("active")
         self.backend = postgres.backend
 
+    def connect_limit_s(self) -> float:
+        """How long a server may take to answer for the first time."""
+        limit_s = self.config.startup_timeout
+        if self.give_up_at and not self.connected:
+            limit_s = self.give_up_at - time.monotonic()
+        return max(CONNECT_LEAST_S, limit_s)
+
     def connect_etcd(self) -> Etcd:
         """A client of the first endpoint that answers, beginning with the last good one."""
         target = self.config.etcd_dsn
         hosts = target.hosts
-        limit_s = max(CONNECT_LEAST_S, self.config.startup_timeout)
-        target = replace(target, dial_timeout=min(target.dial_timeout, limit_s))
         errors = []
         for turn in range(len(hosts)):
             index = (self.host_index + turn) % len(hosts)
+            limit_s = min(target.dial_timeout, self.connect_limit_s())
             try:
+                target = replace(target, dial_timeout=limit_s)
                 etcd = Etcd(target, hosts[index], ANSWER_LIMITS[self.answer_limit])
             except EtcdUnavailable as exc:
                 errors.append(str(exc))
@@ -5359,6 +5467,8 @@ class Engine:
         level = logging.WARNING
         if error.needs_person and not (just_expired or grows):
             level, self.delay = logging.ERROR, self.config.retry_max
+        if self.give_up_at and not self.connected:
+            self.delay = min(self.delay, max(0.0, self.give_up_at - now))
         if error.side in self.metrics.connected:
             self.metrics.connected[error.side] = False
         self.set_state(f"{error.side} is unavailable")
@@ -5508,18 +5618,23 @@ class Engine:
 
 # ── commands ───────────────────────────────────────────────────────────────────
 
-# ─ start ─
-
 
 def say(*lines: str) -> None:
     """Print lines to stdout, each made printable."""
     print(*map(printable, lines), sep="\n", flush=True)
 
 
-def show_age(seconds: float) -> str:
+def show_age(seconds: float | None) -> str:
     """'3s', '5m', '7h', '2d'."""
+    if seconds is None:
+        return "an unknown time"
     unit = next((unit for unit in "dhm" if seconds >= 2 * DURATION_S[unit]), "s")
     return f"{max(0.0, seconds) // DURATION_S[unit]:.0f}{unit}"
+
+
+def to_json(item: Mapping[str, Any]) -> str:
+    """One line of JSON; times as in the log."""
+    return json.dumps(item, default=lambda ts: utc(ts.timestamp()))
 
 
 @contextmanager
@@ -5529,6 +5644,9 @@ def connection(config: Config) -> Iterator[tuple[Engine, Postgres]]:
     engine.guard.start()
     with closing(Postgres(config, engine.guard)) as postgres:
         yield engine, postgres
+
+
+# ─ start ─
 
 
 def start(config: Config, given: Mapping[str, Any]) -> int:
@@ -5543,32 +5661,36 @@ def start(config: Config, given: Mapping[str, Any]) -> int:
 def dry_run(config: Config, given: Mapping[str, Any]) -> int:
     """Report what start would write to either side first, and write nothing."""
     log.setLevel(max(config.log_level, logging.ERROR))  # the report says it all
-    with connection(config) as (engine, postgres), closing(engine.connect_etcd()) as etcd:
-        where, prefix = postgres.where, postgres.prefix
-        print(f"PostgreSQL at {where}, etcd at {etcd.endpoint}, prefix {prefix!r}")
-        found = postgres.usable_schema_version()
-        missing = postgres.missing_grants(found < SCHEMA_VERSION)
-        if missing:
-            raise GrantMissing(f"PostgreSQL: a privilege is missing: {'; '.join(missing)}")
-        if found < SCHEMA_VERSION:
-            print(f"schema version {SCHEMA_VERSION} would be applied")
-        if found in (0, SCHEMA_VERSION):
-            report_mirror(postgres, etcd, postgres.state() if found else None)
-        if found == SCHEMA_VERSION:
-            report_pending(postgres, etcd)
-    print("nothing was written")
+    with connection(config) as (engine, postgres):
+        postgres.check()
+        found = postgres.schema_version()
+        with closing(engine.connect_etcd()) as etcd:
+            where, prefix = postgres.where, postgres.prefix
+            say(f"PostgreSQL at {where}, etcd at {etcd.endpoint}, prefix {prefix!r}")
+            if found < SCHEMA_VERSION:
+                say(f"schema version {SCHEMA_VERSION} would be applied")
+            state = postgres.state() if found == SCHEMA_VERSION else None
+            if given.get("reset"):
+                rows = postgres.query(COUNT_SQL)[0]["rows"] if found else 0
+                say(f"the mirror would be dropped: {describe(rows, 'row')} of history")
+                state = None
+            if found in (0, SCHEMA_VERSION):
+                report_mirror(postgres, etcd, state)
+            if found == SCHEMA_VERSION:
+                report_pending(postgres, etcd, config.push)
+    say("nothing was written")
     return 0
 
 
 def report_mirror(postgres: Postgres, etcd: Etcd, state: SyncState | None) -> None:
-    """Print how far the mirror is from what etcd holds now."""
+    """Say how far the mirror is from what etcd holds now."""
     if state is None:
         keys = etcd.range(etcd.key, etcd.range_end, count_only=True).count
-        print(f"etcd to PostgreSQL: no mirror yet; {describe(keys, 'key')} to copy")
+        say(f"etcd to PostgreSQL: no mirror yet; {describe(keys, 'key')} to copy")
         return
     check_cluster(etcd, state)
     found = compare(postgres, etcd, state.revision, at=0)
-    print(
+    say(
         f"etcd to PostgreSQL: mirror at revision {state.revision}, etcd at {etcd.header.revision};"
         f" of {describe(found['keys'], 'key')}"
         f" {found['missing']['count'] + found['different']['count']} to copy,"
@@ -5576,10 +5698,10 @@ def report_mirror(postgres: Postgres, etcd: Etcd, state: SyncState | None) -> No
     )
 
 
-def report_pending(postgres: Postgres, etcd: Etcd) -> None:
-    """Print how many changes are pending, and what the first ones would meet."""
+def report_pending(postgres: Postgres, etcd: Etcd, push: bool) -> None:
+    """Say how many changes are pending, and what the first ones would meet."""
     total, _ = postgres.pending_gauges()
-    print(f"PostgreSQL to etcd: {describe(total, 'pending change')}")
+    say(f"PostgreSQL to etcd: {describe(total, 'pending change')}" + PUSH_OFF * (not push))
     first = {**postgres.bounds, "limit": 20, "max_bytes": BATCH_BYTES, "in_flight": "{}"}
     first["largest"] = VALUE_MAX_BYTES
     with postgres.cursor() as cur:
@@ -5599,11 +5721,12 @@ def report_pending(postgres: Postgres, etcd: Etcd) -> None:
             meets = "to apply"
         else:
             meets = f"in conflict: {conflict_message([change], [current])}"
-        print(f"  change {row.id} to {printable(row.key)}: {meets}")
+        say(f"  change {row.id} to {row.key}: {meets}")
 
 
 # ─ status ─
 
+PUSH_OFF = "; --push is off: they wait"
 # PostgreSQL may have changed and cut the name of a standby: as it did with this session's.
 STANDBYS_SQL = """
 SELECT coalesce(pg_catalog.host(client_addr), 'local socket') AS client, pid AS backend_pid,
@@ -5672,18 +5795,25 @@ def postgres_status(postgres: Postgres) -> dict[str, Any]:
     return facts
 
 
+def unmirrored(etcd: Etcd, checkpoint: int, waker: Waker) -> list[int]:
+    """Revisions of the prefix that follow the checkpoint; there may be more.
+
+    The store's own revision would not say it, because other prefixes move that too. A watch
+    brings deletions as well, and costs etcd less than a sorted range.
+    """
+    try:
+        return revisions_after(etcd, checkpoint, waker)
+    except Compacted as exc:  # usual where the prefix is quiet
+        return revisions_after(etcd, (exc.revision or 1) - 1, waker)
+
+
 def lag(etcd: Etcd, postgres: Postgres, facts: dict[str, Any], waker: Waker) -> dict[str, Any]:
     """How far the mirror is behind etcd, after giving an active instance a moment.
 
-    lag_revisions: of this prefix, and at least; lag_s: since the mirror was last in step.
+    lag_revisions: of this prefix; there may be more.  lag_s: since the mirror was last in step.
     """
-    # The store's own revision would not say it, because other prefixes move that too. A watch
-    # brings deletions as well, and costs etcd less than a sorted range.
     checkpoint = facts["checkpoint"]
-    try:
-        waiting = revisions_after(etcd, checkpoint, waker)
-    except Compacted as exc:  # usual where the prefix is quiet
-        waiting = revisions_after(etcd, (exc.revision or 1) - 1, waker)
+    waiting = unmirrored(etcd, checkpoint, waker)
     deadline = time.monotonic() + (LAG_LIMIT_S if facts["locked"] else 0)
     while waiting and checkpoint < waiting[-1] and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -5694,48 +5824,69 @@ def lag(etcd: Etcd, postgres: Postgres, facts: dict[str, Any], waker: Waker) -> 
     return {"checkpoint": checkpoint, "lag_revisions": behind, "lag_s": age if behind else 0.0}
 
 
+def etcd_status(etcd: Etcd, mirror_id: str | None) -> dict[str, Any]:
+    """What is known of etcd's side; writes_refused: not for want of a grant."""
+    side = {"reachable": True, "endpoint": etcd.endpoint, "version": etcd.version}
+    side.update(cluster_id=etcd.cluster_id, revision=etcd.header.revision)
+    found = list(write_obstacles(etcd, mirror_id))
+    wanted = (PermissionDenied, Unsupported)  # a mirror to read from
+    side["writes_refused"] = any(not isinstance(exc, wanted) for exc in found)
+    return {**side, "writes_wait": "; ".join(map(str, found)) or None}
+
+
 def gather_status(engine: Engine) -> dict[str, Any]:
     """Everything that status shows; what cannot be known is missing or null."""
-    config, away = engine.config, {"reachable": False}
+    config, away = engine.config, {"reachable": False, "error": None}
     found: dict[str, Any] = {"prefix": config.etcd_dsn.prefix, "time": utc(time.time())}
-    found.update(postgresql=away, etcd=away)
+    found.update(push=config.push, postgresql=away, etcd=away)
     with ExitStack() as stack:
         try:
             postgres = stack.enter_context(closing(Postgres(config, engine.guard, listen=False)))
             found.update(postgres_status(postgres))
-        except EtcdFdwError as exc:
-            found["postgresql"] = {**away, "error": str(exc)}
-        try:
             etcd = stack.enter_context(closing(engine.connect_etcd()))
-            side = found["etcd"] = {"reachable": True, "endpoint": etcd.endpoint}
-            side.update(version=etcd.version, cluster_id=etcd.cluster_id)
-            side.update(revision=etcd.header.revision, writable=may_write(etcd, RESERVED.decode()))
+            found["etcd"] = etcd_status(etcd, found.get("mirror_id"))
             if "checkpoint" in found:
                 found.update(lag(etcd, postgres, found, engine.waker))
-        except PostgresUnavailable as exc:
-            found["postgresql"] = {**away, "error": str(exc)}
         except EtcdFdwError as exc:
-            found["etcd"] = {**found["etcd"], **away, "error": str(exc)}
+            found[exc.side] = failed_side(found[exc.side], exc)
+        if found["etcd"] is away:  # as PostgreSQL's error came first
+            try:
+                etcd = stack.enter_context(closing(engine.connect_etcd()))
+                found["etcd"] = etcd_status(etcd, None)
+            except EtcdFdwError as exc:
+                found["etcd"] = failed_side(away, exc)
     found["problems"] = list(problems_of(found))
     found["healthy"] = not found["problems"]
     return found
 
 
-def may_write(etcd: Etcd, prefix: str) -> bool:
-    """Whether etcd lets the daemon write these keys."""
-    try:
-        etcd.check_write(*prefix_range(prefix))
-    except AccessDenied:
-        return False
-    return True
+def failed_side(side: Mapping[str, Any], error: EtcdFdwError) -> dict[str, Any]:
+    """What is known of a server that answered with an error, or not at all."""
+    return {**side, "reachable": isinstance(error, AccessDenied), "error": str(error)}
+
+
+def write_obstacles(etcd: Etcd, mirror_id: str | None) -> Iterator[EtcdFdwError]:
+    """Why changes from SQL would wait, and what to do; nothing if etcd takes them."""
+    own = f"{RESERVED.decode()}{mirror_id}/" if mirror_id else RESERVED.decode()
+    for prefix in (etcd.target.prefix, own):
+        try:
+            etcd.check_write(*prefix_range(prefix))
+        except PermissionDenied:
+            grant = grant_hint(prefix)
+            if prefix == RESERVED.decode():
+                grant = grant_hint(f"{prefix}<mirror id>/") + " (status names it after the start)"
+            yield PermissionDenied(f"grant this: {grant}")
+        except WritesRefused as exc:
+            yield type(exc)(f"{exc}; {remedy_for(exc)}".rstrip("; "))
+            return
 
 
 def problems_of(found: Mapping[str, Any]) -> Iterator[str]:
     """Why a person should look at it; nothing if all is well."""
     for side in ("postgresql", "etcd"):
-        if not found[side]["reachable"]:
-            yield found[side]["error"]
-    if not found["postgresql"]["reachable"]:
+        if error := found[side].get("error"):
+            yield error
+    if "schema_version" not in found:
         return
     if found["schema_version"] not in (0, SCHEMA_VERSION):
         yield str(OtherSchema(found["schema_version"]))
@@ -5757,14 +5908,16 @@ def problems_of(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"the last heartbeat was {show_age(found['heartbeat_age_s'])} ago"
     if found.get("lag_revisions"):
         yield f"the mirror is behind by {describe(found['lag_revisions'], 'revision')}"
-    if found.get("pending") and not found["etcd"].get("writable", True):
-        yield f"changes wait until this is granted: {grant_hint(RESERVED.decode())}"
-    if (found.get("oldest_pending_age_s") or 0) > PENDING_LIMIT_S:
+    obstacles = found["etcd"].get("writes_wait") if found["push"] else None
+    if obstacles and (found.get("pending") or found["etcd"]["writes_refused"]):
+        yield f"changes wait: {obstacles}"
+    if (found.get("oldest_pending_age_s") or 0) > PENDING_LIMIT_S and found["push"]:
         yield f"a change has been pending for {show_age(found['oldest_pending_age_s'])}"
     if (found.get("oldest_outside_age_s") or 0) > PENDING_LIMIT_S:
         yield (
-            f"{describe(found['pending_outside'], 'pending change')} outside every mirrored"
-            " prefix: start an instance for it, or delete the row"
+            f"{describe(found['pending_outside'], 'pending change')} outside every mirrored prefix,"
+            f" the first is {found['outside_id']} to {found['outside_key']}: start an instance for"
+            " it, or take it back with etcd_cancel"
         )
 
 
@@ -5779,28 +5932,36 @@ def is_retrying(found: Mapping[str, Any]) -> bool:
     return bool(found.get("last_error")) and has_heartbeat(found)
 
 
-def show_status(found: Mapping[str, Any], timed: bool) -> str:
-    """The status for people."""
-    width = max(32, min(100, shutil.get_terminal_size().columns))
-    lines = [("time", found["time"])] * timed + [("prefix", found["prefix"] or "(all keys)")]
+def show_status(found: Mapping[str, Any], watch: bool) -> str:
+    """The status for people; for --watch it fits the terminal's height."""
+    columns, height = shutil.get_terminal_size()
+    lines = [("time", found["time"])] * watch + [("prefix", found["prefix"] or "(all keys)")]
     lines += [("", f"PROBLEM: {problem}") for problem in found["problems"]] or [("", "healthy")]
     for name, side in (("PostgreSQL", found["postgresql"]), ("etcd", found["etcd"])):
-        text = f"{side['version']} at {side['endpoint']}" if side["reachable"] else "unreachable"
+        text = "denies access" if side["reachable"] else "unreachable"
+        if "version" in side and not side.get("error"):
+            text = f"{side['version']} at {side['endpoint']}"
         if side.get("standby"):
             text += ", a standby: what is said of instances is as old as what it has replayed"
         if "cluster_id" in side:
             text += f", cluster {side['cluster_id']}, revision {side['revision']}"
         lines.append((name, text))
-    if found["postgresql"]["reachable"]:
+    if "schema_version" in found:
         lines += show_instances(found)
     if "checkpoint" in found:
         lines += show_mirror(found)
-    fill = partial(textwrap.fill, width=width, subsequent_indent=" " * 12)
-    return "\n".join(fill(printable(text), initial_indent=f"{label:12}") for label, text in lines)
+    fill = partial(textwrap.fill, width=max(32, min(100, columns)), subsequent_indent=" " * 12)
+    if watch:
+        fill = partial(fill, max_lines=2, placeholder=" …")
+    shown = [fill(printable(text), initial_indent=f"{label:12}") for label, text in lines]
+    text = "\n".join(shown)
+    return "\n".join(text.split("\n")[: height - 1]) if watch else text
 
 
 def show_holder(found: Mapping[str, Any]) -> str:
     """Who has the lock of the prefix, be it an instance or not."""
+    if found["holder"] is None:  # as a standby sees it
+        return "somebody"
     return "backend {pid} of role {role}, {application_name},".format_map(found["holder"])
 
 
@@ -5829,9 +5990,11 @@ def show_mirror(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "checkpoint", f"{found['checkpoint']}, {step}"
     oldest = found["oldest_pending_age_s"]
     age = f", the oldest for {show_age(oldest)}" if oldest is not None else ""
-    yield "pending", f"{found['pending']}{age}"
+    yield "pending", f"{found['pending']}{age}" + PUSH_OFF * (not found["push"])
     if found["pending_outside"]:
         yield "", f"{found['pending_outside']} outside every mirrored prefix: nobody takes them"
+    if found["etcd"].get("writes_wait"):
+        yield "", f"changes wait: {found['etcd']['writes_wait']}"
     yield "refused", "{conflicts} in conflict, {failures} failed".format_map(found)
     for item in found["refusals"]:
         yield "", "{id} {status} {key}: {message}".format_map(item)
@@ -5844,9 +6007,11 @@ def show_mirror(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "ever", text.format_map(found)
 
 
-def to_json(item: Mapping[str, Any]) -> str:
-    """One line of JSON; times as in the log."""
-    return json.dumps(item, ensure_ascii=False, default=lambda ts: utc(ts.timestamp()))
+def check_exit_code(found: Mapping[str, Any]) -> int:
+    """What monitoring expects: 0 healthy, 2 critical, 3 unknown, as PostgreSQL does not tell."""
+    if "schema_version" not in found:
+        return 3
+    return 0 if found["healthy"] else 2
 
 
 def status(config: Config, given: Mapping[str, Any]) -> int:
@@ -5860,20 +6025,26 @@ def status(config: Config, given: Mapping[str, Any]) -> int:
         if given["format"] == "json":
             text = to_json(found)
         elif given["check"]:
-            text = "; ".join(found["problems"]) or "healthy"
+            text = printable("; ".join(found["problems"]) or "healthy")
         else:
             text = show_status(found, given["watch"]) + "\n" * given["watch"]
         if given["watch"] and given["format"] == "text" and sys.stdout.isatty():
-            text = "\x1b[H" + text.replace("\n", "\x1b[K\n") + "\x1b[J"  # in place of the last one
+            text = (
+                "\x1b[H" + text.rstrip().replace("\n", "\x1b[K\n") + "\x1b[J"
+            )  # over the last one
         print(text, flush=True)
         if not given["watch"]:
             nobody = not (found["postgresql"]["reachable"] or found["etcd"]["reachable"])
-            return 5 if given["check"] and not found["healthy"] else 2 * nobody
+            return check_exit_code(found) if given["check"] else 2 * nobody
         time.sleep(interval_s)
 
 
 # ─ sync ─
 
+COUNT_SQL = """
+SELECT pg_catalog.count(*) AS rows FROM etcd
+WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %(after)s)
+"""
 RESET_SQL = """
 DELETE FROM etcd WHERE key >= %(prefix)s AND (%(after)s::text IS NULL OR key < %(after)s)
 """
@@ -5901,10 +6072,10 @@ def reset_mirror(config: Config) -> None:
     log.warning("dropped the mirror: %(rows)s", rows=describe(deleted, "row"))
 
 
-LAST_PENDING_SQL = f"SELECT pg_catalog.max(p.id) AS last FROM etcd_wal p WHERE {PENDING}"
 WAITS_SQL = f"""
-SELECT pg_catalog.count(*) AS pending, pg_catalog.pg_notify('{CHANGES_CHANNEL}', '')
-FROM etcd_wal p WHERE p.id <= %(last)s AND {PENDING}
+SELECT pg_catalog.count(*) AS pending, pg_catalog.max(p.id) AS last,
+       pg_catalog.pg_notify('{CHANGES_CHANNEL}', '')
+FROM etcd_wal p WHERE (%(last)s::bigint IS NULL OR p.id <= %(last)s) AND {PENDING}
 """
 # Changes of one transaction are tried again together.
 RETRY_TOGETHER_SQL = """
@@ -5917,81 +6088,81 @@ GROUP BY txid ORDER BY pg_catalog.min(id)
 END_HOLDER_SQL = f"SELECT pg_catalog.pg_terminate_backend(pid) FROM ({LOCK_HOLDER_SQL}) holder"
 
 
-@dataclass
 class Goal:
-    """What sync waits for: both sides have what either had as it began, whoever brings it there."""
+    """What sync waits for: both sides have what either had as it began.
 
-    engine: Engine  # which works, or stands by, in another thread
-    revision: int | None = None  # of etcd
-    last: int | None = None  # id of the last pending change
-    seen: tuple[int, int] | None = None  # checkpoint, number of pending changes
-    moved_at: float = field(default_factory=time.monotonic)  # when these last changed
-    pause_s: float = 0.1  # before the next look
-
-    def reached(
-        self, postgres: Postgres, etcd: Etcd, progress: Callable[[int, int], None]
-    ) -> dict[str, Any] | None:
-        """Compare and repair once nothing is pending; the summary, None if it is not there yet.
-
-        Raises EtcdFdwError if the active instance does not get on.
-        """
-        metrics, session, now = self.engine.metrics, self.engine.current, time.monotonic()
-        if session and session.push_error:
-            raise session.push_error  # it takes longer than anybody waits for a command
-        self.pause_s = min(1.5 * self.pause_s, 5.0)
-        self.revision = self.revision or etcd.header.revision
-        state = postgres.state() if postgres.schema_version() == SCHEMA_VERSION else None
-        if state and self.last is None:
-            self.last = postgres.query(LAST_PENDING_SQL)[0]["last"] or 0
-        pending = postgres.query(WAITS_SQL, last=self.last)[0]["pending"] if state else 0
-        seen = state and (state.revision, pending)
-        if seen != self.seen or metrics.state == COPYING:
-            self.seen, self.moved_at = seen, now
-        if now > self.moved_at + SYNC_LIMIT_S:
-            raise EtcdFdwError("the active instance does not get on: see status, try again")
-        if not state or pending:
-            return None
-        if state.revision < self.revision and metrics.active and not metrics.caught_up:
-            return None
-        try:
-            return compare_up_to(postgres, etcd, state.revision, self.revision, progress=progress)
-        except Compacted:
-            # the watch may still bring the difference; else end the session: the next one copies
-            if now > self.moved_at + LAG_LIMIT_S:
-                postgres.query(END_HOLDER_SQL)
-            return None
-
-
-def bring_in_step(config: Config) -> dict[str, Any]:
-    """Bring both sides in step, through the active instance if there is one; the comparison.
-
-    Raises EtcdFdwError if that instance does not get on, and what ends an engine.
+    Whoever is active brings them there: another instance, or this process's own engine.
     """
-    engine, observer = Engine(config), Engine(config)
-    engine.guard.exit_code = observer.guard.exit_code = EtcdFdwError.exit_code
-    observer.guard.listen()
-    engine.guard.start()
-    goal, summary = Goal(engine), None
-    with ThreadPoolExecutor() as pool:
-        work = pool.submit(engine.work)
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.revision: int | None = None  # of etcd as it began
+        self.last: int | None = None  # id of the last change that was pending then, 0: none
+        self.seen: tuple[int, int] | None = None  # checkpoint, number of these that are pending
+        self.moved_at = time.monotonic()  # when that last changed
+        self.reached = False
+
+    def settled(self, postgres: Postgres) -> bool:
+        """Whether no change is pending of those that were; raises if nothing moves any more."""
+        found = postgres.query(WAITS_SQL, last=self.last)[0]
+        if self.last is None:
+            self.last = found["last"] or 0
+        if found["pending"] and not self.config.push:
+            raise EtcdFdwError(f"{describe(found['pending'], 'change')} pending" + PUSH_OFF)
+        state = postgres.state()
+        seen = (state.revision if state else 0), found["pending"]
+        if seen != self.seen:
+            self.seen, self.moved_at = seen, time.monotonic()
+        if state and time.monotonic() > self.moved_at + SYNC_LIMIT_S:
+            raise EtcdFdwError("the active instance does not get on: see status, try again")
+        return state is not None and not found["pending"]
+
+    def look(self, session: Session) -> float:
+        """Stop this process's own engine once it is there; seconds until the next look."""
+        if session.push_error:
+            raise EtcdFdwError(str(session.push_error))  # nobody waits so long for a command
+        self.revision = self.revision or session.etcd.header.revision
+        there = session.metrics.caught_up or session.mirror.checkpoint >= self.revision
+        if there and self.settled(session.postgres):
+            self.reached = True
+            session.guard.stop()
+        return 0.1
+
+    def look_beside(self, postgres: Postgres, etcd: Etcd, waker: Waker) -> bool:
+        """Whether the active instance is there. Raises EtcdUnavailable, too."""
+        etcd.range(etcd.key, count_only=True)
+        self.revision = self.revision or etcd.header.revision
+        if postgres.schema_version() != SCHEMA_VERSION or not self.settled(postgres):
+            return False
+        assert self.seen is not None
+        behind = unmirrored(etcd, self.seen[0], waker)
+        self.reached = not any(revision <= self.revision for revision in behind)
+        return self.reached
+
+
+def bring_in_step(config: Config) -> int:
+    """Wait until the active instance is in step, or bring both sides there; the checkpoint."""
+    goal = Goal(config)
+    engine = Engine(config, goal=goal.look)
+    engine.guard.exit_code = EtcdFdwError.exit_code
+    engine.guard.listen()
+    while not (goal.reached or engine.guard.stopping):
         try:
-            while not (summary or observer.guard.stopping or work.done()):
-                observer.pause(goal.pause_s)
-                try:
-                    with suppress(Stopped), ExitStack() as stack:
-                        postgres = stack.enter_context(closing(Postgres(config, observer.guard)))
-                        etcd = stack.enter_context(closing(observer.connect_etcd()))
-                        summary = goal.reached(postgres, etcd, lambda *_: observer.check_stop())
-                except Unavailable:
-                    if engine.connected:  # else it says when to give up
-                        raise
-        finally:
-            engine.guard.stop()
-    engine.guard.stop_by = None  # it has stopped in time
-    work.result()
-    if not summary:
+            engine.work()
+        except Busy as exc:
+            if goal.seen is None:
+                log.info("%(error)s: waiting until it is in step", error=exc)
+            with suppress(Stopped), ExitStack() as stack:
+                postgres = stack.enter_context(closing(Postgres(config, engine.guard)))
+                etcd = stack.enter_context(closing(engine.connect_etcd()))
+                while not goal.look_beside(postgres, etcd, engine.waker) and postgres.holder():
+                    engine.pause(0.2)
+                    engine.check_stop()
+    if not goal.reached:
         raise EtcdFdwError("stopped before both sides were in step: run it again")
-    return summary
+    engine.guard.stop_by = None
+    assert goal.seen is not None
+    return goal.seen[0]
 
 
 def retry_failed(config: Config) -> None:
@@ -6004,29 +6175,34 @@ def retry_failed(config: Config) -> None:
     log.info("queued %(changes)s again", changes=describe(count, "change"))
 
 
+def confirm(question: str) -> None:
+    """Ask on the terminal. Raises ConfigurationError without one, or without a yes."""
+    if not sys.stdin.isatty():
+        raise ConfigurationError(f"{question} Add --yes")
+    if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
+        raise ConfigurationError("nothing was done")
+
+
 def sync(config: Config, given: Mapping[str, Any]) -> int:
-    """Bring both sides in step once, through the active instance if there is one."""
+    """Wait until both sides are in step; where no instance is active, bring them there."""
     if given["reset"] and not given["yes"]:
-        raise ConfigurationError("--reset drops the mirror and its history: add --yes")
+        confirm("--reset drops the mirror and its history.")
     if given["retry_failed"]:
         retry_failed(config)
     if given["reset"]:
         reset_mirror(config)
-    summary = bring_in_step(config)
-    repaired = describe(count_differences(summary), "difference")
-    keys, revision = describe(summary["keys"], "key"), summary["revision"]
-    print(f"in step at revision {revision}: compared {keys}, repaired {repaired}, nothing pending")
+    say(f"in step at revision {bring_in_step(config)}, nothing pending")
     return 0
 
 
 # ─ validate ─
 
 
-def compare_mirror(config: Config) -> dict[str, Any]:
+def compare_mirror(config: Config, repair: bool = False) -> dict[str, Any]:
     """Compare both sides at the checkpoint, or at a newer one if etcd has compacted that."""
-    give_up_at = time.monotonic() + LAG_LIMIT_S
+    give_up_at = time.monotonic() + (SYNC_LIMIT_S if repair else LAG_LIMIT_S)
     with connection(config) as (engine, postgres):
-        applied = postgres.has_tables()
+        applied, ended = postgres.has_tables(), False
         while True:
             state = postgres.state() if applied else None
             if state is None:
@@ -6034,19 +6210,26 @@ def compare_mirror(config: Config) -> dict[str, Any]:
             # connect only now: etcd's revision must not be older than the checkpoint
             with closing(engine.connect_etcd()) as etcd, suppress(Compacted):
                 check_cluster(etcd, state)
-                return compare_at_checkpoint(postgres, etcd, state.revision)
+                summary = compare_at_checkpoint(postgres, etcd, state.revision, repair=repair)
+                if repair:
+                    warn_of_repair(summary)
+                return summary
             if time.monotonic() > give_up_at:  # else an active instance may be further soon
                 raise EtcdFdwError(
                     f"etcd has compacted revision {state.revision}, which the mirror is at, and"
-                    " now holds something else: run sync, which copies again"
+                    " now holds something else: run validate --fix, which copies again"
                 )
+            if repair and not ended:  # the next session copies again
+                ended = bool(postgres.query(END_HOLDER_SQL))
             engine.pause(0.2)
 
 
 def validate(config: Config, given: Mapping[str, Any]) -> int:
-    """Compare both sides at one revision; exit 5 if they differ."""
-    fix = given["fix"] and not config.dry_run
-    repaired = count_differences(bring_in_step(config)) if fix else None
+    """Compare the keys and values of both sides at one revision; exit 5 if they differ."""
+    repaired = None
+    if given["fix"] and not config.dry_run:
+        bring_in_step(config)
+        repaired = count_differences(compare_mirror(config, repair=True))
     summary = compare_mirror(config)
     different = count_differences(summary)
     if given["format"] == "json":
@@ -6054,15 +6237,15 @@ def validate(config: Config, given: Mapping[str, Any]) -> int:
         print(to_json({**facts, **summary}))
         return 5 if different else 0
     if repaired is not None:
-        print(f"repaired {describe(repaired, 'difference')}")
+        say(f"repaired {describe(repaired, 'difference')}")
     keys, differences = describe(summary["keys"], "key"), describe(different, "difference")
-    print(f"compared {keys} at revision {summary['revision']}: {differences}")
+    say(f"compared {keys} at revision {summary['revision']}: {differences}")
     for kind in DIFFERENCES:
         if summary[kind]["count"]:
-            print(f"{kind + ' in the mirror':24}{summary[kind]['count']}")
-            print(*(f"  {printable(key)}" for key in summary[kind]["first"]), sep="\n")
+            say(f"{kind + ' in the mirror':24}{summary[kind]['count']}")
+            say(*(f"  {key}" for key in summary[kind]["first"]))
     if summary["unstorable"]:
-        print(f"{'cannot be mirrored':24}{summary['unstorable']}")
+        say(f"{'cannot be mirrored':24}{summary['unstorable']}")
     return 5 if different else 0
 
 
@@ -6086,59 +6269,52 @@ def doubts(config: Config, chosen: Mapping[str, Setting]) -> Iterator[UserWarnin
 
 Finding = Union[str, EtcdFdwError, UserWarning]  # of a check: good news, or what is wrong
 
-SCHEMA_OWNER_SQL = """
-SELECT pg_catalog.pg_has_role(relowner, 'USAGE') AS yes
-FROM pg_class WHERE oid = 'etcd_sync_state'::regclass
-"""
 
-
-def check_postgres(config: Config) -> Iterator[Finding]:
-    """Whether PostgreSQL is as the daemon needs it. Raises if it cannot be reached."""
-    with connection(config) as (_, postgres):
-        version, info = postgres.version_text(), postgres.conn.info
-        yield f"PostgreSQL {version} at {postgres.where}, database {info.dbname}, user {info.user}"
-        if postgres.version < 130000:
-            yield EtcdFdwError("PostgreSQL 13 or later is needed: upgrade it")
-        encoding = postgres.query("SHOW server_encoding")[0]["server_encoding"]
-        if encoding != "UTF8":
-            yield EtcdFdwError(f"the database's encoding is {encoding}: create one with UTF8")
-        found = postgres.usable_schema_version()
-        if found > SCHEMA_VERSION:
-            yield OtherSchema(found)
-        yield f"schema version {found}" if found else "no schema yet: the first start applies it"
-        if 0 < found < SCHEMA_VERSION:
-            yield f"the next start applies schema version {SCHEMA_VERSION}"
-            if not postgres.query(SCHEMA_OWNER_SQL)[0]["yes"]:
-                yield AccessDenied(f"only the schema's owner can: psql -1 -f {SCHEMA_FILE.name}")
-        for command in postgres.open_views():
-            yield AccessDenied(f"a view bypasses row-level security; its owner mends it: {command}")
-        missing = postgres.missing_grants(found < SCHEMA_VERSION)
-        yield from (AccessDenied(f"a privilege is missing: {grant}") for grant in missing)
-        if not missing:
-            yield "PostgreSQL grants all that is needed"
-
-
-def check_etcd(config: Config) -> Iterator[Finding]:
-    """Whether etcd is as the daemon needs it. Raises if it cannot be reached."""
+def check_servers(config: Config) -> Iterator[Finding]:
+    """Whether both servers are as start needs them, by what start itself asks and refuses."""
+    mirror_id = None
+    try:
+        with connection(config) as (_, postgres):
+            version, info = postgres.version_text(), postgres.conn.info
+            who = f"database {info.dbname}, user {info.user}"
+            yield f"PostgreSQL {version} at {postgres.where}, {who}"
+            flaws = list(postgres.flaws())
+            yield from flaws
+            found = 0 if flaws else postgres.schema_version()
+            if not flaws:
+                yield f"schema version {found}" if found else "no schema yet: start applies it"
+                yield "PostgreSQL grants all that is needed"
+            if 0 < found < SCHEMA_VERSION:
+                yield f"the next start applies schema version {SCHEMA_VERSION}"
+            elif found and (state := postgres.state()):
+                mirror_id = state.mirror_id
+    except EtcdFdwError as exc:
+        yield exc
     prefix = config.etcd_dsn.prefix
-    remedy = f"etcdctl role grant-permission ROLE readwrite {prefix!r} --prefix=true"
     try:
         etcd = Engine(config).connect_etcd()
-    except AccessDenied as exc:
-        raise AccessDenied(f"{exc}; for reading: {remedy}") from exc
+    except PermissionDenied as exc:
+        raise PermissionDenied(f"{exc}; for reading: {grant_hint(prefix)}") from exc
     with closing(etcd):
         yield f"etcd {etcd.version} at {etcd.endpoint}, cluster {etcd.cluster_id}"
-        release = [int(n) for n in re.findall(r"\d+", etcd.version)[:2]]  # []: unknown
-        if release and release < [3, 4]:
-            yield EtcdFdwError("etcd 3.4 or later is needed: upgrade it")
         yield f"etcd grants reading {prefix or 'all keys'!r}"
-        keys = ((prefix, remedy), (RESERVED.decode(), grant_hint(RESERVED.decode())))
-        grants = [grant for start, grant in keys if not may_write(etcd, start)]
-        text = f"changes from SQL would wait until this is granted: {'; '.join(grants)}"
-        if not grants:
+        if doubt := etcd.other_prefix():
+            yield UserWarning(doubt)
+        obstacles = list(write_obstacles(etcd, mirror_id))
+        text = f"changes from SQL would wait: {'; '.join(map(str, obstacles))}"
+        if not config.push:
+            yield UserWarning("--push is off: changes from SQL wait")
+        elif not obstacles:
             yield f"etcd grants writing {prefix or 'all keys'!r}"
+            if not etcd.takes_operations(config.max_txn_ops):
+                yield UserWarning(
+                    f"etcd takes fewer than {config.max_txn_ops} operations in one transaction:"
+                    " lower --max-txn-ops, or raise etcd's"
+                )
+        elif len(obstacles) == 1 and mirror_id and isinstance(obstacles[0], PermissionDenied):
+            yield AccessDenied(text)
         else:  # with neither grant it is a mirror to read from, as one may want it
-            yield UserWarning(text) if len(grants) == 2 else AccessDenied(text)
+            yield UserWarning(text)
 
 
 def check_options(chosen: Mapping[str, Setting]) -> Iterator[Finding]:
@@ -6163,13 +6339,13 @@ def report(findings: Iterator[Finding]) -> int:
         label = "WARN" if isinstance(finding, UserWarning) else "ok"
         if isinstance(finding, EtcdFdwError):
             label, exit_code = "FAIL", exit_code or finding.exit_code
-        print(f"{label:6}{finding}")
+        say(f"{label:6}{finding}")
 
 
 def config_show(chosen: Mapping[str, Setting], given: Mapping[str, Any]) -> int:
     """Show each option's value and where it came from; passwords are masked."""
     width = 2 + max(len(source) for _, source in chosen.values())
-    print(f"{'OPTION':20}{'SOURCE':{width}}VALUE")
+    say(f"{'OPTION':20}{'SOURCE':{width}}VALUE")
     for option in OPTIONS:
         text, source = chosen[option.name]
         if text is not None and option.required:
@@ -6178,22 +6354,21 @@ def config_show(chosen: Mapping[str, Setting], given: Mapping[str, Any]) -> int:
                 text = masked(text)
             except ConfigurationError:
                 text = "(not valid)"
-        print(f"{option.key:20}{source:{width}}{text or '-'}")
+        say(f"{option.key:20}{source:{width}}{text or '-'}")
     return 0
 
 
 def config_validate(chosen: Mapping[str, Setting], given: Mapping[str, Any]) -> int:
-    """Check the settings."""
+    """Check that the settings are valid; with --connect also what start asks of both servers."""
     if wrong := report(check_options(chosen)):
         return wrong
-    print("ok    every option is valid")
+    say("ok    every option is valid")
     config = make_config(chosen)
     report(doubts(config, chosen))
     if not given["connect"]:
         return 0
     set_up_logging(config)
-    postgres, etcd = report(check_postgres(config)), report(check_etcd(config))
-    return postgres or etcd
+    return report(check_servers(config))
 
 
 # ── throw-away servers, for demo and the tests ─────────────────────────────────
@@ -6392,13 +6567,14 @@ class LocalPostgres(LocalServer):
         return False
 
     def launch(self) -> None:
-        """Start, after making the data directory if there is none."""
-        if not self.data_dir.exists():
+        """Start, after making the data if there are none."""
+        if not (self.data_dir / "PG_VERSION").exists():
             options = ["-U", "postgres", "-E", "UTF8", "--no-locale", "--no-sync", "-A", "trust"]
             if self.password:
                 pwfile = self.directory / "password"
+                pwfile.touch(0o600)
                 pwfile.write_text(self.password)
-                pwfile.chmod(0o644)  # in a directory that only the account can enter
+                self._give(pwfile)
                 options[-1:] = ["scram-sha-256", f"--pwfile={pwfile}"]
             initdb = self.run([self.bin_dir / "initdb", "-D", self.data_dir, *options])
             if initdb.wait() != 0:
@@ -6406,10 +6582,16 @@ class LocalPostgres(LocalServer):
         super().launch()
 
     def _leave_root(self) -> None:
-        """Use another account, and programs that it can reach: PostgreSQL refuses to be root."""
+        """Use another account, and programs that it can reach: PostgreSQL refuses to be root.
+
+        The account has the data alone.  What root writes is in a directory that is root's: in one
+        of the account's a link planted there would be followed.
+        """
         user = pwd.getpwnam("nobody")
         self.account = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
-        os.chown(self.directory, user.pw_uid, user.pw_gid)
+        self.directory.chmod(0o711)
+        self.data_dir.mkdir(0o700)
+        self._give(self.data_dir)
         with suppress(PermissionError):
             if self.run([self.bin_dir / "initdb", "--version"]).wait() == 0:
                 return
@@ -6420,9 +6602,14 @@ class LocalPostgres(LocalServer):
             if source.is_dir():
                 target = copy / source.relative_to(package.parent)
                 shutil.copytree(source, target, symlinks=True)
-        for path in (copy, *copy.rglob("*")):
-            os.chown(path, user.pw_uid, user.pw_gid, follow_symlinks=False)
+        self._give(*reversed([copy, *copy.rglob("*")]))  # inner ones first
         self.bin_dir = copy / self.bin_dir.relative_to(package.parent)
+
+    def _give(self, *paths: Path) -> None:
+        """Make the account the owner of files."""
+        for path in paths if self.account else ():
+            owner = self.account["user"], self.account["group"]
+            os.chown(path, *owner, follow_symlinks=False)
 
 
 def interrupt_once(*_: object) -> None:
@@ -6459,7 +6646,7 @@ etcd_fdw keeps them in step until you press Ctrl-C.  Play with it:
   psql {dsn}
   {find_program("etcdctl")} --endpoints {etcd.endpoint} put /config/hello world
 The daemon that does it, and its log:
-  python etcd_fdw.py --postgres-dsn {dsn} --etcd-dsn {etcd_dsn}
+  {shlex.join(command)}
   {log_path}""",
         )
         with suppress(KeyboardInterrupt):
@@ -6570,16 +6757,19 @@ def build_parser() -> Parser:
     Options are taken before and after the command.
     """
     common = Parser(add_help=False, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    group = common.add_argument_group("options of all commands")
     for option in OPTIONS:
-        flags = filter(None, (option.short, option.flag))
+        flags = [flag for flag in (option.short, option.flag) if flag]
+        Parser.flags.update(flags)
         text = option.help + (f" (default: {option.default})" if option.default else "")
         if option.default == "false":
-            common.add_argument(*flags, action="store_const", const="true", help=option.help)
+            group.add_argument(*flags, action="store_const", const="true", help=option.help)
         else:
             metavar = option.key.rpartition("-")[2].upper()
-            common.add_argument(*flags, help=text, metavar=metavar)
+            group.add_argument(*flags, help=text, metavar=metavar)
     parser = Parser(
         prog="etcd_fdw.py",
+        usage="%(prog)s [options] [COMMAND] [options]",
         parents=[common],
         allow_abbrev=False,
         description="Keep an etcd v3 key prefix and PostgreSQL in step, both ways.",
@@ -6595,6 +6785,8 @@ def build_parser() -> Parser:
         call = f"  etcd_fdw.py -c /etc/etcd_fdw.yaml {name} "
         added: Parser = to.add_parser(
             name.split()[-1],
+            prog=f"etcd_fdw.py {name}",
+            usage="%(prog)s [options]",
             parents=[common],
             allow_abbrev=False,
             help=text[0].lower() + text[1:-1],
@@ -6612,21 +6804,29 @@ def build_parser() -> Parser:
     added.add_argument("--format", **form)
     added.add_flag("--watch", "show it again and again")
     added.add_argument("--interval", default="2s", help="pause of --watch (default: 2s)")
-    added.add_flag("--check", "say in one line what is wrong, and exit 5 if anything is")
+    added.add_flag(
+        "--check",
+        "for monitoring: say in one line whether the instance is healthy; exit 0 if it is,"
+        " 2 if it is not, 3 if that cannot be known",
+    )
     added = command(commands, sync, "--retry-failed", "--reset --yes")
     added.add_flag("--retry-failed", "first queue again what was refused, on the current versions")
-    added.add_flag("--reset", "first drop the mirror and its history; no instance may be active")
+    added.add_flag(
+        "--reset",
+        "first drop the mirror with its history, and copy anew; no instance"
+        " may be active; with --dry-run, say what would be dropped",
+    )
     added.add_flag("--yes", "do not ask before --reset")
     added = command(commands, validate, "--fix", "--format json | jq .missing.first")
-    added.add_flag("--fix", "first repair the mirror, as sync does")
+    added.add_flag("--fix", "first bring both sides in step, and repair the mirror")
     added.add_argument("--format", **form)
     text, epilog = "show the effective settings, or check them", "examples: etcd_fdw.py config show"
     config = commands.add_parser("config", help=text, epilog=epilog)
     actions = config.add_subparsers(metavar="{show,validate}", required=True)
     command(actions, config_show)
     added = command(actions, config_validate, "--connect")
-    added.add_flag("--connect", "also try both servers, their versions and the permissions needed")
-    text = "show it all on throw-away servers, until Ctrl-C"
+    added.add_flag("--connect", "also ask both servers for all that start needs of them")
+    text = "show what it does on throw-away servers, until Ctrl-C"
     commands.add_parser("demo", help=text).set_defaults(run=demo)
     return parser
 
@@ -6646,8 +6846,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started this
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115  for as long as it runs
+    words = sys.argv[1:] if argv is None else argv
+    unknown = 3 if "--check" in words else 0  # what monitoring expects of a check that fails
     try:
-        words = sys.argv[1:] if argv is None else argv
         parser = build_parser()
         parser.check_spelling(words)
         given = vars(parser.parse_args(words))
@@ -6672,14 +6873,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped:
         return 0
     except EtcdFdwError as exc:
-        return report_failure(config, one_line(exc), exc.exit_code)
+        return report_failure(config, one_line(exc), unknown or exc.exit_code)
     except KeyboardInterrupt:
         return 130
     except OSError as exc:  # the disk under the output is full, for example
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where what is left goes as Python ends
-        return report_failure(config, one_line(exc), 4)
+        return report_failure(config, one_line(exc), unknown or 4)
     except Exception as exc:  # noqa: BLE001  a bug, or something that nobody has thought of
-        return report_failure(config, str(internal_error(exc)), 4)
+        error = internal_error(exc)
+        return report_failure(config, str(error), unknown or error.exit_code)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,6 @@
 --     write       etcd_set, etcd_set_bytes, etcd_set_many, etcd_delete, etcd_delete_prefix, etcd_restore
 --                 etcd_expect, etcd_keepalive
 --     outcome     etcd_put, etcd_wait, etcd_wait_revision, etcd_retry, etcd_dismiss, etcd_cancel
---     trigger     etcd_wal_notify   wakes the daemon
---     version     etcd_schema_version
 -- What starts with an underscore is internal and may change with any version.
 --
 -- Applying it. The daemon does it when needed. By hand: psql -1 -f schema.sql
@@ -65,31 +63,27 @@ BEGIN
 
     IF v_installed < 5 THEN
         ALTER TABLE etcd
-            ADD COLUMN IF NOT EXISTS lease            bigint,
-            ADD COLUMN IF NOT EXISTS create_revision  bigint,
-            ADD COLUMN IF NOT EXISTS version          bigint;
+            ADD COLUMN IF NOT EXISTS lease bigint, ADD COLUMN IF NOT EXISTS create_revision bigint,
+            ADD COLUMN IF NOT EXISTS version bigint;
         ALTER TABLE etcd_wal
-            ADD COLUMN IF NOT EXISTS dismissed_at       timestamptz,
-            ADD COLUMN IF NOT EXISTS ttl                interval,
-            ADD COLUMN IF NOT EXISTS force              boolean  NOT NULL DEFAULT false,
-            ADD COLUMN IF NOT EXISTS replaced_revision  bigint,
-            ADD COLUMN IF NOT EXISTS action             text,
+            ADD COLUMN IF NOT EXISTS dismissed_at timestamptz, ADD COLUMN IF NOT EXISTS ttl interval,
+            ADD COLUMN IF NOT EXISTS force boolean NOT NULL DEFAULT false,
+            ADD COLUMN IF NOT EXISTS replaced_revision bigint, ADD COLUMN IF NOT EXISTS action text,
             DROP CONSTRAINT IF EXISTS etcd_wal_status_check, DROP CONSTRAINT IF EXISTS etcd_wal_revision_check,
             DROP CONSTRAINT IF EXISTS etcd_wal_finished_check, DROP CONSTRAINT IF EXISTS etcd_wal_dismissed_check,
             DROP CONSTRAINT IF EXISTS etcd_wal_ttl_check;
         ALTER TABLE etcd_sync_state
             DROP COLUMN IF EXISTS sent_before, DROP COLUMN IF EXISTS sent_after, DROP COLUMN IF EXISTS sent_in_parts,
             DROP COLUMN IF EXISTS last_key,
-            ADD COLUMN IF NOT EXISTS mirror_id      uuid     NOT NULL DEFAULT pg_catalog.gen_random_uuid(),
-            ADD COLUMN IF NOT EXISTS receipt        bigint   NOT NULL DEFAULT 0,
-            ADD COLUMN IF NOT EXISTS split          xid8[]   NOT NULL DEFAULT '{}',
-            ADD COLUMN IF NOT EXISTS last_error     text,
-            ADD COLUMN IF NOT EXISTS last_error_at  timestamptz,
-            ADD COLUMN IF NOT EXISTS generation     bigint   NOT NULL DEFAULT 0,
-            ADD COLUMN IF NOT EXISTS unrepaired     boolean  NOT NULL DEFAULT false,
-            ADD COLUMN IF NOT EXISTS deferred       jsonb    NOT NULL DEFAULT '[]',
-            ADD COLUMN IF NOT EXISTS last_revision  bigint   NOT NULL DEFAULT 0,
-            ADD COLUMN IF NOT EXISTS excluded       text[]   NOT NULL DEFAULT '{}';
+            ADD COLUMN IF NOT EXISTS mirror_id uuid NOT NULL DEFAULT pg_catalog.gen_random_uuid(),
+            ADD COLUMN IF NOT EXISTS receipt bigint NOT NULL DEFAULT 0,
+            ADD COLUMN IF NOT EXISTS split xid8[] NOT NULL DEFAULT '{}',
+            ADD COLUMN IF NOT EXISTS last_error text, ADD COLUMN IF NOT EXISTS last_error_at timestamptz,
+            ADD COLUMN IF NOT EXISTS generation bigint NOT NULL DEFAULT 0,
+            ADD COLUMN IF NOT EXISTS unrepaired boolean NOT NULL DEFAULT false,
+            ADD COLUMN IF NOT EXISTS deferred jsonb NOT NULL DEFAULT '[]',
+            ADD COLUMN IF NOT EXISTS last_revision bigint NOT NULL DEFAULT 0,
+            ADD COLUMN IF NOT EXISTS excluded text[] NOT NULL DEFAULT '{}';
         UPDATE etcd_sync_state s
            SET unrepaired = true,
                last_revision = coalesce(
@@ -233,13 +227,8 @@ CREATE TABLE IF NOT EXISTS etcd_sync_state (
     unrepaired       boolean           NOT NULL DEFAULT false,
     excluded         text[]            NOT NULL DEFAULT '{}',
     updated_at       timestamptz       NOT NULL DEFAULT now(),
-    host             text,
-    pid              integer,
-    version          text,
-    started_at       timestamptz,
-    heartbeat_at     timestamptz,
-    last_error       text,
-    last_error_at    timestamptz,
+    host text, pid integer, version text, started_at timestamptz, heartbeat_at timestamptz,
+    last_error text, last_error_at timestamptz,
     events bigint NOT NULL DEFAULT 0, applied bigint NOT NULL DEFAULT 0, conflicts bigint NOT NULL DEFAULT 0,
     failures bigint NOT NULL DEFAULT 0, resyncs bigint NOT NULL DEFAULT 0, reconnects bigint NOT NULL DEFAULT 0,
     unstorable bigint NOT NULL DEFAULT 0,
@@ -258,10 +247,8 @@ COMMENT ON COLUMN etcd_sync_state.generation IS 'raised with every commit of the
 COMMENT ON COLUMN etcd_sync_state.unrepaired IS 'mirrored by a version that knew less of a key: the daemon compares it once';
 COMMENT ON COLUMN etcd_sync_state.excluded IS 'sub-prefixes that are not mirrored: parameter exclude of the etcd DSN';
 COMMENT ON COLUMN etcd_sync_state.host IS 'of the active daemon, as are pid, version, started_at, heartbeat_at';
-COMMENT ON COLUMN etcd_sync_state.events IS
-    'counters since the prefix was first mirrored: revisions of keys mirrored; changes that etcd took (applied), or '
-    'that ended as conflicts or failures; full snapshots (resyncs); sessions lost (reconnects); events that cannot be '
-    'stored, see etcd_sync_event (unstorable)';
+COMMENT ON COLUMN etcd_sync_state.events IS 'revisions of keys mirrored, counted as those after it since the first copy';
+COMMENT ON COLUMN etcd_sync_state.unstorable IS 'events that cannot be stored; see etcd_sync_event';
 
 CREATE TABLE IF NOT EXISTS etcd_sync_event (
     id               bigint       GENERATED ALWAYS AS IDENTITY,
@@ -269,10 +256,8 @@ CREATE TABLE IF NOT EXISTS etcd_sync_event (
     prefix           text COLLATE "C",
     operation        text         NOT NULL,
     key              text COLLATE "C",
-    source_system    text,
-    source_revision  bigint,
-    target_system    text,
-    target_revision  bigint,
+    source_system    text, source_revision  bigint,
+    target_system    text, target_revision  bigint,
     status           text,
     duration         interval,
     details          jsonb,
@@ -327,8 +312,7 @@ RETURNS TABLE (key text, value text, value_bytes bytea)
 LANGUAGE plpgsql STABLE PARALLEL RESTRICTED ROWS 10 SET search_path FROM CURRENT AS $$
 -- Keys that are not live and will be when what is pending is applied.
 BEGIN
-    RETURN QUERY
-    SELECT n.key::text, n.value, n.value_bytes
+    RETURN QUERY SELECT n.key::text, n.value, n.value_bytes
       FROM (SELECT DISTINCT ON (w.key) w.key, w.value, w.value_bytes FROM etcd_wal w
              WHERE w.status = 'pending' AND w.action IS NULL
                AND w.key >= p_prefix COLLATE "C" AND pg_catalog.starts_with(w.key, p_prefix COLLATE "C")
@@ -395,10 +379,7 @@ CREATE OR REPLACE VIEW etcd_status AS
 WITH open_change AS (
     SELECT w.key, w.status, w.ts FROM etcd_wal w WHERE w.status = 'pending'
     UNION ALL
-    SELECT w.key, w.status, w.ts FROM etcd_wal w WHERE w.status IN ('conflict', 'failed')
-       AND w.dismissed_at IS NULL
-       AND NOT EXISTS (
-               SELECT FROM etcd_wal r WHERE r.retry_of = w.id AND r.key = w.key AND r.retry_of < r.id)
+    SELECT r.key, r.status, r.ts FROM etcd_refused r
 ), tally AS (
     SELECT s.prefix,
            count(*) FILTER (WHERE o.status = 'pending')  AS pending,
@@ -409,14 +390,10 @@ WITH open_change AS (
       LEFT JOIN etcd_sync_state s ON pg_catalog.starts_with(o.key, s.prefix)
      GROUP BY s.prefix
 )
-SELECT coalesce(s.prefix, t.prefix)        AS prefix,
-       s.revision, s.etcd_revision, s.updated_at,
-       clock_timestamp() - s.heartbeat_at  AS heartbeat_age,
-       s.host, s.pid, s.version, s.started_at,
-       coalesce(t.pending, 0)              AS pending,
-       clock_timestamp() - t.oldest        AS oldest_pending_age,
-       coalesce(t.conflicts, 0)            AS conflicts,
-       coalesce(t.failures, 0)             AS failures,
+SELECT coalesce(s.prefix, t.prefix) AS prefix, s.revision, s.etcd_revision, s.updated_at,
+       clock_timestamp() - s.heartbeat_at AS heartbeat_age, s.host, s.pid, s.version, s.started_at,
+       coalesce(t.pending, 0) AS pending, clock_timestamp() - t.oldest AS oldest_pending_age,
+       coalesce(t.conflicts, 0) AS conflicts, coalesce(t.failures, 0) AS failures,
        s.unstorable, s.last_error, s.last_error_at
   FROM etcd_sync_state s
   FULL JOIN tally t ON t.prefix = s.prefix;
@@ -435,8 +412,7 @@ CREATE OR REPLACE FUNCTION _etcd_get(p_key text)
 RETURNS SETOF etcd LANGUAGE plpgsql STABLE PARALLEL SAFE ROWS 1 SET search_path FROM CURRENT SET enable_sort = off AS $$
 -- One index descent, however long the history is.
 BEGIN
-    RETURN QUERY
-    SELECT l.*
+    RETURN QUERY SELECT l.*
       FROM (SELECT e.* FROM etcd e WHERE e.key = p_key COLLATE "C"
              ORDER BY e.revision DESC LIMIT 1) l
      WHERE NOT l.tombstone;
@@ -458,8 +434,7 @@ BEGIN
                           'Ask from revision %s on, or without a revision for what is left.', v_pruned);
         END IF;
     END IF;
-    RETURN QUERY
-    SELECT e.* FROM etcd e WHERE e.key = p_key COLLATE "C"
+    RETURN QUERY SELECT e.* FROM etcd e WHERE e.key = p_key COLLATE "C"
        AND e.revision >= coalesce(p_min_revision, 0)
      ORDER BY e.revision;
 END
@@ -584,18 +559,14 @@ BEGIN
 END
 $$;
 COMMENT ON FUNCTION etcd_get(text) IS 'current value of one key; no row if it does not exist';
-COMMENT ON FUNCTION etcd_list(text, bigint, text) IS
-    'live keys under a prefix, in key order, behind a key and up to a limit';
-COMMENT ON FUNCTION etcd_at(bigint, text, bigint, text) IS
-    'live keys under a prefix as of a past revision, in key order; an error if the mirror cannot know';
-COMMENT ON FUNCTION etcd_get_all(text, bigint) IS
-    'history of one key that the mirror holds, oldest first, with tombstones; an error if it was pruned';
+COMMENT ON FUNCTION etcd_list(text, bigint, text) IS 'live keys under a prefix, in key order';
+COMMENT ON FUNCTION etcd_at(bigint, text, bigint, text) IS 'live keys under a prefix as of a past revision';
+COMMENT ON FUNCTION etcd_get_all(text, bigint) IS 'history of one key, oldest first, with tombstones';
 
 CREATE OR REPLACE FUNCTION _etcd_mirror(p_prefix text, OUT prefix text, OUT revision bigint, OUT generation bigint)
 LANGUAGE plpgsql STABLE SET search_path FROM CURRENT AS $$
 -- The mirror that covers a prefix or key; null or '': the only one. 22023 if there is none, or several.
-DECLARE
-    v_prefixes  text[];
+DECLARE v_prefixes text[];
 BEGIN
     SELECT pg_catalog.max(s.prefix), pg_catalog.max(s.revision), pg_catalog.max(s.generation),
            pg_catalog.array_agg(s.prefix ORDER BY s.prefix)
@@ -637,8 +608,7 @@ BEGIN
     END LOOP;
 END
 $$;
-COMMENT ON FUNCTION etcd_revision_at(timestamptz, text) IS
-    'revision that the mirror was at at a time, for etcd_at and etcd_restore';
+COMMENT ON FUNCTION etcd_revision_at(timestamptz, text) IS 'revision at a time, for etcd_at and etcd_restore';
 
 -- == Writing ===========================================================================================
 
@@ -666,31 +636,31 @@ CREATE OR REPLACE FUNCTION _etcd_change(
 -- session has changed the key in etcd_wal since, it is 40001 at once, by the row of etcd_lock.
 DECLARE
     v_hash     bigint := pg_catalog.hashtextextended(p_key COLLATE "C", 0);
+    v_wrong    text[];  -- SQLSTATE, message, hint
     v_pending  record;
     v_current  bigint;  -- 0: the key does not exist
     v_id       bigint;
 BEGIN
-    IF p_key IS NULL THEN
-        RAISE EXCEPTION 'key must not be null' USING ERRCODE = '22004';
-    ELSIF p_key = '' OR pg_catalog.octet_length(p_key) > 2600 THEN
-        RAISE EXCEPTION 'key must have 1 to 2600 bytes, not %', pg_catalog.octet_length(p_key)
-            USING ERRCODE = '22023', HINT = 'etcd has no empty key, and PostgreSQL cannot index a longer one.';
-    ELSIF p_value IS NULL AND p_value_bytes IS NULL AND NOT (p_delete OR p_expect) THEN
-        RAISE EXCEPTION 'value must not be null'
-            USING ERRCODE = '22004', HINT = 'To delete a key use etcd_delete, or DELETE FROM etcd_kv.';
-    ELSIF p_value IS NOT NULL AND p_value_bytes IS NOT NULL THEN
-        RAISE EXCEPTION 'only one of value and value_bytes can be set'
-            USING ERRCODE = '22023', HINT = 'Text belongs into value, and into value_bytes what is no text.';
-    ELSIF p_revision < 0 THEN
-        RAISE EXCEPTION 'revision must not be negative'
-            USING ERRCODE = '22023', HINT = '0 means that the key must not exist, null any version.';
-    ELSIF p_revision IS NOT NULL AND p_force THEN
-        RAISE EXCEPTION 'a forced change is made on no certain revision'
-            USING ERRCODE = '22023',
-                  HINT = 'Give a revision to change that version only, or force => true to change any.';
-    ELSIF NOT EXTRACT(epoch FROM p_ttl)::float8 BETWEEN 0::float8 AND 9000000000::float8 THEN
-        RAISE EXCEPTION 'ttl must be between 0 and 9000000000 seconds, not %', p_ttl
-            USING ERRCODE = '22023', HINT = '0 takes the lease of the key off, null leaves it as it is.';
+    v_wrong := CASE
+        WHEN p_key IS NULL THEN ARRAY['22004', 'key must not be null', 'It has 1 to 2600 bytes.']
+        WHEN p_key = '' OR pg_catalog.octet_length(p_key) > 2600 THEN ARRAY[
+            '22023', pg_catalog.format('key must have 1 to 2600 bytes, not %s', pg_catalog.octet_length(p_key)),
+            'etcd has no empty key, and PostgreSQL cannot index a longer one.']
+        WHEN p_value IS NULL AND p_value_bytes IS NULL AND NOT (p_delete OR p_expect) THEN ARRAY[
+            '22004', 'value must not be null', 'To delete a key use etcd_delete, or DELETE FROM etcd_kv.']
+        WHEN p_value IS NOT NULL AND p_value_bytes IS NOT NULL THEN ARRAY[
+            '22023', 'only one of value and value_bytes can be set',
+            'Text belongs into value, and into value_bytes what is no text.']
+        WHEN p_revision < 0 THEN ARRAY[
+            '22023', 'revision must not be negative', '0 means that the key must not exist, null any version.']
+        WHEN p_revision IS NOT NULL AND p_force THEN ARRAY[
+            '22023', 'a forced change is made on no certain revision',
+            'Give a revision to change that version only, or force => true to change any.']
+        WHEN NOT EXTRACT(epoch FROM p_ttl)::float8 BETWEEN 0::float8 AND 9000000000::float8 THEN ARRAY[
+            '22023', pg_catalog.format('ttl must be between 0 and 9000000000 seconds, not %s', p_ttl),
+            '0 takes the lease of the key off, null leaves it as it is.'] END;
+    IF v_wrong IS NOT NULL THEN
+        RAISE EXCEPTION '%', v_wrong[2] USING ERRCODE = v_wrong[1], HINT = v_wrong[3];
     END IF;
 
     -- One transaction after the other changes a key: the next one waits here until this one ends. Transactions
@@ -817,8 +787,7 @@ BEGIN
     RETURN _etcd_change(p_key, p_value::text, NULL, p_revision, ttl, force);
 END
 $$;
-COMMENT ON FUNCTION etcd_set(text, anynonarray, bigint, interval, boolean) IS
-    'queue a put of any scalar, as text, and of bytea, as it is; see etcd_set of text';
+COMMENT ON FUNCTION etcd_set(text, anynonarray, bigint, interval, boolean) IS 'queue a put of any scalar, or bytea';
 
 CREATE OR REPLACE FUNCTION etcd_set_bytes(
     p_key text, p_value bytea, p_revision bigint DEFAULT NULL, ttl interval DEFAULT NULL, force boolean DEFAULT false)
@@ -842,8 +811,7 @@ BEGIN
             USING ERRCODE = '22023',
                   HINT = 'For example etcd_set_many(''{"/a": "text", "/b": {"x": 1}, "/gone": null}'').';
     END IF;
-    RETURN QUERY
-    SELECT _etcd_change(
+    RETURN QUERY SELECT _etcd_change(
                e.key, e.value, NULL, p_force => force, p_delete => e.value IS NULL,
                p_ttl => CASE WHEN e.value IS NOT NULL THEN ttl END)
       FROM (SELECT *  -- in order, so that two of them do not wait for each other's keys
@@ -861,8 +829,7 @@ BEGIN
     RETURN _etcd_change(p_key, NULL, NULL, p_revision, p_force => force, p_delete => true);
 END
 $$;
-COMMENT ON FUNCTION etcd_delete(text, bigint, boolean) IS
-    'queue a delete, as row id of etcd_wal; with a revision only of that version, else 40001';
+COMMENT ON FUNCTION etcd_delete(text, bigint, boolean) IS 'queue a delete, as row id of etcd_wal; see etcd_set';
 
 CREATE OR REPLACE FUNCTION etcd_delete_prefix(p_prefix text, force boolean DEFAULT false)
 RETURNS bigint LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
@@ -917,8 +884,7 @@ BEGIN
          WHERE k.unleased OR k.deleted OR NOT k.same);
 END
 $$;
-COMMENT ON FUNCTION etcd_restore(text, bigint) IS
-    'queue what brings a prefix back to what it was at a revision; how many changes';
+COMMENT ON FUNCTION etcd_restore(text, bigint) IS 'queue what brings a prefix back to what it was; how many changes';
 
 CREATE OR REPLACE FUNCTION etcd_expect(p_key text, p_revision bigint)
 RETURNS bigint LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
@@ -933,8 +899,7 @@ BEGIN
     RETURN _etcd_change(p_key, NULL, NULL, p_revision, p_expect => true);
 END
 $$;
-COMMENT ON FUNCTION etcd_expect(text, bigint) IS
-    'apply this transaction only if a key is at a revision (0: does not exist), as row id of etcd_wal';
+COMMENT ON FUNCTION etcd_expect(text, bigint) IS 'apply this transaction only if a key is at a revision';
 
 CREATE OR REPLACE FUNCTION etcd_keepalive(p_key text)
 RETURNS bigint LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
@@ -1043,8 +1008,7 @@ BEGIN
     END LOOP;
 END
 $$;
-COMMENT ON FUNCTION etcd_wait(bigint, interval, xid8) IS
-    'wait until a committed change, or txid => all of a transaction, is final, and tell how it ended';
+COMMENT ON FUNCTION etcd_wait(bigint, interval, xid8) IS 'wait until a change, or txid => all of one, is final';
 
 DO $$
 BEGIN
@@ -1103,8 +1067,7 @@ BEGIN
     END LOOP;
 END
 $$;
-COMMENT ON FUNCTION etcd_wait_revision(bigint, interval, text) IS
-    'wait until the mirror has what was written to etcd at a revision, to read your own writes';
+COMMENT ON FUNCTION etcd_wait_revision(bigint, interval, text) IS 'wait until the mirror has got to a revision';
 
 CREATE OR REPLACE FUNCTION _etcd_unapplied(p_id bigint)
 RETURNS etcd_wal LANGUAGE plpgsql STABLE SET search_path FROM CURRENT AS $$
@@ -1283,6 +1246,7 @@ BEGIN
     -- From PostgreSQL 15 on the views check the caller's privileges and row-level security; before, a view reads with
     -- its owner's rights. From 17 on _etcd_json can run in a parallel query; before, that cannot catch an error.
     IF v_version >= 150000 THEN
+        GRANT SELECT ON etcd_refused TO PUBLIC;  -- of which each sees what etcd_wal shows: etcd_status needs it
         ALTER VIEW etcd_kv SET (security_invoker = true);
         ALTER VIEW etcd_refused SET (security_invoker = true);
         ALTER VIEW etcd_status SET (security_invoker = true);
@@ -1310,14 +1274,15 @@ $$;
 -- An application that reads everything and changes keys, by function or through etcd_kv, but can neither
 -- write the mirror nor claim an outcome:
 --     GRANT USAGE ON SCHEMA public TO app;
---     GRANT SELECT ON etcd, etcd_wal, etcd_sync_state, etcd_status, etcd_refused TO app;
+--     GRANT SELECT ON etcd, etcd_wal, etcd_sync_state, etcd_status TO app;
 --     GRANT INSERT (key, value, value_bytes, revision, depends_on, retry_of, ttl, force, action) ON etcd_wal TO app;
 --     GRANT SELECT, INSERT, UPDATE, DELETE ON etcd_kv TO app;
 --
--- Leave out force, or force and ttl, for one that must not use them: 42501 if it does, all else works.
--- Who calls etcd_wait needs SELECT as here.
--- One that only reads: the first two lines of these, and SELECT on etcd_kv. Who may call etcd_dismiss needs
--- one more, which lets it hide conflicts and failures from everybody: GRANT UPDATE (dismissed_at) ON etcd_wal.
+-- Leave out force, or force and ttl, for one that must not use them: 42501 if it does, all else works. One that
+-- only reads: the first two lines of these, and SELECT on etcd_kv. etcd_dismiss needs one more, which lets it hide
+-- conflicts and failures from everybody: GRANT UPDATE (dismissed_at) ON etcd_wal; and etcd_cancel: GRANT DELETE.
+-- Before PostgreSQL 15, who may write to etcd_kv can LOCK it, and thereby table etcd, for as long as it likes: grant
+-- SELECT only to whom you do not trust, it can write by the functions.
 --
 -- Only keys under a prefix: row-level security. The functions obey it, the views from PostgreSQL 15 on (before,
 -- they read with their owner's rights: do not grant them). The daemon needs the first two policies unless it

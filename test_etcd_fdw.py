@@ -1247,7 +1247,7 @@ def assert_outcomes(
             wrong += [
                 f"applied at {revision}: {guard}"
                 for revision, guard in itertools.product(revisions, guards)
-                if told.before(revision, guard.key) != guard.revision
+                if told.before(revision or 0, guard.key) != guard.revision
             ]
             if parts > 1 and (small or guards):
                 wrong.append(f"a transaction in parts: {together}")
@@ -3285,7 +3285,7 @@ OLD_SCHEMAS = {
     4: DROP_FUNCTIONS
     + """
         DROP TABLE etcd_lock;
-        DROP VIEW etcd_refused;
+        DROP VIEW etcd_refused CASCADE;
         DROP INDEX etcd_wal_txid_idx;
         CREATE INDEX etcd_wal_pending_txid_idx ON etcd_wal (txid, id) WHERE status = 'pending';
         ALTER TABLE etcd DROP COLUMN create_revision, DROP COLUMN version;
@@ -3319,7 +3319,7 @@ OLD_SCHEMAS = {
     + KV_TRIGGER
     + "".join(f"CREATE FUNCTION {one} LANGUAGE plpgsql AS 'BEGIN END';" for one in OLD_FUNCTIONS),
     2: """
-        DROP VIEW etcd_status;
+        DROP VIEW IF EXISTS etcd_status;
         ALTER TABLE etcd_wal DROP COLUMN dismissed_at;
         ALTER TABLE etcd_sync_state
             DROP COLUMN mirror_id, DROP COLUMN receipt, DROP COLUMN split,

@@ -1869,6 +1869,50 @@ def test_start_up_ends_in_time_although_something_silent_listens(db, side):
     assert 2 < took < 10 + loaded - started, done.stderr
 
 
+def test_start_up_takes_no_longer_than_it_was_told(db):
+    """The last wait is cut short: backoff alone would take up to 30 s."""
+    args = ["-p", db, "-e", f"etcd://{NO_ONE}/x/", "--retry-initial=20s", "-l", "error"]
+    started = time.monotonic()
+    run_script(*args, "--startup-timeout", "3s", exit_code=2)
+    assert 3 < time.monotonic() - started < 10
+
+
+def test_preflight_refuses_what_start_refuses(command, db, prefix, etcd, etcd_address):
+    """All three ask the same questions, and say the same."""
+
+    def refused_by_all(text: str, exit_code: int, dsn: str = "") -> None:
+        for words in (VALIDATE, ("--dry-run",), ("-l", "error")):
+            done = command(*words, etcd=dsn or etcd_address.dsn(prefix), exit_code=exit_code)
+            assert text in done.stdout + done.stderr, (words, done)
+
+    rows(db, "CREATE TABLE etcd (id int)")  # as pg_etcd's
+    refused_by_all("schema public has a table etcd that is not etcd_fdw's: use another schema", 4)
+    rows(db, "DROP TABLE etcd")
+    command("sync", etcd=etcd_address.dsn(prefix + "a/"), exit_code=0)
+    refused_by_all(f"prefix '{prefix}' overlaps with '{prefix}a/'", 4)
+    own = etcd_dsn(etcd_address.endpoint, "") + "?prefix=etcd_fdw/x"
+    refused_by_all("the prefix is below etcd_fdw/", 1, dsn=own)
+    other = etcd_address.dsn(prefix + "b/")
+    done = command(*VALIDATE, "--max-txn-ops", "129", etcd=other, exit_code=0)
+    assert "WARN  etcd takes fewer than 129 operations in one transaction" in done.stdout
+    assert "fewer" not in command(*VALIDATE, "--max-txn-ops", "128", etcd=other).stdout
+
+
+def test_keys_without_a_leading_slash(daemon, command, db, prefix, etcd):
+    name = prefix.strip("/") + "-registry/"
+    etcd.put(name + "a", "1")
+    try:
+        wrong = etcd_dsn(etcd.endpoint, f"/{name}")
+        said = f"no key begins with '/{name}', but 1 key with '{name}': see prefix={name} in the"
+        assert f"WARN  {said}" in command(*VALIDATE, etcd=wrong, exit_code=0).stdout
+        assert said in command("sync", etcd=wrong, exit_code=0).stderr
+        right = etcd_dsn(etcd.endpoint, "") + f"?prefix={name}"
+        daemon(etcd=right)
+        wait_until("not mirrored", arrives(db, name + "a"))
+    finally:
+        etcd.delete(name, prefix=True)
+
+
 @pytest.mark.parametrize("words", [["start"], ["--dry-run"], ["config", "validate", "--connect"]])
 @pytest.mark.parametrize("path", ["nosuch", "hidden"])
 def test_search_path_without_schema_is_exit_code_3(command, db, schema_user, words, path):
@@ -5906,6 +5950,49 @@ def test_status_lists_what_was_refused_and_what_nobody_takes(daemon, command, db
     assert "1 outside every mirrored prefix" in shown
 
 
+def test_status_when_etcd_takes_no_changes(daemon, command, db, prefix, own_client):
+    daemon(etcd=own_client)
+    alarm = partial(etcdrpc.AlarmRequest, alarm=etcdrpc.NOSPACE)
+    own_client.call(own_client.maintenance.Alarm, alarm(action=etcdrpc.AlarmRequest.ACTIVATE))
+    done = command("status", "--check", etcd=own_client, exit_code=2)  # though nothing is pending
+    assert "changes wait: " in done.stdout and "database space exceeded" in done.stdout
+    off = command("status", "--check", "--push", "off", etcd=own_client, exit_code=0)
+    assert off.stdout == "healthy\n"
+    shown = command("status", "--push", "off", etcd=own_client).stdout
+    assert "pending     0; --push is off: they wait" in shown
+
+
+def test_push_is_switched_off_and_on_by_sighup(daemon, db, prefix, etcd, tmp_path):
+    file = tmp_path / "etcd_fdw.yaml"
+    file.write_text("push: off\n")
+    one = daemon("-c", str(file))
+    change = ask(db, prefix + "a", "sql")
+    etcd.put(prefix + "b", "1")
+    wait_until("not mirrored", arrives(db, prefix + "b"))
+    assert scalar(db, "SELECT status FROM etcd_wal") == "pending"
+    file.write_text("push: on\n")
+    one.signal(signal.SIGHUP)
+    assert ended(db, change).status == "success"
+
+
+def test_status_watch_fits_a_terminal_of_24_lines(daemon, db, prefix, etcd_address):
+    daemon()
+    keys = [f"{prefix}{'long' * 100}\x1b[2J\n{n}" for n in range(6)]
+    for key in keys:
+        rows(db, "INSERT INTO etcd_wal (key, value, revision) VALUES (%s, 'x', 1)", key)
+    assert set(statuses(db)) == {"conflict"}
+    env = {"COLUMNS": "60", "LINES": "24"}
+    words = ["-p", db, "-e", etcd_address.dsn(prefix), "status", "--watch"]
+    with subprocess.Popen(
+        [sys.executable, SCRIPT, *words], env=clean_environ(env), stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        screen = list(iter(process.stdout.readline, b"\n"))
+        process.kill()
+    assert 15 < len(screen) <= 23
+    assert all(line[:-1].decode().isprintable() for line in screen)
+
+
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_status_watch_repeats_and_ends_quietly_with_its_reader(db, prefix, etcd_address, form):
     servers = ["-p", make_dsn(db, port=1), "-e", etcd_address.dsn(prefix)]
@@ -6075,6 +6162,28 @@ def test_reset_spares_other_mirrors(daemon, command, db, prefix, etcd, etcd_addr
     old = rows(db, "SELECT key, ts < '2021-01-01' FROM etcd ORDER BY key")
     assert old == [(prefix + "a/1", True), (prefix + "b/1", False)]
     assert comparison_of(command, **mine)["equal"]
+
+
+def test_reset_asks_on_a_terminal_and_says_what_it_drops(command, db, prefix, etcd, etcd_address):
+    etcd.put(prefix + "a", "1")
+    command("sync", exit_code=0)
+    done = command("sync", "--reset", "--dry-run", exit_code=0)
+    assert "the mirror would be dropped: 1 row of history" in done.stdout
+    assert "no mirror yet; 1 key to copy" in done.stdout
+    line = ["-p", db, "-e", etcd_address.dsn(prefix), "sync", "--reset"]
+    before = scalar(db, "SELECT mirror_id FROM etcd_sync_state")
+    for answer, exit_code in (b"\n", 1), (b"y\n", 0):
+        assert scalar(db, "SELECT mirror_id FROM etcd_sync_state") == before
+        master, terminal = os.openpty()
+        os.write(master, answer)
+        done = subprocess.run(
+            [sys.executable, SCRIPT, *line], stdin=terminal, capture_output=True, text=True
+        )
+        os.close(master)
+        os.close(terminal)
+        assert "drops the mirror and its history. [y/N]" in done.stdout
+        assert done.returncode == exit_code
+    assert scalar(db, "SELECT mirror_id FROM etcd_sync_state") != before
 
 
 def test_commands_say_which_server_is_down(command, db, prefix):
@@ -6506,6 +6615,20 @@ def test_stuck_loop_is_unhealthy_and_not_kept_alive(monkeypatch, tmp_path):
         with socket.socket() as sock, guard.limit(sock.fileno(), 3600):
             assert guard.stuck_s() == 0  # PostgreSQL is allowed to take long
         manager.wait("WATCHDOG=1")  # the loop went on
+
+
+def test_loop_that_hangs_ends_the_process_to_be_restarted():
+    """As in gRPC's close: not with exit code 4, which supervisors leave alone."""
+    code = f"""
+import runpy, time
+m = runpy.run_path({str(SCRIPT)!r})
+g = m["Guard"](m["Waker"]())
+g.listen.__globals__.update(STUCK_S=0.2, HANG_LIMIT_S=0.5)
+g.listen()
+time.sleep(60)
+"""
+    done = subprocess.run([sys.executable, "-c", code], timeout=WAIT_S)
+    assert done.returncode == 2
 
 
 @pytest.mark.parametrize("abstract", [False, True])
@@ -10195,6 +10318,18 @@ def test_requirements_are_those_of_the_script_block():
     assert block
     listed = ast.literal_eval(block[1].replace("#", ""))
     assert set(listed) == required | {"PyYAML"}  # for --config
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has another account for PostgreSQL")
+def test_what_root_writes_is_in_a_folder_of_root():
+    """A symbolic link planted in a folder of another account overwrote a file of root's."""
+    with LocalPostgres(password="secret") as server:
+        assert server.directory.stat().st_uid == 0
+        assert not server.directory.stat().st_mode & 0o022
+        owned = [path for path in server.directory.iterdir() if path.stat().st_uid != 0]
+        assert server.data_dir in owned and server.log_path not in owned
+        assert {path.stat().st_mode & 0o077 for path in owned if path.is_file()} <= {0}
+        assert scalar(server.dsn(), "SELECT 1") == 1
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])

@@ -1079,6 +1079,16 @@ def wait_equal(db: str, etcd: EtcdClient, prefix: str) -> None:
     wait_until("live keys differ", equal)
 
 
+def assert_past(db: str, etcd: EtcdClient, prefix: str) -> None:
+    """At random revisions the mirror is what etcd's Range tells of them, in all six fields."""
+    sql = "SELECT first_revision, revision FROM etcd_sync_state WHERE starts_with(%s, prefix)"
+    first, last = rows(db, sql, prefix)[0]
+    for revision in random.sample(range(first, last + 1), min(9, last + 1 - first)):
+        with suppress(grpc.RpcError):  # etcd has compacted it
+            told = range_at(etcd, prefix, revision)
+            assert rows(db, SIX_FIELDS, prefix, revision) == told, revision
+
+
 def arrives(db: str, key: str) -> Callable[[], bool]:
     """Return what tells whether the mirror has a version of a key."""
     return lambda: bool(scalar(db, "SELECT count(*) FROM etcd WHERE key = %s", key))
@@ -1682,6 +1692,7 @@ class Load(Closing):
         wait_until("a lease stays", lambda: not any(kv.lease for kv in kvs(self.prefix).kvs))
         assert_same(self.recorder, self.db, self.prefix, gaps=gaps)
         wait_equal(self.db, self.client, self.prefix)
+        assert_past(self.db, self.client, self.prefix)
         counts = assert_outcomes(self.recorder, self.db, load=self, compacted=gaps)
         lost = set(self.committed) - {row.id for row in wal_rows(self.db)}
         assert not lost, f"committed changes are gone: {lost}"
@@ -5385,6 +5396,7 @@ class History:
         wait_until("a lease did not expire", lambda: not leases(self.client))
         assert_same(self.recorder, self.db, self.prefix, gaps=True)
         wait_equal(self.db, self.client, self.prefix)
+        assert_past(self.db, self.client, self.prefix)
         statuses = assert_outcomes(
             self.recorder, self.db, whole=self.max_ops, compacted=self.compacted
         )

@@ -23,7 +23,8 @@ Promises
      conflict or failed, and that is what happened, whatever dies when.
   2. etcd wins: a change is applied only if etcd still holds the version it was made on, unless
      it is forced.
-  3. A PostgreSQL transaction arrives as one etcd transaction, if etcd takes its size.
+  3. A PostgreSQL transaction arrives as one etcd transaction for each mirrored prefix that it
+     changes, if etcd takes its size.
   4. At checkpoint R the rows of `etcd` with revision <= R are what etcd held at R.
   5. It recovers by itself, and stops only where going on would destroy data.
   6. A fault stays where it is: class Room says whom an error belongs to, and what happens.
@@ -1788,11 +1789,12 @@ FROM (
     SELECT t.position, pg_catalog.quote_ident(t.name) AS name,
            pg_catalog.string_agg(p.name, ', ' ORDER BY p.position) AS privileges
     FROM pg_catalog.unnest(
-             ARRAY['etcd', 'etcd_wal', 'etcd_sync_state', 'etcd_sync_event', 'etcd_status']
+             ARRAY['etcd', 'etcd_wal', 'etcd_sync_state', 'etcd_sync_event', 'etcd_refused',
+                   'etcd_status']
          ) WITH ORDINALITY t (name, position)
     CROSS JOIN pg_catalog.unnest(
              ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) WITH ORDINALITY p (name, position)
-    WHERE (t.name <> 'etcd_status' OR p.name = 'SELECT')
+    WHERE (t.name NOT IN ('etcd_refused', 'etcd_status') OR p.name = 'SELECT')
       AND pg_catalog.to_regclass(t.name) IS NOT NULL
       AND NOT pg_catalog.has_table_privilege(pg_catalog.to_regclass(t.name), p.name)
     GROUP BY t.position, t.name
@@ -5751,15 +5753,9 @@ SELECT s.host, s.pid, s.version, s.started_at, s.cluster_id, s.first_revision,
 FROM etcd_sync_state s JOIN etcd_status v ON v.prefix = s.prefix
 WHERE s.prefix = %(prefix)s
 """
-UNRESOLVED = """
-    status IN ('conflict', 'failed') AND dismissed_at IS NULL
-    AND pg_catalog.starts_with(key, %(prefix)s)
-    AND NOT EXISTS (
-        SELECT FROM etcd_wal r WHERE r.retry_of = w.id AND r.key = w.key AND r.retry_of < r.id)
-"""
-REFUSALS_SQL = f"""
+REFUSALS_SQL = """
 SELECT id, key, status, error_message AS message, finished_at
-FROM etcd_wal w WHERE {UNRESOLVED}
+FROM etcd_refused WHERE pg_catalog.starts_with(key, %(prefix)s)
 ORDER BY id DESC LIMIT 5
 """
 SIZE_SQL = """
@@ -6081,8 +6077,9 @@ FROM etcd_wal p WHERE (%(last)s::bigint IS NULL OR p.id <= %(last)s) AND {PENDIN
 RETRY_TOGETHER_SQL = """
 SELECT pg_catalog.count(etcd_retry(id)) FROM pg_catalog.unnest(%(ids)s::bigint[]) id
 """
-REFUSED_SQL = f"""
-SELECT pg_catalog.array_agg(id ORDER BY id) AS ids FROM etcd_wal w WHERE {UNRESOLVED}
+REFUSED_SQL = """
+SELECT pg_catalog.array_agg(id ORDER BY id) AS ids
+FROM etcd_refused WHERE pg_catalog.starts_with(key, %(prefix)s)
 GROUP BY txid ORDER BY pg_catalog.min(id)
 """
 END_HOLDER_SQL = f"SELECT pg_catalog.pg_terminate_backend(pid) FROM ({LOCK_HOLDER_SQL}) holder"
@@ -6119,8 +6116,10 @@ class Goal:
 
     def look(self, session: Session) -> float:
         """Stop this process's own engine once it is there; seconds until the next look."""
-        if session.push_error:
-            raise EtcdFdwError(str(session.push_error))  # nobody waits so long for a command
+        if session.push_error:  # nobody waits so long for a command
+            error = EtcdFdwError(str(session.push_error))
+            error.exit_code = session.push_error.exit_code
+            raise error
         self.revision = self.revision or session.etcd.header.revision
         there = session.metrics.caught_up or session.mirror.checkpoint >= self.revision
         if there and self.settled(session.postgres):

@@ -641,25 +641,28 @@ DECLARE
     v_current  bigint;  -- 0: the key does not exist
     v_id       bigint;
 BEGIN
-    v_wrong := CASE
-        WHEN p_key IS NULL THEN ARRAY['22004', 'key must not be null', 'It has 1 to 2600 bytes.']
-        WHEN p_key = '' OR pg_catalog.octet_length(p_key) > 2600 THEN ARRAY[
-            '22023', pg_catalog.format('key must have 1 to 2600 bytes, not %s', pg_catalog.octet_length(p_key)),
-            'etcd has no empty key, and PostgreSQL cannot index a longer one.']
-        WHEN p_value IS NULL AND p_value_bytes IS NULL AND NOT (p_delete OR p_expect) THEN ARRAY[
-            '22004', 'value must not be null', 'To delete a key use etcd_delete, or DELETE FROM etcd_kv.']
-        WHEN p_value IS NOT NULL AND p_value_bytes IS NOT NULL THEN ARRAY[
-            '22023', 'only one of value and value_bytes can be set',
-            'Text belongs into value, and into value_bytes what is no text.']
-        WHEN p_revision < 0 THEN ARRAY[
-            '22023', 'revision must not be negative', '0 means that the key must not exist, null any version.']
-        WHEN p_revision IS NOT NULL AND p_force THEN ARRAY[
-            '22023', 'a forced change is made on no certain revision',
-            'Give a revision to change that version only, or force => true to change any.']
-        WHEN NOT EXTRACT(epoch FROM p_ttl)::float8 BETWEEN 0::float8 AND 9000000000::float8 THEN ARRAY[
-            '22023', pg_catalog.format('ttl must be between 0 and 9000000000 seconds, not %s', p_ttl),
-            '0 takes the lease of the key off, null leaves it as it is.'] END;
-    IF v_wrong IS NOT NULL THEN
+    IF p_key IS NULL OR p_key = '' OR pg_catalog.octet_length(p_key) > 2600 OR p_revision < 0
+       OR (p_value IS NULL) = (p_value_bytes IS NULL) AND NOT (p_delete OR p_expect)
+       OR p_revision IS NOT NULL AND p_force
+       OR NOT EXTRACT(epoch FROM p_ttl)::float8 BETWEEN 0::float8 AND 9000000000::float8 THEN
+        v_wrong := CASE
+            WHEN p_key IS NULL THEN ARRAY['22004', 'key must not be null', 'It has 1 to 2600 bytes.']
+            WHEN p_key = '' OR pg_catalog.octet_length(p_key) > 2600 THEN ARRAY[
+                '22023', pg_catalog.format('key must have 1 to 2600 bytes, not %s', pg_catalog.octet_length(p_key)),
+                'etcd has no empty key, and PostgreSQL cannot index a longer one.']
+            WHEN p_value IS NULL AND p_value_bytes IS NULL AND NOT (p_delete OR p_expect) THEN ARRAY[
+                '22004', 'value must not be null', 'To delete a key use etcd_delete, or DELETE FROM etcd_kv.']
+            WHEN p_value IS NOT NULL AND p_value_bytes IS NOT NULL THEN ARRAY[
+                '22023', 'only one of value and value_bytes can be set',
+                'Text belongs into value, and into value_bytes what is no text.']
+            WHEN p_revision < 0 THEN ARRAY[
+                '22023', 'revision must not be negative', '0 means that the key must not exist, null any version.']
+            WHEN p_revision IS NOT NULL AND p_force THEN ARRAY[
+                '22023', 'a forced change is made on no certain revision',
+                'Give a revision to change that version only, or force => true to change any.']
+            WHEN NOT EXTRACT(epoch FROM p_ttl)::float8 BETWEEN 0::float8 AND 9000000000::float8 THEN ARRAY[
+                '22023', pg_catalog.format('ttl must be between 0 and 9000000000 seconds, not %s', p_ttl),
+                '0 takes the lease of the key off, null leaves it as it is.'] END;
         RAISE EXCEPTION '%', v_wrong[2] USING ERRCODE = v_wrong[1], HINT = v_wrong[3];
     END IF;
 
@@ -702,27 +705,29 @@ BEGIN
          ORDER BY e.revision DESC LIMIT 1;
         v_current := coalesce(v_current, 0);
 
-        p_own := p_own AND v_pending.txid = pg_current_xact_id();
-        IF p_own AND v_pending.deletes AND NOT p_new THEN
-            RETURN NULL;
-        ELSIF v_pending.id IS NOT NULL AND (p_new OR p_revision IS NOT NULL) AND p_own IS NOT TRUE THEN
-            RAISE EXCEPTION 'key "%" has a pending change', p_key
-                USING ERRCODE = '40001', DETAIL = pg_catalog.format('It is row %s of etcd_wal.', v_pending.id),
-                      HINT = 'Try again when it is applied, or use etcd_set or etcd_delete without a revision.';
-        ELSIF p_new AND (CASE WHEN p_own THEN NOT v_pending.deletes ELSE v_current > 0 END) THEN
-            RAISE EXCEPTION 'key "%" already exists', p_key
-                USING ERRCODE = '23505',
-                      DETAIL = CASE WHEN p_own THEN pg_catalog.format('It is row %s of etcd_wal.', v_pending.id)
-                                    ELSE pg_catalog.format('It is at revision %s.', v_current) END,
-                      HINT = 'To change it use UPDATE or etcd_set.';
-        ELSIF (CASE WHEN p_expect THEN p_revision < v_current  -- the mirror may be behind what the caller knows
-                    WHEN p_own THEN p_revision <> coalesce(v_pending.revision, 0) AND NOT v_pending.force
-                    ELSE p_revision <> v_current END) THEN
-            RAISE EXCEPTION 'key "%" is not at revision %', p_key, p_revision
-                USING ERRCODE = '40001',
-                      DETAIL = CASE v_current WHEN 0 THEN 'It does not exist.'
-                                              ELSE pg_catalog.format('It is at revision %s.', v_current) END,
-                      HINT = 'Read it again and repeat the change.';
+        IF p_new OR p_revision IS NOT NULL THEN
+            p_own := p_own AND v_pending.txid = pg_current_xact_id();
+            IF p_own AND v_pending.deletes AND NOT p_new THEN
+                RETURN NULL;
+            ELSIF v_pending.id IS NOT NULL AND p_own IS NOT TRUE THEN
+                RAISE EXCEPTION 'key "%" has a pending change', p_key
+                    USING ERRCODE = '40001', DETAIL = pg_catalog.format('It is row %s of etcd_wal.', v_pending.id),
+                          HINT = 'Try again when it is applied, or use etcd_set or etcd_delete without a revision.';
+            ELSIF p_new AND (CASE WHEN p_own THEN NOT v_pending.deletes ELSE v_current > 0 END) THEN
+                RAISE EXCEPTION 'key "%" already exists', p_key
+                    USING ERRCODE = '23505',
+                          DETAIL = CASE WHEN p_own THEN pg_catalog.format('It is row %s of etcd_wal.', v_pending.id)
+                                        ELSE pg_catalog.format('It is at revision %s.', v_current) END,
+                          HINT = 'To change it use UPDATE or etcd_set.';
+            ELSIF (CASE WHEN p_expect THEN p_revision < v_current  -- the mirror may be behind what the caller knows
+                        WHEN p_own THEN p_revision <> coalesce(v_pending.revision, 0) AND NOT v_pending.force
+                        ELSE p_revision <> v_current END) THEN
+                RAISE EXCEPTION 'key "%" is not at revision %', p_key, p_revision
+                    USING ERRCODE = '40001',
+                          DETAIL = CASE v_current WHEN 0 THEN 'It does not exist.'
+                                                  ELSE pg_catalog.format('It is at revision %s.', v_current) END,
+                          HINT = 'Read it again and repeat the change.';
+            END IF;
         END IF;
     END IF;
 
@@ -745,8 +750,8 @@ BEGIN
 
     -- No warning for a role that may not read etcd_sync_state, nor before there is a mirror.
     IF pg_catalog.has_table_privilege('etcd_sync_state', 'SELECT') THEN
-        IF NOT EXISTS (SELECT FROM etcd_sync_state s WHERE pg_catalog.starts_with(p_key COLLATE "C", s.prefix))
-           AND EXISTS (SELECT FROM etcd_sync_state) THEN
+        IF (SELECT NOT pg_catalog.bool_or(pg_catalog.starts_with(p_key COLLATE "C", s.prefix))
+              FROM etcd_sync_state s) THEN
             RAISE WARNING 'key "%" is outside every mirrored prefix', p_key
                 USING HINT = pg_catalog.format(
                     'Row %s of etcd_wal stays pending until an etcd_fdw that mirrors this key runs.', v_id);

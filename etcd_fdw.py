@@ -1820,10 +1820,11 @@ WHERE pg_catalog.current_setting('server_version_num')::int >= 150000
 SITUATION_SQL = """
 SELECT current_schema() AS schema,
        (SELECT pg_catalog.min(relname::text) FROM pg_class
-        WHERE relnamespace = pg_catalog.to_regnamespace(pg_catalog.quote_ident(current_schema()))
+        WHERE relnamespace = pg_catalog.to_regnamespace(
+                  pg_catalog.quote_ident(current_schema()))::oid
           AND relname IN ('etcd', 'etcd_wal', 'etcd_sync_state', 'etcd_sync_event')) AS foreign,
        (SELECT pg_catalog.pg_has_role(relowner, 'USAGE') FROM pg_class
-        WHERE oid = pg_catalog.to_regclass('etcd_sync_state')) AS owner
+        WHERE oid = pg_catalog.to_regclass('etcd_sync_state')::oid) AS owner
 """
 
 

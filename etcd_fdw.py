@@ -6168,7 +6168,7 @@ def bring_in_step(config: Config) -> int:
                     engine.check_stop()
     if not goal.reached:
         raise EtcdFdwError("stopped before both sides were in step: run it again")
-    engine.guard.stop_by = None
+    engine.guard.stop_by, engine.guard.listening = None, False  # a comparison may follow
     assert goal.seen is not None
     return goal.seen[0]
 

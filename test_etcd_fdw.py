@@ -1805,15 +1805,6 @@ def test_wrong_configuration_is_one_line_and_exit_code_1(args, text, capsys, mon
     assert_one_error_line(done, 1, text)
 
 
-def test_what_libpq_finds_wrong_is_exit_code_1():
-    for dsn, text in [
-        ("host=h port=x password=s3cret", '"x"'),
-        (P + "?sslmode=maybe", '"maybe"'),
-        ("service=nosuch", '"nosuch"'),
-    ]:
-        assert_one_error_line(run_script("-p", dsn, "-e", E), 1, text)
-
-
 def test_wrong_environment_variable_is_named():
     env = {"ETCD_FDW_POSTGRES_DSN": P, "ETCD_FDW_ETCD_DSN": E}
     for name, value in {"BATCH_SIZE": "many", "DRY_RUN": "perhaps", "LOG_LEVEL": "loud"}.items():
@@ -1969,20 +1960,6 @@ def test_missing_privileges_are_as_few_grants_as_do(command, db, schema_user):
         done = run(*words)
         assert f"GRANT CREATE ON SCHEMA public TO {schema_user}" in done.stdout + done.stderr
     assert "can replace it: psql -1 -f schema.sql" in run(*VALIDATE).stdout
-
-
-def test_missing_postgres_permission_is_exit_code_3(command, db, schema_user):
-    def refused_as(role: str, text: str) -> None:
-        done = command("--startup-timeout=0s", postgres=make_dsn(db, user=role))
-        assert_one_error_line(done, 3, text)
-
-    refused_as("nosuch", ' "nosuch"')  # role … does not exist, or: password of user …
-    rows(db, f"ALTER ROLE {schema_user} NOLOGIN")
-    refused_as(schema_user, "not permitted to log in")
-    rows(db, f"ALTER ROLE {schema_user} LOGIN")
-    refused_as(schema_user, f"GRANT CREATE ON SCHEMA public TO {schema_user}")
-    rows(db, SCHEMA_SQL)
-    refused_as(schema_user, "these privileges are missing: GRANT SELECT")
 
 
 def test_wrong_postgres_password_is_exit_code_3(command):

@@ -9947,7 +9947,7 @@ def test_dns_from_sql_answers_as_readme_shows(daemon, db, own_etcd):
     daemon(etcd=etcd_dsn(own_etcd.endpoint, "/skydns/"))
     rows(db, readme_block("dns trigger"))
     steps = re.findall(r"^(\$ dig|app=>) (.*)\n((?:(?!\$|app=>).*\n)*)", readme_block("dns"), re.M)
-    assert len(steps) >= 12
+    assert len(steps) >= 9
     with LocalCoreDns(program, own_etcd.endpoint) as dns:
         for kind, command, shown in steps:
             if kind == "app=>":

@@ -10184,6 +10184,10 @@ def test_going_back_as_readme_says_leaves_a_schema_that_can_be_upgraded(db):
     rows(db, SCHEMA_SQL)
     columns = "SELECT table_name, column_name FROM information_schema.columns"
     new = set(rows(db, columns))
+    rows(db, "CREATE VIEW mine AS SELECT key FROM etcd_kv")
+    with pytest.raises(psycopg2.errors.DependentObjectsStillExist):
+        rows(db, readme_block("rollback"))  # and nothing is changed
+    rows(db, "DROP VIEW mine")
     rows(db, readme_block("rollback"))
     assert not rows(db, "SELECT FROM pg_proc WHERE proname = 'etcd_schema_version'")
     assert ("etcd", "version") not in set(rows(db, columns))

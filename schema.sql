@@ -584,7 +584,7 @@ END
 $$;
 
 CREATE OR REPLACE FUNCTION etcd_revision_at(p_time timestamptz, p_prefix text DEFAULT '')
-RETURNS bigint LANGUAGE plpgsql STABLE SET search_path FROM CURRENT AS $$
+RETURNS bigint LANGUAGE plpgsql STABLE SET search_path FROM CURRENT SET enable_seqscan = off AS $$
 -- For etcd_at and etcd_restore. The newest revision that was mirrored by then under the mirror that covers
 -- p_prefix ('': the only one); what etcd had written and the daemon had not mirrored yet does not count.
 --   errors  22023 p_time is in the future, or before everything that is mirrored; no such mirror, or several
@@ -600,7 +600,14 @@ BEGIN
         SELECT pg_catalog.max(e.revision) INTO v_revision FROM etcd e
          WHERE e.ts <= p_time AND e.ts > p_time - v_window AND pg_catalog.starts_with(e.key, v_prefix);
         IF v_revision IS NOT NULL THEN
-            RETURN v_revision;
+            -- A repair gives a row its own time, so older rows may be newer. What a copy brings is known from its
+            -- own revision on: the first one's, or the end of a gap.
+            SELECT greatest(v_revision, pg_catalog.max(e.revision)) INTO v_revision FROM etcd e
+             WHERE e.revision > v_revision AND e.ts <= p_time AND pg_catalog.starts_with(e.key, v_prefix);
+            RETURN (SELECT greatest(v_revision, s.first_revision, pg_catalog.max(pg_catalog.upper(g)))
+                      FROM etcd_sync_state s
+                      LEFT JOIN pg_catalog.unnest(s.gaps) g ON v_revision OPERATOR(pg_catalog.<@) g
+                     WHERE s.prefix = v_prefix GROUP BY s.first_revision);
         ELSIF v_window > interval '1000 years' OR p_time IS NULL THEN
             RAISE EXCEPTION 'nothing was mirrored by %', p_time USING ERRCODE = '22023';
         END IF;

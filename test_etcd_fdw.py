@@ -3856,6 +3856,11 @@ def test_the_revision_of_a_time(schema):
     assert rows(
         schema, "SELECT revision FROM etcd_at(etcd_revision_at(now() - '1 h'::interval), '/a/')"
     ) == [(20,)]
+    # copies are known from their own revision on; what was repaired is older than its time
+    state = "UPDATE etcd_sync_state SET first_revision = 12, gaps = '{\"[15,25)\"}'"
+    rows(schema, f"{state}; UPDATE etcd SET ts = now() WHERE key = '/a/x' AND revision = 10")
+    for age, revision in [("0", 30), ("1 min", 25), ("1 day", 12)]:
+        assert scalar(schema, at, age) == revision
 
 
 def test_at_answers_up_to_the_edges_of_what_is_known(schema):

@@ -195,7 +195,7 @@ COMMENT ON COLUMN etcd_wal.ttl IS 'lease that the key is put with; 0: none; null
 COMMENT ON COLUMN etcd_wal.force IS 'apply it whatever etcd holds: revision does not count, it cannot be a conflict';
 COMMENT ON COLUMN etcd_wal.action IS
     'null: put the value, or delete; expect: change nothing, the key must be at revision; keepalive: renew its lease';
-COMMENT ON COLUMN etcd_wal.replaced_revision IS 'version that a forced change replaced; null: none, or not known';
+COMMENT ON COLUMN etcd_wal.replaced_revision IS 'version that the change replaced; null: none, or not known';
 
 -- Who changes a key holds its row here until the transaction ends, so that the next one waits, as it would for the
 -- row of a table. A hash instead of the key: who may not read a key does not see its name. Unlogged: a lock need

@@ -1281,7 +1281,7 @@ $$;
 --     GRANT TEMP ON DATABASE mydb TO etcd_fdw;
 --     GRANT USAGE ON SCHEMA public TO etcd_fdw;
 --     GRANT SELECT, INSERT, UPDATE, DELETE ON etcd, etcd_wal, etcd_sync_state, etcd_sync_event TO etcd_fdw;
---     GRANT SELECT ON etcd_kv, etcd_status TO etcd_fdw;
+--     GRANT SELECT ON etcd_kv, etcd_status, etcd_refused TO etcd_fdw;
 --
 -- An application that reads everything and changes keys, by function or through etcd_kv, but can neither
 -- write the mirror nor claim an outcome:

@@ -2826,7 +2826,7 @@ AUDIT_CHANGES_SQL = """
 INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, target_system,
                              target_revision, duration, details)
 SELECT %(prefix)s, 'change', w.status, w.key, 'postgresql', 'etcd', w.result_revision,
-       w.finished_at - w.ts,
+       CASE WHEN pg_catalog.isfinite(w.ts) THEN w.finished_at - w.ts END,
        pg_catalog.jsonb_strip_nulls(pg_catalog.jsonb_build_object(
            'wal_id', w.id, 'role', w.role_name, 'application', w.application_name,
            'message', w.error_message, 'forced', CASE WHEN w.force THEN true END,

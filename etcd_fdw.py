@@ -2730,7 +2730,8 @@ class OutboxTransaction:
             if on is not None:
                 version = after.get(on, versions.get(on, REFUSED))
                 if version != REFUSED:
-                    expected = version
+                    deleted = row.dependency_status and row.dependency_revision == 0
+                    expected = 0 if deleted else version
                 elif row.dependency_status == "success":
                     expected = row.dependency_revision or 0
             after[row.id] = expected
@@ -3480,7 +3481,10 @@ class Outbox:
         self.deferred_until = 0.0  # monotonic
         self.due_receipt = self.settled  # of the outcomes that due() gave out last
         self.warn_refusal_after = 0.0  # monotonic
-        self.ids.update(outcome.id for outcome in self.deferred)
+        for outcome in self.deferred:
+            self.ids.add(outcome.id)
+            applied = outcome.status == "success"
+            self.versions[outcome.id] = (outcome.revision or 0) if applied else REFUSED
         receipts = self.receipts.held()
         self.number = max((receipt.number for receipt in receipts), default=0)  # of the last Txn
         self.recover(self.receipts.unsettled(receipts, state.receipt))

@@ -8157,6 +8157,26 @@ def test_outcome_of_a_row_that_somebody_has_locked_waits_alone(daemon, db, prefi
     assert scalar(db, "SELECT deferred FROM etcd_sync_state") == []
 
 
+def test_change_on_top_of_one_whose_outcome_waits_is_applied(daemon, db, prefix, etcd):
+    one = daemon(*FAST)
+    put, deleted = prefix + "put", prefix + "deleted"
+    etcd.put(deleted, "1")
+    wait_until("not mirrored", arrives(db, deleted))
+    with session(db, "BEGIN") as holder:
+        with frozen_mirror(db):
+            rows(db, "SELECT etcd_set(%s, '2'), etcd_delete(%s)", put, deleted)
+            holder.execute("SELECT FROM etcd_wal FOR UPDATE")
+        sql = "SELECT jsonb_array_length(deferred) FROM etcd_sync_state"
+        wait_until("no outcome waits", lambda: scalar(db, sql) == 2)
+        one.kill()
+        for key in (put, deleted):
+            rows(db, "SELECT etcd_set(%s, '3')", key)
+        daemon(*FAST)
+        for key in (put, deleted):
+            wait_until("not applied", lambda key=key: (kv := etcd.get(key)) and kv.value == b"3")
+    assert statuses(db) == ["success"] * 4
+
+
 def test_outcome_that_a_trigger_refuses_waits_alone(daemon, db, prefix, etcd):
     one = daemon(*FAST)
     rows(

@@ -2727,9 +2727,11 @@ class OutboxTransaction:
                 self.expectations.append(Change(key, expected))
                 continue
             on = row.depends_on
-            if on is not None:
-                version = after.get(on, versions.get(on, REFUSED))
-                if version != REFUSED:
+            if on in after:
+                expected = after[on]
+            elif on is not None:
+                version = versions.get(on, REFUSED)
+                if version != REFUSED:  # of a delete that was recovered, it is the Txn's
                     deleted = row.dependency_status and row.dependency_revision == 0
                     expected = 0 if deleted else version
                 elif row.dependency_status == "success":

@@ -1836,7 +1836,7 @@ class SyncState(NamedTuple):
     revision: int  # the checkpoint
     last_revision: int  # of the newest event mirrored; until the checkpoint there was none
     copied_at: int  # revision of the last copy; what came before it may be known in part
-    receipt: int  # revision of the newest receipt whose outcomes are all written
+    receipt: int  # the newest whose outcomes are all written; see Receipts
     split: list[str]  # transactions that are applied change by change, and not all done
     deferred: list[list[Any]]  # see Outcomes
     unrepaired: bool  # mirrored by a version that knew less of a key, or without what it now has
@@ -2589,6 +2589,9 @@ def revisions_after(
 
 # ── outbox: etcd_wal's way to etcd and back ────────────────────────────────────
 
+EXPECT, KEEPALIVE = "expect", "keepalive"  # actions of a row
+REFUSED = -1  # in place of a version: the change was not made
+
 
 class OutboxRow(NamedTuple):
     """A pending row of etcd_wal, with what is known of the change that it was made on."""
@@ -2634,29 +2637,18 @@ class OutboxRow(NamedTuple):
         return None
 
 
-EXPECT, KEEPALIVE = "expect", "keepalive"  # actions of a row
-REFUSED = -1  # in place of a version: the change was not made
-
-
 class Change(NamedTuple):
     """What an outbox transaction does to one key, or expects of it."""
 
     key: bytes
-    # The mod_revision that etcd must hold, 0 for none.  Of a forced change, once it is applied,
-    # the one that etcd held; None: unknown.
-    expected: int | None
+    expected: int  # the mod_revision that etcd must hold, 0 for none
     value: bytes | None = None  # None: delete
     ttl: int | None = None  # see OutboxRow
-    forced: bool = False
-
-    @property
-    def moves(self) -> bool:
-        """Whether etcd gets a new version of the key; deleting nothing succeeds without one."""
-        return self.value is not None or self.expected != 0
+    forced: bool = False  # whatever etcd holds
 
 
-class Limits(NamedTuple):
-    """How many operations etcd takes in one Txn, and so what fits into one.
+def operations(login: bool, transactions: int, changes: int, widest: int) -> int:
+    """What a Txn needs of etcd's --max-txn-ops; widest: see OutboxTransaction.width.
 
     etcd subtracts from the limit of a level what the level above holds.  From the outside in:
 
@@ -2665,78 +2657,54 @@ class Limits(NamedTuple):
         each transaction: its changes, or its refusal and ranges   1 + 1 for each change
         each forced change: what it replaces, itself               1 more
     """
-
-    max_ops: int
-    login: bool
-
-    def allow(self, transactions: int, changes: int, widest: int) -> bool:
-        """Whether a Txn may hold so many; widest: see OutboxTransaction.width."""
-        return self.login * changes + 2 + transactions + widest <= self.max_ops
-
-    def largest(self) -> int:
-        """How many changes a transaction can have."""
-        room = self.max_ops - 4
-        return max(1, room // 2 if self.login else room)
+    return login * changes + 2 + transactions + widest
 
 
 class OutboxTransaction:
     """The pending rows of one PostgreSQL transaction, which etcd applies all or none of."""
 
-    __slots__ = ("changes", "expectations", "forced", "keys", "read_at", "rows", "size", "width")
-
     def __init__(self, rows: list[OutboxRow]) -> None:
-        self.read_at = time.monotonic()
         self.rows = rows
-        self.keys: set[str] = set()  # which no other transaction may have with it
-        self.forced: set[str] = set()
-        self.size = 0  # of the request in bytes, about; a forced put is there twice
-        for row in rows:
-            self.keys.add(row.key)
-            self.size += 150 + 4 * len(row.key.encode()) + row.size
-            if row.force:
-                self.forced.add(row.key)
-                self.size += row.size
-        # how many operations its nested Txn holds, see Limits
+        self.read_at = time.monotonic()
+        self.keys = {row.key for row in rows}  # which no other transaction may have with it
+        self.forced = {row.key for row in rows if row.force}
+        # of the request in bytes, about; a forced put is there twice
+        self.size = sum(
+            150 + 4 * len(row.key.encode()) + row.size * (1 + row.force) for row in rows
+        )
+        # how many operations its nested Txn holds, see operations()
         self.width = len(rows) + (2 if self.forced else 1)
         self.changes: dict[str, Change] = {}  # by key; see resolve()
         self.expectations: list[Change] = []
 
     @property
-    def first(self) -> OutboxRow:
-        """Its first row."""
-        return self.rows[0]
+    def splittable(self) -> bool:
+        """Whether it may be applied change by change: it has several, and expects nothing."""
+        return len(self.rows) > 1 and all(row.action != EXPECT for row in self.rows)
 
-    @property
-    def never_split(self) -> bool:
-        """Whether it must be applied whole: it expects something."""
-        return any(row.action == EXPECT for row in self.rows)
-
-    def fits(self, limits: Limits) -> bool:
+    def fits(self, login: bool, max_ops: int) -> bool:
         """Whether etcd takes it in one piece."""
-        return limits.allow(1, len(self.rows), self.width) and self.size <= TXN_MAX_BYTES
+        needed = operations(login, 1, len(self.rows), self.width)
+        return needed <= max_ops and self.size <= TXN_MAX_BYTES
 
     def resolve(self, versions: Mapping[int, int]) -> None:
         """Decide for each key on the version that the change is made on; the last one counts.
 
         versions: of keys, after rows that etcd has answered; REFUSED if it refused them.
         """
-        after: dict[int, int] = {}  # the versions that its own rows are made on
+        made_on: dict[int, int] = {}  # the versions that its own rows are made on
         for row in self.rows:
-            key, expected = row.key.encode(), row.revision or 0
+            key, expected, on = row.key.encode(), row.revision or 0, row.depends_on
             if row.action == EXPECT:
                 self.expectations.append(Change(key, expected))
                 continue
-            on = row.depends_on
-            if on in after:
-                expected = after[on]
-            elif on is not None:
-                version = versions.get(on, REFUSED)
-                if version != REFUSED:  # of a delete that was recovered, it is the Txn's
-                    deleted = row.dependency_status and row.dependency_revision == 0
-                    expected = 0 if deleted else version
-                elif row.dependency_status == "success":
-                    expected = row.dependency_revision or 0
-            after[row.id] = expected
+            if on in made_on:
+                expected = made_on[on]
+            elif on is not None and (version := versions.get(on, REFUSED)) != REFUSED:
+                expected = version
+            elif row.dependency_status == "success":
+                expected = row.dependency_revision or 0
+            made_on[row.id] = expected
             before, ttl = self.changes.get(row.key), row.ttl
             if before and ttl is None:  # the lease that the key has by then
                 ttl = 0 if before.value is None else before.ttl
@@ -2747,50 +2715,30 @@ class OutboxTransaction:
         """What is made on a version, or expects one; if etcd holds another, all are refused."""
         return [c for c in self.changes.values() if not c.forced] + self.expectations
 
-    def note_replaced(self, versions: Iterable[int | None]) -> None:
-        """Keep which versions the forced changes, in order, have replaced."""
-        forced = [(key, change) for key, change in self.changes.items() if change.forced]
-        for (key, change), version in zip(forced, versions):
-            self.changes[key] = change._replace(expected=version)
-
 
 def group_rows(
-    rows: Iterable[OutboxRow], limits: Limits, split: set[str]
+    rows: Iterable[OutboxRow], login: bool, max_ops: int, split: set[str]
 ) -> list[OutboxTransaction]:
-    """The rows by transaction.
+    """The rows by transaction; a keepalive changes nothing, so it belongs to none.
 
     One that etcd would not take in one piece is split into its single changes, unless it expects
     something; and so is what is left of one (split has its txid).
     """
-    by_txid: dict[str, list[OutboxRow]] = {}
-    found: list[OutboxTransaction] = []
+    members: dict[object, list[OutboxRow]] = {}
     for row in rows:
-        if row.action == KEEPALIVE:  # changes nothing, so it belongs to no transaction
-            found.append(OutboxTransaction([row]))
+        members.setdefault(row.id if row.action == KEEPALIVE else row.txid, []).append(row)
+    found: list[OutboxTransaction] = []
+    for whole in map(OutboxTransaction, members.values()):
+        txid = whole.rows[0].txid
+        if whole.splittable and (txid in split or not whole.fits(login, max_ops)):
+            split.add(txid)
+            found.extend(OutboxTransaction([row]) for row in whole.rows)
         else:
-            by_txid.setdefault(row.txid, []).append(row)
-    for txid, members in by_txid.items():
-        if txid not in split:
-            whole = OutboxTransaction(members)
-            if len(members) == 1 or whole.fits(limits) or whole.never_split:
-                found.append(whole)
-                continue
-        split.add(txid)
-        found.extend(OutboxTransaction([row]) for row in members)
+            found.append(whole)
     return found
 
 
-class Outcome(NamedTuple):
-    """What became of a row of etcd_wal."""
-
-    id: int
-    queued_at: int
-    status: str  # success, conflict, failed
-    revision: int | None = None  # that it got (success), or that its compare met (conflict)
-    message: str | None = None
-    replaced: int | None = None  # the version that it replaced
-    read_at: float = 0.0  # monotonic: when the loop read the row; 0: in another session
-
+# ─ what became of rows ─
 
 # The row that was sent, or none: ids are used again after a failover or TRUNCATE … RESTART IDENTITY
 QUEUED_AT = """
@@ -2814,16 +2762,14 @@ FROM ROWS FROM (pg_catalog.unnest(%(ids)s::bigint[]), pg_catalog.unnest(%(queued
      AS o (id, queued, revision, replaced, status, message)
 WHERE w.id = o.id AND w.finished_at IS NULL AND {QUEUED_AT} = o.queued
 """
-UNLOCKED_SQL = """
-SELECT w.id FROM etcd_wal w WHERE w.id = ANY (%(ids)s::bigint[]) AND w.finished_at IS NULL
-FOR NO KEY UPDATE SKIP LOCKED
-"""
+# Which rows have no outcome yet, and whether nobody has locked them.
 UNFINISHED_SQL = """
-SELECT w.id FROM etcd_wal w WHERE w.id = ANY (%(ids)s::bigint[]) AND w.finished_at IS NULL
-"""
-RETRY_SQL = f"""
-UPDATE etcd_wal SET retry_count = retry_count + 1, error_message = %(message)s
-WHERE id = ANY (ARRAY({UNLOCKED_SQL}))
+WITH free AS (
+    SELECT w.id FROM etcd_wal w WHERE w.id = ANY (%(ids)s::bigint[]) AND w.finished_at IS NULL
+    FOR NO KEY UPDATE SKIP LOCKED
+)
+SELECT w.id, w.id IN (SELECT free.id FROM free)
+FROM etcd_wal w WHERE w.id = ANY (%(ids)s::bigint[]) AND w.finished_at IS NULL
 """
 AUDIT_CHANGES_SQL = """
 INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, target_system,
@@ -2836,6 +2782,19 @@ SELECT %(prefix)s, 'change', w.status, w.key, 'postgresql', 'etcd', w.result_rev
            'replaced_revision', w.replaced_revision))
 FROM etcd_wal w WHERE w.id = ANY (%(ids)s::bigint[]) AND w.finished_at = now()
 """
+
+
+class Outcome(NamedTuple):
+    """What became of a row of etcd_wal."""
+
+    id: int
+    queued_at: int
+    status: str  # success, conflict, failed
+    revision: int | None = None  # that it got (success), or that its compare met (conflict)
+    message: str | None = None
+    replaced: int | None = None  # the version that it replaced
+    version: int = REFUSED  # that its key has after it, 0 for none
+    read_at: float = 0.0  # monotonic: when the loop read the row; 0: in another session
 
 
 class Outcomes:
@@ -2874,50 +2833,46 @@ class Outcomes:
 
         finish: writes the rest of the transaction, in the same round trip if all goes well.
         """
-        if not self.list:
-            finish()
-            return
+        if self.list and not self.careful:
+            try:
+                self.update(postgres, cur, self.list, audit)
+                finish()
+                return
+            except psycopg2.Error as exc:
+                self.undo(exc, cur)
+        if self.list:
+            self.record_some(postgres, cur, audit)
+        finish()
+
+    def record_some(self, postgres: Postgres, cur: Any, audit: bool) -> None:
+        """Write those that nobody's lock or trigger is in the way of; defer the others."""
+        cur.execute("SAVEPOINT outcomes")
+        unfinished = {o.id: False for o in self.list}  # by id: whether it can be written
         try:
-            if self.careful:
-                cur.execute("SAVEPOINT outcomes")
-                raise NotNow
-            self.defer(postgres, cur, self.list, audit)
-            finish()
-            return
-        except NotNow:
-            pass
+            cur.execute(UNFINISHED_SQL, {"ids": int_array(unfinished)})
+            unfinished = dict(cur.fetchall())
         except psycopg2.Error as exc:
-            self.forgive(exc, cur)
-        ids = {"ids": int_array(o.id for o in self.list)}
-        cur.execute(UNFINISHED_SQL, ids)
-        there = {id_ for (id_,) in cur}
-        done = [o for o in self.list if o.id not in there]  # nothing to write
-        free: set[int] = set()
-        try:
-            cur.execute(UNLOCKED_SQL, ids)
-            free.update(id_ for (id_,) in cur)
-        except psycopg2.Error as exc:
-            self.refusal = self.forgive(exc, cur)
+            self.refusal = self.undo(exc, cur)
         self.deferred = list(self.deferred or ())
-        self.deferred += (o for o in self.list if o.id in there and o.id not in free)
-        parts = [[o for o in self.list if o.id in free]]
+        self.deferred += [o for o in self.list if unfinished.get(o.id) is False]
+        done = [o for o in self.list if o.id not in unfinished]  # nothing to write
+        parts = [[o for o in self.list if unfinished.get(o.id)]]
         while parts:
             part = parts.pop()
             try:
-                self.defer(postgres, cur, part, audit)
+                self.update(postgres, cur, part, audit)
                 cur.execute("RELEASE SAVEPOINT outcomes")
                 done += part
             except psycopg2.Error as exc:
-                error = self.forgive(exc, cur)
+                error = self.undo(exc, cur)
                 if middle := len(part) // 2:
                     parts += [part[middle:], part[:middle]]
                 else:
                     self.deferred += part
                     self.refusal = type(error)(f"{error}: the outcome of change {part[0].id} waits")
         self.list = done
-        finish()
 
-    def forgive(self, exc: psycopg2.Error, cur: Any) -> EtcdFdwError:
+    def undo(self, exc: psycopg2.Error, cur: Any) -> EtcdFdwError:
         """Go back to the savepoint after an error that ends no more than a statement."""
         error = postgres_error(exc)
         if error.belongs_to > Room.CHORE:
@@ -2925,7 +2880,7 @@ class Outcomes:
         cur.execute("ROLLBACK TO SAVEPOINT outcomes")
         return error
 
-    def defer(self, postgres: Postgres, cur: Any, outcomes: list[Outcome], audit: bool) -> None:
+    def update(self, postgres: Postgres, cur: Any, outcomes: list[Outcome], audit: bool) -> None:
         """Have outcomes written with the next statement, behind a savepoint."""
         cur.defer("SAVEPOINT outcomes")
         if not outcomes:
@@ -2953,14 +2908,14 @@ class Outcomes:
 
 
 def conflict_message(changes: Sequence[Change], current: Sequence[int | None]) -> str:
-    """For which keys the compare failed, and which version etcd holds."""
+    """For which keys the compare failed, and which version etcd holds (None: unknown)."""
     failed = [
         f"{change.key.decode()} is "
         + (f"at revision {now}" if now else "not there")
         + " in etcd, the change was made on "
         + (f"revision {change.expected}" if change.expected else "its absence")
         for change, now in zip(changes, current)
-        if now != change.expected
+        if now is not None and now != change.expected
     ]
     failed = failed or ["it held another version at that moment"]
     more = f"; and {len(failed) - 3} more" if len(failed) > 3 else ""
@@ -2968,34 +2923,23 @@ def conflict_message(changes: Sequence[Change], current: Sequence[int | None]) -
 
 
 class ConflictLog:
-    """Logs a line for each conflict; beyond CONFLICTS_SHOWN in a minute it only counts them.
-
-    The summary says so.  If the minute before had too many, all of this one are counted only.
-    """
+    """Logs a line for each conflict, up to CONFLICTS_SHOWN in a minute, and counts the rest."""
 
     def __init__(self) -> None:
         self.began = time.monotonic()  # this minute
         self.seen = 0  # in this minute
-        self.flood = False  # the minute before had too many
-        self.hidden = 0  # since the last summary
+        self.hidden = 0  # since the last summary, which tells and resets it
 
     def note(self, id_: int, key: str, revision: int | None, message: str) -> None:
         """Log or count a conflict about the key, which has this revision in etcd."""
-        minutes = (time.monotonic() - self.began) / SUMMARY_S
-        if minutes >= 1:
-            self.flood = minutes < 2 and self.seen > CONFLICTS_SHOWN
+        if time.monotonic() - self.began >= SUMMARY_S:
             self.began, self.seen = time.monotonic(), 0
         self.seen += 1
-        if self.flood or self.seen > CONFLICTS_SHOWN:
+        if self.seen > CONFLICTS_SHOWN:
             self.hidden += 1
             return
-        log.warning(
-            "conflict: change %(id)d: %(message)s",
-            id=id_,
-            key=key,
-            revision=revision,
-            message=message,
-        )
+        text = "conflict: change %(id)d: %(message)s"
+        log.warning(text, id=id_, key=key, revision=revision, message=message)
 
 
 # ─ what was sent: the daemon's own keys ─
@@ -3030,7 +2974,7 @@ class Receipt(NamedTuple):
     number: int
     rows: dict[int, int]  # ids, with the time at which each was queued
     refused: dict[int, int]  # those of them whose transaction was refused
-    settled: int  # the newest receipt that PostgreSQL had the outcomes of, when this was sent
+    settled: int  # the newest receipt that PostgreSQL had all outcomes of by then
 
 
 class ForeignReceipt(WritesRefused):
@@ -3058,10 +3002,7 @@ class Receipts:
         return b"%sreceipt/%016d" % (self.key, number)
 
     def fence(self, database: str) -> int:
-        """Become the owner: whatever was sent before and arrives later fails. The new fence.
-
-        Raises PermissionDenied, which names the grant that is missing.
-        """
+        """Become the owner: whatever was sent before and arrives later fails. The new fence."""
         identity = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -3086,14 +3027,14 @@ class Receipts:
             kvs = self.etcd.range(self.key, self.range_end, revision=revision).kvs
         found: list[Receipt] = []
         for kv in kvs:
-            name = kv.key[len(self.key) :].decode("latin-1").split("/")
+            kind, *numbers = kv.key[len(self.key) :].decode("latin-1").split("/")
+            if kind != "receipt" or not numbers:  # owner, or of a version before 3
+                continue
             try:
-                if name[0] != "receipt" or len(name) == 1:  # owner, or of a version before 3
-                    continue
-                if len(name) == 2:
+                if len(numbers) == 1:
                     content = json.loads(kv.value)
                     rows, settled = parse_rows(content["rows"]), int(content["settled"])
-                    found.append(Receipt(kv.mod_revision, int(name[1]), rows, {}, settled))
+                    found.append(Receipt(kv.mod_revision, int(numbers[0]), rows, {}, settled))
                 else:  # right behind the receipt that it belongs to
                     found[-1].refused.update(parse_rows(kv.value.decode()))
             except (ValueError, TypeError, KeyError, IndexError) as exc:
@@ -3111,7 +3052,7 @@ class Receipts:
         written: the newest receipt whose outcomes PostgreSQL has.  If a sender knew of a newer
         one, PostgreSQL has lost commits in a failover; then the receipts' past is read as well.
         """
-        found = {receipt.revision: receipt for receipt in held}
+        found = {receipt.number: receipt for receipt in held}
         while held and held[-1].settled > written:
             revision = held[0].revision - 1  # none after `settled` was deleted by then
             try:
@@ -3123,8 +3064,19 @@ class Receipts:
                     revision=revision,
                 )
                 break
-            found.update((receipt.revision, receipt) for receipt in held)
-        return [found[revision] for revision in sorted(found) if revision > written]
+            found.update((receipt.number, receipt) for receipt in held)
+        return [found[number] for number in sorted(found) if number > written]
+
+    def fenced(self, owner: Sequence[Any], database: str) -> Fenced:
+        """The error that says who sends in place of this session."""
+        try:
+            other = dict(json.loads(owner[0].value))
+            who = "process {pid} on {host}, for database {database}".format_map(other)
+        except (IndexError, KeyError, ValueError, TypeError):
+            key = self.owner.decode()
+            return Fenced(f"etcd: somebody has deleted or overwritten the key {key}")
+        kind = Fenced if other["database"] == database else FencedByCopy
+        return kind(f"{who}, has begun to send changes for this mirror: nothing more is sent")
 
 
 class Txn:
@@ -3141,8 +3093,8 @@ class Txn:
     taken: etcd up to at least 3.5 checks no permissions in nested transactions, and counts no
     nested puts when its quota is used up.
 
-    lease() asks for the leases of its puts, one for each ttl in a transaction; those that come to
-    nothing expire by themselves.
+    The leases of its puts are asked for at once, one for each ttl in a transaction; those that
+    come to nothing expire by themselves.
     """
 
     def __init__(
@@ -3151,15 +3103,15 @@ class Txn:
         receipts: Receipts,
         fence: int,
         number: int,
-        settled: tuple[int, int],
+        settled: int,
     ) -> None:
-        """settled: number and revision of the newest receipt whose outcomes PostgreSQL has."""
+        """settled: the newest receipt whose outcomes PostgreSQL has."""
         self.transactions = transactions
         self.number = number
         self.etcd = receipts.etcd
-        self.future: Any = None
-        self._leases: dict[tuple[str, int], int] = {}  # ids by transaction and ttl
-        self._grants: list[Any] = []  # their futures
+        self.answer: Any = None  # see send()
+        self.error: Exception | None = None
+        self.leases: dict[tuple[str, int], tuple[Any, Any]] = {}  # requests, and their futures
         self.request = txn = etcdrpc.TxnRequest()
         if self.etcd.guarded:
             for transaction in transactions:
@@ -3173,39 +3125,35 @@ class Txn:
         receipt = txn.success.add().request_put
         receipt.key = receipts.receipt_key(number)
         rows = format_rows(row for t in transactions for row in t.rows)
-        receipt.value = json.dumps({"rows": rows, "settled": settled[1]}).encode()
+        receipt.value = json.dumps({"rows": rows, "settled": settled}).encode()
         old = txn.success.add().request_delete_range
-        old.key, old.range_end = receipts.key + b"receipt", receipts.receipt_key(settled[0] + 1)
+        old.key, old.range_end = receipts.key + b"receipt", receipts.receipt_key(settled + 1)
         for index, transaction in enumerate(transactions):
             nested = txn.success.add().request_txn
-            self.add_changes(nested, transaction)
+            self.add_transaction(nested, transaction)
             refusal = nested.failure.add().request_put
             refusal.key = b"%s/%d" % (receipt.key, index)
             refusal.value = format_rows(transaction.rows).encode()
 
-    def add_changes(self, nested: Any, transaction: OutboxTransaction) -> None:
+    def add_transaction(self, nested: Any, transaction: OutboxTransaction) -> None:
         """Have a nested transaction make changes, or tell which versions etcd holds instead."""
-        txid, mod = transaction.first.txid, etcdrpc.Compare.MOD
+        txid, mod = transaction.rows[0].txid, etcdrpc.Compare.MOD
         for change in transaction.changes.values():
             operation = nested.success.add()
-            if change.forced:
-                self.add_forced(operation.request_txn, change, txid)
-            else:
+            if not change.forced:
                 self.add_change(operation, change, bool(change.expected), txid)
+                continue
+            # whatever etcd holds, and tell what that was
+            forced = operation.request_txn
+            add_version(forced.success, change)
+            self.add_change(forced.success.add(), change, True, txid)
+            if change.value is not None and change.ttl is None:
+                greater = etcdrpc.Compare.GREATER
+                forced.compare.add(result=greater, target=mod, key=change.key, mod_revision=0)
+                self.add_change(forced.failure.add(), change, False, txid)
         for change in transaction.compared:
             nested.compare.add(target=mod, key=change.key, mod_revision=change.expected)
-            request = nested.failure.add().request_range
-            request.key, request.keys_only = change.key, True
-
-    def add_forced(self, nested: Any, change: Change, txid: str) -> None:
-        """Have a nested transaction make a change whatever etcd holds, and tell what that was."""
-        request = nested.success.add().request_range
-        request.key, request.keys_only = change.key, True
-        self.add_change(nested.success.add(), change, True, txid)
-        if change.value is not None and change.ttl is None:
-            greater, mod = etcdrpc.Compare.GREATER, etcdrpc.Compare.MOD
-            nested.compare.add(result=greater, target=mod, key=change.key, mod_revision=0)
-            self.add_change(nested.failure.add(), change, False, txid)
+            add_version(nested.failure, change)
 
     def add_change(self, operation: Any, change: Change, exists: bool, txid: str) -> None:
         """Have an operation make a change to a key that exists at that moment, or does not."""
@@ -3220,41 +3168,39 @@ class Txn:
             put.ignore_lease = exists  # a plain put would detach the key from it
 
     def lease(self, txid: str, ttl: int) -> int:
-        """The id of a lease of so many seconds, which etcd is asked for the first time."""
-        if (txid, ttl) not in self._leases:
-            self._leases[txid, ttl] = id_ = random.randrange(1, 1 << 63)
-            request = etcdrpc.LeaseGrantRequest(ID=id_, TTL=ttl)
-            self._grants.append(self.etcd.future(self.etcd.lease.LeaseGrant, request))
-        return self._leases[txid, ttl]
-
-    def when_granted(self, callback: Callable[[], None]) -> None:
-        """Have something called, in any thread, whenever one of the leases is there or refused."""
-        for grant in self._grants:
-            grant.add_done_callback(lambda _: callback())
-
-    def granted(self) -> bool:
-        """Whether etcd has answered for every lease, so that send() can be called."""
-        return all(grant.done() for grant in self._grants)
+        """The id of the lease of so many seconds for the puts of a transaction."""
+        if (txid, ttl) not in self.leases:
+            request = etcdrpc.LeaseGrantRequest(ID=random.randrange(1, 1 << 63), TTL=ttl)
+            grant = self.etcd.future(self.etcd.lease.LeaseGrant, request)
+            self.leases[txid, ttl] = request, grant
+        return int(self.leases[txid, ttl][0].ID)
 
     def send(self) -> None:
-        """Send the request. A lease that was refused is the answer."""
-        refused = [grant for grant in self._grants if grant.code() is not grpc.StatusCode.OK]
-        self.future = refused[0] if refused else self.etcd.future(self.etcd.kv.Txn, self.request)
+        """Ask etcd: `answer` gets the TxnResponse of the fenced level, with the header.
 
-    def answer(self) -> Any:
-        """The TxnResponse of the fenced level, with the header. Raises grpc.RpcError."""
-        response = self.future.result()
-        if self.etcd.guarded:
-            response.responses[0].response_txn.header.CopyFrom(response.header)
-            response = response.responses[0].response_txn
-        return response
+        Or `error` why there is none; one about a lease is one of the Txn.
+        """
+        try:
+            for request, grant in self.leases.values():
+                if grant.exception():
+                    error = etcd_error(grant.exception(), self.etcd.endpoint)
+                    if not isinstance(error, TokenExpired):
+                        raise error
+                    self.etcd.call(self.etcd.lease.LeaseGrant, request)
+            response = self.etcd.call(self.etcd.kv.Txn, self.request)
+            if self.etcd.guarded:
+                response.responses[0].response_txn.header.CopyFrom(response.header)
+                response = response.responses[0].response_txn
+            self.answer = response
+        except Exception as exc:  # noqa: BLE001  the loop raises it
+            self.error = exc
 
-    def results(self, answer: Any) -> Iterator[tuple[OutboxTransaction, bool, list[int]]]:
+    def results(self) -> Iterator[tuple[OutboxTransaction, bool, list[int]]]:
         """Of each transaction, whether etcd applied it, and the versions that it tells.
 
         Those that the forced changes replaced, or if it was refused, of what was compared.
         """
-        for transaction, item in zip(self.transactions, answer.responses[2:]):
+        for transaction, item in zip(self.transactions, self.answer.responses[2:]):
             nested = item.response_txn
             ranges: Iterable[Any] = ()
             if not nested.succeeded:
@@ -3268,98 +3214,95 @@ class Txn:
             yield transaction, nested.succeeded, versions
 
 
-class Pipeline:
+def add_version(branch: Any, change: Change) -> None:
+    """Add to a branch of a Txn the question for a key's version."""
+    request = branch.add().request_range
+    request.key, request.keys_only = change.key, True
+
+
+class Pipeline(threading.Thread):
     """Sends Txns to etcd one after another: each as soon as the one before it was answered.
 
-    The next one leaves from gRPC's thread, so etcd has work while the loop waits for
-    PostgreSQL.  That is safe because of the fence.  Once a Txn failed or met another owner, it is
-    halted: nothing more is sent until resume().  Public methods are for the loop's thread.
+    So etcd has work while the loop waits for PostgreSQL.  That is safe because of the fence.  One
+    that failed or met another owner is the last one: those behind it stay unsent.
     """
 
     def __init__(self, waker: Waker) -> None:
-        self._waker = waker
-        self._lock = threading.Lock()
-        self._unsent: collections.deque[Txn] = collections.deque()
-        self._answered: collections.deque[Txn] = collections.deque()
-        self._sending = self._halted = False
+        super().__init__(name="pipeline", daemon=True)
+        self.waker = waker
+        self.unsent: queue.SimpleQueue[Txn | None] = queue.SimpleQueue()  # None: no more
+        self.answered: collections.deque[Txn] = collections.deque()
+        self.waiting = 0  # added, and their answer was not taken
+        self.start()
 
-    def __len__(self) -> int:
-        """The number of Txns whose answer was not taken yet."""
-        with self._lock:
-            return len(self._unsent) + self._sending + len(self._answered)
-
-    def add(self, txn: Txn, first: bool = False) -> None:
-        """Send a Txn when its turn comes; first: before all others."""
-        with self._lock:
-            if first:
-                self._unsent.appendleft(txn)
-            else:
-                self._unsent.append(txn)
-        txn.when_granted(self._send)
-        self._send()
-
-    def _send(self) -> None:
-        with self._lock:
-            if self._sending or self._halted or not self._unsent or not self._unsent[0].granted():
-                return
-            txn = self._unsent.popleft()
-            self._sending = True
+    def run(self) -> None:
+        """Send what is added, in its order."""
+        while txn := self.unsent.get():
             txn.send()
-        txn.future.add_done_callback(lambda _: self._done(txn))
+            self.answered.append(txn)
+            self.waker.wake()
+            if txn.error or not txn.answer.succeeded:
+                break
 
-    def _done(self, txn: Txn) -> None:
-        with self._lock:
-            self._sending = False
-            self._answered.append(txn)
-            answered = txn.future.code() is grpc.StatusCode.OK
-            self._halted = self._halted or not (answered and txn.answer().succeeded)
-        self._send()
-        self._waker.wake()
+    def add(self, txn: Txn) -> None:
+        """Send a Txn when its turn comes."""
+        self.waiting += 1
+        self.unsent.put(txn)
 
     def next_answered(self) -> Txn | None:
-        """The next answered Txn, None if there is none."""
-        with self._lock:
-            return self._answered.popleft() if self._answered else None
+        """The next Txn with its answer or error, None if there is none."""
+        if not self.answered:
+            return None
+        self.waiting -= 1
+        return self.answered.popleft()
 
-    def resume(self) -> None:
-        """Go on after an error."""
-        with self._lock:
-            self._halted = False
-        self._send()
-
-    def close(self) -> None:
-        """Send nothing any more."""
-        with self._lock:
-            self._halted = True
-            self._unsent.clear()
+    def stop(self) -> list[OutboxTransaction]:
+        """Send nothing any more; what is in the Txns that were not sent."""
+        found: list[OutboxTransaction] = []
+        with suppress(queue.Empty):
+            while txn := self.unsent.get_nowait():
+                self.waiting -= 1
+                found += txn.transactions
+        self.unsent.put(None)
+        return found
 
 
 # ─ the way of a row ─
 
 SIZE = "coalesce(pg_catalog.octet_length(p.value), pg_catalog.octet_length(p.value_bytes), 0)"
-# by name: users may have columns of their own
-WAL_COLUMNS = f"""
-p.id, p.ts, p.key, p.value, p.value_bytes, p.revision, p.txid, p.depends_on, p.ttl, p.force,
-           p.action, {SIZE} AS size
-"""
-ROW_COLUMNS = f"""
-    w.id, {QUEUED_AT}, w.key,
-    CASE WHEN w.size <= %(largest)s THEN w.value END,
-    CASE WHEN w.size <= %(largest)s THEN w.value_bytes END, w.size, w.revision, w.txid::text,
-    d.id, d.status,
-    CASE WHEN d.value IS NULL AND d.value_bytes IS NULL THEN 0 ELSE d.result_revision END,
-    CASE WHEN w.ttl IS NOT NULL
-         THEN pg_catalog.ceil(greatest(-1::float8, least(extract(epoch FROM w.ttl)::float8,
-                                                         1e15::float8)))::bigint END,
-    w.force,
-    w.action
-"""
-DEPENDENCY = """
+SIZE_READ = f"least({SIZE}, {VALUE_MAX_BYTES})"  # a larger value is not fetched
+
+
+def rows_sql(source: str, columns: str = "", where: str = "") -> str:
+    """The statement that reads OutboxRows: of rows `w`, which a FROM item has of pending_sql()."""
+    return f"""
+SELECT w.id, {QUEUED_AT}, w.key, CASE WHEN w.size <= {VALUE_MAX_BYTES} THEN w.value END,
+       CASE WHEN w.size <= {VALUE_MAX_BYTES} THEN w.value_bytes END, w.size, w.revision,
+       w.txid::text, d.id, d.status,
+       CASE WHEN d.value IS NULL AND d.value_bytes IS NULL THEN 0 ELSE d.result_revision END,
+       CASE WHEN w.ttl IS NOT NULL
+            THEN pg_catalog.ceil(greatest(-1::float8, least(extract(epoch FROM w.ttl)::float8,
+                                                            1e15::float8)))::bigint END,
+       w.force, w.action {columns}
+FROM {source}
 LEFT JOIN LATERAL (
     SELECT * FROM etcd_wal d WHERE d.id = w.depends_on AND d.key = w.key AND d.id < w.id
     LIMIT 1
 ) d ON true
+{where}
 """
+
+
+def pending_sql(order: str) -> str:
+    """The beginning of a subselect of pending rows, with the sum of their sizes in an order."""
+    # columns by name: users may have some of their own
+    return f"""
+SELECT p.id, p.ts, p.key, p.value, p.value_bytes, p.revision, p.txid, p.depends_on, p.ttl, p.force,
+       p.action, {SIZE} AS size, {SIZE_READ} AS size_read,
+       pg_catalog.sum({SIZE_READ}) OVER (ORDER BY {order} ROWS UNBOUNDED PRECEDING) AS size_so_far
+FROM etcd_wal p WHERE {PENDING}"""
+
+
 # By the index of keys: a poll that finds none need not pass by all that is pending elsewhere.
 ANY_PENDING = """
 EXISTS (SELECT FROM etcd_wal a
@@ -3367,58 +3310,41 @@ EXISTS (SELECT FROM etcd_wal a
                   OPERATOR(pg_catalog.||) pg_catalog.repeat(pg_catalog.chr(1114111), 700)
           AND a.id NOT IN (SELECT pg_catalog.unnest(%(in_flight)s::bigint[])))
 """
-PENDING_SQL = f"""
-SELECT {ROW_COLUMNS}, w.size_so_far
-FROM (
-    SELECT {WAL_COLUMNS},
-           pg_catalog.sum(least({SIZE}, %(largest)s))
-               OVER (ORDER BY p.id ROWS UNBOUNDED PRECEDING) AS size_so_far
-    FROM etcd_wal p
-    WHERE (SELECT {ANY_PENDING})
-      AND {PENDING} AND p.id NOT IN (SELECT pg_catalog.unnest(%(in_flight)s::bigint[]))
-    ORDER BY p.id
-    LIMIT %(limit)s
-) w {DEPENDENCY}
-WHERE w.size_so_far - least(w.size, %(largest)s) < %(max_bytes)s
-"""
-PENDING_REST_SQL = f"""
-SELECT {ROW_COLUMNS}
-FROM pg_catalog.unnest(%(txids)s::xid8[]) t (txid)
-CROSS JOIN LATERAL (
-    SELECT {WAL_COLUMNS},
-           pg_catalog.sum(least({SIZE}, %(largest)s))
-               OVER (ORDER BY p.txid, p.id ROWS UNBOUNDED PRECEDING) AS size_so_far
-    FROM etcd_wal p
-    WHERE {PENDING} AND p.txid = t.txid AND p.id > %(last)s
-    ORDER BY p.txid, p.id
-    LIMIT %(limit)s
-) w {DEPENDENCY}
-WHERE w.size_so_far - least(w.size, %(largest)s) <= %(max_bytes)s
-"""
-SENT_SQL = f"""
-SELECT {ROW_COLUMNS}
-FROM pg_catalog.unnest(%(ids)s::bigint[]) s (id)
-CROSS JOIN LATERAL (
-    SELECT {WAL_COLUMNS} FROM etcd_wal p WHERE p.id = s.id AND {PENDING}
-    LIMIT 1
-) w {DEPENDENCY}
-"""
+HAS_PENDING_SQL = f"SELECT {ANY_PENDING} AS found"
+PENDING_SQL = rows_sql(
+    f"""({pending_sql("p.id")}
+    AND (SELECT {ANY_PENDING})
+    AND p.id NOT IN (SELECT pg_catalog.unnest(%(in_flight)s::bigint[]))
+    ORDER BY p.id LIMIT %(limit)s) w""",
+    ", w.size_so_far",
+    "WHERE w.size_so_far - w.size_read < %(max_bytes)s",
+)
+PENDING_REST_SQL = rows_sql(
+    f"""pg_catalog.unnest(%(txids)s::xid8[]) t (txid)
+CROSS JOIN LATERAL ({pending_sql("p.txid, p.id")} AND p.txid = t.txid AND p.id > %(last)s
+    ORDER BY p.txid, p.id LIMIT %(limit)s) w""",
+    "",
+    "WHERE w.size_so_far - w.size_read <= %(max_bytes)s",
+)
+SENT_SQL = rows_sql(
+    f"""pg_catalog.unnest(%(ids)s::bigint[]) s (id)
+CROSS JOIN LATERAL ({pending_sql("p.id")} AND p.id = s.id LIMIT 1) w"""
+)
 # The error is noted at the first 100: thousands need not be written to say why all wait.
 WAIT_SQL = f"""
 UPDATE etcd_wal SET retry_count = retry_count + 1, error_message = %(message)s
 WHERE id = ANY (ARRAY(SELECT p.id FROM etcd_wal p WHERE {PENDING} ORDER BY p.id LIMIT 100
                       FOR NO KEY UPDATE SKIP LOCKED))
 """
-HAS_PENDING_SQL = f"SELECT {ANY_PENDING} AS found"
 
 
 class Acknowledged(NamedTuple):
     """What became of the rows of a Txn, until PostgreSQL has it."""
 
-    revision: int  # of the Txn, 0: there is none
-    number: int  # of its receipt
     outcomes: list[Outcome]
     at: float  # monotonic
+    revision: int = 0  # of the Txn, 0: there is none
+    number: int = 0  # of its receipt
 
     @property
     def mirrored(self) -> bool:
@@ -3461,34 +3387,29 @@ class Outbox:
         self.waker = waker
         self.conflicts = conflicts
         self.max_ops = sys.maxsize  # what etcd takes, if that is less than --max-txn-ops
+        self.most = config.max_txn_ops  # transactions in a Txn; fewer to find one that is refused
         self.receipts = Receipts(etcd, state.mirror_id)
         self.fence = self.receipts.fence(postgres.database)
         self.pipeline = Pipeline(waker)
+        self.renewer = ThreadPoolExecutor(1, "keepalive")
+        self.renewals: collections.deque[tuple[OutboxTransaction, Future[None]]]
+        self.renewals = collections.deque()  # in the order in which they are made
         self.retired = False  # nothing more is read or sent; answers are still taken
-        self.token_renewed = False
         self.split = set(state.split)
         self.queue: list[OutboxTransaction] = []  # in the order of their last rows
         self.ids: set[int] = set()
         self.busy: set[str] = set()
         self.versions: dict[int, int] = {}  # of keys, after acknowledged rows; or REFUSED
-        self.awaited: set[int] = set()  # rows that queued ones are made on top of
         self.all_read = False  # every pending row was read
         self.horizon = 0.0  # all pending rows up to this id were read
-        self.blocked = False  # nothing can be picked until something is read or answered
-        self.renewals: list[tuple[OutboxTransaction, Future[None]]] = []
-        self.renewer = ThreadPoolExecutor(1, "keepalive")
         self.acknowledged: collections.deque[Acknowledged] = collections.deque()
-        self.settled = 0, state.receipt  # number and revision of the newest receipt recorded
+        self.settled = state.receipt  # the newest receipt whose outcomes are all recorded
         self.deferred = [Outcome(*item) for item in state.deferred]  # see Outcomes
         self.deferred_until = 0.0  # monotonic
-        self.due_receipt = self.settled  # of the outcomes that due() gave out last
         self.warn_refusal_after = 0.0  # monotonic
-        for outcome in self.deferred:
-            self.ids.add(outcome.id)
-            applied = outcome.status == "success"
-            self.versions[outcome.id] = (outcome.revision or 0) if applied else REFUSED
+        self.remember(self.deferred)
         receipts = self.receipts.held()
-        self.number = max((receipt.number for receipt in receipts), default=0)  # of the last Txn
+        self.number = max([state.receipt, *(r.number for r in receipts)])  # of the last Txn
         self.recover(self.receipts.unsettled(receipts, state.receipt))
 
     # ─ what another session sent ─
@@ -3497,7 +3418,7 @@ class Outbox:
         """Take from the receipts what became of the rows in doubt."""
         ids = int_array(id_ for receipt in receipts for id_ in receipt.rows)
         with self.postgres.cursor() as cur:
-            cur.execute(SENT_SQL, {"ids": ids, "largest": VALUE_MAX_BYTES, **self.postgres.bounds})
+            cur.execute(SENT_SQL, {"ids": ids, **self.postgres.bounds})
             found = {row[0]: OutboxRow(*row) for row in cur}
         known = 0
         for receipt in receipts:
@@ -3506,11 +3427,14 @@ class Outbox:
             refused = [row for row in there if row.id in receipt.refused]
             applied = OutboxTransaction([row for row in there if row.id not in receipt.refused])
             results = []
-            for transaction in (applied, *group_rows(refused, self.limits(), self.split)):
+            for transaction in (applied, *self.grouped(refused)):
                 transaction.resolve(self.versions)
                 done = transaction is applied
-                results.append((transaction, done, self.past_versions(transaction, done, receipt)))
-            self.ids.update(row.id for row in there)
+                told = [c for c in transaction.changes.values() if c.forced]
+                if not done:
+                    told = transaction.compared
+                versions = [self.version_at(c.key, receipt.revision - done) for c in told]
+                results.append((transaction, done, versions))
             self.acknowledge(receipt.revision, receipt.number, results)
             known += len(there)
         # whatever is left of these transactions was not sent with the rest
@@ -3521,18 +3445,8 @@ class Outbox:
                 changes=describe(known, "change"),
             )
 
-    def past_versions(
-        self, transaction: OutboxTransaction, applied: bool, receipt: Receipt
-    ) -> list[int | None]:
-        """As Txn.results(), from what etcd still knows; None: it has compacted that."""
-        if applied:
-            changes = transaction.changes.values()
-            return [self.version_at(c.key, receipt.revision - 1) for c in changes if c.forced]
-        found = [(c.key, self.version_at(c.key, receipt.revision)) for c in transaction.compared]
-        return [self.version_at(key) if version is None else version for key, version in found]
-
-    def version_at(self, key: bytes, revision: int = 0) -> int | None:
-        """The mod_revision that a key had at a revision, or has; 0 for none, None: compacted."""
+    def version_at(self, key: bytes, revision: int) -> int | None:
+        """The mod_revision that a key had at a revision; 0 for none, None: it is compacted."""
         try:
             kvs = self.etcd.range(key, revision=revision, keys_only=True).kvs
         except Compacted:
@@ -3544,13 +3458,13 @@ class Outbox:
     def fill(self) -> bool:
         """Read, pick, build and send as much as there is room for; whether anything was sent."""
         sent = False
-        while len(self.pipeline) < PIPELINE_DEPTH and self.unwritten() < self.config.batch_size:
+        while self.pipeline.waiting < PIPELINE_DEPTH and self.unwritten() < self.config.batch_size:
             picked = self.pick()
             while not (picked or self.all_read) and self.has_room():
                 self.read()
                 picked = self.pick()
             if not (picked or self.busy or self.unwritten() or self.has_room()):
-                self.horizon, self.blocked = math.inf, False  # too much overlaps to be read whole
+                self.horizon = math.inf  # too much overlaps to be read whole
                 picked = self.pick()
             if not picked:
                 break
@@ -3569,60 +3483,49 @@ class Outbox:
             and sum(transaction.size for transaction in self.queue) < 2 * BATCH_BYTES
         )
 
-    def limits(self) -> Limits:
-        """What etcd takes in one Txn."""
-        return Limits(min(self.config.max_txn_ops, self.max_ops), self.etcd.guarded)
+    def limit(self) -> int:
+        """How many operations etcd takes in one Txn."""
+        return min(self.config.max_txn_ops, self.max_ops)
+
+    def grouped(self, rows: Iterable[OutboxRow]) -> list[OutboxTransaction]:
+        """See group_rows()."""
+        return group_rows(rows, self.etcd.guarded, self.limit(), self.split)
 
     def read(self) -> None:
-        """Queue pending rows that were not read yet."""
-        rows = self.read_rows(self.config.batch_size)
-        self.ids.update(row.id for row in rows)
-        self.blocked = False
-        self.awaited.update(row.depends_on for row in rows if row.depends_on in self.ids)
-        self.enqueue(rows)
+        """Queue pending rows that were not read yet, in id order: about BATCH_BYTES of values.
 
-    def enqueue(self, rows: Iterable[OutboxRow]) -> None:
-        """Have rows wait to be picked, by transaction; what cannot be sent fails."""
-        limits, target = self.limits(), self.etcd.target
-        for transaction in group_rows(rows, limits, self.split):
-            members = transaction.rows
-            problems = [problem for row in members if (problem := row.problem(target))]
-            if problems:
-                self.fail(transaction, Rejected(problems[0]))
-            elif len(members) > 1 and not transaction.fits(limits):
-                reason = "a transaction with etcd_expect is applied whole or not at all"
-                self.fail(transaction, RequestTooLarge(f"{reason}: this one is too large"))
-            else:
-                self.queue.append(transaction)
-        self.queue.sort(key=lambda transaction: transaction.rows[-1].id)
-
-    def read_rows(self, limit: int) -> list[OutboxRow]:
-        """The first pending rows in id order without those that were read.
-
-        Their values have about BATCH_BYTES. A transaction whose rows go beyond these limits is
-        completed, up to what one etcd transaction could take.
+        A transaction whose rows go beyond that is completed, up to what one Txn could take.
         """
-        arguments: dict[str, Any] = {
-            "prefix": self.postgres.prefix,
-            "limit": limit,
-            "max_bytes": BATCH_BYTES,
-            "largest": VALUE_MAX_BYTES,
-            "in_flight": int_array(self.ids),
-        }
+        limit = self.config.batch_size
+        arguments = {"in_flight": int_array(self.ids), "limit": limit, "max_bytes": BATCH_BYTES}
+        arguments["prefix"] = self.postgres.prefix
         with self.postgres.cursor() as cur:
             cur.execute(self.postgres.planned(cur, PENDING_SQL, arguments), arguments)
             found = cur.fetchall()
             rows = [OutboxRow(*row[:-1]) for row in found]
             self.all_read = len(rows) < limit and (not found or found[-1][-1] < BATCH_BYTES)
-            if self.all_read:
-                self.horizon = math.inf
-                return rows
-            self.horizon = rows[-1].id
-            txids = int_array(dict.fromkeys(int(row.txid) for row in rows))
-            arguments.update(limit=self.limits().largest() + 1, max_bytes=TXN_MAX_BYTES)
-            cur.execute(PENDING_REST_SQL, {**arguments, "txids": txids, "last": rows[-1].id})
-            rows.extend(OutboxRow(*row) for row in cur)
-        return sorted(rows)
+            self.horizon = math.inf if self.all_read else rows[-1].id
+            if not self.all_read:
+                arguments["txids"] = int_array({int(row.txid) for row in rows})
+                arguments.update(last=rows[-1].id, limit=self.limit())
+                cur.execute(PENDING_REST_SQL, {**arguments, "max_bytes": TXN_MAX_BYTES})
+                rows = sorted([*rows, *(OutboxRow(*row) for row in cur)])
+        self.ids.update(row.id for row in rows)
+        self.enqueue(rows)
+
+    def enqueue(self, rows: Iterable[OutboxRow]) -> None:
+        """Have rows wait to be picked, by transaction; what cannot be sent fails."""
+        for transaction in self.grouped(rows):
+            members = transaction.rows
+            problems = [p for row in members if (p := row.problem(self.etcd.target))]
+            if problems:
+                self.fail(transaction, Rejected(problems[0]))
+            elif len(members) > 1 and not transaction.fits(self.etcd.guarded, self.limit()):
+                reason = "a transaction with etcd_expect is applied whole or not at all"
+                self.fail(transaction, RequestTooLarge(f"{reason}: this one is too large"))
+            else:
+                self.queue.append(transaction)
+        self.queue.sort(key=lambda transaction: transaction.rows[-1].id)
 
     def pick(self) -> list[OutboxTransaction]:
         """Take from the front of the queue what fits into the next Txn.
@@ -3633,51 +3536,40 @@ class Outbox:
         """
         taken: list[OutboxTransaction] = []
         passed: list[OutboxTransaction] = []
-        if self.blocked:
-            return taken
-        limits, keys = self.limits(), set(self.busy)
+        keys, login, limit = set(self.busy), self.etcd.guarded, self.limit()
         rows = widest = size = looked = 0
         for transaction in self.queue:
             if transaction.rows[-1].id > self.horizon or len(passed) > PICK_PASSES:
                 break
-            if keys.isdisjoint(transaction.keys):
-                if transaction.first.action == KEEPALIVE:
-                    self.renew(transaction)
-                    keys |= transaction.keys
-                    looked += 1
-                    continue
+            if not keys.isdisjoint(transaction.keys):
+                passed.append(transaction)
+            elif transaction.rows[0].action == KEEPALIVE:
+                self.renew(transaction)
+            else:
                 wider = max(widest, transaction.width)
-                fits = limits.allow(len(taken) + 1, rows + len(transaction.rows), wider)
-                if taken and not (fits and size + transaction.size <= TXN_MAX_BYTES):
+                needed = operations(login, len(taken) + 1, rows + len(transaction.rows), wider)
+                full = needed > limit or size + transaction.size > TXN_MAX_BYTES
+                if taken and (full or len(taken) >= self.most):
                     break
                 taken.append(transaction)
                 widest, rows, size = wider, rows + len(transaction.rows), size + transaction.size
-            else:
-                passed.append(transaction)
             keys |= transaction.keys
             looked += 1
         self.queue[:looked] = passed
-        self.blocked = not taken
         for transaction in taken:
             self.busy |= transaction.keys
             transaction.resolve(self.versions)
-            for row in transaction.rows:
-                if row.depends_on in self.awaited:
-                    self.awaited.discard(row.depends_on)
-                    if row.depends_on not in self.ids:
-                        self.versions.pop(row.depends_on, None)
         return taken
 
-    def send(self, transactions: list[OutboxTransaction], first: bool = False) -> None:
-        """Build a Txn, and send it when its turn comes; first: before all others."""
+    def send(self, transactions: list[OutboxTransaction]) -> None:
+        """Build a Txn, and send it when its turn comes."""
         self.number += 1
-        txn = Txn(transactions, self.receipts, self.fence, self.number, self.settled)
-        self.pipeline.add(txn, first)
+        self.pipeline.add(Txn(transactions, self.receipts, self.fence, self.number, self.settled))
 
     def renew(self, transaction: OutboxTransaction) -> None:
         """Have etcd renew a key's lease."""
         self.busy |= transaction.keys
-        future = self.renewer.submit(self.etcd.renew_lease, transaction.first.key.encode())
+        future = self.renewer.submit(self.etcd.renew_lease, transaction.rows[0].key.encode())
         future.add_done_callback(self.waker.wake)
         self.renewals.append((transaction, future))
 
@@ -3688,71 +3580,65 @@ class Outbox:
         worked = False
         while txn := self.pipeline.next_answered():
             worked = True
-            try:
-                answer = txn.answer()
-            except grpc.RpcError as exc:
-                self.take_error(txn, etcd_error(exc, self.etcd.endpoint))
-                continue
-            if not answer.succeeded:
-                raise self.fenced(answer.responses[0].response_range.kvs)
-            self.token_renewed = False
-            self.free(txn.transactions)
-            self.acknowledge(answer.header.revision, txn.number, txn.results(answer))
-        for item in [item for item in self.renewals if item[1].done()]:
+            if txn.error:
+                self.take_error(txn.transactions, txn.error)
+            elif not txn.answer.succeeded:
+                owner = txn.answer.responses[0].response_range.kvs
+                raise self.receipts.fenced(owner, self.postgres.database)
+            else:
+                self.most = min(2 * self.most, self.config.max_txn_ops)
+                self.free(txn.transactions)
+                self.acknowledge(txn.answer.header.revision, txn.number, txn.results())
+        while self.renewals and self.renewals[0][1].done():
             worked = True
-            self.renewals.remove(item)
-            transaction, future = item
+            transaction, future = self.renewals.popleft()
             self.free([transaction])
             try:
                 future.result()
-                outcome = self.outcome(transaction, transaction.first, "success")
-                self.acknowledged.append(Acknowledged(0, 0, [outcome], time.monotonic()))
+                self.answered(self.applied(transaction))
             except Rejected as exc:
                 self.fail(transaction, exc)
         return worked
 
     def free(self, transactions: Iterable[OutboxTransaction]) -> None:
         """Let the keys of transactions that are answered be picked again."""
-        self.blocked = False
         for transaction in transactions:
             self.busy -= transaction.keys
 
-    def take_error(self, txn: Txn, error: EtcdFdwError) -> None:
-        """Deal with a Txn that etcd refused as a whole; raises if it may have applied it."""
-        transactions = txn.transactions
-        renewed = isinstance(error, TokenExpired) and not self.token_renewed
-        if renewed:
-            self.token_renewed = True
-            self.etcd.authenticate()
+    def take_error(self, transactions: list[OutboxTransaction], error: Exception) -> None:
+        """Deal with a Txn that etcd refused as a whole; raises if it may have applied it.
+
+        All that is not answered is queued again, for Txns of half as many transactions, until the
+        one that is refused is alone.
+        """
         if isinstance(error, PermissionDenied):  # for the keys of changes, or all of them?
             with self.receipts.grant_named():
                 self.etcd.check_write(self.receipts.key, self.receipts.range_end)
             if not self.etcd.may_write_some():
                 raise error
-        middle = len(transactions) // 2
-        if renewed or isinstance(error, LeaseNotFound):
-            self.send(transactions, first=True)  # with leases of just now
-        elif isinstance(error, TooManyOperations) and self.lower_limit(txn):
-            self.requeue(transactions)
-        elif not isinstance(error, (Rejected, PermissionDenied)):
-            self.note_retry(transactions, error)
+        elif not isinstance(error, Rejected):
             raise error
-        elif middle:
-            self.send(transactions[middle:], first=True)
-            self.send(transactions[:middle], first=True)
-        elif isinstance(error, RequestTooLarge) and self.splittable(transactions[0]):
-            self.split.add(transactions[0].first.txid)
-            self.requeue(transactions)
+        unanswered = transactions + self.pipeline.stop()
+        self.pipeline = Pipeline(self.waker)
+        self.free(unanswered)
+        if isinstance(error, LeaseNotFound):
+            pass  # the next ones have leases of just now
+        elif isinstance(error, TooManyOperations) and self.lower_limit(transactions):
+            pass
+        elif len(transactions) > 1:
+            self.most = len(transactions) // 2
+        elif isinstance(error, RequestTooLarge) and transactions[0].splittable:
+            self.split.add(transactions[0].rows[0].txid)
         else:
-            self.free(transactions)
             self.fail(transactions[0], error)
-        self.pipeline.resume()
+            unanswered.remove(transactions[0])
+        self.enqueue(row for transaction in unanswered for row in transaction.rows)
 
-    def lower_limit(self, txn: Txn) -> bool:
-        """Use less of --max-txn-ops than the Txn did; whether that is possible."""
-        transactions, rows = txn.transactions, sum(len(t.rows) for t in txn.transactions)
+    def lower_limit(self, transactions: list[OutboxTransaction]) -> bool:
+        """Use half of what their Txn used of --max-txn-ops; whether that is possible."""
+        rows = sum(len(t.rows) for t in transactions)
         used = self.etcd.guarded * rows + 2 + len(transactions) + max(t.width for t in transactions)
-        if used // 2 < OPS_LEAST or (len(transactions) == 1 and transactions[0].never_split):
+        if used // 2 < OPS_LEAST or not (len(transactions) > 1 or transactions[0].splittable):
             return False
         self.max_ops = min(self.max_ops, used // 2)
         log.warning(
@@ -3762,33 +3648,6 @@ class Outbox:
             ops=self.max_ops,
         )
         return True
-
-    def splittable(self, transaction: OutboxTransaction) -> bool:
-        """Whether a transaction may be applied change by change."""
-        return len(transaction.rows) > 1 and not transaction.never_split
-
-    def requeue(self, transactions: Iterable[OutboxTransaction]) -> None:
-        """Put transactions back, grouped anew."""
-        transactions = list(transactions)
-        self.free(transactions)
-        self.enqueue(row for transaction in transactions for row in transaction.rows)
-
-    def note_retry(self, transactions: Sequence[OutboxTransaction], error: EtcdFdwError) -> None:
-        """Say in etcd_wal why these changes wait, where nobody holds the row."""
-        ids = int_array(row.id for transaction in transactions for row in transaction.rows)
-        with suppress(StatementRefused):
-            self.postgres.query(RETRY_SQL, ids=ids, message=one_line(error))
-
-    def fenced(self, owner: Sequence[Any]) -> Fenced:
-        """The error that says who sends in place of this session."""
-        try:
-            other = dict(json.loads(owner[0].value))
-            who = "process {pid} on {host}, for database {database}".format_map(other)
-        except (IndexError, KeyError, ValueError, TypeError):
-            key = self.receipts.owner.decode()
-            return Fenced(f"etcd: somebody has deleted or overwritten the key {key}")
-        kind = Fenced if other["database"] == self.postgres.database else FencedByCopy
-        return kind(f"{who}, has begun to send changes for this mirror: nothing more is sent")
 
     def acknowledge(
         self,
@@ -3800,47 +3659,83 @@ class Outbox:
         outcomes: list[Outcome] = []
         for transaction, applied, versions in results:
             if applied:
-                if transaction.forced:
-                    transaction.note_replaced(versions)
-                outcomes += self.applied(transaction, revision)
+                outcomes += self.applied(transaction, revision, versions)
             else:
                 outcomes += self.conflicted(transaction, versions)
-        self.acknowledged.append(Acknowledged(revision, number, outcomes, time.monotonic()))
+        self.answered(outcomes, revision, number)
 
-    def applied(self, transaction: OutboxTransaction, revision: int) -> list[Outcome]:
-        """The outcomes of a transaction that etcd took at a revision."""
-        outcomes, changes, read_at = [], transaction.changes, transaction.read_at
+    def answered(self, outcomes: list[Outcome], revision: int = 0, number: int = 0) -> None:
+        """Keep outcomes until the mirror has got to their revision."""
+        self.remember(outcomes)
+        self.acknowledged.append(Acknowledged(outcomes, time.monotonic(), revision, number))
+
+    def remember(self, outcomes: list[Outcome]) -> None:
+        """Know of rows that they are not to be read, and the versions of their keys after them."""
+        self.ids.update(outcome.id for outcome in outcomes)
+        self.versions.update((outcome.id, outcome.version) for outcome in outcomes)
+
+    def applied(
+        self, transaction: OutboxTransaction, revision: int = 0, replaced: Sequence[int | None] = ()
+    ) -> list[Outcome]:
+        """The outcomes of what etcd took; replaced: the versions before its forced changes."""
+        changes, read_at = transaction.changes, transaction.read_at
+        before: dict[str, int | None] = {key: change.expected for key, change in changes.items()}
+        before.update(zip((key for key, c in changes.items() if c.forced), replaced))
+        outcomes = []
         for row in transaction.rows:
-            reached = replaced = None
+            reached = was = None
+            version = REFUSED
             if row.action is None:
-                change = changes[row.key]
-                reached = revision if change.moves else None
-                replaced = change.expected or None
-                self.versions[row.id] = 0 if change.value is None else revision
+                was, deleted = before[row.key], changes[row.key].value is None
+                version = 0 if deleted else revision
+                if not (deleted and was == 0):  # deleting nothing succeeds without a revision
+                    reached = revision
             outcomes.append(
-                Outcome(row.id, row.queued_at, "success", reached, None, replaced, read_at)
+                Outcome(
+                    row.id, row.queued_at, "success", reached, None, was or None, version, read_at
+                )
             )
         return outcomes
+
+    def refused(
+        self,
+        transaction: OutboxTransaction,
+        status: str,
+        message: str,
+        revisions: Mapping[str, int] = types.MappingProxyType({}),
+    ) -> list[Outcome]:
+        """The outcomes of what etcd did not take; revisions: of keys that it holds at others."""
+        newest = max(revisions.values(), default=0)
+        return [
+            Outcome(
+                row.id,
+                row.queued_at,
+                status,
+                revisions.get(row.key, newest) or newest or None,
+                message,
+                read_at=transaction.read_at,
+            )
+            for row in transaction.rows
+        ]
 
     def conflicted(
         self, transaction: OutboxTransaction, current: Sequence[int | None]
     ) -> list[Outcome]:
         """The outcomes of a transaction one of whose keys etcd has at another version."""
-        compared = transaction.compared
+        compared, first = transaction.compared, transaction.rows[0]
         message = conflict_message(compared, current)
-        failed_at = {c.key.decode(): now for c, now in zip(compared, current) if now != c.expected}
-        key, revision = next(iter(failed_at.items()), (transaction.first.key, None))
-        self.conflicts.note(transaction.first.id, key, revision, message)
-        newest = max((now or 0 for now in failed_at.values()), default=0)
-        self.versions.update((row.id, REFUSED) for row in transaction.rows)
-        return [
-            self.outcome(transaction, row, "conflict", failed_at.get(row.key) or newest, message)
-            for row in transaction.rows
-        ]
+        revisions = {
+            change.key.decode(): now
+            for change, now in zip(compared, current)
+            if now is not None and now != change.expected
+        }
+        key, revision = next(iter(revisions.items()), (first.key, None))
+        self.conflicts.note(first.id, key, revision, message)
+        return self.refused(transaction, "conflict", message, revisions)
 
     def fail(self, transaction: OutboxTransaction, error: EtcdFdwError) -> None:
         """Note that etcd will never take a transaction."""
-        first, message = transaction.first, one_line(error)
+        first, message = transaction.rows[0], one_line(error)
         if isinstance(error, RequestTooLarge):
             message += (
                 f"; it has {describe(len(transaction.rows), 'change')} of about"
@@ -3849,23 +3744,7 @@ class Outbox:
             )
         text = "change %(id)d to %(key)s failed: %(error)s"
         log.warning(text, id=first.id, key=first.key, error=message)
-        self.versions.update((row.id, REFUSED) for row in transaction.rows)
-        outcomes = [
-            self.outcome(transaction, row, "failed", None, message) for row in transaction.rows
-        ]
-        self.acknowledged.append(Acknowledged(0, 0, outcomes, time.monotonic()))
-
-    def outcome(
-        self,
-        transaction: OutboxTransaction,
-        row: OutboxRow,
-        status: str,
-        revision: int | None = None,
-        message: str | None = None,
-    ) -> Outcome:
-        """The outcome of a row that moved no key."""
-        read_at = transaction.read_at
-        return Outcome(row.id, row.queued_at, status, revision or None, message, None, read_at)
+        self.answered(self.refused(transaction, "failed", message))
 
     # ─ back to PostgreSQL ─
 
@@ -3883,8 +3762,7 @@ class Outbox:
                 break
             self.acknowledged.popleft()
             outcomes += first.outcomes
-            if first.revision:
-                receipt, self.due_receipt = first.revision, (first.number, first.revision)
+            receipt = first.number or receipt
         if self.all_read and not self.ids:
             self.split.clear()
         deferred = self.deferred or None
@@ -3895,12 +3773,12 @@ class Outbox:
 
     def recorded(self, outcomes: Outcomes) -> None:
         """PostgreSQL has these outcomes for good."""
-        for outcome in outcomes.list:
-            self.ids.discard(outcome.id)
-            if outcome.id not in self.awaited:
-                self.versions.pop(outcome.id, None)
-        if outcomes.receipt:
-            self.settled = self.due_receipt
+        self.ids.difference_update(outcome.id for outcome in outcomes.list)
+        if len(self.versions) > 8 * self.config.batch_size:
+            needed = {row.depends_on for transaction in self.queue for row in transaction.rows}
+            needed |= self.ids
+            self.versions = {id_: v for id_, v in self.versions.items() if id_ in needed}
+        self.settled = outcomes.receipt or self.settled
         if outcomes.deferred is not None:
             if outcomes.careful or len(outcomes.deferred) > len(self.deferred):
                 self.deferred_until = time.monotonic() + DEFERRED_S
@@ -3916,12 +3794,12 @@ class Outbox:
     def retire(self) -> None:
         """Send nothing any more."""
         self.retired = True
-        self.pipeline.close()
+        self.pipeline.stop()
         self.renewer.shutdown(wait=False)
 
     def is_settled(self) -> bool:
         """Whether no answer is outstanding, and every outcome was given out by due()."""
-        return not (self.pipeline or self.renewals or self.acknowledged)
+        return not (self.pipeline.waiting or self.renewals or self.acknowledged)
 
 
 # ── row format: how a row of table etcd looks, and all that compares rows ──────
@@ -5720,7 +5598,6 @@ def report_pending(postgres: Postgres, etcd: Etcd, push: bool) -> None:
     total, _ = postgres.pending_gauges()
     say(f"PostgreSQL to etcd: {describe(total, 'pending change')}" + PUSH_OFF * (not push))
     first = {**postgres.bounds, "limit": 20, "max_bytes": BATCH_BYTES, "in_flight": "{}"}
-    first["largest"] = VALUE_MAX_BYTES
     with postgres.cursor() as cur:
         cur.execute(PENDING_SQL, first)
         rows = [OutboxRow(*row[:-1]) for row in cur]

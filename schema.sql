@@ -241,7 +241,7 @@ COMMENT ON COLUMN etcd_sync_state.revision IS 'checkpoint: table etcd is exact u
 COMMENT ON COLUMN etcd_sync_state.pruned_revision IS 'housekeeping deleted what was before; the state at it is exact';
 COMMENT ON COLUMN etcd_sync_state.gaps IS 'revisions that etcd compacted before they were mirrored; unknown';
 COMMENT ON COLUMN etcd_sync_state.last_revision IS 'newest event mirrored: between it and the checkpoint was none';
-COMMENT ON COLUMN etcd_sync_state.receipt IS 'etcd''s revision up to which the outcomes of changes are in etcd_wal';
+COMMENT ON COLUMN etcd_sync_state.receipt IS 'the newest receipt in etcd whose outcomes are all in etcd_wal';
 COMMENT ON COLUMN etcd_sync_state.deferred IS 'outcomes whose row of etcd_wal somebody has locked, or a trigger refuses';
 COMMENT ON COLUMN etcd_sync_state.generation IS 'raised with every commit of the daemon; what etcd_wait sleeps on';
 COMMENT ON COLUMN etcd_sync_state.unrepaired IS 'mirrored by a version that knew less of a key: the daemon compares it once';

@@ -8060,13 +8060,13 @@ def test_transactions_that_overlap_are_applied_in_an_order_that_can_have_happene
 ):
     daemon(*FAST).stop()
     a, b, k = (prefix + name for name in "abk")
-    first, second = connect(db).cursor(), connect(db).cursor()
-    first.execute("SELECT etcd_set(%s, 'first')", (a,))
-    for key in (k, b):
-        second.execute("SELECT etcd_set(%s, 'second')", (key,))
-    second.connection.commit()
-    first.execute("SELECT etcd_set(%s, 'first')", (k,))
-    first.connection.commit()
+    with session(db, "BEGIN") as first, session(db, "BEGIN") as second:
+        first.execute("SELECT etcd_set(%s, 'first')", (a,))
+        for key in (k, b):
+            second.execute("SELECT etcd_set(%s, 'second')", (key,))
+        second.execute("COMMIT")
+        first.execute("SELECT etcd_set(%s, 'first')", (k,))
+        first.execute("COMMIT")
     daemon(*FAST)
     assert statuses(db) == ["success"] * 4
     assert [etcd.get(key).value for key in (a, b, k)] == [b"first", b"second", b"first"]

@@ -311,9 +311,12 @@ class EtcdFdwError(Exception):
     belongs_to = Room.PROCESS
     side = "etcd_fdw"  # or the server that it comes from: etcd, postgresql
     needs_person = False  # an ERROR and a long pause, though it is tried again
+    remedy = ""  # what that person can do, if it is known
 
-    def __init__(self, message: str = "") -> None:
+    def __init__(self, message: str = "", **attributes: Any) -> None:
+        """attributes: what differs from those of its class."""
         super().__init__(" ".join((message or str(self.__doc__)).split()))
+        vars(self).update(attributes)
 
 
 class ConfigurationError(EtcdFdwError):
@@ -387,28 +390,17 @@ class EtcdUnavailable(Unavailable):
     side = "etcd"
 
 
-class Fenced(EtcdUnavailable):
-    """another session sends changes for this mirror"""
-
-
-class FencedByCopy(Fenced):
-    """that session works for another database, so one is a copy of the other"""
-
-    needs_person = True
-
-
 class Compacted(EtcdUnavailable):
     """etcd has compacted the revision asked for: copying again"""
 
-    def __init__(self, message: str = "", revision: int | None = None) -> None:
-        super().__init__(message)
-        self.revision = revision  # to copy at, 0: the current one; None: the next watch tells it
+    revision: int | None = None  # to copy at, 0: the current one; None: the next watch tells it
 
 
 class TooLarge(EtcdUnavailable):
     """the answer is larger than gRPC was told to take: ask for less, or take more"""
 
     needs_person = True
+    remedy = "a value is larger than what this program takes: make it smaller; "
 
 
 class EtcdDenied(AccessDenied):
@@ -425,6 +417,7 @@ class PermissionDenied(EtcdDenied):
     """etcd does not let this user do that"""
 
     belongs_to = Room.PUSH
+    remedy = "grant what is missing; "
 
 
 class WritesRefused(EtcdUnavailable):
@@ -437,12 +430,14 @@ class Corrupt(WritesRefused):
     """etcd finds its own data corrupt"""
 
     needs_person = True
+    remedy = 'see "etcdctl alarm list"; '
 
 
 class Unsupported(WritesRefused):
-    """this server takes no such transactions: it can only be mirrored"""
+    """this server takes no such transactions, as kine"""
 
     needs_person = True
+    remedy = "this server can only be mirrored; "
 
 
 class Rejected(EtcdUnavailable):
@@ -495,46 +490,31 @@ class GrantMissing(PostgresDenied, StatementRefused):
     """PostgreSQL does not let this role do that"""
 
     belongs_to = Room.CHORE
+    remedy = "grant what is missing; "
 
 
 class CopyRefused(StatementRefused):
     """PostgreSQL cannot COPY it: a row is there already, or the table has row-level security"""
 
 
-class BadValue(StatementRefused):
-    """PostgreSQL cannot compute with what a row holds"""
-
-    belongs_to = Room.CHANGE
-
-
 # etcd's messages come first: its codes vary by version (etcd's rpctypes/error.go).
-ETCD_MESSAGES: list[tuple[str, type[EtcdFdwError]]] = [
+ETCD_MESSAGES: tuple[tuple[str, type[EtcdFdwError]], ...] = (
     ("required revision has been compacted", Compacted),
-    ("required revision is a future revision", EtcdUnavailable),
-    ("database space exceeded", WritesRefused),
-    ("too many requests", WritesRefused),  # raft is behind
-    ("no leader", WritesRefused),  # the watch says so as well, if it lasts
-    ("leader changed", WritesRefused),
-    ("request timed out", WritesRefused),  # no quorum
+    # it is full, behind, or without a leader (the watch says so as well, if that lasts) or quorum
+    ("space exceeded|too many requests|no leader|leader changed|request timed out", WritesRefused),
     ("corrupt cluster", Corrupt),
-    ("unsupported operations in txn request", Unsupported),  # kine
-    ("request is too large", RequestTooLarge),
+    ("unsupported operations in txn request", Unsupported),
+    ("request is too large|grpc: received message larger than max", RequestTooLarge),  # the server
+    ("Received message larger than max", TooLarge),  # gRPC, here
     ("too many operations", TooManyOperations),
-    ("grpc: received message larger than max", RequestTooLarge),  # Go, on the server
-    ("Received message larger than max", TooLarge),  # C core, here
     ("requested lease not found", LeaseNotFound),
     ("key not found", Rejected),
-    ("invalid auth token", TokenExpired),
-    ("revision of auth store is old", TokenExpired),
-    ("revision in header is old", TokenExpired),
-    ("user name is empty", TokenExpired),
+    ("invalid auth token|store is old|in header is old|user name is empty", TokenExpired),
     ("authentication failed", EtcdDenied),
     ("permission denied", PermissionDenied),
-    # what says something of the member that was asked, with a code that elsewhere means a change
-    ("not leader", EtcdUnavailable),
-    ("not capable", EtcdUnavailable),
-    ("not supported for learner", EtcdUnavailable),
-]
+    # of the member that was asked, with codes that elsewhere mean a change
+    ("is a future revision|not leader|not capable|not supported for learner", EtcdUnavailable),
+)
 ETCD_CODES: dict[Any, type[EtcdFdwError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: Rejected,
     grpc.StatusCode.OUT_OF_RANGE: Rejected,
@@ -546,7 +526,6 @@ ETCD_CODES: dict[Any, type[EtcdFdwError]] = {
 }
 # By SQLSTATE, or its class; source: PostgreSQL's errcodes appendix.  Others: StatementRefused.
 POSTGRES_CODES: dict[str, type[EtcdFdwError]] = {
-    "": PostgresUnavailable,  # libpq has lost the connection
     "08": PostgresUnavailable,
     "25006": PostgresUnavailable,  # a primary that became a standby
     "57P": PostgresUnavailable,
@@ -555,10 +534,9 @@ POSTGRES_CODES: dict[str, type[EtcdFdwError]] = {
     "42501": GrantMissing,
     "23505": CopyRefused,
     "0A000": CopyRefused,
-    "22": BadValue,
-    "54": BadValue,
     "40": NotNow,
     "53": NotNow,
+    "54": NotNow,  # such as a full queue of notifications
     "55": NotNow,
     "57": NotNow,
     "2BP01": EtcdFdwError,  # somebody's view keeps the schema from being upgraded
@@ -592,45 +570,56 @@ def hide_dsn(text: str) -> str:
     return re.sub(where, r"\1****", text, flags=re.IGNORECASE | re.DOTALL)
 
 
+# What to look at, by etcd's and gRPC's words.
 ETCD_HINTS = (
     ("invalid user ID or password", "see the user name and the password of --etcd-dsn"),
     ("too many pings", "see keepalive=DURATION: above etcd's --grpc-keepalive-min-time"),
+    ("CERTIFICATE_VERIFY_FAILED", "its certificate is not trusted: see ca=FILE"),
+    ("ostname Verification", "its certificate is for another host: see server_name=NAME"),
+    ("WRONG_VERSION_NUMBER|Handshake read failed", "it does not speak TLS: see tls=disabled"),
+    (
+        "ALERT_HANDSHAKE_FAILURE",
+        "gRPC takes no server key of kind P-521 or Ed25519: use P-256, P-384 or RSA",
+    ),
+    (
+        "Unwrap failed|Secure read failed|ALERT",
+        "does it want a client certificate? see cert=FILE and key=FILE",
+    ),
+    (
+        "Socket closed|onnection reset|roken pipe",
+        "was it stopped just now? else see tls=, cert= and key=FILE",
+    ),
 )
-
-
-def with_hint(error: EtcdFdwError, hints: Iterable[tuple[str, str]]) -> EtcdFdwError:
-    """The error with what to look at, if that is known."""
-    found = [hint for pattern, hint in hints if re.search(pattern, str(error))]
-    return type(error)("; ".join([str(error), *found[:1]]))
 
 
 def etcd_error(exc: grpc.RpcError, endpoint: str) -> EtcdFdwError:
     """The kind of error that a failed etcd call is; an unknown one is EtcdUnavailable."""
     details = masked(exc.details() or "no details")
-    kind = next((kind for text, kind in ETCD_MESSAGES if text in details), None)
-    kind = kind or ETCD_CODES.get(exc.code(), EtcdUnavailable)
-    # gRPC repeats the endpoint, and adds its own states
-    details = re.sub(r"failed to connect to all addresses; last error: |UNKNOWN: ", "", details)
-    details = re.sub(r"Stream removed \((.*)\)", r"\1", details)
-    details = re.sub(r"\bipv[46]:\S+: ", "", details)
+    named = (kind for text, kind in ETCD_MESSAGES if re.search(text, details))
+    kind = next(named, ETCD_CODES.get(exc.code(), EtcdUnavailable))
     details = re.sub(r".*too.many.pings.*", "it hung up on too many pings", details)
-    details = re.sub(r" \(GOAWAY received.*", "", details)
-    return with_hint(kind(f"etcd at {endpoint}: {details}"), ETCD_HINTS)
+    # gRPC repeats the endpoint, and adds its own states
+    noise = r"failed to connect to .*last error: |UNKNOWN: |\bipv[46]:\S+: | \(GOAWAY received.*"
+    details = re.sub(noise, "", details)
+    hint = next((f"; {hint}" for text, hint in ETCD_HINTS if re.search(text, details)), "")
+    return kind(f"etcd at {endpoint}: {details}{hint}")
 
 
-# By message, where there is no SQLSTATE: libpq gives none if a connection fails, nor if it finds
-# a value of the DSN wrong itself.
-POSTGRES_LOGIN_MESSAGES = re.compile(
-    "authentication failed|no pg_hba.conf entry|no password supplied|permission denied|"
-    "requires a valid client certificate|is not permitted to log in|"
-    'role "[^"]*" does not exist'
+# Where there is no SQLSTATE: libpq gives none if a connection fails, nor if it finds a value of the
+# DSN wrong itself.
+POSTGRES_MESSAGES: tuple[tuple[str, type[EtcdFdwError]], ...] = (
+    (
+        "authentication failed|no pg_hba.conf entry|no password supplied|permission denied|"
+        "requires a valid client certificate|is not permitted to log in|"
+        'role "[^"]*" does not exist',
+        PostgresDenied,
+    ),
+    (
+        r'invalid (\S+ value: |integer value |port number|channel_binding)|definition of service "|'
+        "service file .* not found",
+        ConfigurationError,
+    ),
 )
-POSTGRES_DSN_MESSAGES = re.compile(
-    r'invalid (\S+ value: |integer value |port number|channel_binding)|definition of service "|'
-    r"service file .* not found"
-)
-
-
 # What a server says as a session begins, in a language that the above does not know.
 OTHER_LANGUAGE = re.compile(
     r"failed: (?!FATAL:  (the database system|sorry, too many|remaining conn|database|terminating|"
@@ -647,40 +636,19 @@ def postgres_error(exc: psycopg2.Error, notices: Sequence[str] = ()) -> EtcdFdwE
     message = str(exc.diag.message_primary or exc)
     if not code and notices and notices[-1].startswith("FATAL:"):
         message = notices[-1].partition(":")[2]
-    message = re.sub(r"\n\t.*", "", message)  # libpq's hints, such as "Is the server running"
     if code == "2BP01":
         message += f": {exc.diag.message_detail}"  # which names it
-    message = masked(message.strip()) or type(exc).__name__
-    lookups = (POSTGRES_CODES.get(code[:length]) for length in (5, 3, 2))
-    kind = next(filter(None, lookups), StatementRefused)
-    if exc.diag.source_file == "async.c":
-        kind = NotNow  # the queue of notifications is full: not this change's fault
-    elif not code and POSTGRES_LOGIN_MESSAGES.search(message):
-        kind = PostgresDenied
-    elif not code and POSTGRES_DSN_MESSAGES.search(message):
-        kind = ConfigurationError
-    elif not code and OTHER_LANGUAGE.search(message):
+    # without libpq's hints, such as "Is the server running"
+    message = masked(re.sub(r"\n\t.*", "", message).strip()) or type(exc).__name__
+    if code:
+        lookups = (POSTGRES_CODES.get(code[:length]) for length in (5, 3, 2))
+        kind = next(filter(None, lookups), StatementRefused)
+        return kind(f"PostgreSQL: {message} ({code})")
+    named = (kind for text, kind in POSTGRES_MESSAGES if re.search(text, message))
+    kind = next(named, PostgresUnavailable)
+    if kind is PostgresUnavailable and OTHER_LANGUAGE.search(message):
         message += "; is that a refused login, or a server that is not ready?"
-    return kind(f"PostgreSQL: {message}" + (f" ({code})" if code else ""))
-
-
-REMEDIES: tuple[tuple[type[EtcdFdwError], str], ...] = (
-    (PermissionDenied, "grant what is missing; "),
-    (GrantMissing, "grant what is missing; "),
-    (
-        FencedByCopy,
-        'is that a copy of this database? give it a mirror of its own with "sync --reset"; ',
-    ),
-    (Corrupt, 'see "etcdctl alarm list"; '),
-    (TooLarge, "a value is larger than what this program takes: make it smaller; "),
-    (Unsupported, "this server can only be mirrored; "),
-)
-
-
-def remedy_for(error: EtcdFdwError) -> str:
-    """What a person can do about an error that needs one, if that is known."""
-    found = (text for kind, text in REMEDIES if isinstance(error, kind) and error.needs_person)
-    return next(found, "")
+    return kind(f"PostgreSQL: {message}")
 
 
 def internal_error(exc: Exception) -> InternalError:
@@ -2195,25 +2163,6 @@ def grant_hint(prefix: str) -> str:
     return f"etcdctl role grant-permission ROLE --prefix=true readwrite {prefix}"
 
 
-# gRPC's words for what goes wrong with a new connection, and what to look at.
-CLIENT_CERT_HINT = "does it want a client certificate? see cert=FILE and key=FILE"
-CONNECT_HINTS = (
-    ("CERTIFICATE_VERIFY_FAILED", "its certificate is not trusted: see ca=FILE"),
-    ("ostname Verification", "its certificate is for another host: see server_name=NAME"),
-    ("WRONG_VERSION_NUMBER|Handshake read failed", "it does not speak TLS: see tls=disabled"),
-    (
-        "ALERT_HANDSHAKE_FAILURE",
-        "gRPC takes no server key of kind P-521 or Ed25519: use P-256, P-384 or RSA",
-    ),
-    ("Unwrap failed|Secure read failed|ALERT", CLIENT_CERT_HINT),
-    (
-        "Socket closed|onnection reset|roken pipe",
-        "was it stopped just now? else see tls=, ca=, cert= and key=FILE:"
-        " does it want TLS or not, or a client certificate?",
-    ),
-)
-
-
 class Etcd:
     """A client of one etcd member. Every method raises the errors of etcd_error().
 
@@ -2266,7 +2215,7 @@ class Etcd:
             self.close()
             if isinstance(exc, TokenExpired) and not target.username:
                 raise EtcdDenied(f"{exc}: the DSN names no user and password") from exc
-            raise with_hint(exc, CONNECT_HINTS) from exc
+            raise
 
     @property
     def cluster_id(self) -> str:
@@ -2977,12 +2926,6 @@ class Receipt(NamedTuple):
     settled: int  # the newest receipt that PostgreSQL had all outcomes of by then
 
 
-class ForeignReceipt(WritesRefused):
-    """a receipt in etcd is not this program's"""
-
-    needs_person = True
-
-
 class Receipts:
     """The daemon's own keys in etcd, below etcd_fdw/<mirror id>/.
 
@@ -3038,9 +2981,10 @@ class Receipts:
                 else:  # right behind the receipt that it belongs to
                     found[-1].refused.update(parse_rows(kv.value.decode()))
             except (ValueError, TypeError, KeyError, IndexError) as exc:
-                raise ForeignReceipt(
+                raise WritesRefused(
                     f"etcd's key {kv.key.decode('latin-1')} has a value that is not this program's:"
-                    f" {one_line(exc)}; delete it if it may be that pending changes are sent again"
+                    f" {one_line(exc)}; delete it if it may be that pending changes are sent again",
+                    needs_person=True,
                 ) from exc
         return found
 
@@ -3067,16 +3011,21 @@ class Receipts:
             found.update((receipt.number, receipt) for receipt in held)
         return [found[number] for number in sorted(found) if number > written]
 
-    def fenced(self, owner: Sequence[Any], database: str) -> Fenced:
+    def fenced(self, owner: Sequence[Any], database: str) -> EtcdUnavailable:
         """The error that says who sends in place of this session."""
         try:
             other = dict(json.loads(owner[0].value))
             who = "process {pid} on {host}, for database {database}".format_map(other)
         except (IndexError, KeyError, ValueError, TypeError):
             key = self.owner.decode()
-            return Fenced(f"etcd: somebody has deleted or overwritten the key {key}")
-        kind = Fenced if other["database"] == database else FencedByCopy
-        return kind(f"{who}, has begun to send changes for this mirror: nothing more is sent")
+            return EtcdUnavailable(f"etcd: somebody has deleted or overwritten the key {key}")
+        copy = other["database"] != database
+        hint = 'is that a copy of this database? give it a mirror of its own with "sync --reset"; '
+        return EtcdUnavailable(
+            f"{who}, has begun to send changes for this mirror: nothing more is sent",
+            needs_person=copy,
+            remedy=hint * copy,
+        )
 
 
 class Txn:
@@ -5070,7 +5019,7 @@ class Session:
             logging.ERROR if error.needs_person else logging.WARNING,
             "%(error)s; changes wait, %(remedy)ssending again in %(delay).1fs",
             error=error,
-            remedy=remedy_for(error),
+            remedy=error.remedy,
             delay=delay,
         )
         self.push_after = time.monotonic() + delay
@@ -5379,8 +5328,7 @@ class Engine:
             self.answer_limit += 1
         else:
             self.answer_limit = 0
-            remedy = remedy_for(error) if level == logging.ERROR else ""
-            text = f"%(error)s; {remedy}retrying in %(delay).1fs"
+            text = f"%(error)s; {error.remedy}retrying in %(delay).1fs"
             log.log(level, text, error=str(error), side=error.side, delay=self.delay)
         self.pause(self.delay)
 
@@ -5765,7 +5713,7 @@ def write_obstacles(etcd: Etcd, mirror_id: str | None) -> Iterator[EtcdFdwError]
                 grant = grant_hint(f"{prefix}<mirror id>/") + " (status names it after the start)"
             yield PermissionDenied(f"grant this: {grant}")
         except WritesRefused as exc:
-            yield type(exc)(f"{exc}; {remedy_for(exc)}".rstrip("; "))
+            yield type(exc)(f"{exc}; {exc.remedy}".rstrip("; "))
             return
 
 

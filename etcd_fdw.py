@@ -3351,6 +3351,7 @@ class Outbox:
         self.versions: dict[int, int] = {}  # of keys, after acknowledged rows; or REFUSED
         self.all_read = False  # every pending row was read
         self.horizon = 0.0  # all pending rows up to this id were read
+        self.blocked = False  # nothing can be picked until something is read or answered
         self.acknowledged: collections.deque[Acknowledged] = collections.deque()
         self.settled = state.receipt  # the newest receipt whose outcomes are all recorded
         self.deferred = [Outcome(*item) for item in state.deferred]  # see Outcomes
@@ -3413,7 +3414,7 @@ class Outbox:
                 self.read()
                 picked = self.pick()
             if not (picked or self.busy or self.unwritten() or self.has_room()):
-                self.horizon = math.inf  # too much overlaps to be read whole
+                self.horizon, self.blocked = math.inf, False  # too much overlaps to be read whole
                 picked = self.pick()
             if not picked:
                 break
@@ -3475,6 +3476,7 @@ class Outbox:
             else:
                 self.queue.append(transaction)
         self.queue.sort(key=lambda transaction: transaction.rows[-1].id)
+        self.blocked = False
 
     def pick(self) -> list[OutboxTransaction]:
         """Take from the front of the queue what fits into the next Txn.
@@ -3485,6 +3487,8 @@ class Outbox:
         """
         taken: list[OutboxTransaction] = []
         passed: list[OutboxTransaction] = []
+        if self.blocked:
+            return taken
         keys, login, limit = set(self.busy), self.etcd.guarded, self.limit()
         rows = widest = size = looked = 0
         for transaction in self.queue:
@@ -3505,6 +3509,7 @@ class Outbox:
             keys |= transaction.keys
             looked += 1
         self.queue[:looked] = passed
+        self.blocked = not taken
         for transaction in taken:
             self.busy |= transaction.keys
             transaction.resolve(self.versions)
@@ -3551,6 +3556,7 @@ class Outbox:
 
     def free(self, transactions: Iterable[OutboxTransaction]) -> None:
         """Let the keys of transactions that are answered be picked again."""
+        self.blocked = False
         for transaction in transactions:
             self.busy -= transaction.keys
 

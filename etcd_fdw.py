@@ -138,7 +138,7 @@ STARTED_AT = time.time()
 SCHEMA_VERSION = 5
 SCHEMA_FILE = Path(__file__).resolve().with_name("schema.sql")
 CHANGES_CHANNEL = "etcd_changes"
-OUTCOME_CHANNEL = "etcd_outcome"  # payload: <lowest id>-<highest id> of a batch of outcomes
+OUTCOME_CHANNEL = "etcd_outcome"  # payload: <lowest id>-<highest id> <schema>, of outcomes
 
 RESERVED = b"etcd_fdw/"  # where the daemon keeps its own keys in etcd; no mirror sees them
 KEY_MAX_BYTES = 2600  # a btree tuple holds 2704 bytes: key, revision, headers
@@ -2720,6 +2720,10 @@ WITH free AS (
 SELECT w.id, w.id IN (SELECT free.id FROM free)
 FROM etcd_wal w WHERE w.id = ANY (%(ids)s::bigint[]) AND w.finished_at IS NULL
 """
+# Another schema of the database has the same ids.
+NOTIFY_OUTCOMES_SQL = (
+    "SELECT pg_catalog.pg_notify(%s, pg_catalog.concat(%s::text, current_schema()))"
+)
 AUDIT_CHANGES_SQL = """
 INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, target_system,
                              target_revision, duration, details)
@@ -2853,7 +2857,7 @@ class Outcomes:
         if audit or refused:
             audited = int_array(ids if audit else ids[: len(refused)])
             cur.defer(AUDIT_CHANGES_SQL, {"prefix": postgres.prefix, "ids": audited})
-        postgres.notify(cur, OUTCOME_CHANNEL, min(ids), max(ids))
+        cur.defer(NOTIFY_OUTCOMES_SQL, (OUTCOME_CHANNEL, f"{min(ids)}-{max(ids)} "))
 
 
 def conflict_message(changes: Sequence[Change], current: Sequence[int | None]) -> str:

@@ -1560,6 +1560,11 @@ def random_text(size: int) -> bytes:
 
 
 OWN_CHANGES_SQL = "SELECT id FROM etcd_wal WHERE txid = pg_current_xact_id()"
+RESTORE_SQL = """
+    SELECT etcd_restore(%s, r)
+    FROM etcd_sync_state, greatest(first_revision, pruned_revision, revision - %s) r
+    WHERE starts_with(%s, prefix) AND NOT r <@ ANY (gaps);
+"""
 INSERT_MADE_ON_SQL = """
     INSERT INTO etcd_wal (key, value, ttl, force, revision)
     VALUES (%s, %s, %s, %s, (SELECT max(revision) FROM etcd WHERE key = %s)) RETURNING id
@@ -1633,6 +1638,9 @@ class Load(Closing):
         if kind < 0.02:
             sql = "SELECT etcd_delete_prefix(%s);"
             return sql + OWN_CHANGES_SQL, (f"{self.prefix}both/{dice.randrange(10)}",)
+        if kind < 0.03:
+            some = f"{self.prefix}both/{dice.randrange(10)}"
+            return RESTORE_SQL + OWN_CHANGES_SQL, (some, dice.randrange(100), some)
         if kind < 0.1:
             return "SELECT etcd_set_bytes(%s, %s)", (key, World.value(dice, mark))
         if kind < 0.2:
@@ -6704,7 +6712,9 @@ def test_audit_of_all_tells_who_and_what_became_of_it(daemon, db, prefix, etcd):
 
 
 def test_application_waits_for_its_outcome_without_polling(daemon, db, prefix, etcd):
-    daemon()
+    rows(db, 'CREATE SCHEMA "My-Schema 2"')  # whose ids are those of any other
+    db = make_dsn(db, options='-csearch_path="My-Schema\\ 2"')
+    daemon(postgres=db)
     with session(db, "LISTEN etcd_outcome") as cur:  # before the change, or one may miss the answer
         for sql, status in [
             ("SELECT etcd_set(%s, '1')", "success"),
@@ -6715,8 +6725,9 @@ def test_application_waits_for_its_outcome_without_polling(daemon, db, prefix, e
             def told(conn: Any = conn, id_: int = id_) -> bool:
                 select.select([conn], [], [], WAIT_S)
                 conn.poll()
-                ranges = [tuple(map(int, notify.payload.split("-"))) for notify in conn.notifies]
-                return any(first <= id_ <= last for first, last in ranges)
+                told = [re.split("[- ]", n.payload, maxsplit=2) for n in conn.notifies]
+                assert all(schema == "My-Schema 2" for _, _, schema in told)
+                return any(int(first) <= id_ <= int(last) for first, last, _ in told)
 
             wait_until("no notification", told)
             cur.execute("SELECT status, result_revision FROM etcd_wal WHERE id = %s", (id_,))

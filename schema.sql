@@ -23,19 +23,17 @@
 --     outcome     etcd_put, etcd_wait, etcd_wait_revision, etcd_retry, etcd_dismiss, etcd_cancel
 -- What starts with an underscore is internal and may change with any version.
 --
--- Applying it. The daemon does it when needed. By hand: psql -1 -f schema.sql
--- Needs PostgreSQL 13 or later. All objects go into the first schema of search_path. A second run
--- changes nothing. Renaming that schema afterwards means running this file again, because the functions
--- have their search_path pinned to it.
+-- The daemon applies it when needed; by hand: psql -1 -f schema.sql. A second run changes nothing. It needs PostgreSQL 13
+-- or later. All objects go into the first schema of search_path. If you rename that schema, run this file again: the
+-- functions have their search_path pinned to it.
 
 -- == search_path =======================================================================================
 
--- Every function keeps what is set here (SET search_path FROM CURRENT): it finds its tables in this schema
--- whatever the caller's search_path says, and a temporary table of the same name does not get in between. That
--- alone does not keep it from calling what somebody else has put into the schema: pg_catalog comes first, but a
--- function or operator for just these types is preferred to one of pg_catalog that has to cast them, or takes
--- any type. So functions with arguments are called by their qualified name; and an operator that pg_catalog
--- does not have for just these types gets a cast, or is qualified, too.
+-- Every function keeps what is set here (SET search_path FROM CURRENT): it finds its tables in this schema whatever the
+-- caller's search_path says, and a temporary table of the same name does not get in between. Somebody else may have put
+-- functions and operators into the schema. One for just these types is preferred to one of pg_catalog that has to cast
+-- them, or takes any type. So functions with arguments are called by their qualified name; and an operator that
+-- pg_catalog does not have for just these types gets a cast, or is qualified, too.
 DO $$
 BEGIN
     PERFORM pg_catalog.set_config('etcd_fdw.search_path', pg_catalog.current_setting('search_path'), false);
@@ -46,9 +44,8 @@ $$;
 
 -- == Upgrades ==========================================================================================
 
--- What older versions lack or had, as far as the rest of this file does not replace it in place; in one step, from
--- whichever version. Functions whose signature has changed are dropped: a view of yours that uses one stops the
--- upgrade, with nothing changed. What is mirrored gets what etcd tells of a key by now when the daemon starts.
+-- What older versions lack or had, as far as the rest of this file does not replace it in place. Functions whose
+-- signature has changed are dropped: a view of yours that uses one stops the upgrade, with nothing changed.
 DO $$
 DECLARE v_installed int;
 BEGIN
@@ -84,11 +81,9 @@ BEGIN
             ADD COLUMN IF NOT EXISTS deferred jsonb NOT NULL DEFAULT '[]',
             ADD COLUMN IF NOT EXISTS last_revision bigint NOT NULL DEFAULT 0,
             ADD COLUMN IF NOT EXISTS excluded text[] NOT NULL DEFAULT '{}';
-        UPDATE etcd_sync_state s
-           SET unrepaired = true,
-               last_revision = coalesce(
-                   (SELECT pg_catalog.max(e.revision) FROM etcd e
-                     WHERE pg_catalog.starts_with(e.key, s.prefix) AND e.revision <= s.revision), 0);
+        UPDATE etcd_sync_state s SET unrepaired = true, last_revision = coalesce((
+            SELECT pg_catalog.max(e.revision) FROM etcd e
+             WHERE pg_catalog.starts_with(e.key, s.prefix) AND e.revision <= s.revision), 0);
         IF v_installed < 4 THEN
             DROP INDEX IF EXISTS etcd_revision_ts_idx;  -- has other ranges now
         END IF;
@@ -322,11 +317,9 @@ BEGIN
 END
 $$;
 
--- The live keys. See _etcd_kv_write below for what writing to it does.
---
--- WHERE key = ... is answered by the index: with two descents from PostgreSQL 16 on, before that by reading
--- the index entries of that key's history. To look up many keys, join LATERAL etcd_get(key); for keys under a
--- prefix, or all keys of a long history, etcd_list() is faster. What is not asked for is not computed.
+-- The live keys. See _etcd_kv_write below for what writing to it does. WHERE key = ... is answered by the index: with two
+-- descents from PostgreSQL 16 on, before by reading the index entries of that key's history. To look up many keys, join
+-- LATERAL etcd_get(key); for keys under a prefix, or all keys of a long history, etcd_list() is faster.
 --
 -- The second part is for UPDATE and DELETE only, while which a trigger has etcd_fdw.writing set: a key whose
 -- creation is pending is visited, too (at revision 0), and not skipped in silence. For a SELECT that part costs
@@ -427,12 +420,10 @@ BEGIN
     IF p_min_revision > 0 THEN
         SELECT s.pruned_revision INTO v_pruned FROM etcd_sync_state s
          WHERE pg_catalog.starts_with(p_key COLLATE "C", s.prefix);
-        IF p_min_revision < v_pruned THEN
-            RAISE EXCEPTION 'history before revision % has been pruned', v_pruned
-                USING ERRCODE = '22023',
-                      HINT = pg_catalog.format(
-                          'Ask from revision %s on, or without a revision for what is left.', v_pruned);
-        END IF;
+    END IF;
+    IF p_min_revision < v_pruned THEN
+        RAISE EXCEPTION 'history before revision % has been pruned', v_pruned
+            USING ERRCODE = '22023', HINT = 'Ask from that revision on, or without a revision for what is left.';
     END IF;
     RETURN QUERY SELECT e.* FROM etcd e WHERE e.key = p_key COLLATE "C"
        AND e.revision >= coalesce(p_min_revision, 0)
@@ -444,40 +435,32 @@ CREATE OR REPLACE FUNCTION _etcd_list(
     p_prefix text, p_limit bigint DEFAULT NULL, p_after text DEFAULT NULL,
     p_revision bigint DEFAULT 9223372036854775807)
 RETURNS SETOF etcd LANGUAGE plpgsql STABLE PARALLEL SAFE SET search_path FROM CURRENT SET enable_sort = off AS $$
--- Live keys under a prefix as of a revision, in key order. See etcd_list.
--- Skips from key to key, whatever the history holds: looks at the next 64 rows for keys, goes on behind the
--- last of those, and descends the index once for each key found.
+-- Live keys under a prefix as of a revision, in key order. Skips from key to key, whatever the history holds: looks at
+-- the next 64 rows for keys, goes on behind the last of those, and descends the index once for each key found.
 DECLARE
-    v_after  text := coalesce(p_after, '');
     -- No key with the prefix is above, being shorter: ends the search where row-level security hides the rest.
-    v_end    text := p_prefix || pg_catalog.repeat(pg_catalog.chr(1114111), 700);
+    v_end  text := p_prefix || pg_catalog.repeat(pg_catalog.chr(1114111), 700);
 BEGIN
-    IF p_limit < 0 THEN
-        RAISE EXCEPTION 'limit must not be negative' USING ERRCODE = '22023';
-    END IF;
     RETURN QUERY
     WITH RECURSIVE step (keys) AS (
         SELECT pg_catalog.array_agg(DISTINCT b.key)
           FROM (SELECT e.key FROM etcd e
-                 WHERE e.key >= p_prefix COLLATE "C" AND e.key > v_after COLLATE "C" AND e.key <= v_end COLLATE "C"
+                 WHERE e.key >= p_prefix COLLATE "C" AND e.key > coalesce(p_after, '') COLLATE "C"
+                   AND e.key <= v_end COLLATE "C"
                  ORDER BY e.key LIMIT 64) b
         UNION ALL
         SELECT (SELECT pg_catalog.array_agg(DISTINCT b.key)
-                  FROM (SELECT e.key FROM etcd e WHERE e.key > step.keys[pg_catalog.cardinality(step.keys)]
-                           AND e.key <= v_end COLLATE "C"
+                  FROM (SELECT e.key FROM etcd e WHERE e.key > l.last AND e.key <= v_end COLLATE "C"
                          ORDER BY e.key LIMIT 64) b)
-          FROM step
-         WHERE pg_catalog.starts_with(  -- neither null nor beyond
-                   step.keys[pg_catalog.cardinality(step.keys)], p_prefix COLLATE "C")
+          FROM step, LATERAL (SELECT step.keys[pg_catalog.cardinality(step.keys)]) l (last)
+         WHERE pg_catalog.starts_with(l.last, p_prefix COLLATE "C")  -- neither null nor beyond
     )
     SELECT l.* FROM step
      CROSS JOIN LATERAL pg_catalog.unnest(step.keys) k (key)
      CROSS JOIN LATERAL (
-            SELECT e.* FROM etcd e WHERE e.key = k.key
-               AND e.revision <= p_revision
+            SELECT e.* FROM etcd e WHERE e.key = k.key AND e.revision <= p_revision
              ORDER BY e.revision DESC LIMIT 1) l
-     WHERE pg_catalog.starts_with(k.key, p_prefix COLLATE "C")
-       AND NOT l.tombstone
+     WHERE pg_catalog.starts_with(k.key, p_prefix COLLATE "C") AND NOT l.tombstone
      LIMIT p_limit;
 END
 $$;
@@ -511,11 +494,7 @@ BEGIN
         END IF;
     END LOOP;
     IF NOT FOUND THEN
-        RAISE EXCEPTION 'prefix "%" is not mirrored', p_prefix
-            USING ERRCODE = '22023',
-                  HINT = CASE WHEN EXISTS (SELECT FROM _etcd_list(p_prefix, 1, NULL, p_revision))
-                         THEN 'It was: etcd_get_all tells what was mirrored of a key until then.'
-                         ELSE 'Table etcd_sync_state lists the mirrored prefixes.' END;
+        PERFORM _etcd_mirror(p_prefix);  -- raises
     END IF;
     RETURN QUERY SELECT * FROM _etcd_list(p_prefix, p_limit, p_after, p_revision);
 END
@@ -620,25 +599,16 @@ COMMENT ON FUNCTION etcd_revision_at(timestamptz, text) IS 'revision at a time, 
 -- == Writing ===========================================================================================
 
 CREATE OR REPLACE FUNCTION _etcd_change(
-    p_key          text,
-    p_value        text,
-    p_value_bytes  bytea,
-    p_revision     bigint    DEFAULT NULL,
-    p_ttl          interval  DEFAULT NULL,
-    p_force        boolean   DEFAULT false,
-    p_delete       boolean   DEFAULT false,
-    p_new          boolean   DEFAULT false,
-    p_retry_of     bigint    DEFAULT NULL,
-    p_own          boolean   DEFAULT false,
-    p_expect       boolean   DEFAULT false
-) RETURNS bigint LANGUAGE plpgsql SET search_path FROM CURRENT SET enable_sort = off AS $$
+    p_key text, p_value text, p_value_bytes bytea, p_revision bigint DEFAULT NULL, p_ttl interval DEFAULT NULL,
+    p_force boolean DEFAULT false, p_delete boolean DEFAULT false, p_new boolean DEFAULT false,
+    p_retry_of bigint DEFAULT NULL, p_own boolean DEFAULT false, p_expect boolean DEFAULT false)
+RETURNS bigint LANGUAGE plpgsql SET search_path FROM CURRENT SET enable_sort = off AS $$
 -- Queue one change: everything that writes goes through here. Parameters and errors are those of etcd_set, and
 --   p_value, p_value_bytes  what to put, one of them; both null with p_delete
 --   p_new                   the key must not exist, 23505 if it does
 --   p_retry_of              the etcd_wal row that this one tries again, 55000 if another one does
 --   p_own                   made on top of an own pending change of this transaction; null if that deletes the key
 --   p_expect                a guard, see etcd_expect
--- enable_sort is off so that a plan made while the tables were small cannot turn into a scan when they grow.
 -- In a REPEATABLE READ transaction the version is that of its snapshot; if it is old, etcd says so later. If another
 -- session has changed the key in etcd_wal since, it is 40001 at once, by the row of etcd_lock.
 DECLARE
@@ -648,28 +618,27 @@ DECLARE
     v_current  bigint;  -- 0: the key does not exist
     v_id       bigint;
 BEGIN
-    IF p_key IS NULL OR p_key = '' OR pg_catalog.octet_length(p_key) > 2600 OR p_revision < 0
-       OR (p_value IS NULL) = (p_value_bytes IS NULL) AND NOT (p_delete OR p_expect)
-       OR p_revision IS NOT NULL AND p_force
-       OR NOT EXTRACT(epoch FROM p_ttl)::float8 BETWEEN 0::float8 AND 9000000000::float8 THEN
-        v_wrong := CASE
-            WHEN p_key IS NULL THEN ARRAY['22004', 'key must not be null', 'It has 1 to 2600 bytes.']
-            WHEN p_key = '' OR pg_catalog.octet_length(p_key) > 2600 THEN ARRAY[
-                '22023', pg_catalog.format('key must have 1 to 2600 bytes, not %s', pg_catalog.octet_length(p_key)),
-                'etcd has no empty key, and PostgreSQL cannot index a longer one.']
-            WHEN p_value IS NULL AND p_value_bytes IS NULL AND NOT (p_delete OR p_expect) THEN ARRAY[
-                '22004', 'value must not be null', 'To delete a key use etcd_delete, or DELETE FROM etcd_kv.']
-            WHEN p_value IS NOT NULL AND p_value_bytes IS NOT NULL THEN ARRAY[
-                '22023', 'only one of value and value_bytes can be set',
-                'Text belongs into value, and into value_bytes what is no text.']
-            WHEN p_revision < 0 THEN ARRAY[
-                '22023', 'revision must not be negative', '0 means that the key must not exist, null any version.']
-            WHEN p_revision IS NOT NULL AND p_force THEN ARRAY[
-                '22023', 'a forced change is made on no certain revision',
-                'Give a revision to change that version only, or force => true to change any.']
-            WHEN NOT EXTRACT(epoch FROM p_ttl)::float8 BETWEEN 0::float8 AND 9000000000::float8 THEN ARRAY[
-                '22023', pg_catalog.format('ttl must be between 0 and 9000000000 seconds, not %s', p_ttl),
-                '0 takes the lease of the key off, null leaves it as it is.'] END;
+    v_wrong := CASE
+        WHEN p_key IS NULL THEN ARRAY['22004', 'key must not be null', 'It has 1 to 2600 bytes.']
+        WHEN p_key = '' OR pg_catalog.octet_length(p_key) > 2600 THEN ARRAY[
+            '22023', pg_catalog.format('key must have 1 to 2600 bytes, not %s', pg_catalog.octet_length(p_key)),
+            'etcd has no empty key, and PostgreSQL cannot index a longer one.']
+        WHEN p_value IS NULL AND p_value_bytes IS NULL AND NOT (p_delete OR p_expect) THEN ARRAY[
+            '22004', 'value must not be null', 'To delete a key use etcd_delete, or DELETE FROM etcd_kv.']
+        WHEN p_value IS NOT NULL AND p_value_bytes IS NOT NULL THEN ARRAY[
+            '22023', 'only one of value and value_bytes can be set',
+            'Text belongs into value, and into value_bytes what is no text.']
+        WHEN p_revision IS NULL AND p_expect THEN ARRAY[
+            '22004', 'revision must not be null', '0 means that the key must not exist.']
+        WHEN p_revision < 0 THEN ARRAY[
+            '22023', 'revision must not be negative', '0 means that the key must not exist, null any version.']
+        WHEN p_revision IS NOT NULL AND p_force THEN ARRAY[
+            '22023', 'a forced change is made on no certain revision',
+            'Give a revision to change that version only, or force => true to change any.']
+        WHEN NOT EXTRACT(epoch FROM p_ttl)::float8 BETWEEN 0::float8 AND 9000000000::float8 THEN ARRAY[
+            '22023', pg_catalog.format('ttl must be between 0 and 9000000000 seconds, not %s', p_ttl),
+            '0 takes the lease of the key off, null leaves it as it is.'] END;
+    IF v_wrong IS NOT NULL THEN
         RAISE EXCEPTION '%', v_wrong[2] USING ERRCODE = v_wrong[1], HINT = v_wrong[3];
     END IF;
 
@@ -701,15 +670,13 @@ BEGIN
         -- is pending no longer, the second query sees its revision: it is never taken for somebody else's.
         -- A range of one key, sorted by both columns: with sorts off only the index on (key, id) can answer
         -- that, while key = p_key ORDER BY id may be planned as a walk along (id), past everything pending.
-        SELECT w.id, w.revision, w.force, w.txid, w.value IS NULL AND w.value_bytes IS NULL AS deletes
-          INTO v_pending
+        SELECT w.id, w.revision, w.force, w.txid, w.value IS NULL AND w.value_bytes IS NULL AS deletes INTO v_pending
           FROM etcd_wal w
          WHERE w.key >= p_key COLLATE "C" AND w.key <= p_key COLLATE "C"
            AND w.status = 'pending' AND w.action IS NULL
          ORDER BY w.key DESC, w.id DESC LIMIT 1;
-        SELECT CASE WHEN e.tombstone THEN 0 ELSE e.revision END INTO v_current FROM etcd e
-         WHERE e.key = p_key COLLATE "C"
-         ORDER BY e.revision DESC LIMIT 1;
+        SELECT CASE WHEN e.tombstone THEN 0 ELSE e.revision END INTO v_current
+          FROM etcd e WHERE e.key = p_key COLLATE "C" ORDER BY e.revision DESC LIMIT 1;
         v_current := coalesce(v_current, 0);
 
         IF p_new OR p_revision IS NOT NULL THEN
@@ -815,7 +782,7 @@ CREATE OR REPLACE FUNCTION etcd_set_many(p_values jsonb, ttl interval DEFAULT NU
 RETURNS SETOF bigint LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 --   p_values  {"key": value, ...}: a string is put as its text, null deletes the key, anything else is put as
 --             its JSON text; each on whatever is current, after any pending change
---   result    etcd_wal.id of each, in the order of the keys
+--   result    etcd_wal.id of each, in the order of the keys: so two of them do not wait for each other's keys
 --   errors    as etcd_set; 22023 if it is no object
 BEGIN
     IF p_values IS NULL OR pg_catalog.jsonb_typeof(p_values) <> 'object' THEN
@@ -826,9 +793,7 @@ BEGIN
     RETURN QUERY SELECT _etcd_change(
                e.key, e.value, NULL, p_force => force, p_delete => e.value IS NULL,
                p_ttl => CASE WHEN e.value IS NOT NULL THEN ttl END)
-      FROM (SELECT *  -- in order, so that two of them do not wait for each other's keys
-              FROM pg_catalog.jsonb_each_text(p_values) j
-             ORDER BY j.key COLLATE "C") e;
+      FROM (SELECT * FROM pg_catalog.jsonb_each_text(p_values) j ORDER BY j.key COLLATE "C") e;
 END
 $$;
 COMMENT ON FUNCTION etcd_set_many(jsonb, interval, boolean) IS
@@ -845,18 +810,15 @@ COMMENT ON FUNCTION etcd_delete(text, bigint, boolean) IS 'queue a delete, as ro
 
 CREATE OR REPLACE FUNCTION etcd_delete_prefix(p_prefix text, force boolean DEFAULT false)
 RETURNS bigint LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
---   p_prefix  taken literally, not empty
+--   p_prefix  taken literally, not empty: 22004, 22023
 --   force     as in etcd_set; keys that the mirror does not have yet stay
---   result    how many deletes were queued: one for each key that is live, or will be when what is pending is
---             applied; each on the version that the mirror has, after the pending change if there is one. So
---             what was queued before is deleted, too, and a second call finds nothing left to do.
---   errors    22004, 22023 for a null or an empty prefix
+--   result    how many deletes were queued: one for each key that is live, or will be when what is pending is applied,
+--             each on top of that. So a second call finds nothing left to do.
 BEGIN
-    IF p_prefix IS NULL THEN
-        RAISE EXCEPTION 'prefix must not be null' USING ERRCODE = '22004';
-    ELSIF p_prefix = '' THEN
-        RAISE EXCEPTION 'prefix must not be empty'
-            USING ERRCODE = '22023', HINT = 'To delete everything use DELETE FROM etcd_kv.';
+    IF p_prefix = '' OR p_prefix IS NULL THEN
+        RAISE EXCEPTION 'prefix must be neither null nor empty' USING
+            ERRCODE = CASE p_prefix WHEN '' THEN '22023' ELSE '22004' END,
+            HINT = 'To delete everything use DELETE FROM etcd_kv.';
     END IF;
     RETURN (
         SELECT pg_catalog.count(etcd_delete(k.key, force => force))
@@ -865,8 +827,7 @@ BEGIN
                          WHERE w.key = l.key AND w.status = 'pending' AND w.action IS NULL
                          ORDER BY w.key DESC, w.id DESC LIMIT 1) IS NOT TRUE  -- unless it will be gone by then
                  UNION ALL
-                SELECT c.key COLLATE "C" FROM _etcd_creations(p_prefix) c
-                 ORDER BY 1) k);
+                SELECT c.key COLLATE "C" FROM _etcd_creations(p_prefix) c ORDER BY 1) k);
 END
 $$;
 COMMENT ON FUNCTION etcd_delete_prefix(text, boolean) IS
@@ -904,45 +865,35 @@ RETURNS bigint LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 -- else all of it is a conflict, forced changes, too. The key is not changed. Such a transaction is never split.
 --   errors  40001 if the key has moved on already or has a pending change, else as etcd_set
 BEGIN
-    IF p_revision IS NULL THEN
-        RAISE EXCEPTION 'revision must not be null'
-            USING ERRCODE = '22004', HINT = '0 means that the key must not exist.';
-    END IF;
     RETURN _etcd_change(p_key, NULL, NULL, p_revision, p_expect => true);
 END
 $$;
 COMMENT ON FUNCTION etcd_expect(text, bigint) IS 'apply this transaction only if a key is at a revision';
 
 CREATE OR REPLACE FUNCTION etcd_keepalive(p_key text)
-RETURNS bigint LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+RETURNS bigint LANGUAGE sql SET search_path FROM CURRENT AS $$
 -- The lease that the key has in etcd begins anew: no new revision, no new lease. It fails if there is none.
-DECLARE v_id bigint;
-BEGIN
-    INSERT INTO etcd_wal AS w (key, action) VALUES (p_key, 'keepalive') RETURNING w.id INTO v_id;
-    RETURN v_id;
-END
+INSERT INTO etcd_wal (key, action) VALUES (p_key, 'keepalive') RETURNING id
 $$;
 COMMENT ON FUNCTION etcd_keepalive(text) IS 'renew the ttl of a key, as row id of etcd_wal';
 
 -- == Outcomes ==========================================================================================
 
 CREATE OR REPLACE FUNCTION _etcd_generation_lock(p_prefix text, p_generation bigint)
-RETURNS bigint LANGUAGE plpgsql STABLE SET search_path FROM CURRENT AS $$
+RETURNS bigint LANGUAGE sql STABLE SET search_path FROM CURRENT AS $$
 -- The advisory lock that the active daemon of a prefix holds while etcd_sync_state.generation is this.
-BEGIN
-    RETURN pg_catalog.hashtextextended(
-        'etcd_fdw generation ' || current_schema()::text || ' ' || p_prefix COLLATE "C", p_generation);
-END
+SELECT pg_catalog.hashtextextended(
+    'etcd_fdw generation ' || current_schema()::text || ' ' || p_prefix COLLATE "C", p_generation)
 $$;
 
 CREATE OR REPLACE FUNCTION _etcd_wait(p_prefix text, p_generation bigint, INOUT p_left interval, p_for text)
 LANGUAGE plpgsql SET search_path FROM CURRENT SET lock_timeout = 0 AS $$
--- Sleep until the daemon of a prefix has committed something, or until the time is up.
+-- Sleep until the daemon of a prefix has committed something, or until the time is up. The daemon holds the lock of the
+-- current generation, and releases it when it has committed the next one: that wakes everybody at once.
 --   p_generation  of etcd_sync_state, as last seen
---   p_left        how long at most; returned: what is left of it. A clock that is set back takes nothing away
+--   p_left        how long at most; returned: what is left of it. A clock that is set back does not prolong it, but for
+--                 the last sleep, as it does any lock_timeout and pg_sleep
 --   p_for         what is waited for, to say so when time is up
--- The daemon holds the lock of the current generation, and releases it when it has committed the next one:
--- that wakes everybody at once. Nothing here outlives the wait, as it is rolled back.
 DECLARE
     v_left   float8 := EXTRACT(epoch FROM p_left);
     v_begin  timestamptz := clock_timestamp();
@@ -1001,8 +952,7 @@ BEGIN
          LIMIT 1;
         IF NOT FOUND THEN
             RAISE EXCEPTION 'etcd_wal has no row %', coalesce('of transaction ' || txid::text, p_id::text, 'null')
-                USING ERRCODE = 'P0002',
-                      HINT = 'Was its transaction rolled back, or did housekeeping delete it long after?';
+                USING ERRCODE = 'P0002', HINT = 'Was its transaction rolled back, or did housekeeping delete it?';
         ELSIF w.status <> 'pending' THEN
             status := w.status;
             result_revision := w.result_revision;
@@ -1092,9 +1042,7 @@ BEGIN
             USING ERRCODE = 'P0002', HINT = 'View etcd_refused lists conflicts and failures.';
     ELSIF w.status NOT IN ('conflict', 'failed') THEN
         RAISE EXCEPTION 'change % is %, not conflict or failed', p_id, w.status
-            USING ERRCODE = '55000',
-                  HINT = CASE w.status WHEN 'pending' THEN 'etcd_wait tells how it ends.'
-                                       ELSE 'There is nothing to do.' END;
+            USING ERRCODE = '55000', HINT = 'etcd_wait tells how a pending change ends. After success there is nothing to do.';
     END IF;
     RETURN w;
 END
@@ -1173,8 +1121,7 @@ RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 --   UPDATE   the value column that was changed counts and clears the other; a changed key is a delete of the
 --            old and an insert of the new, applied together; a lease stays with its key. Other columns may be set
 --            to what they are, as object-relational mappers do
---   errors   40001 the key has another pending change, has moved on, or is not at the revision that is set;
---            23505 the key to insert exists; 22004 no value; 428C9 a column set that is not the writer's to set
+--   errors   40001, 23505 as the view's comment says; 22004 no value; 428C9 a column that is not the writer's to set
 DECLARE
     v_new  boolean := NEW.key IS DISTINCT FROM OLD.key;  -- OLD is all null in an INSERT
     v_id   bigint;
@@ -1272,10 +1219,8 @@ $$;
 
 -- == Grants: an example ================================================================================
 
--- The functions, which PUBLIC may execute, run with the caller's rights, so the tables decide. PostgreSQL 13
--- and 14 let everybody create objects in schema public, and with them have others run code. If there are users
--- who are not trusted:
---     REVOKE CREATE ON SCHEMA public FROM PUBLIC;
+-- The functions run with the caller's rights, so the tables decide. PostgreSQL 13 and 14 let everybody create objects
+-- in schema public, and with them have others run code: REVOKE CREATE ON SCHEMA public FROM PUBLIC;
 --
 -- The daemon, if a DBA applied this file (else it owns everything and only needs CREATE on the schema):
 --     GRANT TEMP ON DATABASE mydb TO etcd_fdw;
@@ -1283,22 +1228,20 @@ $$;
 --     GRANT SELECT, INSERT, UPDATE, DELETE ON etcd, etcd_wal, etcd_sync_state, etcd_sync_event TO etcd_fdw;
 --     GRANT SELECT ON etcd_kv, etcd_status, etcd_refused TO etcd_fdw;
 --
--- An application that reads everything and changes keys, by function or through etcd_kv, but can neither
--- write the mirror nor claim an outcome:
+-- An application that reads everything and changes keys, but can neither write the mirror nor claim an outcome:
 --     GRANT USAGE ON SCHEMA public TO app;
 --     GRANT SELECT ON etcd, etcd_wal, etcd_sync_state, etcd_status TO app;
 --     GRANT INSERT (key, value, value_bytes, revision, depends_on, retry_of, ttl, force, action) ON etcd_wal TO app;
 --     GRANT SELECT, INSERT, UPDATE, DELETE ON etcd_kv TO app;
 --
--- Leave out force, or force and ttl, for one that must not use them: 42501 if it does, all else works. One that
--- only reads: the first two lines of these, and SELECT on etcd_kv. etcd_dismiss needs one more, which lets it hide
--- conflicts and failures from everybody: GRANT UPDATE (dismissed_at) ON etcd_wal; and etcd_cancel: GRANT DELETE.
--- Before PostgreSQL 15, who may write to etcd_kv can LOCK it, and thereby table etcd, for as long as it likes: grant
--- SELECT only to whom you do not trust, it can write by the functions.
+-- Leave out ttl, force or action for one that must not use it: 42501 if it does. One that only reads: the first two
+-- lines, and SELECT on etcd_kv. etcd_cancel needs GRANT DELETE ON etcd_wal, and etcd_dismiss
+-- GRANT UPDATE (dismissed_at) ON etcd_wal, which lets it hide conflicts and failures from everybody.
+-- Before PostgreSQL 15, who may write to etcd_kv can LOCK it, and thereby table etcd: grant only SELECT to whom you do not
+-- trust, it can write by the functions.
 --
--- Only keys under a prefix: row-level security. The functions obey it, the views from PostgreSQL 15 on (before,
--- they read with their owner's rights: do not grant them). The daemon needs the first two policies unless it
--- owns the tables or has BYPASSRLS; with policies PostgreSQL refuses it COPY, so it is slower.
+-- Only keys under a prefix: row-level security. The functions obey it, the views from PostgreSQL 15 on (before, do not
+-- grant them). The daemon needs the first two policies unless it owns the tables or has BYPASSRLS; it is slower then.
 --     CREATE POLICY daemon ON etcd TO etcd_fdw USING (true);
 --     CREATE POLICY daemon ON etcd_wal TO etcd_fdw USING (true);
 --     CREATE POLICY app ON etcd FOR SELECT TO app USING (starts_with(key, '/app/'));

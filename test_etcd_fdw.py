@@ -1586,7 +1586,7 @@ class Load(Closing):
 
     PAUSE_S = 1 / 150  # between the changes of each side
 
-    def __init__(self, db: str, endpoint: str, prefix: str, seed: int) -> None:
+    def __init__(self, db: str, endpoint: str, prefix: str, seed: int, bulk: int) -> None:
         self.db, self.endpoint, self.prefix = db, endpoint, prefix
         self.client = EtcdClient(endpoint)
         self.recorder = Recorder(self.client, prefix)
@@ -1595,17 +1595,22 @@ class Load(Closing):
         self.deleted: set[tuple[int, bytes]] = set()  # (revision, key), by the etcd side
         self.unsure = 0  # deletes of the etcd side that were not answered
         self.errors: list[str] = []  # what no fault excuses
-        self._random = [random.Random(seed), random.Random(seed + 1)]
         self._ended = threading.Event()
-        pool = ThreadPoolExecutor(2)
-        self._sides = [pool.submit(side) for side in (self._change_etcd, self._change_sql)]
+        pool = ThreadPoolExecutor(2 + bulk)
+        self._sides = [
+            pool.submit(self._change_etcd, random.Random(seed)),
+            pool.submit(self._change_sql, random.Random(seed + 1), self._statement),
+        ]
+        for n in range(bulk):  # sessions that change many keys, each of its own
+            many = partial(self._many, f"{prefix}bulk/{n}/")
+            dice = random.Random(seed + 2 + n)
+            self._sides.append(pool.submit(self._change_sql, dice, many, self.PAUSE_S * 90))
 
     def _key(self, dice: random.Random, side: str) -> str:
         kind = "both" if dice.random() < 0.3 else side
         return f"{self.prefix}{kind}/{World.key(dice.randrange(20 if kind == 'both' else 100))}"
 
-    def _change_etcd(self) -> None:
-        dice = self._random[0]
+    def _change_etcd(self, dice: random.Random) -> None:
         with EtcdClient(self.endpoint, timeout=5) as client:
             while not self._ended.wait(self.PAUSE_S):
                 value = World.value(dice, f"etcd-{next(_numbers)} ")
@@ -1621,16 +1626,25 @@ class Load(Closing):
                 self.etcd_changes += 1
                 self.deleted |= {(answer.header.revision, key.encode()) for key in doomed}
 
-    def _change_sql(self) -> None:
-        dice, db = self._random[1], make_dsn(self.db, options="-cstatement_timeout=5s")
-        while not self._ended.wait(self.PAUSE_S):
-            sql, args = self._statement(dice, f"sql-{next(_numbers)} ")
+    def _change_sql(
+        self, dice: random.Random, statement: Callable[..., Any], pause_s: float = PAUSE_S
+    ) -> None:
+        db = make_dsn(self.db, options="-cstatement_timeout=5s")
+        while not self._ended.wait(pause_s):
+            sql, args = statement(dice, f"sql-{next(_numbers)} ")
             try:
                 self.committed += [id_ for (id_,) in rows(db, sql, *args)]
-            except psycopg2.OperationalError:  # away, or a lock that does not come
-                continue
             except psycopg2.Error as exc:
-                self.errors.append(f"{exc.pgcode}: {exc}")
+                away = isinstance(exc, psycopg2.OperationalError)  # or a lock that does not come
+                if not away or exc.pgcode == "40P01":  # no two sessions change the same keys
+                    self.errors.append(f"{exc.pgcode}: {exc}")
+
+    @staticmethod
+    def _many(prefix: str, dice: random.Random, mark: str) -> tuple[str, tuple[Any, ...]]:
+        """What changes many keys in any order, and returns the ids."""
+        keys = [prefix + World.key(n) for n in dice.sample(range(200), 90)]
+        sql = "SELECT etcd_set(k, %s || k) FROM unnest(%s) k"
+        return sql, (World.text(dice, mark) + "=", keys)
 
     def _statement(self, dice: random.Random, mark: str) -> tuple[str, tuple[Any, ...]]:
         """What returns the ids of its changes."""
@@ -1725,8 +1739,10 @@ def load(db: str, prefix: str, etcd_address: EtcdAddress) -> Iterator[Callable[.
     """Start a load: load(etcd=own_etcd.endpoint, postgres=own_postgres.dsn(), seed=7)."""
     with ExitStack() as stack:
 
-        def start(etcd: str = etcd_address.endpoint, postgres: str = db, seed: int = 1) -> Load:
-            return stack.enter_context(Load(postgres, etcd, prefix, seed))
+        def start(
+            etcd: str = etcd_address.endpoint, postgres: str = db, seed: int = 1, bulk: int = 0
+        ) -> Load:
+            return stack.enter_context(Load(postgres, etcd, prefix, seed, bulk))
 
         yield start
 
@@ -3565,13 +3581,11 @@ def test_at_refuses_what_the_mirror_cannot_know(schema):
         (51, "/a/", "beyond the checkpoint"),
         (51, "/a/x", "beyond the checkpoint"),
         (51, "", "beyond the checkpoint"),
-        (45, "/b/", "not mirrored"),
         (45, "/retired/", "not mirrored"),
         (0, "/a/", "before the mirror"),
     ]:
         error = refused("22023", schema, "SELECT * FROM etcd_at(%s, %s)", revision, prefix)
         assert message in error.message_primary
-        assert ("It was: etcd_get_all" in error.message_hint) == (prefix == "/retired/")
 
 
 def test_at_says_what_is_known(schema):
@@ -3595,7 +3609,7 @@ def test_lists_have_a_limit_and_a_start(schema):
     assert rows(schema, "SELECT key FROM etcd_list('', 2, '/z')") == [("no slash",)]
     assert rows(schema, "SELECT key FROM etcd_list('/k/', 0)") == []
     assert rows(schema, "SELECT key FROM etcd_list('/k/', 9, '/')") == [(k,) for k in keys[:9]]
-    refused("22023", schema, "SELECT etcd_list('', -1)")
+    refused("2201W", schema, "SELECT etcd_list('', -1)")
     with session(schema) as cur:
         for call in ["etcd_list('/k/', 50, '/k/3')", "etcd_at(9000, '/k/', 50, '/k/3')"]:
             assert tuples_read(cur, "etcd", f"SELECT * FROM {call}") < 400
@@ -7440,22 +7454,42 @@ def test_clock_steps_do_not_matter(daemon, load, fake_clock):
     assert "retrying" not in running.log()
 
 
-@pytest.mark.parametrize("step", ["+400d", "-400d"])
-def test_clock_of_postgres_steps_at_a_crash(daemon, prefix, etcd, fake_clock, monkeypatch, step):
+@pytest.fixture
+def fake_clock_db(fake_clock, monkeypatch) -> Iterator[tuple[Path, str]]:
+    """That file, and a PostgreSQL whose clock it is."""
     clock, env = fake_clock
-    key, insert = prefix + "a", "INSERT INTO etcd_wal (key, value) VALUES (%s, 'sql')"
     with ExitStack() as stack:
         with monkeypatch.context() as patch:
             for name, value in env.items():
                 patch.setenv(name, value)
             db = stack.enter_context(LocalPostgres()).dsn()
-        created = kill_once_sent(daemon(*FAST, postgres=db), db, etcd, insert, key)
-        clock.write_text(step)
-        etcd.delete(key)
-        rows(db, insert, key)
-        daemon(*FAST, postgres=db)
-        assert ended(db, 1).outcome == ("success", created)
-        assert ended(db, 2).outcome == ("success", etcd.get(key).mod_revision)
+        yield clock, db
+
+
+@pytest.mark.parametrize("step", ["+400d", "-400d"])
+def test_clock_of_postgres_steps_at_a_crash(daemon, prefix, etcd, fake_clock_db, step):
+    clock, db = fake_clock_db
+    key, insert = prefix + "a", "INSERT INTO etcd_wal (key, value) VALUES (%s, 'sql')"
+    created = kill_once_sent(daemon(*FAST, postgres=db), db, etcd, insert, key)
+    clock.write_text(step)
+    etcd.delete(key)
+    rows(db, insert, key)
+    daemon(*FAST, postgres=db)
+    assert ended(db, 1).outcome == ("success", created)
+    assert ended(db, 2).outcome == ("success", etcd.get(key).mod_revision)
+
+
+def test_wait_ends_though_the_clock_of_postgres_steps_back(daemon, prefix, etcd, fake_clock_db):
+    clock, db = fake_clock_db
+    daemon("--push", "off", postgres=db)
+    rows(db, "SELECT etcd_set(%s, 'v')", prefix + "a")
+    waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(refused, "57014", db, "SELECT etcd_wait(1, '2 s')")
+        wait_until("nobody waits", lambda: scalar(db, waits))
+        clock.write_text("-1d")
+        wait_until("it still waits", lambda: etcd.put(prefix + "b", "v") and waiting.done())
+        assert "change 1" in waiting.result().message_primary
 
 
 # ── faults: PostgreSQL ───────────────────────────────────────────────────────
@@ -10242,7 +10276,7 @@ def test_soak(daemon, db, own_etcd, network, db_network, load, seed):
     servers = {"postgres": db_network, "etcd": network, "query": FAST_ETCD}
     start = partial(daemon, *FAST, **servers)
     running = [start(), start(ready=False)]
-    play = load(own_etcd.endpoint, seed=seed)
+    play = load(own_etcd.endpoint, seed=seed, bulk=2)
     counts: collections.Counter[str] = collections.Counter()
 
     def kill_daemon() -> None:

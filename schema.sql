@@ -23,9 +23,9 @@
 --     outcome     etcd_put, etcd_wait, etcd_wait_revision, etcd_retry, etcd_dismiss, etcd_cancel
 -- What starts with an underscore is internal and may change with any version.
 --
--- The daemon applies it when needed; by hand: psql -1 -f schema.sql. A second run changes nothing. It needs PostgreSQL 13
--- or later. All objects go into the first schema of search_path. If you rename that schema, run this file again: the
--- functions have their search_path pinned to it.
+-- The daemon applies it when needed; by hand: psql -1 -f schema.sql. A second run changes nothing. It needs
+-- PostgreSQL 13 or later. All objects go into the first schema of search_path. If you rename that schema, run
+-- this file again: the functions have their search_path pinned to it.
 
 -- == search_path =======================================================================================
 
@@ -317,9 +317,9 @@ BEGIN
 END
 $$;
 
--- The live keys. See _etcd_kv_write below for what writing to it does. WHERE key = ... is answered by the index: with two
--- descents from PostgreSQL 16 on, before by reading the index entries of that key's history. To look up many keys, join
--- LATERAL etcd_get(key); for keys under a prefix, or all keys of a long history, etcd_list() is faster.
+-- The live keys. See _etcd_kv_write below for what writing to it does. WHERE key = ... is answered by the index:
+-- with two descents from PostgreSQL 16 on, before by reading the index entries of that key's history. To look up many
+-- keys, join LATERAL etcd_get(key); for keys under a prefix, or all keys of a long history, etcd_list() is faster.
 --
 -- The second part is for UPDATE and DELETE only, while which a trigger has etcd_fdw.writing set: a key whose
 -- creation is pending is visited, too (at revision 0), and not skipped in silence. For a SELECT that part costs
@@ -846,13 +846,13 @@ BEGIN
         SELECT pg_catalog.count(_etcd_change(
                    k.key, k.value, k.value_bytes, k.revision, p_delete => k.deleted,
                    p_ttl => CASE WHEN k.unleased THEN interval '0' END))
-          FROM (SELECT coalesce(o.key, n.key) AS key, o.value, o.value_bytes, coalesce(n.revision, 0) AS revision,
+          FROM (SELECT key, o.value, o.value_bytes, coalesce(n.revision, 0) AS revision,
                        o.key IS NULL AS deleted, o.lease IS NULL AND n.lease > 0 AND o.key IS NOT NULL AS unleased,
                        (o.value, o.value_bytes) IS NOT DISTINCT FROM (n.value, n.value_bytes) AS same
                   FROM _etcd_at(p_revision, p_prefix, NULL, NULL) o
                   FULL JOIN (SELECT l.key, l.value, l.value_bytes, l.revision, l.lease FROM _etcd_list(p_prefix) l
                               UNION ALL
-                             SELECT c.key COLLATE "C", NULL, NULL, 0, NULL FROM _etcd_creations(p_prefix) c) n ON n.key = o.key
+                             SELECT c.key COLLATE "C", NULL, NULL, 0, NULL FROM _etcd_creations(p_prefix) c) n USING (key)
                  ORDER BY 1) k
          WHERE k.unleased OR k.deleted OR NOT k.same);
 END
@@ -1042,7 +1042,7 @@ BEGIN
             USING ERRCODE = 'P0002', HINT = 'View etcd_refused lists conflicts and failures.';
     ELSIF w.status NOT IN ('conflict', 'failed') THEN
         RAISE EXCEPTION 'change % is %, not conflict or failed', p_id, w.status
-            USING ERRCODE = '55000', HINT = 'etcd_wait tells how a pending change ends. After success there is nothing to do.';
+            USING ERRCODE = '55000', HINT = 'etcd_wait tells how a pending change ends; after a success nothing is to do.';
     END IF;
     RETURN w;
 END
@@ -1237,8 +1237,8 @@ $$;
 -- Leave out ttl, force or action for one that must not use it: 42501 if it does. One that only reads: the first two
 -- lines, and SELECT on etcd_kv. etcd_cancel needs GRANT DELETE ON etcd_wal, and etcd_dismiss
 -- GRANT UPDATE (dismissed_at) ON etcd_wal, which lets it hide conflicts and failures from everybody.
--- Before PostgreSQL 15, who may write to etcd_kv can LOCK it, and thereby table etcd: grant only SELECT to whom you do not
--- trust, it can write by the functions.
+-- Before PostgreSQL 15, who may write to etcd_kv can LOCK it, and thereby table etcd: grant only SELECT to whom you
+-- do not trust, it can write by the functions.
 --
 -- Only keys under a prefix: row-level security. The functions obey it, the views from PostgreSQL 15 on (before, do not
 -- grant them). The daemon needs the first two policies unless it owns the tables or has BYPASSRLS; it is slower then.

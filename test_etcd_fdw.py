@@ -10342,7 +10342,7 @@ def scaled(number: int, least: int = 100) -> int:
 
 
 def put_load(
-    endpoint: str, prefix: str, txns: int, keys: int, size: int, at_once: int, rate: float = 0.0
+    endpoint: str, prefix: str, txns: int, keys: int, size: int, at_once: int
 ) -> tuple[float, float]:
     """Send Txns of `keys` puts, at_once of them in flight; return when that began and ended."""
     value, errors = random_text(size), []
@@ -10362,9 +10362,7 @@ def put_load(
     with EtcdClient(endpoint) as client:
         send = client.channel.unary_unary("/etcdserverpb.KV/Txn")  # bytes in, bytes out: cheap
         began = time.monotonic()
-        for n, request in enumerate(requests):
-            if rate:
-                time.sleep(max(0.0, began + n / rate - time.monotonic()))
+        for request in requests:
             slots.acquire()
             send.future(request).add_done_callback(done)
         for _ in range(at_once):
@@ -10384,63 +10382,48 @@ def bare_watch(endpoint: str, prefix: str, start_revision: int, count: int) -> t
         return began, time.monotonic()
 
 
-def bare_txns(
-    endpoint: str, prefix: str, txns: int, groups: int, members: int, ready: bool = False
-) -> float:
+def bare_txns(endpoint: str, prefix: str, txns: int, groups: int, members: int) -> float:
     """Send Txns as the program makes them, one by one; return how many changes a second that are.
 
     Each has `groups` transactions with `members` changes; 0: all change one key, one after another.
-    ready: they are made beforehand, as bytes, so that etcd has all of the machine.
     """
     value, numbers, revision = random_text(64), itertools.count(), 0
-
-    def request() -> bytes:
-        txn = etcdrpc.TxnRequest()
-        for _ in range(groups or 1):
-            nested = txn.success.add().request_txn
-            for _ in range(members):
-                key = f"{prefix}{next(numbers) if groups else 0}".encode()
-                expected = 0 if groups else revision
-                nested.compare.add(key=key, target=etcdrpc.Compare.MOD, mod_revision=expected)
-                put = nested.success.add().request_put
-                put.key, put.value, put.ignore_lease = key, value, expected > 0
-                nested.failure.add().request_range.key = key
-        made: bytes = txn.SerializeToString()
-        return made
-
-    made = [request() for _ in range(txns)] if ready else None
     with EtcdClient(endpoint) as client:
-        path, types = "/etcdserverpb.KV/Txn", etcdrpc.TxnResponse.FromString
-        send = client.channel.unary_unary(path, response_deserializer=types)
         began = time.monotonic()
-        for number in range(txns):
-            answer = send(made[number] if made else request())
-            assert made or all(one.response_txn.succeeded for one in answer.responses)
+        for _ in range(txns):
+            txn = etcdrpc.TxnRequest()
+            for _ in range(groups or 1):
+                nested = txn.success.add().request_txn
+                for _ in range(members):
+                    key = f"{prefix}{next(numbers) if groups else 0}".encode()
+                    expected = 0 if groups else revision
+                    nested.compare.add(key=key, target=etcdrpc.Compare.MOD, mod_revision=expected)
+                    put = nested.success.add().request_put
+                    put.key, put.value, put.ignore_lease = key, value, expected > 0
+                    nested.failure.add().request_range.key = key
+            answer = client.kv.Txn(txn)
+            assert all(one.response_txn.succeeded for one in answer.responses)
             revision = answer.header.revision
     return txns * (groups or 1) * members / (time.monotonic() - began)
 
 
-def sql_load(
-    db: str, sessions: int, each: int, statement: str, rate: float = 0.0
-) -> Callable[[], tuple[float, float]]:
-    """Open sessions; return what commits `each` transactions in each, and when it began and ended.
+def sql_load(db: str, sessions: int, each: int, statement: str) -> Callable[[], float]:
+    """Open sessions; return what commits `each` transactions in each, and returns when it began.
 
     They run in a loop on the server, and do not wait for the disk, which limits how many fit into a
-    second; c, i: session, turn. rate: transactions a second in each session.
+    second; c, i: session, turn.
     """
     block = """
-        DO $$ DECLARE c int := {}; t timestamptz := clock_timestamp();
-        BEGIN FOR i IN 1..{} LOOP {}; {}; COMMIT; END LOOP; END $$
+        DO $$ DECLARE c int := {};
+        BEGIN FOR i IN 1..{} LOOP {}; COMMIT; END LOOP; END $$
     """
-    pace = "PERFORM pg_sleep(extract(epoch FROM t - clock_timestamp()) + i * {})"
-    wait = pace.format(1 / rate) if rate else "NULL"
     options = "-csynchronous_commit=off"
     cursors = [connect(db, options=options).cursor() for _ in range(sessions)]
 
-    def run() -> tuple[float, float]:
+    def run() -> float:
         began = time.monotonic()
-        in_threads(sessions, lambda n: cursors[n].execute(block.format(n, each, wait, statement)))
-        return began, time.monotonic()
+        in_threads(sessions, lambda n: cursors[n].execute(block.format(n, each, statement)))
+        return began
 
     return run
 
@@ -10513,31 +10496,6 @@ class Bench:
         for name, value in points.items():
             self.add(f"{what}, {name}", value, "ms", note=note)
 
-    @contextmanager
-    def cost(self, what: str, count: int, daemon: Daemon, db: str) -> Iterator[None]:
-        """Add what 1000 changes cost, of so many that are made meanwhile."""
-
-        def spent() -> tuple[float, ...]:
-            wal = scalar(db, "SELECT pg_current_wal_flush_lsn() - '0/0'::pg_lsn")
-            parties = daemon, self.postgres, self.etcd
-            return *(tree_cpu_s(party.process.pid) for party in parties), float(wal)
-
-        before = spent()
-        yield
-        *cpu, wal = ((b - a) * 1000 / count for a, b in zip(before, spent()))
-        for party, cost in zip(("the program", "PostgreSQL", "etcd"), cpu):
-            self.add(f"cost {what}: CPU of {party}", cost * 1000, "ms/1000")
-        self.add(f"cost {what}: PostgreSQL's WAL", wal / 1024, "KiB/1000")
-
-
-def tree_cpu_s(pid: int) -> float:
-    """Return the processor time of a process and all of its children, those of now and before."""
-    used = cpu_s(pid)
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split():
-        with suppress(FileNotFoundError):  # it has ended since, and will be counted the next time
-            used += cpu_s(int(child))
-    return used
-
 
 def wait_state(db: str, column: str, least: int) -> float:
     """Wait until a column of etcd_sync_state has come so far; return when (monotonic)."""
@@ -10581,9 +10539,8 @@ def bench_etcd_to_postgres(bench: Bench) -> None:
         caught_up = count / (wait_state(db, "revision", bench.client.revision()) - daemon_began)
         note = f"{shape[0]} missed revisions"
         bench.add(f"{what}: catch-up", caught_up, "events/s", count / (ended - began), note=note)
-        with bench.cost(what, count, daemon, db):
-            began, followed = bench.watched_load(prefix, *shape)
-            rate = count / (wait_state(db, "revision", bench.client.revision()) - began)
+        began, followed = bench.watched_load(prefix, *shape)
+        rate = count / (wait_state(db, "revision", bench.client.revision()) - began)
         bench.add(what, rate, "events/s", followed, note=f"the bare client alone: {alone:,.0f}")
         assert scalar(db, "SELECT count(*) FROM etcd") == 2 * count
         daemon.stop()
@@ -10606,17 +10563,12 @@ def bench_postgres_to_etcd(bench: Bench) -> None:
         shape = max(1, count // (groups or 1) // width), groups, width
         etcd = bench.etcd.endpoint
         bare = bench.start(bare_txns, etcd, f"/bare{prefix}", *shape).result()
-        note = ""
-        if groups:  # a hot key's next Txn needs the answer to the one before
-            made = bench.start(bare_txns, etcd, f"/bytes{prefix}", *shape, True)
-            note = f"of bytes made beforehand {made.result():,.0f}"
         write = sql_load(db, sessions, transactions, statement.format(prefix, members))
-        with bench.cost(what, count, daemon, db):
-            began, committed = write()
-            finished = wait_state(db, "applied", count)
+        began = write()
         if sessions == transactions == 1:
-            began = committed  # nobody can see a row before
-        bench.add(what, count / (finished - began), "changes/s", bare, note=note)
+            began = time.monotonic()  # nobody can see a row before
+        finished = wait_state(db, "applied", count)
+        bench.add(what, count / (finished - began), "changes/s", bare)
         assert scalar(db, "SELECT count(*) FROM etcd_wal WHERE status = 'success'") == count
         daemon.stop()
 
@@ -10627,16 +10579,6 @@ def sender(target: str) -> Callable[[str], Any]:
         return lambda key: rows(target, "SELECT etcd_set(%s, %s)", key, repr(time.monotonic()))
     client = EtcdClient(target)
     return lambda key: client.put(key, repr(time.monotonic()))
-
-
-def hundred_a_second(target: str, prefix: str, count: int) -> None:
-    """Change so many keys, whether or not the changes arrive."""
-    send = sender(target)
-    send(prefix + "first/")
-    began = time.monotonic()
-    for n in range(count):
-        time.sleep(max(0.0, began + n / 100 - time.monotonic()))
-        send(f"{prefix}latency/{n}")
 
 
 def mirror_latencies(db: str, prefix: str) -> Iterator[float]:
@@ -10678,47 +10620,29 @@ def timed(count: int, action: Callable[[int], Any]) -> list[float]:
 
 
 def bench_latency(bench: Bench) -> None:
-    """How long one change takes each way: alone, 100 a second, and under half of the full load.
+    """How long one change takes each way.
 
     The floor of each way is what its durable writes cost by themselves.
     """
     prefix, db = bench.setting()
-    count, txns = scaled(500), scaled(500, 20)
+    count = scaled(500)
     puts = timed(count, lambda n: bench.client.put(f"/floor{prefix}{n}", str(n)))
     rows(db, "CREATE TABLE floor (n int)")
     commits = timed(count, lambda n: rows(db, "INSERT INTO floor VALUES (%s)", n))
     bench.add_percentiles("floor of etcd to SQL: a put", puts)
     bench.add_percentiles("floor of SQL to etcd: a commit and a put", map(sum, zip(puts, commits)))
     bench.daemon(prefix, db)
-    endpoint, threads = bench.etcd.endpoint, bench.stack.enter_context(ThreadPoolExecutor())
-
-    def load_etcd(part: str, txns: int, rate: float) -> Any:
-        return bench.start(put_load, endpoint, prefix + part, txns, 100, 64, 4, rate)
-
-    def load_sql(part: str, txns: int, rate: float) -> Any:
-        return threads.submit(sql_load(db, 1, txns, INSERT_ROWS.format(prefix + part, 100), rate))
-
-    for what, target, latencies, load, column in (
-        ("latency etcd to SQL", endpoint, mirror_latencies(db, prefix), load_etcd, "events"),
-        ("latency SQL to etcd", db, watch_latencies(endpoint, prefix), load_sql, "applied"),
+    endpoint = bench.etcd.endpoint
+    for what, target, latencies in (
+        ("latency etcd to SQL", endpoint, mirror_latencies(db, prefix)),
+        ("latency SQL to etcd", db, watch_latencies(endpoint, prefix)),
     ):
         send, samples = sender(target), []
         next(latencies)  # both are there
         for n in range(count):
             send(f"{prefix}latency/{n}")
             samples.append(next(latencies))
-        bench.add_percentiles(f"{what}, one at a time", samples)
-        changes = bench.start(hundred_a_second, target, prefix, count)
-        bench.add_percentiles(f"{what}, 100 a second", list(itertools.islice(latencies, count)))
-        changes.result()
-        goal = scalar(db, f"SELECT {column} FROM etcd_sync_state") + txns * 100
-        began, _ = load("1/", txns, 0).result()
-        half = txns * 100 / (wait_state(db, column, goal) - began) / 2
-        loaded = load("2/", int(half / 100 * (count / 100 + 1)), half / 100)
-        changes = bench.start(hundred_a_second, target, prefix, count)
-        samples = list(itertools.islice(latencies, count))
-        bench.add_percentiles(f"{what}, loaded", samples, f"{half:,.0f} changes/s beside it")
-        changes.result(), loaded.result()
+        bench.add_percentiles(what, samples)
 
 
 def bare_pages(endpoint: str, prefix: str) -> float:
@@ -10797,36 +10721,17 @@ def bench_idle(bench: Bench) -> None:
     bench.add("idle: CPU", share * 100, "% of a core", note=memory(daemon))
 
 
-def bench_waiting(bench: Bench) -> None:
-    """How long an application waits for its outcome, one change after another."""
-    prefix, db = bench.setting()
-    bench.daemon(prefix, db)
-    sql = "SELECT etcd_set(%s, '1')", "SELECT etcd_wait(max(id)) FROM etcd_wal"
-    times = timed(scaled(1000), lambda n: (rows(db, sql[0], f"{prefix}{n % 10}"), rows(db, sql[1])))
-    bench.add_percentiles("etcd_set and etcd_wait", times)
-
-
 def bench_backlog(bench: Bench) -> None:
     """Pending changes that wait for the program to start: does it slow down as they grow?"""
-    for size in (10, 1000, 100_000, 1_000_000):
-        count = scaled(size, 10)
+    for size in (10_000, 1_000_000):
+        count = scaled(size)
         prefix, db = bench.setting()
         bench.daemon(prefix, db).stop()
         sql_load(db, 1, 1, INSERT_ROWS.format(prefix, count))()
         daemon = bench.daemon(prefix, db)
-        samples = [(time.monotonic(), 0)]
-        while samples[-1][1] < count:
-            time.sleep(0.02)
-            sample = time.monotonic(), scalar(db, "SELECT applied FROM etcd_sync_state")
-            if sample[1] > samples[-1][1]:
-                samples.append(sample)
-        (began, _), (ended, _) = samples[0], samples[-1]
-        note = memory(daemon)
-        if len(samples) > 20:
-            (t1, n1), (t2, n2) = samples[len(samples) // 10], samples[-len(samples) // 10]
-            first, last = n1 / (t1 - began), (count - n2) / (ended - t2)
-            note = f"first tenth {first:,.0f}/s, last tenth {last:,.0f}/s; {note}"
-        bench.add(f"backlog of {count:,} changes", count / (ended - began), "changes/s", note=note)
+        began = time.monotonic()
+        rate = count / (wait_state(db, "applied", count) - began)
+        bench.add(f"backlog of {count:,} changes", rate, "changes/s", note=memory(daemon))
         assert scalar(db, "SELECT count(*) FROM etcd_wal WHERE status = 'success'") == count
         daemon.stop()
 

@@ -3291,8 +3291,8 @@ def use_everything(db: str) -> None:
     covers(db, "/", 2, 9, pruned_revision=3, gaps='{"[7,8)"}', heartbeat_at="now")
     for read in [
         "etcd_get('/a')", "etcd_get_all('/a')", "etcd_get_all('/a', 3)", "etcd_list()",
-        "etcd_list('/', 1)", "etcd_at(6)", "etcd_at(6, '/a')", "etcd_kv", "etcd_kv WHERE key = '/a'",
-        "etcd_status", "etcd_schema_version()", "etcd_wait_revision(9)",
+        "etcd_list('/', 1)", "etcd_at(6)", "etcd_at(6, '/a')", "etcd_kv", "etcd_status",
+        "etcd_kv WHERE key = '/a'", "etcd_schema_version()", "etcd_wait_revision(9)",
         "etcd_revision_at(now(), '/')",
     ]:  # fmt: skip
         assert rows(db, f"SELECT * FROM {read}"), read
@@ -3932,8 +3932,8 @@ def test_any_scalar_is_put_as_its_text(schema):
     rows(schema, "CREATE TYPE pg_temp.color AS ENUM ('red')")
     values = {
         "5": "5", "5::smallint": "5", "1.50": "1.50", "1e3::float8": "1000", "true": "true",
-        "'{\"a\": 1}'::json": '{"a": 1}', "'{\"a\":1}'::jsonb": '{"a": 1}', "'{\"a\":1}'": '{"a":1}',
-        "'red'::pg_temp.color": "red",
+        "'{\"a\": 1}'::json": '{"a": 1}', "'{\"a\":1}'::jsonb": '{"a": 1}',
+        "'{\"a\":1}'": '{"a":1}', "'red'::pg_temp.color": "red",
         "'7f0c8f0e-0000-4000-8000-000000000000'::uuid": "7f0c8f0e-0000-4000-8000-000000000000",
         "date '2026-01-31'": "2026-01-31", "'x'::varchar": "x", "'y'::name": "y", "'日本'": "日本",
     }  # fmt: skip
@@ -4727,9 +4727,11 @@ def test_sqlalchemy_maps_the_view_with_a_version(schema):
         revision = sqlalchemy.Column(
             sqlalchemy.BigInteger, server_default=sqlalchemy.FetchedValue()
         )
-        __mapper_args__ = {
-            "version_id_col": revision, "version_id_generator": False, "eager_defaults": True,
-        }  # fmt: skip
+        __mapper_args__: ClassVar[dict[str, Any]] = {
+            "version_id_col": revision,
+            "version_id_generator": False,
+            "eager_defaults": True,
+        }
 
     engine = sqlalchemy.create_engine(
         "postgresql+psycopg2://", creator=lambda: psycopg2.connect(schema)

@@ -4720,7 +4720,9 @@ def test_sqlalchemy_maps_the_view_with_a_version(schema):
     orm = pytest.importorskip("sqlalchemy.orm")
     mirror(schema, ("/a", 3, "x"), ("/b", 4, '{"y": 1}'))
 
-    class Setting(orm.declarative_base()):
+    base: Any = orm.declarative_base()
+
+    class Setting(base):
         __tablename__ = "etcd_kv"
         key = sqlalchemy.Column(sqlalchemy.Text, primary_key=True)
         value = sqlalchemy.Column(sqlalchemy.Text)

@@ -1670,12 +1670,11 @@ SET tcp_keepalives_interval = 5;
 SET tcp_keepalives_count = 4;
 SET tcp_user_timeout = 30000;
 SELECT pid, backend_start::text, pg_catalog.current_setting('lock_timeout'),
+       current_schema(), pg_catalog.current_setting('search_path'), current_user,
        pg_notification_queue_usage()
 FROM pg_stat_activity WHERE pid = pg_backend_pid();
 """
-LISTEN_SQL = "LISTEN etcd_changes;"  # which no standby takes
 LIBPQ_DEFAULTS = {
-    "connect_timeout": "10",
     "keepalives_idle": "10",
     "keepalives_interval": "5",
     "keepalives_count": "4",
@@ -1692,16 +1691,13 @@ SELECT pg_catalog.pg_advisory_xact_lock(
 """
 LOCK_SQL = f"SELECT pg_catalog.pg_try_advisory_lock({LOCK_ID}) AS locked"
 LOCK_HOLDER_SQL = f"""
-SELECT l.pid, a.usename AS role, a.application_name
+SELECT l.pid, a.usename AS role, a.application_name, a.backend_start::text AS since
 FROM pg_locks l LEFT JOIN pg_stat_activity a ON a.pid = l.pid
 WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
   AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
   AND (l.classid::bigint << 32 | l.objid::bigint) = {LOCK_ID}
 """
-END_BACKEND_SQL = """
-SELECT pg_catalog.pg_terminate_backend(pid) FROM pg_stat_activity
-WHERE pid = %(pid)s AND backend_start = %(since)s::timestamptz
-"""
+END_HOLDER_SQL = f"SELECT pg_catalog.pg_terminate_backend(pid) FROM ({LOCK_HOLDER_SQL}) holder"
 OVERLAP_SQL = """
 SELECT prefix FROM etcd_sync_state
 WHERE prefix <> %(prefix)s
@@ -1725,6 +1721,7 @@ DEACTIVATE_SQL = """
 UPDATE etcd_sync_state SET host = NULL, pid = NULL, started_at = NULL, heartbeat_at = NULL
 WHERE prefix = %(prefix)s
 """
+NOTIFY_SQL = "SELECT pg_catalog.pg_notify(%s, %s)"
 EVENT_SQL = """
 INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, source_revision,
                              target_system, target_revision, duration, details)
@@ -1786,8 +1783,7 @@ WHERE pg_catalog.current_setting('server_version_num')::int >= 150000
   AND ('security_invoker=true' = ANY (c.reloptions)) IS NOT TRUE
 """
 SITUATION_SQL = """
-SELECT current_schema() AS schema,
-       (SELECT pg_catalog.min(relname::text) FROM pg_class
+SELECT (SELECT pg_catalog.min(relname::text) FROM pg_class
         WHERE relnamespace = pg_catalog.to_regnamespace(
                   pg_catalog.quote_ident(current_schema()))::oid
           AND relname IN ('etcd', 'etcd_wal', 'etcd_sync_state', 'etcd_sync_event')) AS foreign,
@@ -1847,35 +1843,41 @@ class Postgres:
         self.guard = guard
         self.prefix = config.etcd_dsn.prefix
         self.bounds = {"prefix": self.prefix, "after": text_after(self.prefix)}  # for SQL
-        dsn = config.postgres_dsn
-        given = psycopg2.extensions.parse_dsn(dsn)
-        extra: dict[str, Any] = {k: v for k, v in LIBPQ_DEFAULTS.items() if k not in given}
-        if "connect_timeout" in extra:
-            limit_s = limit_s or max(CONNECT_LEAST_S, config.startup_timeout)
-            extra["connect_timeout"] = int(min(float(extra["connect_timeout"]), limit_s))
+        limit_s = min(10.0, limit_s or max(CONNECT_LEAST_S, config.startup_timeout))
+        given = psycopg2.extensions.parse_dsn(config.postgres_dsn)
+        dsn = {
+            **LIBPQ_DEFAULTS,
+            "connect_timeout": int(limit_s),
+            **given,
+            "client_encoding": "UTF8",
+        }
         try:
-            self.conn = psycopg2.connect(
-                dsn, client_encoding="UTF8", cursor_factory=Cursor, **extra
-            )
+            self.conn = psycopg2.connect(**dsn, cursor_factory=Cursor)
         except psycopg2.Error as exc:
             raise postgres_error(exc) from exc
         self.conn.autocommit = True  # a statement by itself, unless inside transaction()
         self.prepared: dict[str, str] = {}  # see planned()
         with self.cursor() as cur:
-            cur.execute(LISTEN_SQL * listen + SESSION_SQL)
-            pid, since, self.lock_timeout, _ = cur.fetchone()
-            self.backend: tuple[int, str] = pid, since  # this session in pg_stat_activity
-        self.where = f"{self.conn.info.host or 'localhost'}:{self.conn.info.port or 5432}"
-        self.database = f"{self.where}/{self.conn.info.dbname}"
-        self.version = self.conn.info.server_version
+            cur.execute("LISTEN etcd_changes;" * listen + SESSION_SQL)
+            pid, since, self.lock_timeout, self.schema, path, role, _ = cur.fetchone()
+        self.backend: tuple[int, str] = pid, since  # this session in pg_stat_activity
+        if self.schema is None:
+            raise GrantMissing(
+                f"PostgreSQL: search_path is {path}, which names no schema that exists and that"
+                f" role {role} may use: CREATE SCHEMA, or GRANT USAGE, CREATE ON SCHEMA … TO {role}"
+            )
+        info = self.conn.info
+        self.where = f"{info.host or 'localhost'}:{info.port or 5432}"
+        self.database = f"{self.where}/{info.dbname}"
+        self.version = str(info.parameter_status("server_version")).split()[0]  # such as 15.4
         if listen:
             self.refuse_shared(dsn)
 
-    def refuse_shared(self, dsn: str) -> None:
+    def refuse_shared(self, dsn: Mapping[str, Any]) -> None:
         """Raises ConfigurationError behind a pooler that gives one session to several clients."""
         if self.conn.get_backend_pid() == self.backend[0]:
             return  # directly connected: a pooler reports a process id of its own making
-        with suppress(psycopg2.Error), closing(psycopg2.connect(dsn, connect_timeout=5)) as other:
+        with suppress(psycopg2.Error), closing(psycopg2.connect(**dsn)) as other:
             with self.guard.limit(other.fileno(), CONNECT_LEAST_S), other.cursor() as cur:
                 cur.execute("SELECT pg_catalog.pg_backend_pid() = %s", self.backend[:1])
                 shared = cur.fetchone()
@@ -1888,8 +1890,7 @@ class Postgres:
 
     def close(self) -> None:
         """Close the session, and with it the lock."""
-        with suppress(psycopg2.Error):
-            self.conn.close()
+        self.conn.close()
 
     @contextmanager
     def cursor(self, limit_s: float = STATEMENT_LIMIT_S) -> Iterator[Any]:
@@ -1951,22 +1952,8 @@ class Postgres:
         return found
 
     def try_lock(self) -> bool:
-        """Whether this session now holds the lock of its prefix. Raises AccessDenied."""
-        locked = self.query(LOCK_SQL)[0]["locked"]
-        if locked is None:  # because current_schema() is null
-            raise self.no_schema()
-        return bool(locked)
-
-    def no_schema(self) -> GrantMissing:
-        """The error that says why search_path names no schema that this role may use."""
-        row = self.query(
-            "SELECT pg_catalog.current_setting('search_path') AS path, current_user AS role"
-        )[0]
-        return GrantMissing(
-            f"PostgreSQL: search_path is {row['path']}, which names no schema that exists and that"
-            f" role {row['role']} may use: CREATE SCHEMA, or GRANT USAGE, CREATE ON SCHEMA … TO"
-            f" {row['role']}"
-        )
+        """Whether this session now holds the lock of its prefix."""
+        return bool(self.query(LOCK_SQL)[0]["locked"])
 
     def holder(self) -> dict[str, Any] | None:
         """Who holds the prefix's lock: pid (of the backend), role, application_name."""
@@ -1977,10 +1964,8 @@ class Postgres:
 
         A proxy may keep its connection to the server open, so that this does not notice.
         """
-        holder = self.holder()
-        if holder and holder["pid"] == pid:
-            with suppress(AccessDenied):
-                self.query(END_BACKEND_SQL, pid=pid, since=since)
+        with suppress(AccessDenied):
+            self.query(END_HOLDER_SQL + " WHERE (pid, since) = %(it)s", it=(pid, since))
 
     def name_session(self, role: str) -> None:
         """Show in pg_stat_activity whether this session is active or standby."""
@@ -1991,50 +1976,38 @@ class Postgres:
         """The version of the schema in the database, 0 for none."""
         with self.cursor() as cur:
             cur.execute("SELECT pg_catalog.to_regprocedure('etcd_schema_version()') IS NOT NULL")
-            if not cur.fetchone()[0]:
+            if cur.fetchone() == (False,):
                 return 0
             cur.execute("SELECT etcd_schema_version()")
-            (version,) = cur.fetchone()
-        if version is None:
-            raise EtcdFdwError("etcd_schema_version() returns null: apply schema.sql again")
-        return int(version)
-
-    def usable_schema_version(self) -> int:
-        """As schema_version(), after a check that there is a schema at all. Raises AccessDenied."""
-        if self.query("SELECT current_schema() IS NULL AS none")[0]["none"]:
-            raise self.no_schema()
-        return self.schema_version()
+            return int(cur.fetchone()[0])
 
     def has_tables(self) -> bool:
-        """Whether the schema was applied. Raises AccessDenied, OtherSchema."""
-        version = self.usable_schema_version()
+        """Whether the schema was applied. Raises OtherSchema."""
+        version = self.schema_version()
         if version not in (0, SCHEMA_VERSION):
             raise OtherSchema(version)
         return bool(version)
 
     def flaws(self) -> Iterator[EtcdFdwError]:
         """What start refuses, and config validate reports."""
-        if self.version < 130000:
+        if self.conn.info.server_version < 130000:
             yield EtcdFdwError("PostgreSQL 13 or later is needed: upgrade it")
-        encoding = self.query("SHOW server_encoding")[0]["server_encoding"]
+        encoding = self.conn.info.parameter_status("server_encoding")
         if encoding != "UTF8":
             yield EtcdFdwError(
                 f"the database's encoding is {encoding}: etcd_fdw needs a UTF8 database"
             )
-        version = self.usable_schema_version()
+        version, facts = self.schema_version(), self.query(SITUATION_SQL)[0]
         if version > SCHEMA_VERSION:
             yield OtherSchema(version)
-        facts = self.query(SITUATION_SQL)[0]
         if not version and facts["foreign"]:
             yield EtcdFdwError(
-                f"schema {facts['schema']} has a table {facts['foreign']} that is not etcd_fdw's:"
+                f"schema {self.schema} has a table {facts['foreign']} that is not etcd_fdw's:"
                 " use another schema, as with options=-csearch_path%3D… in --postgres-dsn"
             )
-        missing = [
-            r["format"] for r in self.query(PRIVILEGES_SQL, applies=version < SCHEMA_VERSION)
-        ]
-        if missing:
-            yield GrantMissing(f"PostgreSQL: these privileges are missing: {'; '.join(missing)}")
+        found = self.query(PRIVILEGES_SQL, applies=version < SCHEMA_VERSION)
+        if missing := "; ".join(row["format"] for row in found):
+            yield GrantMissing(f"PostgreSQL: these privileges are missing: {missing}")
         if 0 < version < SCHEMA_VERSION and not facts["owner"]:
             text = f"only the owner of schema version {version} can replace it"
             yield GrantMissing(f"PostgreSQL: {text}: psql -1 -f {SCHEMA_FILE.name}")
@@ -2043,11 +2016,8 @@ class Postgres:
                 f"PostgreSQL: a view bypasses row-level security; its owner mends it: {command}"
             )
         if version and not missing:
-            try:
-                with self.cursor() as cur:
-                    self.refuse_overlap(cur)
-            except EtcdFdwError as exc:
-                yield exc
+            with self.cursor() as cur:
+                yield from self.overlaps(cur)
 
     def check(self, but_for_grants: bool = False) -> None:
         """Raises the first of flaws()."""
@@ -2057,48 +2027,37 @@ class Postgres:
 
     def open_views(self) -> list[str]:
         """Statements that keep views from showing what row-level security hides; none is usual."""
-        return [row["command"] for row in self.query(OPEN_VIEWS_SQL)]
+        with self.cursor() as cur:
+            cur.execute(OPEN_VIEWS_SQL, self.bounds)
+            return [command for (command,) in cur]
+
+    def overlaps(self, cur: Any) -> Iterator[EtcdFdwError]:
+        """What is wrong if another mirror's prefix and this one have keys in common."""
+        cur.execute(OVERLAP_SQL, self.bounds)
+        for (other,) in cur:
+            yield EtcdFdwError(
+                f"prefix {self.prefix!r} overlaps with {other!r}, which this database mirrors"
+                " already: use another schema or database; if that mirror is retired, delete its"
+                " row of etcd_sync_state"
+            )
 
     def ensure_schema(self) -> None:
-        """Apply schema.sql if the database has none, or an older one."""
+        """Apply schema.sql if the database has none or an older one, or open_views()."""
         try:
             with self.transaction(LONG_STATEMENT_LIMIT_S) as cur:
-                applied = self.apply_schema(cur)
-        except AccessDenied as exc:
-            raise GrantMissing(
-                f"{exc}: have the owner of the schema apply it: psql -1 -f {SCHEMA_FILE.name}"
-            ) from exc
-        if applied:
-            log.info("applied schema version %(version)d", version=SCHEMA_VERSION)
-
-    def apply_schema(self, cur: Any) -> bool:
-        """Apply schema.sql if it is needed; whether it was."""
-        if self.schema_version() == SCHEMA_VERSION and not self.open_views():
-            return False
-        cur.execute(SCHEMA_LOCK_SQL)
-        found = self.schema_version()
-        if found > SCHEMA_VERSION:
-            raise OtherSchema(found)
-        if found == SCHEMA_VERSION and not self.open_views():
-            return False
-        try:
-            cur.execute(SCHEMA_FILE.read_text(encoding="utf-8"))
+                cur.execute(SCHEMA_LOCK_SQL)
+                if self.schema_version() == SCHEMA_VERSION and not self.open_views():
+                    return
+                cur.execute(SCHEMA_FILE.read_text(encoding="utf-8"))
         except OSError as exc:
             raise ConfigurationError(
                 f"cannot read {SCHEMA_FILE}: {exc.strerror}; put it beside the script"
             ) from exc
-        return True
-
-    def refuse_overlap(self, cur: Any) -> None:
-        """Raises EtcdFdwError if another mirror's prefix and this one have keys in common."""
-        cur.execute(OVERLAP_SQL, {"prefix": self.prefix})
-        found = cur.fetchone()
-        if found:
-            raise EtcdFdwError(
-                f"prefix {self.prefix!r} overlaps with {found[0]!r}, which this database"
-                " mirrors already: use another schema or database; if that mirror is retired,"
-                " delete its row of etcd_sync_state"
-            )
+        except AccessDenied as exc:
+            raise GrantMissing(
+                f"{exc}: have the owner of the schema apply it: psql -1 -f {SCHEMA_FILE.name}"
+            ) from exc
+        log.info("applied schema version %(version)d", version=SCHEMA_VERSION)
 
     def state(self) -> SyncState | None:
         """What is known of this prefix's mirror; None before the first snapshot."""
@@ -2110,26 +2069,9 @@ class Postgres:
         process = {"host": socket.gethostname(), "pid": os.getpid(), "version": __version__}
         self.query(ACTIVATE_SQL, **process, started_at=STARTED_AT, error=error)
 
-    def deactivate(self) -> None:
-        """Say in etcd_sync_state that nobody is active."""
-        self.query(DEACTIVATE_SQL)
-
-    def notify(self, cur: Any, channel: str, first: int, last: int) -> None:
-        """NOTIFY the channel of a range, once the transaction is committed."""
-        cur.defer("SELECT pg_catalog.pg_notify(%s, %s)", (channel, f"{first}-{last}"))
-
     def record_event(self, cur: Any, event: SynchronizationEvent) -> None:
         """Append to etcd_sync_event."""
         cur.execute(EVENT_SQL, {**event._asdict(), "prefix": self.prefix})
-
-    def pending_gauges(self) -> tuple[int, float]:
-        """Number of pending changes, and age of the oldest in seconds."""
-        row = self.query(PENDING_GAUGES_SQL)[0]
-        return row["pending"], row["oldest_s"]
-
-    def version_text(self) -> str:
-        """The server's version, such as 15.4."""
-        return f"{self.version // 10000}.{self.version % 10000}"
 
 
 # ── etcd side ──────────────────────────────────────────────────────────────────
@@ -2721,9 +2663,6 @@ SELECT w.id, w.id IN (SELECT free.id FROM free)
 FROM etcd_wal w WHERE w.id = ANY (%(ids)s::bigint[]) AND w.finished_at IS NULL
 """
 # Another schema of the database has the same ids.
-NOTIFY_OUTCOMES_SQL = (
-    "SELECT pg_catalog.pg_notify(%s, pg_catalog.concat(%s::text, current_schema()))"
-)
 AUDIT_CHANGES_SQL = """
 INSERT INTO etcd_sync_event (prefix, operation, status, key, source_system, target_system,
                              target_revision, duration, details)
@@ -2857,7 +2796,7 @@ class Outcomes:
         if audit or refused:
             audited = int_array(ids if audit else ids[: len(refused)])
             cur.defer(AUDIT_CHANGES_SQL, {"prefix": postgres.prefix, "ids": audited})
-        cur.defer(NOTIFY_OUTCOMES_SQL, (OUTCOME_CHANNEL, f"{min(ids)}-{max(ids)} "))
+        cur.defer(NOTIFY_SQL, (OUTCOME_CHANNEL, f"{min(ids)}-{max(ids)} {postgres.schema}"))
 
 
 def conflict_message(changes: Sequence[Change], current: Sequence[int | None]) -> str:
@@ -4450,7 +4389,7 @@ class Mirror:
             cur.execute(DROP_STAGING_SQL)
             self.advance(cur, staged.revision, Batch(staged.revision), Outcomes(), news)
             if channel := self.config.notify_channel:
-                self.postgres.notify(cur, channel, (old or 0) + 1, staged.revision)
+                cur.defer(NOTIFY_SQL, (channel, f"{(old or 0) + 1}-{staged.revision}"))
         self.metrics.count(news)
         warn_of_unstorable(staged.unstorable, staged.last_revision)
         log.info(
@@ -4492,7 +4431,8 @@ class Mirror:
         if state is None:
             # another instance may just be adding a prefix that overlaps
             cur.execute("LOCK TABLE etcd_sync_state IN SHARE ROW EXCLUSIVE MODE")
-            self.postgres.refuse_overlap(cur)
+            for flaw in self.postgres.overlaps(cur):
+                raise flaw
             cur.execute(NEW_STATE_SQL, arguments)
         else:
             cur.execute(RESYNC_STATE_SQL, {**arguments, "old": state.revision})
@@ -4568,7 +4508,7 @@ class Mirror:
                 cur.execute(AUDIT_EVENTS_SQL, {"prefix": self.postgres.prefix, **arguments})
             if config.notify_channel and batch.rows:
                 (_, first), (_, last) = next(iter(batch.rows)), next(reversed(batch.rows))
-                self.postgres.notify(cur, config.notify_channel, first, last)
+                cur.defer(NOTIFY_SQL, (config.notify_channel, f"{first}-{last}"))
             # what only mirrors need not be durable: rows and checkpoint are lost together
             if not outcomes.list:
                 cur.defer("SET LOCAL synchronous_commit = off")
@@ -4873,7 +4813,7 @@ class Session:
         """Work until asked to stop. Raises what ends the session."""
         while not self.finished():
             self.step()
-        self.postgres.deactivate()
+        self.postgres.query(DEACTIVATE_SQL)
 
     def take_over(self, state: SyncState) -> None:
         """Register as the active instance; record a takeover if the last one did not deregister."""
@@ -5096,7 +5036,8 @@ class Session:
     def count_pending(self) -> None:
         """Count pending changes."""
         metrics = self.metrics
-        metrics.pending, metrics.oldest_pending_s = self.postgres.pending_gauges()
+        row = self.postgres.query(PENDING_GAUGES_SQL)[0]
+        metrics.pending, metrics.oldest_pending_s = row["pending"], row["oldest_s"]
 
     def look_outside(self) -> float:
         """Warn of pending changes that no mirror will take."""
@@ -5287,7 +5228,7 @@ class Engine:
             text += "etcd_fdw %(version)s, pid %(pid)d, PostgreSQL %(postgresql)s at %(database)s,"
             text += " etcd %(etcd)s"
             facts.update(version=__version__, pid=os.getpid(), database=postgres.database)
-            facts.update(postgresql=postgres.version_text(), etcd=etcd.version)
+            facts.update(postgresql=postgres.version, etcd=etcd.version)
         self.current = session
         self.connected, self.established_at, self.lost_at = True, now, None
         self.set_state(MIRRORING)
@@ -5553,7 +5494,7 @@ def report_mirror(postgres: Postgres, etcd: Etcd, state: SyncState | None) -> No
 
 def report_pending(postgres: Postgres, etcd: Etcd, push: bool) -> None:
     """Say how many changes are pending, and what the first ones would meet."""
-    total, _ = postgres.pending_gauges()
+    total = postgres.query(PENDING_GAUGES_SQL)[0]["pending"]
     say(f"PostgreSQL to etcd: {describe(total, 'pending change')}" + PUSH_OFF * (not push))
     first = {**postgres.bounds, "limit": 20, "max_bytes": BATCH_BYTES, "in_flight": "{}"}
     with postgres.cursor() as cur:
@@ -5622,9 +5563,9 @@ JOIN etcd e ON e.key = m.key AND e.revision = m.revision
 def postgres_status(postgres: Postgres) -> dict[str, Any]:
     """What PostgreSQL knows of the prefix; the names are those of status --format json."""
     postgres.name_session("status")
-    version = postgres.version_text()
     standby = postgres.query("SELECT pg_catalog.pg_is_in_recovery() AS yes")[0]["yes"]
-    side = {"reachable": True, "endpoint": postgres.where, "version": version, "standby": standby}
+    side = {"reachable": True, "endpoint": postgres.where, "version": postgres.version}
+    side["standby"] = standby
     facts: dict[str, Any] = {"postgresql": side, "schema_version": postgres.schema_version()}
     facts["holder"] = postgres.holder()
     facts["standbys"] = postgres.query(STANDBYS_SQL)
@@ -5932,7 +5873,6 @@ SELECT pg_catalog.array_agg(id ORDER BY id) AS ids
 FROM etcd_refused WHERE pg_catalog.starts_with(key, %(prefix)s)
 GROUP BY txid ORDER BY pg_catalog.min(id)
 """
-END_HOLDER_SQL = f"SELECT pg_catalog.pg_terminate_backend(pid) FROM ({LOCK_HOLDER_SQL}) holder"
 
 
 class Goal:
@@ -6124,7 +6064,7 @@ def check_servers(config: Config) -> Iterator[Finding]:
     mirror_id = None
     try:
         with connection(config) as (_, postgres):
-            version, info = postgres.version_text(), postgres.conn.info
+            version, info = postgres.version, postgres.conn.info
             who = f"database {info.dbname}, user {info.user}"
             yield f"PostgreSQL {version} at {postgres.where}, {who}"
             flaws = list(postgres.flaws())

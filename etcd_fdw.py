@@ -5173,7 +5173,8 @@ class Engine:
             if self.backend:
                 postgres.end_backend(*self.backend)
             if not waiting:
-                holder = postgres.holder() or collections.defaultdict(lambda: "unknown")
+                facts = "pid", "role", "application_name"
+                holder = postgres.holder() or dict.fromkeys(facts, "unknown")  # gone by now
                 self.connected = waiting = True
                 self.resync = None  # the active instance copies
                 postgres.name_session("standby")

@@ -163,6 +163,7 @@ PAGE_KEYS = (16, 20000)
 PROOF_REVISIONS = 50_000  # most that a watch goes through to prove a timeline
 PROOF_BYTES = 16 << 20  # of values that etcd reads at once, for the same
 STATEMENT_LIMIT_S = 60.0  # for PostgreSQL's answer; then the connection counts as lost
+FILES_NEEDED = 32  # that a session may open
 CONNECT_LEAST_S = 2.0  # for a new connection, however short --startup-timeout is
 LONG_STATEMENT_LIMIT_S = 3600.0  # applying the schema, merging a snapshot
 STEADY_S = 2.0  # a session that lasted so long was no failed attempt
@@ -2109,8 +2110,8 @@ class Etcd:
     """A client of one etcd member. Every method raises the errors of etcd_error().
 
     With a user name, `metadata` has the token.  etcd forgets it after a while: call() and pages()
-    then authenticate() and ask again, as does Outbox for a Txn; a watch ends with TokenExpired,
-    and the next session has a new one.
+    then authenticate() and ask again; a watch ends with TokenExpired, and the next session has a
+    new one.
     """
 
     def __init__(
@@ -5058,6 +5059,16 @@ class Session:
 # ── engine ─────────────────────────────────────────────────────────────────────
 
 
+def check_descriptors() -> None:
+    """Raises Unavailable if few files can still be opened, for which gRPC aborts the process."""
+    with ExitStack() as stack:
+        try:
+            for _ in range(FILES_NEEDED):
+                stack.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+        except OSError as exc:
+            raise Unavailable(f"{exc.strerror}: raise the limit (ulimit -n)") from exc
+
+
 class Engine:
     """Runs sessions one after another until asked to stop; has what outlives a session.
 
@@ -5137,6 +5148,7 @@ class Engine:
 
     def session(self) -> None:
         """Connect, lock, schema, and work until asked to stop or a connection is lost."""
+        check_descriptors()
         with ExitStack() as stack:
             stack.callback(self.disconnected)
             postgres = Postgres(self.config, self.guard, limit_s=self.connect_limit_s())

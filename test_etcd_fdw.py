@@ -7420,6 +7420,19 @@ def test_unexpected_exception_is_a_new_session(daemon, db, prefix, etcd, tmp_pat
     wait_until("it did not go on", arrives(db, prefix + "a"))
 
 
+def test_no_file_descriptors_are_waited_out(daemon, db, prefix, own_etcd, own_client):
+    one = daemon(*FAST, etcd=own_etcd)
+    usual = resource.prlimit(one.pid, resource.RLIMIT_NOFILE)
+    own_etcd.stop()
+    in_use = len(list(Path(f"/proc/{one.pid}/fd").iterdir()))
+    resource.prlimit(one.pid, resource.RLIMIT_NOFILE, (in_use - 3, usual[1]))
+    one.wait_log("WARN Too many open files: raise the limit .*; retrying in")
+    resource.prlimit(one.pid, resource.RLIMIT_NOFILE, usual)
+    own_etcd.start()
+    own_client.put(prefix + "a", "1")
+    wait_until("it did not go on", arrives(db, prefix + "a"))
+
+
 def test_synchronous_standby_that_is_away_holds_up_nothing(daemon, own_postgres, prefix, etcd):
     db = own_postgres.dsn()
     one = daemon(*FAST, postgres=db)

@@ -2109,9 +2109,8 @@ def grant_hint(prefix: str) -> str:
 class Etcd:
     """A client of one etcd member. Every method raises the errors of etcd_error().
 
-    With a user name, `metadata` has the token.  etcd forgets it after a while: call() and pages()
-    then authenticate() and ask again; a watch ends with TokenExpired, and the next session has a
-    new one.
+    With a user name, `metadata` has the token.  etcd forgets it after a while: call() then asks
+    again with a new one; a watch ends with TokenExpired, and the next session has a new one.
     """
 
     def __init__(
@@ -2136,29 +2135,32 @@ class Etcd:
                 ca_cert=(target.ca or system_ca()) if target.tls else None,
                 cert_cert=target.cert,
                 cert_key=target.key,
-                timeout=target.dial_timeout,
                 grpc_options=options,
             )
         except (OSError, ValueError) as exc:
             raise EtcdUnavailable(f"etcd at {host}: {exc}") from exc
         self.metadata: tuple[tuple[str, str], ...] = (("hasleader", "true"),)
+        self.timeout = target.dial_timeout  # of a call
+        self.pool = ThreadPoolExecutor(32, "etcd")
         self.kv = etcdrpc.KVStub(self.client.channel)
         self.lease = etcdrpc.LeaseStub(self.client.channel)
+        self.auth = etcdrpc.AuthStub(self.client.channel)
         try:
             # not by etcd3, which passes the token as call credentials: those need TLS
-            self.authenticate(target.dial_timeout)
-            self.header = self.range(
-                self.key, self.range_end, target.dial_timeout, limit=1, keys_only=True
-            ).header
+            self.authenticate()
+            found = self.range(self.key, self.range_end, limit=1, keys_only=True)
+            self.header, self.empty = found.header, not found.kvs
             self.version = self.server_version()
-            release = [int(n) for n in re.findall(r"\d+", self.version)[:2]]  # []: unknown
-            if release and release < [3, 4]:
-                raise EtcdFdwError(f"etcd at {host} is {self.version}: 3.4 or later is needed")
         except EtcdFdwError as exc:
             self.close()
             if isinstance(exc, TokenExpired) and not target.username:
                 raise EtcdDenied(f"{exc}: the DSN names no user and password") from exc
             raise
+        self.timeout = target.request_timeout
+        self.release = tuple(int(n) for n in re.findall(r"\d+", self.version)[:3])  # (): unknown
+        if () < self.release < (3, 4):
+            self.close()
+            raise EtcdFdwError(f"etcd at {host} is {self.version}: 3.4 or later is needed")
 
     @property
     def cluster_id(self) -> str:
@@ -2176,7 +2178,7 @@ class Etcd:
 
         Older releases answer at once. Source: etcd's changelogs, #15248.
         """
-        release = tuple(int(n) for n in re.findall(r"\d+", self.version)[:3])  # (): unknown
+        release = self.release
         return not release or release >= (3, 5, 8) or (3, 4, 25) <= release < (3, 5)
 
     def server_version(self) -> str:
@@ -2187,54 +2189,35 @@ class Etcd:
         except AccessDenied:
             return "unknown"
 
-    def authenticate(self, timeout: float | None = None) -> None:
+    def authenticate(self) -> None:
         """Get a new token, if there is a user name and etcd wants one."""
-        if not self.target.username:
-            return
-        request = etcdrpc.AuthenticateRequest(
-            name=self.target.username, password=self.target.password
-        )
-        stub = etcdrpc.AuthStub(self.client.channel)
-        try:
-            token = stub.Authenticate(request, timeout=timeout or self.target.request_timeout).token
-        except grpc.RpcError as exc:
-            if "authentication is not enabled" in str(exc.details()):
-                return
-            raise etcd_error(exc, self.endpoint) from exc
-        self.metadata = (("hasleader", "true"), ("token", token))
+        target = self.target
+        request = etcdrpc.AuthenticateRequest(name=target.username, password=target.password)
+        if target.username:
+            with suppress(Rejected):  # "authentication is not enabled"
+                token = self.call(self.auth.Authenticate, request, renew=False).token
+                self.metadata = (("hasleader", "true"), ("token", token))
 
     def close(self) -> None:
         """Close the channel; calls under way end as cancelled."""
         self.client.close()
+        self.pool.shutdown(wait=False)
 
-    def call(self, method: Any, request: Any, timeout: float | None = None) -> Any:
-        """A call's response; a second try has a new token if that has expired."""
-        timeout = timeout or self.target.request_timeout
-        for last_try in (False, True):
-            try:
-                return method(request, timeout=timeout, metadata=self.metadata)
-            except grpc.RpcError as exc:
-                error = etcd_error(exc, self.endpoint)
-                if last_try or not (isinstance(error, TokenExpired) and self.target.username):
-                    raise error from exc
-            self.authenticate()
-        raise AssertionError("not reached")
+    def call(self, method: Any, request: Any, renew: bool = True) -> Any:
+        """A call's response. Safe from any thread."""
+        try:
+            return method(request, timeout=self.timeout, metadata=self.metadata)
+        except grpc.RpcError as exc:
+            error = etcd_error(exc, self.endpoint)
+            if not (renew and isinstance(error, TokenExpired) and self.target.username):
+                raise error from exc
+        self.authenticate()
+        return self.call(method, request, renew=False)
 
-    def range(
-        self, key: bytes, range_end: bytes = b"", timeout: float | None = None, **fields: Any
-    ) -> Any:
+    def range(self, key: bytes, range_end: bytes = b"", **fields: Any) -> Any:
         """One RangeResponse; fields are those of RangeRequest."""
         request = etcdrpc.RangeRequest(key=key, range_end=range_end, **fields)
-        return self.call(self.kv.Range, request, timeout)
-
-    def future(self, method: Any, request: Any) -> Any:
-        """The future of a call's response, which raises grpc.RpcError."""
-        timeout = self.target.request_timeout
-        return method.future(request, timeout=timeout, metadata=self.metadata)
-
-    def put(self, key: bytes, value: bytes) -> int:
-        """Put one key; the revision that it got."""
-        return int(self.call(self.kv.Put, etcdrpc.PutRequest(key=key, value=value)).header.revision)
+        return self.call(self.kv.Range, request)
 
     def check_write(self, key: bytes, range_end: bytes) -> None:
         """Ask whether a range could be written now. Raises PermissionDenied, WritesRefused."""
@@ -2250,9 +2233,8 @@ class Etcd:
         etcd checks both branches, whichever is taken.
         """
         request = etcdrpc.TxnRequest(success=operations)
-        request.compare.add(
-            result=etcdrpc.Compare.LESS, target=etcdrpc.Compare.MOD, key=self.key, mod_revision=0
-        )
+        less, mod = etcdrpc.Compare.LESS, etcdrpc.Compare.MOD
+        request.compare.add(result=less, target=mod, key=self.key, mod_revision=0)
         self.call(self.kv.Txn, request)
 
     def takes_operations(self, count: int) -> bool:
@@ -2268,38 +2250,32 @@ class Etcd:
     def other_prefix(self) -> str:
         """What to say if no key has the prefix, but some have it with, or without, a slash."""
         prefix = self.target.prefix
-        if not prefix or self.range(self.key, self.range_end, count_only=True).count:
+        slash = prefix.startswith("/")
+        other = prefix[1:] if slash else f"/{prefix}"
+        if not (self.empty and prefix and other):
             return ""
-        other = prefix[1:] if prefix.startswith("/") else f"/{prefix}"
-        try:
-            count = self.range(*prefix_range(other), count_only=True).count if other else 0
-        except AccessDenied:
-            return ""
-        how = f"prefix={other} in the query" if prefix.startswith("/") else f"{other} as the path"
-        return (
-            ""
-            if not count
-            else (
-                f"no key begins with {prefix!r}, but {describe(count, 'key')} with {other!r}:"
-                f" see {how} of --etcd-dsn"
-            )
-        )
+        with suppress(AccessDenied):
+            if count := self.range(*prefix_range(other), count_only=True).count:
+                how = f"prefix={other} in the query" if slash else f"{other} as the path"
+                return (
+                    f"no key begins with {prefix!r}, but {describe(count, 'key')} with {other!r}:"
+                    f" see {how} of --etcd-dsn"
+                )
+        return ""
 
     def may_write_some(self) -> bool:
         """Whether this user may write any key of the prefix; True where that cannot be asked."""
-        start, end = self.key, self.range_end
-        stub = etcdrpc.AuthStub(self.client.channel)
+        user = etcdrpc.AuthUserGetRequest(name=self.target.username)
         try:
-            request = etcdrpc.AuthUserGetRequest(name=self.target.username)
-            roles = self.call(stub.UserGet, request).roles
+            roles = self.call(self.auth.UserGet, user).roles
             for role in roles:
-                answer = self.call(stub.RoleGet, etcdrpc.AuthRoleGetRequest(role=role))
-                for perm in answer.perm:
+                for perm in self.call(
+                    self.auth.RoleGet, etcdrpc.AuthRoleGetRequest(role=role)
+                ).perm:
                     until = perm.range_end or perm.key + b"\0"
-                    overlaps = (end == b"\0" or perm.key < end) and (
-                        until == b"\0" or start < until
-                    )
-                    if overlaps and perm.permType != perm.READ:
+                    if perm.permType != perm.READ and overlap(
+                        (self.key, self.range_end), (perm.key, until)
+                    ):
                         return True
         except EtcdFdwError:
             return True
@@ -2310,57 +2286,41 @@ class Etcd:
         kvs = self.range(key).kvs  # with its value: without, etcd 3.7 leaves out the lease
         if not kvs or not kvs[0].lease:
             raise Rejected("the key has no lease" if kvs else "the key is not there")
-        requests = iter([etcdrpc.LeaseKeepAliveRequest(ID=kvs[0].lease)])
-        timeout = self.target.request_timeout
-        try:
-            call = self.lease.LeaseKeepAlive(requests, timeout=timeout, metadata=self.metadata)
-            renewed = next(call).TTL > 0
-        except grpc.RpcError as exc:
-            raise etcd_error(exc, self.endpoint) from exc
-        if not renewed:
+
+        def keep_alive(request: Any, **options: Any) -> Any:
+            return next(self.lease.LeaseKeepAlive(iter([request]), **options))
+
+        if self.call(keep_alive, etcdrpc.LeaseKeepAliveRequest(ID=kvs[0].lease)).TTL <= 0:
             raise Rejected("the key's lease has expired")
 
     def pages(self, revision: int) -> Iterator[Any]:
-        """RangeResponses over all that is mirrored at one revision, in key order; 0: now."""
-        target = self.target
-        for segment in segments(target.prefix, (RESERVED.decode(), *target.exclude)):
-            for page in self.pages_of(*segment, revision):
-                revision = revision or page.header.revision
-                yield page
+        """RangeResponses over all that is mirrored at one revision, in key order; 0: now.
 
-    def pages_of(self, key: bytes, range_end: bytes, revision: int) -> Iterator[Any]:
-        """RangeResponses over a range at one revision, in key order; 0: the current one.
-
-        Pages aim at PAGE_BYTES. The next page is asked for before this one is handed out.
+        Pages aim at PAGE_BYTES. The next one is asked for before this one is handed out.
         Raises Compacted.
         """
-        ask = etcdrpc.RangeRequest(
-            key=key, range_end=range_end, limit=PAGE_KEYS[0], revision=revision
-        )
-        future, renewed = self.future(self.kv.Range, ask), False
+        for key, range_end in segments(self.target.prefix, map(bytes.decode, self.target.hidden)):
+            asked = self.pool.submit(self.page, key, range_end, PAGE_KEYS[0], revision)
+            more = True
+            while more:
+                page = asked.result()
+                revision, more = revision or page.header.revision, page.more
+                if more:
+                    average = 1 + page.ByteSize() // len(page.kvs)
+                    limit = max(1, min(PAGE_BYTES // average, 4 * len(page.kvs), PAGE_KEYS[1]))
+                    key = page.kvs[-1].key + b"\0"
+                    asked = self.pool.submit(self.page, key, range_end, limit, revision)
+                yield page
+
+    def page(self, key: bytes, range_end: bytes, limit: int, revision: int) -> Any:
+        """One RangeResponse with so many keys, or fewer if they are too large."""
         while True:
             try:
-                page = future.result()
-            except grpc.RpcError as exc:
-                error = etcd_error(exc, self.endpoint)
-                if isinstance(error, TokenExpired) and not renewed:
-                    renewed = True  # it expired while the last page was being stored
-                    self.authenticate()
-                elif isinstance(error, TooLarge) and ask.limit > 1:
-                    ask.limit = max(1, ask.limit // 8)
-                else:
-                    raise error from exc
-                future = self.future(self.kv.Range, ask)
-                continue
-            ask.revision, renewed = ask.revision or page.header.revision, False
-            if page.more:
-                average = 1 + page.ByteSize() // len(page.kvs)
-                ask.limit = max(1, min(PAGE_BYTES // average, ask.limit * 4, PAGE_KEYS[1]))
-                ask.key = page.kvs[-1].key + b"\0"
-                future = self.future(self.kv.Range, ask)
-            yield page
-            if not page.more:
-                return
+                return self.range(key, range_end, limit=limit, revision=revision)
+            except TooLarge:
+                if limit == 1:
+                    raise
+                limit = max(1, limit // 8)
 
 
 class Watch(threading.Thread):
@@ -2370,10 +2330,10 @@ class Watch(threading.Thread):
         super().__init__(name="watch", daemon=True)
         self._endpoint = etcd.endpoint
         self._waker = waker
-        self._queue: collections.deque[Any] = collections.deque()
+        self._queue: collections.deque[tuple[Any, int]] = collections.deque()  # with their sizes
         self._queued_bytes = 0
+        self._stopped = False
         self._room = threading.Condition()
-        self._stopped = threading.Event()
         create = etcdrpc.WatchCreateRequest(
             key=etcd.key,
             range_end=etcd.range_end,
@@ -2397,8 +2357,7 @@ class Watch(threading.Thread):
         """Read until the stream ends or stop() is called."""
         try:
             for response in self._call:
-                if not self._put(response, response.ByteSize()):
-                    return
+                self._put(response, response.ByteSize())
             error: Exception = EtcdUnavailable(f"etcd at {self._endpoint}: the watch stream ended")
         except grpc.RpcError as exc:
             error = etcd_error(exc, self._endpoint)
@@ -2410,16 +2369,14 @@ class Watch(threading.Thread):
         """Whether there is something to take."""
         return bool(self._queue)
 
-    def _put(self, item: Any, size: int) -> bool:
+    def _put(self, item: Any, size: int) -> None:
         with self._room:
             # not reading on makes gRPC's flow control hold etcd back
-            while self._queued_bytes > QUEUE_MAX_BYTES and not self._stopped.is_set():
-                self._room.wait()
+            self._room.wait_for(lambda: self._queued_bytes <= QUEUE_MAX_BYTES or self._stopped)
             self._queue.append((item, size))
             self._queued_bytes += size
             if len(self._queue) == 1:
                 self._waker.wake()
-        return not self._stopped.is_set()
 
     def take(self) -> Any | None:
         """The next response, None if there is none. Raises the error that ended the stream."""
@@ -2435,10 +2392,10 @@ class Watch(threading.Thread):
 
     def stop(self) -> None:
         """End the stream and the thread."""
-        self._stopped.set()
         self._requests.put(None)
         self._call.cancel()
         with self._room:
+            self._stopped = True
             self._room.notify()
         self.join(STOP_LIMIT_S)
 
@@ -2897,7 +2854,8 @@ class Receipts:
             "database": database,
         }
         with self.grant_named():
-            return self.etcd.put(self.owner, json.dumps(identity).encode())
+            put = etcdrpc.PutRequest(key=self.owner, value=json.dumps(identity).encode())
+            return int(self.etcd.call(self.etcd.kv.Put, put).header.revision)
 
     @contextmanager
     def grant_named(self) -> Iterator[None]:
@@ -3004,7 +2962,7 @@ class Txn:
         self.etcd = receipts.etcd
         self.answer: Any = None  # see send()
         self.error: Exception | None = None
-        self.leases: dict[tuple[str, int], tuple[Any, Any]] = {}  # requests, and their futures
+        self.leases: dict[tuple[str, int], tuple[int, Future[Any]]] = {}  # ids, and their grants
         self.request = txn = etcdrpc.TxnRequest()
         if self.etcd.guarded:
             for transaction in transactions:
@@ -3064,9 +3022,9 @@ class Txn:
         """The id of the lease of so many seconds for the puts of a transaction."""
         if (txid, ttl) not in self.leases:
             request = etcdrpc.LeaseGrantRequest(ID=random.randrange(1, 1 << 63), TTL=ttl)
-            grant = self.etcd.future(self.etcd.lease.LeaseGrant, request)
-            self.leases[txid, ttl] = request, grant
-        return int(self.leases[txid, ttl][0].ID)
+            grant = self.etcd.pool.submit(self.etcd.call, self.etcd.lease.LeaseGrant, request)
+            self.leases[txid, ttl] = request.ID, grant
+        return self.leases[txid, ttl][0]
 
     def send(self) -> None:
         """Ask etcd: `answer` gets the TxnResponse of the fenced level, with the header.
@@ -3074,12 +3032,8 @@ class Txn:
         Or `error` why there is none; one about a lease is one of the Txn.
         """
         try:
-            for request, grant in self.leases.values():
-                if grant.exception():
-                    error = etcd_error(grant.exception(), self.etcd.endpoint)
-                    if not isinstance(error, TokenExpired):
-                        raise error
-                    self.etcd.call(self.etcd.lease.LeaseGrant, request)
+            for _, grant in self.leases.values():
+                grant.result()
             response = self.etcd.call(self.etcd.kv.Txn, self.request)
             if self.etcd.guarded:
                 response.responses[0].response_txn.header.CopyFrom(response.header)
@@ -3284,7 +3238,6 @@ class Outbox:
         self.receipts = Receipts(etcd, state.mirror_id)
         self.fence = self.receipts.fence(postgres.database)
         self.pipeline = Pipeline(waker)
-        self.renewer = ThreadPoolExecutor(1, "keepalive")
         self.renewals: collections.deque[tuple[OutboxTransaction, Future[None]]]
         self.renewals = collections.deque()  # in the order in which they are made
         self.retired = False  # nothing more is read or sent; answers are still taken
@@ -3467,7 +3420,7 @@ class Outbox:
     def renew(self, transaction: OutboxTransaction) -> None:
         """Have etcd renew a key's lease."""
         self.busy |= transaction.keys
-        future = self.renewer.submit(self.etcd.renew_lease, transaction.rows[0].key.encode())
+        future = self.etcd.pool.submit(self.etcd.renew_lease, transaction.rows[0].key.encode())
         future.add_done_callback(self.waker.wake)
         self.renewals.append((transaction, future))
 
@@ -3694,7 +3647,6 @@ class Outbox:
         """Send nothing any more."""
         self.retired = True
         self.pipeline.stop()
-        self.renewer.shutdown(wait=False)
 
     def is_settled(self) -> bool:
         """Whether no answer is outstanding, and every outcome was given out by due()."""

@@ -314,16 +314,19 @@ class EtcdFdwError(Exception):
     needs_person = False  # an ERROR and a long pause, though it is tried again
     remedy = ""  # what that person can do, if it is known
 
+    def __init_subclass__(cls, **attributes: Any) -> None:
+        """attributes: how a class differs from its base, which its head says."""
+        for name, value in attributes.items():
+            setattr(cls, name, value)
+
     def __init__(self, message: str = "", **attributes: Any) -> None:
-        """attributes: what differs from those of its class."""
+        """attributes: how this one differs from its class."""
         super().__init__(" ".join((message or str(self.__doc__)).split()))
         vars(self).update(attributes)
 
 
-class ConfigurationError(EtcdFdwError):
+class ConfigurationError(EtcdFdwError, exit_code=1):
     """the configuration is wrong"""
-
-    exit_code = 1
 
 
 class AnotherTimeline(EtcdFdwError):
@@ -353,42 +356,27 @@ class Busy(EtcdFdwError):
     """another instance is active"""
 
 
-class Stopped(EtcdFdwError):
+class Stopped(EtcdFdwError, exit_code=0):
     """asked to stop"""
 
-    exit_code = 0
+
+class InternalError(EtcdFdwError, exit_code=2, belongs_to=Room.SESSION, needs_person=True):
+    """a bug: with exit code 4 supervisors would not restart it"""
 
 
-class InternalError(EtcdFdwError):
-    """nobody has thought of this"""
-
-    exit_code = 2  # supervisors are told not to restart 4
-    belongs_to = Room.SESSION
-    needs_person = True
-
-
-class Unavailable(EtcdFdwError):
+class Unavailable(EtcdFdwError, exit_code=2, belongs_to=Room.SESSION):
     """a server cannot be reached, or not now: try again"""
 
-    exit_code = 2
-    belongs_to = Room.SESSION
 
-
-class AccessDenied(EtcdFdwError):
+class AccessDenied(EtcdFdwError, exit_code=3, belongs_to=Room.SESSION, needs_person=True):
     """permission or authentication failed"""
-
-    exit_code = 3
-    belongs_to = Room.SESSION
-    needs_person = True
 
 
 # ─ etcd ─
 
 
-class EtcdUnavailable(Unavailable):
+class EtcdUnavailable(Unavailable, side="etcd"):
     """etcd cannot be reached"""
-
-    side = "etcd"
 
 
 class Compacted(EtcdUnavailable):
@@ -397,54 +385,40 @@ class Compacted(EtcdUnavailable):
     revision: int | None = None  # to copy at, 0: the current one; None: the next watch tells it
 
 
-class TooLarge(EtcdUnavailable):
+class TooLarge(
+    EtcdUnavailable,
+    needs_person=True,
+    remedy="a value is larger than what this program takes: make it smaller; ",
+):
     """the answer is larger than gRPC was told to take: ask for less, or take more"""
 
-    needs_person = True
-    remedy = "a value is larger than what this program takes: make it smaller; "
 
-
-class EtcdDenied(AccessDenied):
+class EtcdDenied(AccessDenied, side="etcd"):
     """etcd does not know this user"""
-
-    side = "etcd"
 
 
 class TokenExpired(EtcdDenied):
     """etcd no longer takes this token: authenticate again"""
 
 
-class PermissionDenied(EtcdDenied):
+class PermissionDenied(EtcdDenied, belongs_to=Room.PUSH, remedy="grant what is missing; "):
     """etcd does not let this user do that"""
 
-    belongs_to = Room.PUSH
-    remedy = "grant what is missing; "
 
-
-class WritesRefused(EtcdUnavailable):
+class WritesRefused(EtcdUnavailable, belongs_to=Room.PUSH):
     """etcd takes no writes now, and may have applied this one; reads go on"""
 
-    belongs_to = Room.PUSH
 
-
-class Corrupt(WritesRefused):
+class Corrupt(WritesRefused, needs_person=True, remedy='see "etcdctl alarm list"; '):
     """etcd finds its own data corrupt"""
 
-    needs_person = True
-    remedy = 'see "etcdctl alarm list"; '
 
-
-class Unsupported(WritesRefused):
+class Unsupported(WritesRefused, needs_person=True, remedy="this server can only be mirrored; "):
     """this server takes no such transactions, as kine"""
 
-    needs_person = True
-    remedy = "this server can only be mirrored; "
 
-
-class Rejected(EtcdUnavailable):
+class Rejected(EtcdUnavailable, belongs_to=Room.CHANGE):
     """etcd refuses this one change, and would refuse it again"""
-
-    belongs_to = Room.CHANGE
 
 
 class RequestTooLarge(Rejected):
@@ -462,36 +436,26 @@ class LeaseNotFound(Rejected):
 # ─ PostgreSQL ─
 
 
-class PostgresUnavailable(Unavailable):
+class PostgresUnavailable(Unavailable, side="postgresql"):
     """PostgreSQL cannot be reached"""
 
-    side = "postgresql"
 
-
-class PostgresDenied(AccessDenied):
+class PostgresDenied(AccessDenied, side="postgresql"):
     """PostgreSQL does not let this role log in"""
 
-    side = "postgresql"
 
-
-class StatementRefused(PostgresUnavailable):
+class StatementRefused(PostgresUnavailable, belongs_to=Room.CHORE, needs_person=True):
     """a statement failed, the session has not: somebody's trigger, constraint or lock, or a bug"""
 
-    belongs_to = Room.CHORE
-    needs_person = True
 
-
-class NotNow(StatementRefused):
+class NotNow(StatementRefused, needs_person=False):
     """a statement ran into a lock, a limit or another transaction: the next try may pass"""
 
-    needs_person = False
 
-
-class GrantMissing(PostgresDenied, StatementRefused):
+class GrantMissing(
+    PostgresDenied, StatementRefused, belongs_to=Room.CHORE, remedy="grant what is missing; "
+):
     """PostgreSQL does not let this role do that"""
-
-    belongs_to = Room.CHORE
-    remedy = "grant what is missing; "
 
 
 class CopyRefused(StatementRefused):
@@ -1747,25 +1711,17 @@ WHERE status = 'pending'
   AND NOT EXISTS (SELECT FROM etcd_sync_state s WHERE pg_catalog.starts_with(w.key, s.prefix))
 ) o
 """
-# Tables that lack the same privileges share a GRANT.
 PRIVILEGES_SQL = """
-SELECT pg_catalog.format('GRANT %%s ON %%s TO %%I', privileges,
-                         pg_catalog.string_agg(name, ', ' ORDER BY position), current_user)
-FROM (
-    SELECT t.position, pg_catalog.quote_ident(t.name) AS name,
-           pg_catalog.string_agg(p.name, ', ' ORDER BY p.position) AS privileges
-    FROM pg_catalog.unnest(
-             ARRAY['etcd', 'etcd_wal', 'etcd_sync_state', 'etcd_sync_event', 'etcd_refused',
-                   'etcd_status']
-         ) WITH ORDINALITY t (name, position)
-    CROSS JOIN pg_catalog.unnest(
-             ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) WITH ORDINALITY p (name, position)
-    WHERE (t.name NOT IN ('etcd_refused', 'etcd_status') OR p.name = 'SELECT')
-      AND pg_catalog.to_regclass(t.name) IS NOT NULL
-      AND NOT pg_catalog.has_table_privilege(pg_catalog.to_regclass(t.name), p.name)
-    GROUP BY t.position, t.name
-) missing
-GROUP BY privileges
+SELECT pg_catalog.format('GRANT %%s ON %%I TO %%I', pg_catalog.string_agg(
+                             p.name, ', ' ORDER BY p.position), t.name, current_user)
+FROM pg_catalog.unnest(ARRAY['etcd', 'etcd_wal', 'etcd_sync_state', 'etcd_sync_event',
+                             'etcd_refused', 'etcd_status']) t (name)
+CROSS JOIN pg_catalog.unnest(
+    ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE']) WITH ORDINALITY p (name, position)
+WHERE (t.name NOT IN ('etcd_refused', 'etcd_status') OR p.name = 'SELECT')
+  AND pg_catalog.to_regclass(t.name) IS NOT NULL
+  AND NOT pg_catalog.has_table_privilege(pg_catalog.to_regclass(t.name), p.name)
+GROUP BY t.name
 UNION ALL
 SELECT pg_catalog.format('GRANT TEMPORARY ON DATABASE %%I TO %%I', current_database(), current_user)
 WHERE NOT pg_catalog.has_database_privilege(current_database(), 'TEMPORARY')
@@ -1784,12 +1740,11 @@ WHERE pg_catalog.current_setting('server_version_num')::int >= 150000
   AND ('security_invoker=true' = ANY (c.reloptions)) IS NOT TRUE
 """
 SITUATION_SQL = """
-SELECT (SELECT pg_catalog.min(relname::text) FROM pg_class
-        WHERE relnamespace = pg_catalog.to_regnamespace(
-                  pg_catalog.quote_ident(current_schema()))::oid
-          AND relname IN ('etcd', 'etcd_wal', 'etcd_sync_state', 'etcd_sync_event')) AS foreign,
-       (SELECT pg_catalog.pg_has_role(relowner, 'USAGE') FROM pg_class
-        WHERE oid = pg_catalog.to_regclass('etcd_sync_state')::oid) AS owner
+SELECT pg_catalog.min(relname::text) AS table, pg_catalog.bool_and(
+           pg_catalog.pg_has_role(relowner, 'USAGE')) AS owner
+FROM pg_class
+WHERE relnamespace = pg_catalog.to_regnamespace(pg_catalog.quote_ident(current_schema()))::oid
+  AND relname IN ('etcd', 'etcd_wal', 'etcd_sync_state', 'etcd_sync_event')
 """
 
 
@@ -2001,9 +1956,9 @@ class Postgres:
         version, facts = self.schema_version(), self.query(SITUATION_SQL)[0]
         if version > SCHEMA_VERSION:
             yield OtherSchema(version)
-        if not version and facts["foreign"]:
+        if not version and facts["table"]:
             yield EtcdFdwError(
-                f"schema {self.schema} has a table {facts['foreign']} that is not etcd_fdw's:"
+                f"schema {self.schema} has a table {facts['table']} that is not etcd_fdw's:"
                 " use another schema, as with options=-csearch_path%3D… in --postgres-dsn"
             )
         found = self.query(PRIVILEGES_SQL, applies=version < SCHEMA_VERSION)

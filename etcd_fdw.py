@@ -104,7 +104,6 @@ import random
 import re
 import secrets
 import select
-import selectors
 import shlex
 import shutil
 import socket
@@ -1278,14 +1277,6 @@ def log_printed(kind: type[BaseException], error: BaseException, _: object) -> N
 # ── waker and signals ──────────────────────────────────────────────────────────
 
 
-def wait_for_any(timeout: float, *sources: Any) -> bool:
-    """Wait until one of the sources can be read, or seconds have passed; whether one can."""
-    with selectors.PollSelector() as selector:  # unlike select(), takes any file descriptor
-        for source in sources:
-            selector.register(source, selectors.EVENT_READ)
-        return bool(selector.select(timeout))
-
-
 class Waker:
     """A pipe that ends the loop's wait."""
 
@@ -1294,17 +1285,17 @@ class Waker:
         os.set_blocking(self._reader, False)
         os.set_blocking(self._writer, False)
 
-    def fileno(self) -> int:
-        """For wait_for_any()."""
-        return self._reader
-
     def wake(self, *_: object) -> None:
         """Wake the loop. Safe from any thread."""
         with suppress(BlockingIOError):  # full: the loop will wake anyway
             os.write(self._writer, b"!")
 
-    def drain(self) -> None:
-        """Forget all calls of wake so far."""
+    def wait(self, timeout: float, *others: Any) -> None:
+        """Wait for wake(), for others to be readable, or for seconds; forget calls of wake()."""
+        poll = select.poll()  # unlike select(), takes any file descriptor
+        for source in (self._reader, *others):
+            poll.register(source, select.POLLIN)
+        poll.poll(1000 * timeout)
         with suppress(BlockingIOError):
             os.read(self._reader, 65536)
 
@@ -1349,7 +1340,7 @@ class Guard(threading.Thread):
     """Takes signals, and ends waits that last too long, also while the loop is inside libpq.
 
     libpq cannot be interrupted from Python: its socket is shut down instead, and the loop
-    sees a lost connection.  The signals are blocked in every thread; one more waits for them.
+    sees a lost connection.  The signals are blocked in every thread; this one waits for them.
     It only records them: SIGTERM and SIGINT set stop_by, which Session.finished() and
     Engine.check_stop() obey; the others wait in `requests` for Engine.handle_signals().
     """
@@ -1360,7 +1351,7 @@ class Guard(threading.Thread):
         self.notifier = SystemdNotifier(os.environ)
         self.stop_by: float | None = None  # monotonic; set once asked to stop
         self.exit_code = 0  # if it ends without having stopped in good order
-        self.listening = False
+        self.signals: tuple[int, ...] = ()  # which it takes, for a loop that is not to hang
         self.requests: set[int] = set()  # other signals, for the loop to take
         self.turned_at = time.monotonic()  # when the loop last went on
         self._lock = threading.Lock()
@@ -1373,11 +1364,9 @@ class Guard(threading.Thread):
 
     def listen(self) -> None:
         """Take signals from now on, and those that came before. Call from the main thread."""
-        self.listening = True
+        self.signals = SIGNALS
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        while signal.sigpending() & set(SIGNALS):
-            self._take_signal()
-        threading.Thread(target=self._take_signals, name="signals", daemon=True).start()
+        self._take_signal(0)
         self.start()
 
     def stop(self) -> None:
@@ -1409,12 +1398,12 @@ class Guard(threading.Thread):
 
     def run(self) -> None:
         hung_s = 0.0  # while this thread ran: a process that was frozen is not hung
+        tick_s = min(1.0, (self.notifier.watchdog_s or 3.0) / 3)
         while True:
-            tick_s = min(1.0, (self.notifier.watchdog_s or 3.0) / 3)
-            time.sleep(tick_s)
+            self._take_signal(tick_s)
             self._enforce(time.monotonic())
             hung_s = hung_s + tick_s if self.stuck_s() else 0.0
-            if hung_s > HANG_LIMIT_S and self.listening:
+            if hung_s > HANG_LIMIT_S and self.signals:
                 log.error("the loop hangs, perhaps in a library: ending, to be started again")
                 os._exit(InternalError.exit_code)
             if not hung_s and self.notifier.watchdog_s:
@@ -1422,14 +1411,12 @@ class Guard(threading.Thread):
             if not hung_s and not self.notifier.ready:  # a first copy takes as long as it takes
                 self.notifier.tell(EXTEND_TIMEOUT_USEC=30_000_000)
 
-    def _take_signals(self) -> None:
-        while True:
-            self._take_signal()
-
-    def _take_signal(self) -> None:
-        number = signal.sigwait(SIGNALS)
-        if number not in (signal.SIGTERM, signal.SIGINT):
-            self.requests.add(number)
+    def _take_signal(self, timeout: float) -> None:
+        taken = signal.sigtimedwait(self.signals, timeout)
+        if taken is None:
+            return
+        if taken.si_signo not in (signal.SIGTERM, signal.SIGINT):
+            self.requests.add(taken.si_signo)
             self.waker.wake()
         elif self.stop_by is None:
             self.stop()
@@ -2033,18 +2020,18 @@ class Postgres:
 # ── etcd side ──────────────────────────────────────────────────────────────────
 
 PUT, DELETE = 0, 1  # mvccpb.Event.EventType
-CHANNEL_OPTIONS = [
-    ("grpc.max_send_message_length", -1),
+CHANNEL_OPTIONS = {
+    "grpc.max_send_message_length": -1,
     # A dead peer is noticed in 25 s, with the default of keepalive=; etcd hangs up on pings more
     # often than every 5 s.
-    ("grpc.keepalive_timeout_ms", 10000),
-    ("grpc.http2.ping_timeout_ms", 10000),
-    ("grpc.keepalive_permit_without_calls", 0),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.enable_retries", 0),  # whether to send again is for the engine to decide
-    ("grpc.use_local_subchannel_pool", 1),  # a new client gets a new connection
-    ("grpc.enable_http_proxy", 0),  # etcd is behind no web proxy, whatever the environment says
-]
+    "grpc.keepalive_timeout_ms": 10000,
+    "grpc.http2.ping_timeout_ms": 10000,
+    "grpc.keepalive_permit_without_calls": 0,
+    "grpc.http2.max_pings_without_data": 0,
+    "grpc.enable_retries": 0,  # whether to send again is for the engine to decide
+    "grpc.use_local_subchannel_pool": 1,  # a new client gets a new connection
+    "grpc.enable_http_proxy": 0,  # etcd is behind no web proxy, whatever the environment says
+}
 
 
 def system_ca() -> str:
@@ -2076,11 +2063,10 @@ class Etcd:
         self.endpoint = host
         self.key, self.range_end = prefix_range(target.prefix)
         name, _, port = host.rpartition(":")
-        options: list[tuple[str, Any]] = list(CHANNEL_OPTIONS)
-        options.append(("grpc.keepalive_time_ms", int(1000 * target.keepalive)))
-        options.append(("grpc.max_receive_message_length", limit[0]))
+        options: dict[str, Any] = {**CHANNEL_OPTIONS, "grpc.max_receive_message_length": limit[0]}
+        options["grpc.keepalive_time_ms"] = int(1000 * target.keepalive)
         if target.server_name:
-            options.append(("grpc.ssl_target_name_override", target.server_name))
+            options["grpc.ssl_target_name_override"] = target.server_name
         try:
             # again, as files may have been replaced since: gRPC aborts the process for a wrong key
             check_files(vars(target))
@@ -2090,7 +2076,7 @@ class Etcd:
                 ca_cert=(target.ca or system_ca()) if target.tls else None,
                 cert_cert=target.cert,
                 cert_key=target.key,
-                grpc_options=options,
+                grpc_options=list(options.items()),
             )
         except (OSError, ValueError) as exc:
             raise EtcdUnavailable(f"etcd at {host}: {exc}") from exc
@@ -2105,44 +2091,28 @@ class Etcd:
             self.authenticate()
             found = self.range(self.key, self.range_end, limit=1, keys_only=True)
             self.header, self.empty = found.header, not found.kvs
-            self.version = self.server_version()
+            self.cluster_id = f"{self.header.cluster_id:x}"  # as etcdctl shows it
+            self.version = "unknown"
+            with suppress(AccessDenied):  # etcd 3.6 and later tell it only to root
+                stub = etcdrpc.MaintenanceStub(self.client.channel)
+                self.version = str(self.call(stub.Status, etcdrpc.StatusRequest()).version)
+            release = tuple(int(n) for n in re.findall(r"\d+", self.version)[:3])  # (): unknown
+            if () < release < (3, 4):
+                raise EtcdFdwError(f"etcd at {host} is {self.version}: 3.4 or later is needed")
         except EtcdFdwError as exc:
             self.close()
             if isinstance(exc, TokenExpired) and not target.username:
                 raise EtcdDenied(f"{exc}: the DSN names no user and password") from exc
             raise
         self.timeout = target.request_timeout
-        self.release = tuple(int(n) for n in re.findall(r"\d+", self.version)[:3])  # (): unknown
-        if () < self.release < (3, 4):
-            self.close()
-            raise EtcdFdwError(f"etcd at {host} is {self.version}: 3.4 or later is needed")
-
-    @property
-    def cluster_id(self) -> str:
-        """In hexadecimal, as etcdctl shows it."""
-        return f"{self.header.cluster_id:x}"
+        # Whether it answers WatchProgressRequest only when it has sent all events until then: older
+        # releases answer at once.  Source: etcd's changelogs, #15248.
+        self.tells_progress = not ((3, 5) <= release < (3, 5, 8) or () < release < (3, 4, 25))
 
     @property
     def guarded(self) -> bool:
         """Whether etcd knows who this client is, and may have told it what it may not do."""
         return "token" in dict(self.metadata) or self.target.cert is not None
-
-    @property
-    def tells_progress(self) -> bool:
-        """Whether etcd answers WatchProgressRequest only when it has sent all events until then.
-
-        Older releases answer at once. Source: etcd's changelogs, #15248.
-        """
-        release = self.release
-        return not release or release >= (3, 5, 8) or (3, 4, 25) <= release < (3, 5)
-
-    def server_version(self) -> str:
-        """Such as 3.5.1; "unknown" if this user may not ask (etcd 3.6 and later want root)."""
-        stub = etcdrpc.MaintenanceStub(self.client.channel)
-        try:
-            return str(self.call(stub.Status, etcdrpc.StatusRequest()).version)
-        except AccessDenied:
-            return "unknown"
 
     def authenticate(self) -> None:
         """Get a new token, if there is a user name and etcd wants one."""
@@ -2375,8 +2345,7 @@ def revisions_after(
     try:
         while time.monotonic() < deadline and max(found, default=0) <= until:
             watch.ask()
-            wait_for_any(STATUS_WATCH_S / 10, waker)
-            waker.drain()
+            waker.wait(STATUS_WATCH_S / 10)
             while response := watch.take():
                 if response.compact_revision:
                     raise Compacted(revision=response.compact_revision)
@@ -4792,8 +4761,7 @@ class Session:
         self.note_lag()
         if not self.postgres.notified():
             timeout = max(0.0, deadline - time.monotonic())
-            wait_for_any(timeout, self.postgres.conn, self.waker)
-            self.waker.drain()
+            self.waker.wait(timeout, self.postgres.conn)
             if not self.postgres.notified():
                 return
         self.dirty = True
@@ -5209,8 +5177,7 @@ class Engine:
         while not self.guard.stopping and time.monotonic() < deadline:
             self.guard.turned_at = time.monotonic()
             timeout = min(max(0.0, deadline - time.monotonic()), HEARTBEAT_S)
-            wait_for_any(timeout, self.waker)
-            self.waker.drain()
+            self.waker.wait(timeout)
             self.handle_signals()
 
     # ─ counters ─
@@ -5869,7 +5836,8 @@ def bring_in_step(config: Config) -> int:
                     engine.check_stop()
     if not goal.reached:
         raise EtcdFdwError("stopped before both sides were in step: run it again")
-    engine.guard.stop_by, engine.guard.listening = None, False  # a comparison may follow
+    engine.guard.stop_by, engine.guard.signals = None, ()  # a comparison may follow
+    take_signals(signal.SIG_DFL, signal.SIGINT, signal.SIGTERM)
     assert goal.seen is not None
     return goal.seen[0]
 

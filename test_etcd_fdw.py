@@ -3686,8 +3686,6 @@ BAD_ARGUMENTS = [
     ("etcd_retry(1)", "P0002", "etcd_refused"),
     ("etcd_dismiss(NULL)", "P0002", "etcd_refused"),
     ("etcd_cancel(1)", "P0002", None),
-    ("etcd_keepalive('')", "23514", None),
-    ("etcd_keepalive(NULL)", "23502", None),
 ]
 
 
@@ -3695,7 +3693,8 @@ def test_writing_refuses_bad_arguments(schema):
     for call, sqlstate, hint in BAD_ARGUMENTS:
         error = refused(sqlstate, schema, f"SELECT {call}")
         assert hint is None or hint in error.message_hint
-        assert wal(schema) == []
+    refused("23514", schema, "SELECT etcd_keepalive('')")
+    assert wal(schema) == []
 
 
 def test_forced_changes_are_made_on_no_version(schema):
@@ -4944,8 +4943,8 @@ def test_random_histories(daemon, db, own_client, network):
         prefix = f"/h{next(_numbers)}/"
         options = f"--max-txn-ops={max_ops}", f"--batch-size={batch}", "--retry-max=200ms"
         start = partial(daemon, *options, etcd=etcd_dsn(network.endpoint, prefix))
-        # a whole transaction leaves room for the receipt, its nesting, and a refusal
-        history = History(db, own_client, network, prefix, start, max_ops - 3)
+        # as the README says: 96 changes of 100 operations
+        history = History(db, own_client, network, prefix, start, max_ops - 4)
         try:
             history.start()
             for name, *args in steps:

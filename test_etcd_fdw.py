@@ -2408,18 +2408,6 @@ def test_mirror_of_an_older_version_gets_all_that_etcd_tells(
     assert not scalar(db, "SELECT count(*) FROM etcd_sync_event WHERE operation = 'repair'")
 
 
-def test_what_else_is_wrong_with_an_old_mirror_is_repaired(daemon, db, prefix, etcd):
-    etcd.put(prefix + "a", "1")
-    etcd.put(prefix + "z", "1")
-    daemon().stop()
-    extra = "INSERT INTO etcd (key, value, revision) SELECT %s, '1', revision FROM etcd_sync_state"
-    rows(db, extra, prefix + "extra")
-    rows(db, f"DELETE FROM etcd WHERE key = %s; {OLD_MIRROR}", prefix + "a")
-    rows(db, "UPDATE etcd_sync_state SET unrepaired = true")
-    daemon().wait_log("WARN .* repaired 2 differences")
-    wait_equal(db, etcd, prefix)
-
-
 def test_who_holds_the_lock_of_a_generation_does_not_hold_up_the_mirror(daemon, db, prefix, etcd):
     daemon()
     lock = "pg_try_advisory_lock_shared(_etcd_generation_lock(prefix, generation + n))"
@@ -2478,9 +2466,11 @@ def test_own_columns_indexes_and_triggers_do_not_matter(
     etcd.put(prefix.encode() + b"\xff", "")
     etcd.delete(prefix.encode() + b"\xff")
     wait_equal(db, etcd, prefix)
-    rows(db, "UPDATE etcd_sync_state SET unrepaired = true")
     one.stop()
+    rows(db, "UPDATE etcd_sync_state SET unrepaired = true")
+    rows(db, "DELETE FROM etcd WHERE key = %s", prefix + "a")
     two = daemon("--audit", "all")
+    two.wait_log("WARN .* repaired 1 difference")
     rows(db, "DELETE FROM etcd WHERE key = %s", prefix + "a")
     command("validate", "--fix", exit_code=0)
     command("status", exit_code=0)
@@ -3552,7 +3542,7 @@ def test_the_revision_of_a_time(schema):
     covers(schema, "/a/", 1, 99)
     for revision, age in [(10, "3 days"), (11, "3 days"), (20, "2 h"), (30, "2 s")]:
         mirrored = (
-            "INSERT INTO etcd (ts, key, value, revision) VALUES (now() - %s::interval, %s, 'v', %s)"
+            "INSERT INTO etcd (ts, key, value, revision) VALUES (now() - %s::interval, %s, '', %s)"
         )
         rows(schema, mirrored, age, "/a/x", revision)
         rows(schema, mirrored, age, "/b/other", revision + 500)
@@ -3617,31 +3607,21 @@ def test_revisions_of_a_long_history_are_found_by_block_ranges(schema):
 # ─ writing ─
 
 
-def test_set_is_made_on_the_latest_known_version(schema):
-    mirror(schema, ("/a", 3, "x"), ("/a", 8, "y"), ("/gone", 4, "x"), ("/gone", 9, None))
-    rows(schema, "SELECT etcd_set('/a', ''), etcd_set('/gone', '1')")
-    rows(schema, "SELECT etcd_set_bytes('/new', '\\xff00'), etcd_delete('/nothing')")
-    assert wal(schema) == [
-        ("/a", "", None, 8, None),
-        ("/gone", "1", None, None, None),
-        ("/new", None, b"\xff\0", None, None),
-        ("/nothing", None, None, None, None),
-    ]
-
-
 def test_changes_to_one_key_build_on_each_other(schema):
-    mirror(schema, ("/a", 3, "x"))
-    rows(schema, "SELECT etcd_set('/a', '1'), etcd_set('/b', '1'), etcd_delete('/a')")
-    rows(schema, "SELECT etcd_set('/a', '2')")
+    mirror(schema, ("/a", 2, "w"), ("/a", 3, "x"), ("/gone", 4, "x"), ("/gone", 9, None))
+    rows(schema, "SELECT etcd_set('/a', '1'), etcd_set('/b', ''), etcd_delete('/a')")
+    rows(schema, "SELECT etcd_set('/a', '2'), etcd_set('/gone', '1'), etcd_delete('/nothing')")
     assert wal(schema, "id, key, value, revision, depends_on") == [
         (1, "/a", "1", 3, None),
-        (2, "/b", "1", None, None),
+        (2, "/b", "", None, None),
         (3, "/a", None, 3, 1),
         (4, "/a", "2", 3, 3),
+        (5, "/gone", "1", None, None),
+        (6, "/nothing", None, None, None),
     ]
     for change in (1, 3, 4):
         finish(schema, change, "success", 4)
-    assert rows(schema, "SELECT etcd_set('/a', '3')") == [(5,)]
+    assert rows(schema, "SELECT etcd_set('/a', '3')") == [(7,)]
     assert wal(schema, "depends_on")[-1] == (None,)  # nothing pending any more
 
 
@@ -4032,17 +4012,6 @@ def test_waiting_sleeps_until_the_daemon_commits_it(schema, call, done, result):
         assert cur.fetchall() == [result]
 
 
-def test_waiting_works_on_a_standby(own_postgres):
-    db = own_postgres.dsn()
-    rows(db, SCHEMA_SQL)
-    covers(db, "/a/", 1, 9)
-    with streaming_standby(own_postgres) as (standby, _, _), ThreadPoolExecutor() as pool:
-        waiter = pool.submit(scalar, standby.dsn(), "SELECT etcd_wait_revision(10, '90 s')")
-        wait_until("nobody waits", lambda: scalar(standby.dsn(), SLEEPING))
-        rows(db, ADVANCE)
-        assert waiter.result(timeout=90) == 10
-
-
 def test_waiting_for_a_transaction_tells_its_worst_end(schema):
     covers(schema, "/a/", 1, 9)
     rows(schema, "SELECT etcd_set('/a/' || g, 'v') FROM generate_series(1, 3) g")
@@ -4077,8 +4046,12 @@ def test_put_sets_commits_and_waits(db, daemon, etcd, prefix):
         with pytest.raises(psycopg2.errors.InvalidTransactionTermination):
             cur.execute(f"BEGIN; CALL etcd_put('{prefix}b', 'v')")
         cur.execute("ROLLBACK")
-    rows(db, "SELECT etcd_set(%s, 'mine')", prefix + "c")
-    assert scalar(db, "SELECT count(*) FROM etcd_wal") == 2
+    with ThreadPoolExecutor() as pool:
+        waiter = pool.submit(scalar, db, "SELECT etcd_wait_revision(%s, '60 s')", revision + 1)
+        wait_until("it does not sleep until the daemon commits", lambda: blocked(db))
+        etcd.put(prefix + "b", "w")
+        assert waiter.result(timeout=WAIT_S) > revision
+    assert scalar(db, "SELECT value FROM etcd_get(%s)", prefix + "b") == "w"
 
 
 def test_waiting_says_why_it_cannot_or_not_longer(schema):
@@ -4105,20 +4078,6 @@ def test_waiting_says_why_it_cannot_or_not_longer(schema):
     for call in ("etcd_wait(1)", "etcd_wait_revision(10, p_prefix => '/a/')"):
         error = refused("25000", schema, f"BEGIN ISOLATION LEVEL SERIALIZABLE; SELECT {call}")
         assert "READ COMMITTED" in error.message_hint
-
-
-def test_applications_wait_for_what_they_wrote(db, daemon, own_etcd):
-    daemon(etcd=etcd_dsn(own_etcd.endpoint, "/"))
-    change = scalar(db, "SELECT etcd_set('/a', 'v')")
-    ended = rows(db, "SELECT * FROM etcd_wait(%s, '60 s')", change)
-    with EtcdClient(own_etcd.endpoint) as etcd, ThreadPoolExecutor() as pool:
-        assert ended == [("success", etcd.get("/a").mod_revision, None)]
-        revision = etcd.revision() + 1
-        waiter = pool.submit(scalar, db, "SELECT etcd_wait_revision(%s, '60 s')", revision)
-        wait_until("it does not sleep until the daemon commits", lambda: blocked(db))
-        etcd.put("/b", "w")
-        assert waiter.result(timeout=WAIT_S) >= revision
-        assert scalar(db, "SELECT value FROM etcd_get('/b')") == "w"
 
 
 def ends(db: str, *statements: str, **names: str) -> list[tuple[Any, ...]]:
@@ -4218,22 +4177,6 @@ def test_an_empty_etcd_is_filled_from_the_mirror(db, daemon, command, prefix, et
 # ─ etcd_kv ─
 
 
-def test_kv_turns_statements_into_changes(schema):
-    mirror(schema, ("/a", 3, "x"), ("/b", 4, "x"), ("/b2", 4, "x"), ("/gone", 5, None))
-    rows(schema, "INSERT INTO etcd_kv (key, value) VALUES ('/new', '1'), ('/gone', '2')")
-    rows(schema, "UPDATE etcd_kv SET value = value || 'y' WHERE key LIKE '/b%'")
-    rows(schema, "DELETE FROM etcd_kv WHERE key = '/a'")
-    assert rows(schema, "UPDATE etcd_kv SET value = 'z' WHERE key = '/none' RETURNING 1") == []
-    assert set(wal(schema, "ttl, force")) == {(None, False)}  # a lease stays
-    assert sorted(wal(schema)) == [
-        ("/a", None, None, 3, None),
-        ("/b", "xy", None, 4, None),
-        ("/b2", "xy", None, 4, None),
-        ("/gone", "2", None, None, None),
-        ("/new", "1", None, None, None),
-    ]
-
-
 def test_kv_refuses_a_key_with_a_pending_change(schema):
     mirror(schema, ("/a", 3, "x"))
     refused("23505", schema, "INSERT INTO etcd_kv (key, value) VALUES ('/a', 'y')")
@@ -4250,9 +4193,10 @@ def test_kv_refuses_a_key_with_a_pending_change(schema):
 
 
 def test_kv_builds_on_what_its_own_transaction_has_queued(schema):
-    mirror(schema, ("/a", 3, "x"), ("/b", 4, "x"))
+    mirror(schema, ("/a", 3, "x"), ("/b", 4, "x"), ("/gone", 5, None))
     with session(schema, "BEGIN") as cur:
         for statement, count in [
+            ("UPDATE etcd_kv SET value = 'z' WHERE key = '/none'", 0),
             ("INSERT INTO etcd_kv (key, value) VALUES ('/new', '1')", 1),
             ("UPDATE etcd_kv SET value = '2' WHERE key = '/new'", 1),
             ("UPDATE etcd_kv SET value = '2', revision = 0 WHERE value = '2' AND revision = 0", 1),
@@ -4263,6 +4207,7 @@ def test_kv_builds_on_what_its_own_transaction_has_queued(schema):
             ("UPDATE etcd_kv SET value = 'z' WHERE key = '/a' AND revision = 3", 1),
             ("DELETE FROM etcd_kv WHERE key = '/b'", 1),
             ("UPDATE etcd_kv SET value = 'y' WHERE key = '/b'", 0),  # as of a row that is deleted
+            ("INSERT INTO etcd_kv (key, value) VALUES ('/gone', '1')", 1),
             ("SELECT FROM etcd_kv", 2),  # what etcd has
         ]:
             cur.execute(statement)
@@ -4280,7 +4225,9 @@ def test_kv_builds_on_what_its_own_transaction_has_queued(schema):
         ("/a", "y", 3, None),
         ("/a", "z", 3, 6),
         ("/b", None, 4, None),
+        ("/gone", "1", None, None),
     ]
+    assert set(wal(schema, "ttl, force")) == {(None, False)}  # a lease stays
 
 
 def test_kv_skips_no_pending_creation_in_silence(schema):
@@ -4472,18 +4419,6 @@ def test_example_grants_let_an_application_write_changes_only(schema, role):
     rows(schema, f"REVOKE INSERT (ttl) ON etcd_wal FROM {role}")  # what was granted before 2.1
     rows(app, "SELECT etcd_set('/app/g', 'y')")
     refused("42501", app, "SELECT etcd_set('/app/g', 'y', ttl => '9 s')")
-
-
-def test_functions_give_no_rights_that_the_caller_lacks(schema, role):
-    rows(schema, "SELECT etcd_set('/a', 'v')")
-    finish(schema, 1, "failed")
-    for call in [
-        "etcd_get('/a')", "etcd_get_all('/a')", "etcd_list()", "etcd_at(1)",
-        "etcd_set('/a', '1')", "etcd_set('/a', '1'::jsonb)", "etcd_set_bytes('/a', '1')",
-        "etcd_set_many('{\"/a\": 1}')", "etcd_delete('/a')", "etcd_delete_prefix('/a')",
-        "etcd_wait(1)", "etcd_wait_revision(1)", "etcd_retry(1)", "etcd_dismiss(1)",
-    ]:  # fmt: skip
-        refused("42501", make_dsn(schema, user=role), f"SELECT {call}")
 
 
 @pytest.mark.usefixtures("altered")
@@ -4885,25 +4820,6 @@ class History:
             self.recorder, self.db, whole=self.max_ops, compacted=self.compacted
         )
         assert set(statuses) <= {"success", "conflict", "guarded"}, statuses
-
-
-def test_deletes_of_what_was_not_there_before_a_crash(daemon, db, prefix, etcd):
-    daemon().stop()
-    rows(db, "SELECT etcd_delete(key) FROM unnest(%s) key", [prefix + "a", prefix + "b"])
-    with session(db, "BEGIN; SELECT FROM etcd_wal FOR UPDATE"):
-        first = daemon()
-        wait_until("no outcome is due", lambda: daemon_waits_on(db, "transactionid"))
-        first.kill()
-    etcd.put(prefix + "a", "theirs")
-    daemon()
-    assert [ended(db, id_).outcome for id_ in (1, 2)] == [("success", None)] * 2
-
-
-def test_mirror_whose_state_is_deleted_under_the_daemon_goes_on(daemon, db, prefix):
-    daemon(*FAST)
-    rows(db, "DELETE FROM etcd_sync_state")
-    rows(db, "SELECT etcd_set(%s, 'mine')", prefix + "a")
-    assert statuses(db) == ["success"]
 
 
 @pytest.mark.parametrize("written", [0, 54])
@@ -6709,21 +6625,6 @@ def test_etcd_restored_from_a_backup(daemon, db, prefix, own_etcd, tmp_path, how
     assert rows(db, sql) == state
 
 
-def leave(daemon, db, client, prefix, path, known: str) -> int:
-    """Have a mirror end past a backup of etcd, and etcd without what came since; the checkpoint."""
-    client.put(prefix + "a", "1")
-    if known == "watched":
-        daemon(etcd=client).stop()
-    client.put("elsewhere", "1")
-    client.snapshot(path)
-    for number in range(9):
-        client.put("elsewhere", str(number))
-    daemon(etcd=client).stop()
-    if known == "watched":  # as after a progress notification
-        rows(db, "UPDATE etcd_sync_state SET revision = %s", client.revision())
-    return scalar(db, "SELECT revision FROM etcd_sync_state")
-
-
 @pytest.mark.parametrize("limit", ["", "etcd_fdw.PROOF_REVISIONS = 0"], ids=["few", "many"])
 @pytest.mark.parametrize("known", ["copied", "watched"])
 @pytest.mark.parametrize("then", ["nothing", "put", "delete", "put and delete", "too late"])
@@ -6731,7 +6632,17 @@ def test_what_a_restored_etcd_did_instead_is_found(
     daemon, db, prefix, own_etcd, tmp_path, limit, known, then
 ):
     with EtcdClient(own_etcd.endpoint) as client:
-        checkpoint = leave(daemon, db, client, prefix, tmp_path / "backup", known)
+        client.put(prefix + "a", "1")
+        if known == "watched":
+            daemon(etcd=client).stop()
+        client.put("elsewhere", "1")
+        client.snapshot(tmp_path / "backup")
+        for number in range(9):
+            client.put("elsewhere", str(number))
+        daemon(etcd=client).stop()
+        checkpoint = client.revision()
+        if known == "watched":  # as after a progress notification
+            rows(db, "UPDATE etcd_sync_state SET revision = %s", checkpoint)
         restore(own_etcd, tmp_path / "backup")
     with EtcdClient(own_etcd.endpoint) as client:
         if "put" in then:
@@ -7014,8 +6925,8 @@ def streaming_standby(primary: LocalPostgres) -> Iterator[tuple[LocalPostgres, P
         )
 
 
-def test_status_on_a_standby(daemon, command, own_postgres, prefix):
-    with streaming_standby(own_postgres) as (standby, _, _):
+def test_status_and_waiting_on_a_standby(daemon, command, own_postgres, etcd, prefix):
+    with streaming_standby(own_postgres) as (standby, _, _), ThreadPoolExecutor() as pool:
         one = daemon(postgres=own_postgres.dsn())
         copied = "SELECT 1 FROM etcd_sync_state WHERE heartbeat_at IS NOT NULL"
         there = "SELECT to_regclass('etcd_sync_state')"
@@ -7025,6 +6936,11 @@ def test_status_on_a_standby(daemon, command, own_postgres, prefix):
         assert (found["postgresql"]["reachable"], found["postgresql"]["standby"]) == (True, True)
         assert (found["problems"], found["pid"]) == ([], one.pid)
         assert ", a standby: " in " ".join(command("status", postgres=standby.dsn()).stdout.split())
+        newer = etcd.revision() + 1
+        waiter = pool.submit(scalar, standby.dsn(), f"SELECT etcd_wait_revision({newer}, '90 s')")
+        wait_until("nobody waits", lambda: scalar(standby.dsn(), SLEEPING))
+        etcd.put(prefix + "a", "1")
+        assert waiter.result(timeout=WAIT_S) == newer
         one.stop()
         wait_until("not replayed", lambda: not rows(standby.dsn(), copied))
         done = command("status", "--check", postgres=standby.dsn())
@@ -7846,18 +7762,14 @@ def test_strict_change_beats_forced_ones_of_its_transaction(daemon, db, prefix, 
     a, b = prefix + "a", prefix + "b"
     theirs = etcd.put(a, "theirs"), etcd.put(b, "theirs")
 
-    def both(revision: int) -> list[tuple[Any, ...]]:
-        rows(db, insert, a, b, revision)
-        statuses(db)
-        sql = "SELECT status, result_revision, replaced_revision FROM etcd_wal ORDER BY id DESC"
-        return rows(db, sql + " LIMIT 2")[::-1]
-
-    assert both(1) == [("conflict", theirs[1], None)] * 2
+    rows(db, insert, a, b, 1)
+    assert statuses(db) == ["conflict"] * 2
     assert (revision_of(etcd, a), revision_of(etcd, b)) == theirs
-    done = both(theirs[1])
+    rows(db, insert, a, b, theirs[1])
+    assert statuses(db)[2:] == ["success"] * 2
     mine = revision_of(etcd, a)
-    assert done == [("success", mine, theirs[0]), ("success", mine, theirs[1])]
-    assert revision_of(etcd, b) == mine
+    replaced = "SELECT result_revision, replaced_revision FROM etcd_wal WHERE status = 'success'"
+    assert rows(db, replaced) == [(mine, theirs[0]), (mine, theirs[1])]
 
 
 @pytest.mark.parametrize("compacted", [False, True])

@@ -2439,12 +2439,15 @@ class OutboxTransaction:
     def __init__(self, rows: list[OutboxRow]) -> None:
         self.rows = rows
         self.read_at = time.monotonic()
-        self.keys = {row.key for row in rows}  # which no other transaction may have with it
-        self.forced = {row.key for row in rows if row.force}
-        # of the request in bytes, about; a forced put is there twice
-        self.size = sum(
-            150 + 4 * len(row.key.encode()) + row.size * (1 + row.force) for row in rows
-        )
+        self.keys: set[str] = set()  # which no other transaction may have with it
+        self.forced: set[str] = set()
+        self.size = 0  # of the request in bytes, about; a forced put is there twice
+        for row in rows:
+            self.keys.add(row.key)
+            self.size += 150 + 4 * len(row.key.encode()) + row.size
+            if row.force:
+                self.forced.add(row.key)
+                self.size += row.size
         # how many operations its nested Txn holds, see operations()
         self.width = len(rows) + (2 if self.forced else 1)
         self.changes: dict[str, Change] = {}  # by key; see resolve()
@@ -2501,13 +2504,14 @@ def group_rows(
     for row in rows:
         members.setdefault(row.id if row.action == KEEPALIVE else row.txid, []).append(row)
     found: list[OutboxTransaction] = []
-    for whole in map(OutboxTransaction, members.values()):
-        txid = whole.rows[0].txid
-        if whole.splittable and (txid in split or not whole.fits(login, max_ops)):
-            split.add(txid)
-            found.extend(OutboxTransaction([row]) for row in whole.rows)
-        else:
-            found.append(whole)
+    for group, its in members.items():
+        if group not in split:
+            whole = OutboxTransaction(its)
+            if not whole.splittable or whole.fits(login, max_ops):
+                found.append(whole)
+                continue
+            split.add(its[0].txid)
+        found.extend(OutboxTransaction([row]) for row in its)
     return found
 
 
@@ -3455,16 +3459,18 @@ class Outbox:
     ) -> list[Outcome]:
         """The outcomes of what etcd took; replaced: the versions before its forced changes."""
         changes, read_at = transaction.changes, transaction.read_at
-        before: dict[str, int | None] = {key: change.expected for key, change in changes.items()}
-        before.update(zip((key for key, c in changes.items() if c.forced), replaced))
+        before: dict[str, int | None] = {}
+        if transaction.forced:
+            before.update(zip((key for key, c in changes.items() if c.forced), replaced))
         outcomes = []
         for row in transaction.rows:
             reached = was = None
             version = REFUSED
             if row.action is None:
-                was, deleted = before[row.key], changes[row.key].value is None
-                version = 0 if deleted else revision
-                if not (deleted and was == 0):  # deleting nothing succeeds without a revision
+                change = changes[row.key]
+                was = before.get(row.key, change.expected)
+                version = 0 if change.value is None else revision
+                if change.value is not None or was != 0:  # else there was nothing to delete
                     reached = revision
             outcomes.append(
                 Outcome(

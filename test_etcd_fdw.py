@@ -18,7 +18,6 @@ import collections
 import io
 import itertools
 import json
-import logging
 import multiprocessing
 import os
 import random
@@ -4988,24 +4987,6 @@ def test_config_file_means_what_it_says(tmp_path):
     assert setting("-c", str(file), notify_channel="off")("notify_channel") is None
 
 
-@pytest.mark.parametrize("redirection", [">&-", "2>&-", "<&-"])
-def test_commands_do_without_a_standard_stream(redirection, db, prefix, etcd, etcd_address):
-    line = shlex.join([sys.executable, str(SCRIPT), "-p", db, "-e", etcd_address.dsn(prefix)])
-    for command in ("status", "sync --reset --yes"):
-        done = subprocess.run(["bash", "-c", f"{line} {command} {redirection}"], timeout=WAIT_S)
-        assert done.returncode == 0
-
-
-def test_full_disk_under_the_output_is_one_line(db, prefix, etcd, etcd_address):
-    line = [sys.executable, str(SCRIPT), "-p", db, "-e", etcd_address.dsn(prefix)]
-    for words in (["config", "show"], ["--help"], ["--version"], ["status", "--help"]):
-        with open("/dev/full", "w") as full:
-            done = subprocess.run(
-                [*line, *words], stdout=full, stderr=subprocess.PIPE, env=clean_environ(), text=True
-            )
-        assert_one_error_line(done, 4, "No space left on device")
-
-
 def test_config_show_masks_passwords():
     for postgres in (
         "postgresql://me:ses%40me@h/db?sslpassword=sesame2",
@@ -5181,15 +5162,6 @@ def test_status_before_the_first_start_and_after_the_last(daemon, command, prefi
     found = status_when(command, lambda found: found["lag_revisions"] == 3)
     assert found["lag_s"] > 0
     assert found["problems"][1:] == ["the mirror is behind by 3 revisions"]
-
-
-def test_status_says_when_the_active_instance_hangs(daemon, command, prefix, etcd):
-    one = daemon()
-    one.pause()
-    etcd.put(prefix + "a", "1")
-    status_when(command, lambda found: found["lag_revisions"] == 1)
-    done = wait_until("healthy", lambda: (ran := command("status", "--check")).returncode and ran)
-    assert (done.returncode, done.stdout) == (2, "the mirror is behind by 1 revision\n")
 
 
 def test_status_with_one_server_down(daemon, command, db, prefix):
@@ -5377,33 +5349,6 @@ def test_sync_beside_the_active_instance(daemon, command, db, prefix, etcd):
     assert one.returncode is None
 
 
-def test_validate_says_why_it_cannot_repair(daemon, command, db, prefix, etcd):
-    one = daemon()
-    etcd.put(prefix + "a", random_text(5_000))
-    etcd.put(prefix + "b", "1")
-    wait_equal(db, etcd, prefix)
-    rows(db, "UPDATE etcd SET value = 'wrong' WHERE key = %s", prefix + "a")
-    rows(db, "CREATE INDEX somebody_s ON etcd (value)")
-    done = command("validate", "--fix", exit_code=2)
-    assert "etcd_fdw: PostgreSQL: index row size" in done.stderr
-    rows(db, "DROP INDEX somebody_s")
-    command("validate", "--fix", exit_code=0)
-    wait_equal(db, etcd, prefix)
-    assert "retrying" not in one.log()
-
-
-def test_sync_waits_for_the_one_that_takes_over(daemon):
-    one = daemon()
-    one.pause()
-    two = daemon(ready=False)
-    two.wait_log("standing by")
-    client = daemon("sync", ready=False)
-    client.wait_log("waiting until it is in step")
-    one.kill()
-    assert client.wait_exit() == 0, client.log()
-    assert "in step at" in client.log()
-
-
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_sync_that_waits_ends_at_once(daemon, db, prefix, signum):
     one = daemon()
@@ -5415,30 +5360,6 @@ def test_sync_that_waits_ends_at_once(daemon, db, prefix, signum):
     assert client.wait_exit() == 4
     assert "stopped before both sides were in step" in client.log()
     one.resume()
-
-
-def test_sync_that_waits_says_that_etcd_is_gone(daemon, db, prefix, own_etcd):
-    one = daemon(etcd=own_etcd)
-    one.pause()
-    rows(db, "INSERT INTO etcd_wal (key, value) VALUES (%s, '1')", prefix + "a")  # waits for it
-    with session(db, "LISTEN etcd_changes") as cur:
-        client, conn = daemon("sync", etcd=own_etcd, ready=False), cur.connection
-        wait_until("sync does not look for pending changes", lambda: conn.poll() or conn.notifies)
-    own_etcd.kill()
-    assert client.wait_exit() == 2
-    assert f"etcd_fdw: etcd at {own_etcd.endpoint}: " in client.log()
-
-
-def test_sync_that_cannot_stop_is_no_success(daemon, db, prefix, etcd):
-    etcd.put(prefix + "a", "1")
-    with session(db, SCHEMA_SQL) as cur:
-        cur.execute("BEGIN; LOCK TABLE etcd")
-        client = daemon("sync", ready=False)
-        waiting = "SELECT pid FROM pg_locks WHERE relation = 'etcd'::regclass AND NOT granted"
-        wait_until("it does not write", lambda: scalar(db, waiting))
-        client.signal(signal.SIGTERM)
-        assert client.wait_exit() == 4
-    assert "could not stop within 10s" in client.log()
 
 
 def test_sync_retries_what_was_refused(daemon, command, db, prefix, etcd):
@@ -5496,19 +5417,6 @@ def test_reset_asks_on_a_terminal_and_says_what_it_drops(command, db, prefix, et
         assert "drops the mirror and its history. [y/N]" in done.stdout
         assert done.returncode == exit_code
     assert scalar(db, "SELECT mirror_id FROM etcd_sync_state") != before
-
-
-def test_commands_say_which_server_is_down(command, db, prefix):
-    nowhere = free_port()
-    command("sync", exit_code=0)
-    for args in (["sync"], ["validate"], ["validate", "--fix"]):
-        done = command(*args, "--startup-timeout", "0s", postgres=make_dsn(db, port=nowhere))
-        assert (done.returncode, done.stdout) == (2, "")
-        assert re.fullmatch(r"etcd_fdw: PostgreSQL: .*refused.*\n", done.stderr)
-        down = etcd_dsn(f"127.0.0.1:{nowhere}", prefix)
-        done = command(*args, "--startup-timeout", "0s", etcd=down)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert f"etcd_fdw: etcd at 127.0.0.1:{nowhere}: " in done.stderr.splitlines()[-1]
 
 
 def test_dry_run_keeps_commands_from_writing(command, db, prefix, etcd):
@@ -5809,45 +5717,6 @@ def test_metrics_client_that_says_nothing_is_hung_up_on(daemon):
         assert client.recv(1) == b""
 
 
-def test_failure_of_a_thread_is_a_log_line():
-    code = f"""
-import runpy, threading
-etcd_fdw = runpy.run_path({str(SCRIPT)!r})
-etcd_fdw["set_up_logging"](etcd_fdw["make_config"](etcd_fdw["settings"](
-    {{"postgres_dsn": {P!r}, "etcd_dsn": {E!r}, "log_format": "json"}}, {{}})))
-threading.Thread(target=lambda: 1 / 0).start()
-threading.main_thread()
-class Late:
-    def __del__(self): raise OSError("host=h password=s3cret")
-del [Late()][0]
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    lines = [json.loads(line) for line in done.stderr.splitlines()]
-    assert sorted(line["message"] for line in lines) == [
-        "internal error: OSError: host=h password=****",
-        "internal error: ZeroDivisionError: division by zero",
-    ]
-
-
-def test_session_that_ends_within_a_copy_leaves_only_log_lines(daemon, db, prefix, etcd):
-    daemon().stop()
-    for n in range(300):  # one batch, of which the daemon still sends when the session ends
-        etcd.put(f"{prefix}{n}", "x" * 10000)
-    rows(
-        db,
-        "CREATE SEQUENCE ended; CREATE FUNCTION end_session() RETURNS trigger LANGUAGE plpgsql AS"
-        " $$BEGIN IF nextval('ended') <= 3 THEN PERFORM pg_terminate_backend(pg_backend_pid());"
-        " END IF; RETURN NEW; END$$;"
-        " CREATE TRIGGER ended BEFORE INSERT ON etcd FOR EACH ROW EXECUTE FUNCTION end_session()",
-    )
-    one = daemon("-l", "debug", "--retry-max", "100ms", ready=False)
-    wait_until("not mirrored", lambda: len(mirror_rows(db, prefix)) == 300, 60)
-    one.stop()
-    assert re.search("^.* WARN PostgreSQL: .*; retrying in", one.log(), re.MULTILINE)
-    for line in one.log().splitlines():
-        assert LOG_LINE.fullmatch(line), line
-
-
 def test_metrics_hold_any_prefix():
     prefix = '/say "hi" \\ and\nbye/ü'
     text = etcd_fdw.exposition(etcd_fdw.Metrics(prefix, etcd_fdw.Counters()))
@@ -5861,25 +5730,6 @@ def test_metrics_port_in_use_is_one_line(command):
         done = command("--metrics-address", address)
     message = f"--metrics-address: cannot listen on {address}: Address already in use\n"
     assert_one_error_line(done, 1, message)
-
-
-def test_lines_about_a_lost_session_come_in_order(daemon, own_postgres, prefix, etcd):
-    db = own_postgres.dsn()
-    one = daemon(*FAST, postgres=db)
-    rows(db, "SELECT etcd_set(%s, 'x')", prefix + "a")
-    statuses(db)
-    own_postgres.restart()
-    one.wait_log("connected again")
-    one.stop()
-    lines = [line.partition("Z ")[2] for line in one.log().splitlines()]
-    lost = next(number for number, line in enumerate(lines) if line.startswith("WARN"))
-    put = etcd.get(prefix + "a").mod_revision
-    mirrored = f"INFO mirrored 1 event up to revision {put}; applied 1 change, 0 in conflict, "
-    assert lines[lost - 1] == mirrored + "0 failed"
-    reason = "terminating connection due to administrator command"
-    assert re.fullmatch(f"WARN PostgreSQL: {reason}; retrying in .*s", lines[lost])
-    assert re.fullmatch(r"INFO watching .*: connected again after \d+\.\ds", lines[-2])
-    assert lines[-1] == "INFO stopped"
 
 
 def test_metrics_address():
@@ -5963,26 +5813,6 @@ def test_systemd_is_told(daemon, prefix, tmp_path, abstract):
         assert one.wait_exit() == 0
 
 
-def test_systemd_hears_of_a_lost_server(daemon, tmp_path, own_etcd):
-    with Manager(str(tmp_path / "notify")) as manager:
-        # a ping each second, not three: the socket keeps ten messages that were not read yet
-        env = {**manager.env, "WATCHDOG_USEC": "9000000"}
-        daemon(env=env, etcd=own_etcd)
-        manager.wait("READY=1")
-        own_etcd.stop()
-        manager.wait("STATUS=etcd is unavailable")
-        manager.wait("WATCHDOG=1")  # which is no reason to be restarted
-        own_etcd.start()
-        manager.wait("STATUS=mirroring")
-
-
-def test_watchdog_of_another_process_is_not_ours(monkeypatch):
-    environ = {"NOTIFY_SOCKET": "/nowhere", "WATCHDOG_USEC": "5000000", "WATCHDOG_PID": "1"}
-    assert etcd_fdw.SystemdNotifier(environ).watchdog_s == 0
-    assert etcd_fdw.SystemdNotifier({**environ, "WATCHDOG_PID": str(os.getpid())}).watchdog_s == 5
-    etcd_fdw.SystemdNotifier(environ).tell(READY=1)  # nobody there: no error
-
-
 def test_sigusr1_logs_the_status(daemon, db, prefix, etcd):
     one = daemon()
     etcd.put(prefix + "a", "1")
@@ -5994,15 +5824,6 @@ def test_sigusr1_logs_the_status(daemon, db, prefix, etcd):
     assert "mirroring, etcd connected, PostgreSQL connected;" in line
     assert f"revision {revision}, etcd at {revision}, 0.0s behind; pending 0, " in line
     assert "events 1, applied 0, conflicts 0, failures 0" in line
-
-
-def test_json_log_line_keeps_its_own_members_and_takes_any_value():
-    record = logging.makeLogRecord(
-        {"msg": "%(key)s: %(error)s", "args": {"key": "/a", "error": OSError("x"), "pid": 0}}
-    )
-    line = json.loads(etcd_fdw.JsonFormatter("/p/").format(record))
-    assert (line["message"], line["key"], line["error"]) == ("/a: x", "/a", "x")
-    assert line["pid"] == os.getpid()
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
@@ -6065,13 +5886,6 @@ def test_log_that_nobody_reads_holds_up_nothing(db, prefix, etcd, etcd_address):
         one.kill()
         os.close(reader)
         os.close(writer)
-
-
-def test_json_log_has_the_last_words_too(command):
-    dead = f"postgresql://127.0.0.1:{free_port()}/x"
-    done = command("--startup-timeout", "0s", "--log-format", "json", postgres=dead, exit_code=2)
-    last = [json.loads(line) for line in done.stderr.splitlines()][-1]
-    assert (last["level"], last["exit_code"]) == ("error", 2)
 
 
 def test_info_log_is_quiet(daemon, db, prefix, etcd):
@@ -9163,15 +8977,6 @@ def test_etcd_paused_for_longer_than_the_defaults(daemon, own_etcd, load):
 
 
 @pytest.mark.timeout(300)
-def test_silent_etcd_is_noticed_while_idle(daemon, db, prefix, own_client, network):
-    running = daemon(etcd=f"etcd://{network.endpoint},{own_client.endpoint}{prefix}")
-    network.stall()
-    running.wait_log("watching", after=running.mark())
-    own_client.put(prefix + "a", "1")
-    wait_until("the put did not arrive", lambda: mirror_rows(db, prefix))
-
-
-@pytest.mark.timeout(300)
 def test_silent_postgres_is_noticed(daemon, db, db_network, load):
     host = psycopg2.extensions.parse_dsn(db)
     ports = f"{db_network.port},{host['port']}"
@@ -9181,29 +8986,6 @@ def test_silent_postgres_is_noticed(daemon, db, db_network, load):
     play.run(50)
     db_network.stall()
     play.finish()
-
-
-@pytest.mark.timeout(300)
-def test_sync_waits_for_deletions_told_late(command, daemon, db, prefix, own_client):
-    own_client.put(prefix + "a", "1")
-    daemon(etcd=own_client).stop()
-    for _ in range(9000):
-        own_client.txn([own_client.put_op(f"{prefix}other/{i}", "x" * 64) for i in range(100)])
-    own_client.delete(prefix, prefix=True)
-    command("sync", etcd=own_client, exit_code=0)
-    assert scalar(db, "SELECT revision FROM etcd_sync_state") == own_client.revision()
-
-
-@pytest.mark.timeout(300)
-def test_catches_up_with_100_000_revisions(daemon, db, prefix, own_client):
-    daemon(etcd=own_client).stop()
-    with Recorder(own_client, prefix) as recorder:
-        bulk(own_client, prefix, 100_000)
-        for n in range(40):  # responses far above gRPC's 4 MiB
-            own_client.put(f"{prefix}large/{n}", "x" * 500_000)
-        running = daemon(etcd=own_client)
-        assert_same(recorder, db, prefix)
-        assert peak_mib(running.pid) < 250
 
 
 @pytest.mark.timeout(0)

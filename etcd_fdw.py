@@ -286,7 +286,7 @@ class Room(enum.IntEnum):
     to a smaller one, and lets all others through to the next:
 
     room     who takes it        what happens
-    CHANGE   Outbox              the etcd_wal row with its transaction, found by halving the Txn,
+    CHANGE   Outbox              the etcd_wal row with its transaction, found by smaller Txns,
                                  becomes failed with the reason; all others go on
     CHORE    Session.run_chore   WARN, once an hour; that chore alone waits longer each time
     PUSH     Session.pause_push  changes wait, the mirror goes on
@@ -342,13 +342,10 @@ class OtherSchema(EtcdFdwError):
     """the database has the schema of another version of this script"""
 
     def __init__(self, version: int) -> None:
-        remedy = "start the daemon, which applies that"
-        if version > SCHEMA_VERSION:
-            remedy = "install the etcd_fdw.py that belongs to it"
-        super().__init__(
-            f"the database has schema version {version}, this script's is {SCHEMA_VERSION}:"
-            f" {remedy}"
-        )
+        text = f"the database has schema version {version}, this script's is {SCHEMA_VERSION}"
+        newer = version > SCHEMA_VERSION
+        remedy = "install the newer etcd_fdw.py" if newer else "start the daemon, which applies it"
+        super().__init__(f"{text}: {remedy}")
 
 
 class Busy(EtcdFdwError):
@@ -1401,7 +1398,18 @@ class Guard(threading.Thread):
         tick_s = min(1.0, (self.notifier.watchdog_s or 3.0) / 3)
         while True:
             self._take_signal(tick_s)
-            self._enforce(time.monotonic())
+            now = time.monotonic()
+            if self.stop_by is not None and now > self.stop_by + 1:
+                log.warning(
+                    "could not stop within %(limit)ds: leaving as it is", limit=STOP_LIMIT_S
+                )
+                os._exit(self.exit_code)
+            with self._lock:
+                if self._limit and now > self._limit[1]:
+                    log.warning("no answer from PostgreSQL in time: closing the connection")
+                    with suppress(OSError), socket.socket(fileno=os.dup(self._limit[0])) as sock:
+                        sock.shutdown(socket.SHUT_RDWR)
+                    self._limit = None
             hung_s = hung_s + tick_s if self.stuck_s() else 0.0
             if hung_s > HANG_LIMIT_S and self.signals:
                 log.error("the loop hangs, perhaps in a library: ending, to be started again")
@@ -1422,17 +1430,6 @@ class Guard(threading.Thread):
             self.stop()
         else:
             os._exit(self.exit_code)  # the second time; a crash at any point loses nothing
-
-    def _enforce(self, now: float) -> None:
-        if self.stop_by is not None and now > self.stop_by + 1:
-            log.warning("could not stop within %(limit)ds: leaving as it is", limit=STOP_LIMIT_S)
-            os._exit(self.exit_code)
-        with self._lock:
-            if self._limit and now > self._limit[1]:
-                log.warning("no answer from PostgreSQL in time: closing the connection")
-                with suppress(OSError), socket.socket(fileno=os.dup(self._limit[0])) as sock:
-                    sock.shutdown(socket.SHUT_RDWR)
-                self._limit = None
 
 
 # ── metrics and health ─────────────────────────────────────────────────────────
@@ -1787,13 +1784,8 @@ class Postgres:
         self.prefix = config.etcd_dsn.prefix
         self.bounds = {"prefix": self.prefix, "after": text_after(self.prefix)}  # for SQL
         limit_s = min(10.0, limit_s or max(CONNECT_LEAST_S, config.startup_timeout))
-        given = psycopg2.extensions.parse_dsn(config.postgres_dsn)
-        dsn = {
-            **LIBPQ_DEFAULTS,
-            "connect_timeout": int(limit_s),
-            **given,
-            "client_encoding": "UTF8",
-        }
+        given = {**psycopg2.extensions.parse_dsn(config.postgres_dsn), "client_encoding": "UTF8"}
+        dsn = {**LIBPQ_DEFAULTS, "connect_timeout": int(limit_s), **given}
         try:
             self.conn = psycopg2.connect(**dsn, cursor_factory=Cursor)
         except psycopg2.Error as exc:
@@ -1937,9 +1929,7 @@ class Postgres:
             yield EtcdFdwError("PostgreSQL 13 or later is needed: upgrade it")
         encoding = self.conn.info.parameter_status("server_encoding")
         if encoding != "UTF8":
-            yield EtcdFdwError(
-                f"the database's encoding is {encoding}: etcd_fdw needs a UTF8 database"
-            )
+            yield EtcdFdwError(f"the database's encoding is {encoding}: it has to be UTF8")
         version, facts = self.schema_version(), self.query(SITUATION_SQL)[0]
         if version > SCHEMA_VERSION:
             yield OtherSchema(version)
@@ -1995,10 +1985,6 @@ class Postgres:
         except OSError as exc:
             raise ConfigurationError(
                 f"cannot read {SCHEMA_FILE}: {exc.strerror}; put it beside the script"
-            ) from exc
-        except AccessDenied as exc:
-            raise GrantMissing(
-                f"{exc}: have the owner of the schema apply it: psql -1 -f {SCHEMA_FILE.name}"
             ) from exc
         log.info("applied schema version %(version)d", version=SCHEMA_VERSION)
 

@@ -1914,7 +1914,7 @@ class Postgres:
             if cur.fetchone() == (False,):
                 return 0
             cur.execute("SELECT etcd_schema_version()")
-            return int(cur.fetchone()[0])
+            return int(cur.fetchone()[0] or 0)  # null: it is not this program's
 
     def has_tables(self) -> bool:
         """Whether the schema was applied. Raises OtherSchema."""
@@ -2179,18 +2179,16 @@ class Etcd:
         user = etcdrpc.AuthUserGetRequest(name=self.target.username)
         try:
             roles = self.call(self.auth.UserGet, user).roles
-            for role in roles:
-                for perm in self.call(
-                    self.auth.RoleGet, etcdrpc.AuthRoleGetRequest(role=role)
-                ).perm:
-                    until = perm.range_end or perm.key + b"\0"
-                    if perm.permType != perm.READ and overlap(
-                        (self.key, self.range_end), (perm.key, until)
-                    ):
-                        return True
+            asked = (etcdrpc.AuthRoleGetRequest(role=role) for role in roles)
+            grants = [grant for role in asked for grant in self.call(self.auth.RoleGet, role).perm]
         except EtcdFdwError:
             return True
-        return "root" in roles
+        writable = [
+            (grant.key, grant.range_end or grant.key + b"\0")
+            for grant in grants
+            if grant.permType != grant.READ
+        ]
+        return "root" in roles or any(overlap((self.key, self.range_end), w) for w in writable)
 
     def renew_lease(self, key: bytes) -> None:
         """Renew the lease of a key. Raises Rejected if it has none."""
@@ -2225,13 +2223,12 @@ class Etcd:
 
     def page(self, key: bytes, range_end: bytes, limit: int, revision: int) -> Any:
         """One RangeResponse with so many keys, or fewer if they are too large."""
-        while True:
-            try:
-                return self.range(key, range_end, limit=limit, revision=revision)
-            except TooLarge:
-                if limit == 1:
-                    raise
-                limit = max(1, limit // 8)
+        try:
+            return self.range(key, range_end, limit=limit, revision=revision)
+        except TooLarge:
+            if limit == 1:
+                raise
+        return self.page(key, range_end, max(1, limit // 8), revision)
 
 
 class Watch(threading.Thread):
@@ -2312,24 +2309,20 @@ class Watch(threading.Thread):
 
 
 def revisions_after(
-    etcd: Etcd,
-    revision: int,
-    waker: Waker,
-    hidden: tuple[bytes, ...] = (),
-    until: int = sys.maxsize,
-) -> list[int]:
-    """The revisions after one at which keys of the prefix were changed, as a watch tells them.
+    etcd: Etcd, revision: int, waker: Waker, hidden: tuple[bytes, ...], until: int = sys.maxsize
+) -> tuple[list[int], bool]:
+    """The revisions after one at which a watch tells of changes of the prefix; if these are all.
 
     Without hidden keys, up to the first one above until, and what is told within STATUS_WATCH_S.
     Raises Compacted.
     """
-    found: set[int] = set()
     if etcd.header.revision <= revision:
-        return []
-    hidden = hidden or etcd.target.hidden
+        return [], True
+    found: set[int] = set()
     watch, deadline = Watch(etcd, revision + 1, waker), time.monotonic() + STATUS_WATCH_S
+    told = False
     try:
-        while time.monotonic() < deadline and max(found, default=0) <= until:
+        while not told and time.monotonic() < deadline:
             watch.ask()
             waker.wait(STATUS_WATCH_S / 10)
             while response := watch.take():
@@ -2337,13 +2330,13 @@ def revisions_after(
                     raise Compacted(revision=response.compact_revision)
                 if response.canceled:
                     raise EtcdUnavailable(f"etcd at {etcd.endpoint}: {response.cancel_reason}")
-                if response.watch_id < 0 and etcd.tells_progress:
-                    deadline = 0.0  # that was all
+                told = told or (response.watch_id < 0 and etcd.tells_progress)
                 events = (event.kv for event in response.events)
                 found.update(kv.mod_revision for kv in events if not kv.key.startswith(hidden))
+            told = told or max(found, default=0) > until
     finally:
         watch.stop()
-    return sorted(found)
+    return sorted(found), told or not etcd.tells_progress
 
 
 # ── outbox: etcd_wal's way to etcd and back ────────────────────────────────────
@@ -4166,12 +4159,12 @@ class Mirror:
         hidden = (*self.etcd.target.hidden, *(prefix.encode() for prefix in state.excluded))
         until, waker = state.revision, self.waker
         try:
-            found = revisions_after(self.etcd, after, waker, hidden=hidden, until=until)
+            found, told = revisions_after(self.etcd, after, waker, hidden, until)
         except Compacted:
             return False
         if found and found[0] <= until:
             raise AnotherTimeline(f"at revision {found[0]} something happened that it lacks")
-        return True
+        return told
 
     def count_keys(self, state: SyncState) -> None:
         """Compare which keys were there at the checkpoint, and that none was changed lately.
@@ -5468,9 +5461,10 @@ def unmirrored(etcd: Etcd, checkpoint: int, waker: Waker) -> list[int]:
     brings deletions as well, and costs etcd less than a sorted range.
     """
     try:
-        return revisions_after(etcd, checkpoint, waker)
+        return revisions_after(etcd, checkpoint, waker, etcd.target.hidden)[0]
     except Compacted as exc:  # usual where the prefix is quiet
-        return revisions_after(etcd, (exc.revision or 1) - 1, waker)
+        checkpoint = (exc.revision or 1) - 1
+        return revisions_after(etcd, checkpoint, waker, etcd.target.hidden)[0]
 
 
 def lag(etcd: Etcd, postgres: Postgres, facts: dict[str, Any], waker: Waker) -> dict[str, Any]:

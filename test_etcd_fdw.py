@@ -2026,7 +2026,7 @@ def test_missing_etcd_permission_is_exit_code_3(command, secure_etcd):
 def test_what_needs_a_person_is_exit_code_4(command, db, postgres_dsn):
     rows(db, SCHEMA_SQL)
     set_version(db, "NULL::int")
-    assert_one_error_line(command(), 4, "etcd_schema_version() returns null")
+    assert_one_error_line(command(), 4, "a table etcd that is not etcd_fdw's")
     set_version(db, 99)
     newer = f"schema version 99, this script's is {etcd_fdw.SCHEMA_VERSION}: install"
     for args in ((), ("validate",), ("sync", "--retry-failed")):

@@ -29,11 +29,10 @@
 
 -- == search_path =======================================================================================
 
--- Every function keeps what is set here (SET search_path FROM CURRENT): it finds its tables in this schema whatever the
--- caller's search_path says, and a temporary table of the same name does not get in between. Somebody else may have put
--- functions and operators into the schema. One for just these types is preferred to one of pg_catalog that has to cast
--- them, or takes any type. So functions with arguments are called by their qualified name; and an operator that
--- pg_catalog does not have for just these types gets a cast, or is qualified, too.
+-- Every function keeps what is set here (SET search_path FROM CURRENT): it finds its tables whatever the caller's
+-- search_path says. Others may have put functions and operators into this schema, and one for just these types is
+-- preferred to one of pg_catalog that has to cast them. So functions with arguments are called by their qualified name;
+-- and an operator that pg_catalog does not have for just these types gets a cast, or is qualified, too.
 DO $$
 BEGIN
     PERFORM pg_catalog.set_config('etcd_fdw.search_path', pg_catalog.current_setting('search_path'), false);
@@ -130,8 +129,7 @@ COMMENT ON COLUMN etcd.create_revision IS 'revision of the put that created the 
 COMMENT ON COLUMN etcd.version IS 'puts since the key was created, 1 for the first; null as create_revision';
 
 -- A plain INSERT is a strict compare-and-swap on revision; etcd_set and its kin fill in revision and depends_on.
--- Each CHECK costs every INSERT 2 to 5 us, as PostgreSQL parses its text anew: so there are these two, and the
--- daemon looks at the rest: a row that makes no sense ends as failed.
+-- A CHECK costs every INSERT 2 to 5 us: so there are two. What else makes no sense ends as failed.
 CREATE TABLE IF NOT EXISTS etcd_wal (
     id                 bigint            GENERATED ALWAYS AS IDENTITY,
     ts                 timestamptz       NOT NULL DEFAULT now(),
@@ -178,11 +176,9 @@ COMMENT ON COLUMN etcd_wal.error_message IS 'what went wrong last, or what beat 
 COMMENT ON COLUMN etcd_wal.result_revision IS
     'revision that the change got (success; null: it deleted a key that was not there) or that beat it (conflict)';
 COMMENT ON COLUMN etcd_wal.finished_at IS 'when the status became final; null exactly while pending';
-COMMENT ON COLUMN etcd_wal.txid IS 'PostgreSQL transaction; its rows become one etcd transaction';
-COMMENT ON COLUMN etcd_wal.depends_on IS
-    'earlier pending change to the key that this one was made on: its result_revision stands in for revision';
-COMMENT ON COLUMN etcd_wal.retry_of IS
-    'conflict or failed row that this one tries again; counts only if that is an earlier row of the same key';
+COMMENT ON COLUMN etcd_wal.txid IS 'PostgreSQL transaction; its rows become one etcd transaction in each mirror';
+COMMENT ON COLUMN etcd_wal.depends_on IS 'earlier change that this one was made on; its result stands for revision';
+COMMENT ON COLUMN etcd_wal.retry_of IS 'refused row that this one tries again: an earlier row of the same key';
 COMMENT ON COLUMN etcd_wal.role_name IS 'who asked';
 COMMENT ON COLUMN etcd_wal.application_name IS 'who asked';
 COMMENT ON COLUMN etcd_wal.dismissed_at IS 'when the conflict or failure was acknowledged; null: it still counts';
@@ -192,9 +188,8 @@ COMMENT ON COLUMN etcd_wal.action IS
     'null: put the value, or delete; expect: change nothing, the key must be at revision; keepalive: renew its lease';
 COMMENT ON COLUMN etcd_wal.replaced_revision IS 'version that the change replaced; null: none, or not known';
 
--- Who changes a key holds its row here until the transaction ends, so that the next one waits, as it would for the
--- row of a table. A hash instead of the key: who may not read a key does not see its name. Unlogged: a lock need
--- not outlive a crash.
+-- Who changes a key holds its row here until the transaction ends, and the next one waits. A hash instead of the key:
+-- who may not read a key does not see its name. Unlogged: a lock need not outlive a crash.
 CREATE UNLOGGED TABLE IF NOT EXISTS etcd_lock (
     hash  bigint  NOT NULL,
     txid  xid8    NOT NULL,
@@ -617,6 +612,8 @@ DECLARE
     v_pending  record;
     v_current  bigint;  -- 0: the key does not exist
     v_id       bigint;
+    v_prefix   text;
+    v_mirrors  bigint;
 BEGIN
     v_wrong := CASE
         WHEN p_key IS NULL THEN ARRAY['22004', 'key must not be null', 'It has 1 to 2600 bytes.']
@@ -724,11 +721,17 @@ BEGIN
 
     -- No warning for a role that may not read etcd_sync_state, nor before there is a mirror.
     IF pg_catalog.has_table_privilege('etcd_sync_state', 'SELECT') THEN
-        IF (SELECT NOT pg_catalog.bool_or(pg_catalog.starts_with(p_key COLLATE "C", s.prefix))
-              FROM etcd_sync_state s) THEN
+        SELECT pg_catalog.max(s.prefix) FILTER (WHERE pg_catalog.starts_with(p_key COLLATE "C", s.prefix)),
+               pg_catalog.count(*) INTO v_prefix, v_mirrors FROM etcd_sync_state s;
+        IF v_prefix IS NULL AND v_mirrors > 0 THEN
             RAISE WARNING 'key "%" is outside every mirrored prefix', p_key
                 USING HINT = pg_catalog.format(
                     'Row %s of etcd_wal stays pending until an etcd_fdw that mirrors this key runs.', v_id);
+        ELSIF v_mirrors > 1 THEN
+            IF pg_catalog.current_setting('etcd_fdw.prefix', true) NOT IN ('', v_prefix) THEN
+                RAISE WARNING 'this transaction changes keys of two mirrors: it arrives in etcd as two';
+            END IF;
+            PERFORM pg_catalog.set_config('etcd_fdw.prefix', v_prefix, true);  -- of this transaction's last change
         END IF;
     END IF;
     RETURN v_id;
@@ -1227,19 +1230,16 @@ $$;
 --     GRANT USAGE ON SCHEMA public TO etcd_fdw;
 --     GRANT SELECT, INSERT, UPDATE, DELETE ON etcd, etcd_wal, etcd_sync_state, etcd_sync_event TO etcd_fdw;
 --     GRANT SELECT ON etcd_kv, etcd_status, etcd_refused TO etcd_fdw;
---
 -- An application that reads everything and changes keys, but can neither write the mirror nor claim an outcome:
 --     GRANT USAGE ON SCHEMA public TO app;
 --     GRANT SELECT ON etcd, etcd_wal, etcd_sync_state, etcd_status TO app;
 --     GRANT INSERT (key, value, value_bytes, revision, depends_on, retry_of, ttl, force, action) ON etcd_wal TO app;
 --     GRANT SELECT, INSERT, UPDATE, DELETE ON etcd_kv TO app;
---
 -- Leave out ttl, force or action for one that must not use it: 42501 if it does. One that only reads: the first two
 -- lines, and SELECT on etcd_kv. etcd_cancel needs GRANT DELETE ON etcd_wal, and etcd_dismiss
 -- GRANT UPDATE (dismissed_at) ON etcd_wal, which lets it hide conflicts and failures from everybody.
 -- Before PostgreSQL 15, who may write to etcd_kv can LOCK it, and thereby table etcd: grant only SELECT to whom you
 -- do not trust, it can write by the functions.
---
 -- Only keys under a prefix: row-level security. The functions obey it, the views from PostgreSQL 15 on (before, do not
 -- grant them). The daemon needs the first two policies unless it owns the tables or has BYPASSRLS; it is slower then.
 --     CREATE POLICY daemon ON etcd TO etcd_fdw USING (true);

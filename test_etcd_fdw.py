@@ -3895,10 +3895,13 @@ def test_change_outside_every_prefix_earns_a_warning(schema, role):
     assert notices("SELECT etcd_set('/lost', 'v')") == []  # nothing is mirrored yet
     covers(schema, "/a/", 1, 5)
     covers(schema, "/b/", 1, 5)
-    assert notices("SELECT etcd_set('/a/1', 'v'), etcd_delete('/b/1')") == []
+    assert notices("SELECT etcd_set('/a/1', 'v'), etcd_set('/a/2', 'v')") == []
+    assert notices("SELECT etcd_delete('/b/1')") == []
+    (two,) = notices("SELECT etcd_set('/b/2', 'v'), etcd_set('/a/3', 'v')")
+    assert "WARNING:  this transaction changes keys of two mirrors" in two
     (notice,) = notices("SELECT etcd_set('/c', 'v')")
     assert 'WARNING:  key "/c" is outside every mirrored prefix' in notice
-    assert "HINT:  Row 4 of etcd_wal stays pending" in notice
+    assert "HINT:  Row 7 of etcd_wal stays pending" in notice
     rows(schema, f"GRANT SELECT ON etcd, etcd_wal TO {role}; GRANT INSERT ON etcd_wal TO {role}")
     assert notices("SELECT etcd_set('/d', 'v')", user=role) == []  # may not see the mirrors
 

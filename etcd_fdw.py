@@ -10,12 +10,12 @@
     etcd  ◀──txn────  table etcd_wal  what SQL wants to change, and what became of it
 
 One loop does it all.  It waits in select() for PostgreSQL (LISTEN etcd_changes), for one
-wake-up pipe (watch thread, finished etcd calls, signals) and for the next deadline:
+wake-up pipe (answers of two threads, signals) and for the next deadline:
 
-    watch thread ──responses──▶ queue ─┐
-    etcd calls ──done callbacks────────┼─▶ pipe ─▶ select() ─▶ Session.step(): push, write, clock
-    signals ──▶ a thread ──────────────┘               ▲
-    PostgreSQL ──notifications─────────────────────────┘
+    thread Watch ──responses──▶ queue ──┐
+    thread Pipeline ──answers──▶ queue ─┼─▶ pipe ─▶ select() ─▶ Session.step(): push, write, clock
+    signals ──▶ a thread ───────────────┘               ▲
+    PostgreSQL ──notifications──────────────────────────┘
 
 Promises
   1. Nothing is lost, nothing is done twice: every revision that etcd still has reaches `etcd`
@@ -27,7 +27,7 @@ Promises
      changes, if etcd takes its size.
   4. At checkpoint R the rows of `etcd` with revision <= R are what etcd held at R.
   5. It recovers by itself, and stops only where going on would destroy data.
-  6. A fault stays where it is: class Room says whom an error belongs to, and what happens.
+  6. A fault stays where it is, see below.
 
 One event's way in
   Watch.run        the thread puts a response into its queue, and wakes the loop
@@ -42,11 +42,18 @@ One row's way out
   OutboxTransaction.resolve    decides for each key on the version to compare with
   Txn, Pipeline    built behind the fence, a key that says who sends: what was sent before and
                    arrives after another session has begun fails.  Every Txn leaves a receipt
-  Outbox.take_answers          applied, conflict, or take_error(): halved, waits, or lost
+  Outbox.take_answers          applied, conflict, or take_error()
   Outbox.due       the outcomes, once the mirror has got to their revision
   Outcomes.record  writes them, in the transaction of Mirror.write
-Where an answer is lost the session ends.  The next one is fenced anew, and Outbox.recover() reads
-in the receipts what was applied; all else that is pending is sent again.
+What an error does: class Room is the table
+  a change or its lease is refused   sent again in smaller Txns until it is alone; then it is failed
+  a chore fails                      WARN, and it waits longer each time; all else goes on
+  etcd takes no writes               changes wait, see Session.pause_push; the mirror goes on
+  the watch says nothing for 30 s    it is asked; without an answer the session ends
+  an answer is lost, or a server     the session ends; Engine.retry waits, and begins the next one.
+                                     That is fenced anew, and Outbox.recover reads in the receipts
+                                     what was applied; all else that is pending is sent again
+  another timeline, wrong options    the process ends: going on would destroy data
 
 Start, crash, failover and partition are one path, Engine.session(): connect, lock, schema, prove
 the timeline, copy if needed, watch, loop.  One advisory lock per prefix: one instance is active,

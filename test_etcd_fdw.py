@@ -1841,13 +1841,6 @@ def test_wrong_environment_variable_is_named():
         assert_one_error_line(done, 1, f"ETCD_FDW_{name}: '{value}'")
 
 
-def test_missing_schema_file_is_named(command, tmp_path):
-    copy = tmp_path / "etcd_fdw.py"
-    copy.write_bytes(SCRIPT.read_bytes())
-    done = command(script=copy)
-    assert_one_error_line(done, 1, f"cannot read {tmp_path}/schema.sql")
-
-
 def test_unreachable_server_is_exit_code_2(command, db, postgres_dsn, etcd_address):
     wrong = [
         (f"postgresql://u:s3cret@{NO_ONE}/d", "", "port 1 failed"),
@@ -1898,14 +1891,6 @@ def test_start_up_ends_in_time_although_something_silent_listens(db, side):
     assert done.returncode == 2
     # one answer is else waited for 10 s, and 60 s
     assert 2 < took < 10 + loaded - started, done.stderr
-
-
-def test_start_up_takes_no_longer_than_it_was_told(db):
-    """The last wait is cut short: backoff alone would take up to 30 s."""
-    args = ["-p", db, "-e", f"etcd://{NO_ONE}/x/", "--retry-initial=20s", "-l", "error"]
-    started = time.monotonic()
-    run_script(*args, "--startup-timeout", "3s", exit_code=2)
-    assert 3 < time.monotonic() - started < 10
 
 
 def test_preflight_refuses_what_start_refuses(command, db, prefix, etcd, etcd_address):
@@ -5244,32 +5229,6 @@ def test_status_watch_fits_a_terminal_of_24_lines(daemon, db, prefix, etcd_addre
     assert all(line[:-1].decode().isprintable() for line in screen)
 
 
-@pytest.mark.parametrize("form", ["text", "json"])
-def test_status_watch_repeats_and_ends_quietly_with_its_reader(db, prefix, etcd_address, form):
-    servers = ["-p", make_dsn(db, port=1), "-e", etcd_address.dsn(prefix)]
-    words = ["status", "--watch", "--interval=50ms", "--format", form]
-    process = subprocess.Popen(
-        [sys.executable, SCRIPT, *servers, *words],
-        env=clean_environ({"COLUMNS": "40"}),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None and process.stderr is not None
-    for _ in range(2):
-        if form == "json":
-            assert json.loads(process.stdout.readline())["prefix"] == prefix
-            continue
-        screen = list(iter(process.stdout.readline, "\n"))
-        assert re.fullmatch(r"time +20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ\n", screen[0])
-        assert "PROBLEM" in "".join(screen)
-        assert max(map(len, screen)) <= 41
-    process.stdout.close()
-    assert process.wait(20) == -signal.SIGPIPE
-    assert process.stderr.read() == ""
-    process.stderr.close()
-
-
 def comparison_of(command: Callable[..., Any], *args: str, **servers: str) -> dict[str, Any]:
     """What `validate --format json` says; its exit code must agree."""
     done = command("validate", "--format", "json", *args, **servers)
@@ -5649,12 +5608,10 @@ def connect_metrics(one: Daemon) -> socket.socket:
     return socket.create_connection((host, int(port)), timeout=WAIT_S)
 
 
-@pytest.mark.parametrize("log_format", ["text", "json"])
-def test_metrics_port_takes_any_number_of_clients(daemon, db, prefix, etcd, log_format):
+def test_metrics_port_takes_any_number_of_clients(daemon, db, prefix, etcd):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(4096, hard)), hard))
-    args = ["--metrics-address", "127.0.0.1:0", "--log-format", log_format, "-l", "debug"]
-    one = daemon(*args, "--retry-max", "200ms")
+    one = daemon("--metrics-address", "127.0.0.1:0")
     before = connections_of(one.pid)
     with ExitStack() as stack:
         for number in range(1200):
@@ -5662,21 +5619,8 @@ def test_metrics_port_takes_any_number_of_clients(daemon, db, prefix, etcd, log_
             client.send(b"GET /metr" if number % 2 else b"")
         assert http_get(metrics_address(one), "/healthz") == (200, "ok\n")
         assert connections_of(one.pid) <= before + etcd_fdw.METRICS_CLIENTS
-        assert end_sessions(db)
         etcd.put(prefix + "a", "1")
         wait_until("not mirrored", lambda: mirror_rows(db, prefix))
-
-    def reset_is_logged() -> bool:  # which it is not if it comes before the server has accepted
-        with connect_metrics(one) as client:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            client.send(b"GET /metrics HTTP/1.0\r\n\r\n")
-        return bool(re.search("metrics: .*(reset|lost)", one.log()))
-
-    wait_until("no reset was logged", reset_is_logged)
-    assert http_get(metrics_address(one), "/healthz") == (200, "ok\n")
-    assert one.stop() == 0
-    for line in one.log().splitlines():
-        assert json.loads(line) if log_format == "json" else LOG_LINE.fullmatch(line), line
 
 
 def test_metrics_client_that_says_nothing_is_hung_up_on(daemon):
@@ -8924,32 +8868,6 @@ def test_demo_shows_everything_and_cleans_up(tmp_path, end):
 # pytest -m soak: what takes minutes, or as long as you let it.
 
 
-@pytest.mark.timeout(300)
-def test_etcd_paused_for_longer_than_the_defaults(daemon, own_etcd, load):
-    running = daemon(etcd=own_etcd)
-    play = load(own_etcd.endpoint)
-    play.run(100)
-    mark = running.mark()
-    own_etcd.pause()
-    for _ in range(3):
-        running.wait_log(r"WARN .*retrying", after=mark)
-        mark = running.mark()
-    own_etcd.resume()
-    play.finish()
-
-
-@pytest.mark.timeout(300)
-def test_silent_postgres_is_noticed(daemon, db, db_network, load):
-    host = psycopg2.extensions.parse_dsn(db)
-    ports = f"{db_network.port},{host['port']}"
-    dsn = make_dsn(db, host=f"127.0.0.1,{host['host']}", port=ports)
-    daemon(*FAST, postgres=dsn)
-    play = load()
-    play.run(50)
-    db_network.stall()
-    play.finish()
-
-
 @pytest.mark.timeout(0)
 def test_soak(daemon, db, own_etcd, network, db_network, load, seed):
     """Load in both directions and random faults for ETCD_FDW_SOAK_S seconds (1200)."""
@@ -9367,31 +9285,26 @@ def bench_reads(bench: Bench) -> None:
     """Reading in SQL: 100 keys with long histories, and many keys."""
     prefix, db = bench.setting()
     bench.daemon(prefix, db).stop()
-    revisions, keys = scaled(10_000), scaled(1_000_000)
+    keys = scaled(1_000_000)
     fill = """
         INSERT INTO etcd (key, value, revision)
-        SELECT format(%s, n %% %s), repeat('v', 64), r * 100 + 10
+        SELECT %s || n %% %s, repeat('v', 64), r * 100 + 10
         FROM generate_series(1, %s) r, generate_series(1, %s) n
     """
-    rows(db, fill, f"{prefix}h/%s", 100, revisions, 100)
-    rows(db, fill, f"{prefix}m/%s", keys, 1, keys)
-    rows(db, "UPDATE etcd_sync_state SET revision = %s", revisions * 100 + 100)
+    rows(db, fill, f"{prefix}h/", 100, keys // 100, 100)
+    rows(db, fill, f"{prefix}m/", keys, 1, keys)
+    rows(db, "UPDATE etcd_sync_state SET revision = %s", keys + 100)
     rows(db, "ANALYZE etcd")
-    many = f"{keys:,} keys"
-    long = f"100 keys × {revisions:,} revisions"
     for what, sql in (
-        (f"etcd_get, {long}", f"etcd_get('{prefix}h/7')"),
-        (f"etcd_get, {many}", f"etcd_get('{prefix}m/77')"),
-        (f"etcd_kv WHERE key =, {long}", f"etcd_kv WHERE key = '{prefix}h/7'"),
-        (f"etcd_kv WHERE key =, {many}", f"etcd_kv WHERE key = '{prefix}m/77'"),
-        (f"etcd_at in the past, {long}", f"etcd_at({revisions * 50}, '{prefix}h/')"),
+        ("a key of many revisions", f"etcd_get('{prefix}h/7')"),
+        ("a key of many keys", f"etcd_get('{prefix}m/77')"),
+        ("100 keys in the past", f"etcd_at({keys // 2}, '{prefix}h/')"),
     ):
 
         def read(_: int, sql: str = sql) -> None:
             rows(db, f"SELECT count(*) FROM (SELECT * FROM {sql} OFFSET 0) x")
 
-        times = timed(50, read)
-        bench.add(f"read {what}", sorted(times)[25] * 1000, "ms")
+        bench.add(f"read {what}", sorted(timed(50, read))[25] * 1000, "ms")
 
 
 def bench_idle(bench: Bench) -> None:

@@ -300,8 +300,8 @@ class Room(enum.IntEnum):
     SESSION  Engine.retry        WARN, or ERROR if it needs a person; a new session after a backoff
     PROCESS  main                one line and an exit code
 
-    A new kind of error is a class below, with its room, and a line in ETCD_MESSAGES, ETCD_CODES
-    or POSTGRES_CODES.
+    A new kind of error is a class below, with its room, and a line in ETCD_ERRORS, POSTGRES_CODES
+    or POSTGRES_MESSAGES.
     """
 
     CHANGE = 1
@@ -465,13 +465,19 @@ class CopyRefused(StatementRefused):
     """PostgreSQL cannot COPY it: a row is there already, or the table has row-level security"""
 
 
-# etcd's messages come first: its codes vary by version (etcd's rpctypes/error.go).
-ETCD_MESSAGES: tuple[tuple[str, type[EtcdFdwError]], ...] = (
+def look_up(table: Iterable[tuple[str, T]], text: str, otherwise: T) -> T:
+    """What a table says of a text: the first of its patterns that is found decides."""
+    return next((found for pattern, found in table if re.search(pattern, text)), otherwise)
+
+
+# By gRPC's code and etcd's message, which comes first: codes vary by version (etcd's
+# rpctypes/error.go).  Others: EtcdUnavailable.
+ETCD_ERRORS: tuple[tuple[str, type[EtcdFdwError]], ...] = (
     ("required revision has been compacted", Compacted),
     # it is full, behind, or without a leader (the watch says so as well, if that lasts) or quorum
     ("space exceeded|too many requests|no leader|leader changed|request timed out", WritesRefused),
-    ("corrupt cluster", Corrupt),
-    ("unsupported operations in txn request", Unsupported),
+    ("^DATA_LOSS|corrupt cluster", Corrupt),
+    ("^UNIMPLEMENTED|unsupported operations in txn request", Unsupported),
     ("request is too large|grpc: received message larger than max", RequestTooLarge),  # the server
     ("Received message larger than max", TooLarge),  # gRPC, here
     ("too many operations", TooManyOperations),
@@ -479,36 +485,21 @@ ETCD_MESSAGES: tuple[tuple[str, type[EtcdFdwError]], ...] = (
     ("key not found", Rejected),
     ("invalid auth token|store is old|in header is old|user name is empty", TokenExpired),
     ("authentication failed", EtcdDenied),
-    ("permission denied", PermissionDenied),
+    ("^PERMISSION_DENIED|permission denied", PermissionDenied),
+    ("^UNAUTHENTICATED", TokenExpired),
     # of the member that was asked, with codes that elsewhere mean a change
     ("is a future revision|not leader|not capable|not supported for learner", EtcdUnavailable),
+    ("^(INVALID_ARGUMENT|OUT_OF_RANGE|FAILED_PRECONDITION)", Rejected),
 )
-ETCD_CODES: dict[Any, type[EtcdFdwError]] = {
-    grpc.StatusCode.INVALID_ARGUMENT: Rejected,
-    grpc.StatusCode.OUT_OF_RANGE: Rejected,
-    grpc.StatusCode.FAILED_PRECONDITION: Rejected,
-    grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
-    grpc.StatusCode.UNAUTHENTICATED: TokenExpired,
-    grpc.StatusCode.UNIMPLEMENTED: Unsupported,
-    grpc.StatusCode.DATA_LOSS: Corrupt,
-}
-# By SQLSTATE, or its class; source: PostgreSQL's errcodes appendix.  Others: StatementRefused.
-POSTGRES_CODES: dict[str, type[EtcdFdwError]] = {
-    "08": PostgresUnavailable,
-    "25006": PostgresUnavailable,  # a primary that became a standby
-    "57P": PostgresUnavailable,
-    "58": PostgresUnavailable,
-    "28": PostgresDenied,
-    "42501": GrantMissing,
-    "23505": CopyRefused,
-    "0A000": CopyRefused,
-    "40": NotNow,
-    "53": NotNow,
-    "54": NotNow,  # such as a full queue of notifications
-    "55": NotNow,
-    "57": NotNow,
-    "2BP01": EtcdFdwError,  # somebody's view keeps the schema from being upgraded
-}
+# By SQLSTATE (PostgreSQL's errcodes appendix).  Others: StatementRefused.
+POSTGRES_CODES: tuple[tuple[str, type[EtcdFdwError]], ...] = (
+    ("^(08|25006|57P|58)", PostgresUnavailable),  # 25006: a primary that became a standby
+    ("^28", PostgresDenied),
+    ("^42501", GrantMissing),
+    ("^(23505|0A000)", CopyRefused),
+    ("^(40|53|54|55|57)", NotNow),  # 54: such as a full queue of notifications
+    ("^2BP01", EtcdFdwError),  # somebody's view keeps the schema from being upgraded
+)
 
 
 SECRET = re.compile("(password|secret|_key)$")  # "key" and "sslkey" name files
@@ -545,32 +536,22 @@ ETCD_HINTS = (
     ("CERTIFICATE_VERIFY_FAILED", "its certificate is not trusted: see ca=FILE"),
     ("ostname Verification", "its certificate is for another host: see server_name=NAME"),
     ("WRONG_VERSION_NUMBER|Handshake read failed", "it does not speak TLS: see tls=disabled"),
-    (
-        "ALERT_HANDSHAKE_FAILURE",
-        "gRPC takes no server key of kind P-521 or Ed25519: use P-256, P-384 or RSA",
-    ),
-    (
-        "Unwrap failed|Secure read failed|ALERT",
-        "does it want a client certificate? see cert=FILE and key=FILE",
-    ),
-    (
-        "Socket closed|onnection reset|roken pipe",
-        "was it stopped just now? else see tls=, cert= and key=FILE",
-    ),
+    ("HANDSHAKE_FAILURE", "gRPC takes no key of P-521 or Ed25519: use P-256, P-384 or RSA"),
+    ("Unwrap|Secure read|ALERT", "does it want a client certificate? see cert=FILE and key=FILE"),
+    ("losed|onnection reset|roken pipe", "was it stopped just now? else see tls=, cert=, key="),
 )
 
 
 def etcd_error(exc: grpc.RpcError, endpoint: str) -> EtcdFdwError:
-    """The kind of error that a failed etcd call is; an unknown one is EtcdUnavailable."""
+    """The kind of error that a failed etcd call is."""
     details = masked(exc.details() or "no details")
-    named = (kind for text, kind in ETCD_MESSAGES if re.search(text, details))
-    kind = next(named, ETCD_CODES.get(exc.code(), EtcdUnavailable))
+    kind = look_up(ETCD_ERRORS, f"{exc.code().name} {details}", EtcdUnavailable)
     details = re.sub(r".*too.many.pings.*", "it hung up on too many pings", details)
     # gRPC repeats the endpoint, and adds its own states
     noise = r"failed to connect to .*last error: |UNKNOWN: |\bipv[46]:\S+: | \(GOAWAY received.*"
     details = re.sub(noise, "", details)
-    hint = next((f"; {hint}" for text, hint in ETCD_HINTS if re.search(text, details)), "")
-    return kind(f"etcd at {endpoint}: {details}{hint}")
+    hint = look_up(ETCD_HINTS, details, "")
+    return kind(f"etcd at {endpoint}: {details}" + (hint and f"; {hint}"))
 
 
 # Where there is no SQLSTATE: libpq gives none if a connection fails, nor if it finds a value of the
@@ -609,11 +590,9 @@ def postgres_error(exc: psycopg2.Error, notices: Sequence[str] = ()) -> EtcdFdwE
     # without libpq's hints, such as "Is the server running"
     message = masked(re.sub(r"\n\t.*", "", message).strip()) or type(exc).__name__
     if code:
-        lookups = (POSTGRES_CODES.get(code[:length]) for length in (5, 3, 2))
-        kind = next(filter(None, lookups), StatementRefused)
+        kind = look_up(POSTGRES_CODES, code, StatementRefused)
         return kind(f"PostgreSQL: {message} ({code})")
-    named = (kind for text, kind in POSTGRES_MESSAGES if re.search(text, message))
-    kind = next(named, PostgresUnavailable)
+    kind = look_up(POSTGRES_MESSAGES, message, PostgresUnavailable)
     if kind is PostgresUnavailable and OTHER_LANGUAGE.search(message):
         message += "; is that a refused login, or a server that is not ready?"
     return kind(f"PostgreSQL: {message}")

@@ -557,17 +557,11 @@ def etcd_error(exc: grpc.RpcError, endpoint: str) -> EtcdFdwError:
 # Where there is no SQLSTATE: libpq gives none if a connection fails, nor if it finds a value of the
 # DSN wrong itself.
 POSTGRES_MESSAGES: tuple[tuple[str, type[EtcdFdwError]], ...] = (
-    (
-        "authentication failed|no pg_hba.conf entry|no password supplied|permission denied|"
-        "requires a valid client certificate|is not permitted to log in|"
-        'role "[^"]*" does not exist',
-        PostgresDenied,
-    ),
-    (
-        r'invalid (\S+ value: |integer value |port number|channel_binding)|definition of service "|'
-        "service file .* not found",
-        ConfigurationError,
-    ),
+    ("authentication failed|no pg_hba.conf entry|no password supplied", PostgresDenied),
+    ("permission denied|valid client certificate|is not permitted to log in", PostgresDenied),
+    ('role "[^"]*" does not exist', PostgresDenied),
+    (r"invalid (\S+ value: |integer value |port number|channel_binding)", ConfigurationError),
+    ('definition of service "|service file .* not found', ConfigurationError),
 )
 # What a server says as a session begins, in a language that the above does not know.
 OTHER_LANGUAGE = re.compile(
@@ -1856,8 +1850,11 @@ class Postgres:
         return self.prepared[sql]
 
     def query(self, sql: str, **arguments: Any) -> list[dict[str, Any]]:
-        """The rows of a statement about this prefix, by column name; [] if it returns none."""
-        with self.transaction() as cur:
+        """The rows of a statement about this prefix, by column name; [] if it returns none.
+
+        Committed by itself, unless inside transaction().
+        """
+        with self.cursor() as cur:
             cur.execute(sql, {**self.bounds, **arguments})
             names = [column.name for column in cur.description or ()]
             return [dict(zip(names, row)) for row in (cur if names else ())]
@@ -1895,12 +1892,11 @@ class Postgres:
 
     def schema_version(self) -> int:
         """The version of the schema in the database, 0 for none."""
-        with self.cursor() as cur:
-            cur.execute("SELECT pg_catalog.to_regprocedure('etcd_schema_version()') IS NOT NULL")
-            if cur.fetchone() == (False,):
-                return 0
-            cur.execute("SELECT etcd_schema_version()")
-            return int(cur.fetchone()[0] or 0)  # null: it is not this program's
+        there = "SELECT pg_catalog.to_regprocedure('etcd_schema_version()') IS NOT NULL AS there"
+        if not self.query(there)[0]["there"]:
+            return 0
+        found = self.query("SELECT etcd_schema_version() AS version")[0]["version"]
+        return int(found or 0)  # null: it is not this program's
 
     def has_tables(self) -> bool:
         """Whether the schema was applied. Raises OtherSchema."""
@@ -1935,8 +1931,7 @@ class Postgres:
                 f"PostgreSQL: a view bypasses row-level security; its owner mends it: {command}"
             )
         if version and not missing:
-            with self.cursor() as cur:
-                yield from self.overlaps(cur)
+            yield from self.overlaps()
 
     def check(self, but_for_grants: bool = False) -> None:
         """Raises the first of flaws()."""
@@ -1946,18 +1941,15 @@ class Postgres:
 
     def open_views(self) -> list[str]:
         """Statements that keep views from showing what row-level security hides; none is usual."""
-        with self.cursor() as cur:
-            cur.execute(OPEN_VIEWS_SQL, self.bounds)
-            return [command for (command,) in cur]
+        return [row["command"] for row in self.query(OPEN_VIEWS_SQL)]
 
-    def overlaps(self, cur: Any) -> Iterator[EtcdFdwError]:
+    def overlaps(self) -> Iterator[EtcdFdwError]:
         """What is wrong if another mirror's prefix and this one have keys in common."""
-        cur.execute(OVERLAP_SQL, self.bounds)
-        for (other,) in cur:
+        for row in self.query(OVERLAP_SQL):
             yield EtcdFdwError(
-                f"prefix {self.prefix!r} overlaps with {other!r}, which this database mirrors"
-                " already: use another schema or database; if that mirror is retired, delete its"
-                " row of etcd_sync_state"
+                f"prefix {self.prefix!r} overlaps with {row['prefix']!r}, which this database"
+                " mirrors already: use another schema or database; if that mirror is retired,"
+                " delete its row of etcd_sync_state"
             )
 
     def ensure_schema(self) -> None:
@@ -4279,7 +4271,7 @@ class Mirror:
         if state is None:
             # another instance may just be adding a prefix that overlaps
             cur.execute("LOCK TABLE etcd_sync_state IN SHARE ROW EXCLUSIVE MODE")
-            for flaw in self.postgres.overlaps(cur):
+            for flaw in self.postgres.overlaps():
                 raise flaw
             cur.execute(NEW_STATE_SQL, arguments)
         else:

@@ -4341,13 +4341,10 @@ def test_example_grants_let_an_application_write_changes_only(schema, role):
     grant_example(schema, app=role)
     app = make_dsn(schema, user=role)
     for query in [
-        "SELECT etcd_set('/app/a', 'y')",
-        "SELECT etcd_set('/app/e', 'y', ttl => '9 s', force => true)",
-        "SELECT etcd_delete_prefix('/app/a'), etcd_expect('/app/f', 0), etcd_keepalive('/app/a')",
-        "SELECT etcd_wait_revision(5) FROM etcd_at(3), etcd_list(), etcd_get_all('/app/a')",
-        "SELECT FROM etcd_status",
+        "SELECT etcd_set('/app/e', 'y', ttl => '9 s', force => true), etcd_keepalive('/app/a')",
+        "SELECT etcd_delete_prefix('/app/a'), etcd_expect('/app/f', 0), etcd_wait_revision(5)",
+        "SELECT FROM etcd_status, etcd_at(3), etcd_list(), etcd_get_all('/app/a')",
         "UPDATE etcd_kv SET value = 'y' WHERE key = '/app/b' AND revision = 3",
-        "INSERT INTO etcd_wal (key, value, revision) VALUES ('/app/d', 'x', 0)",
     ]:
         rows(app, query)
     for statement in [
@@ -4544,9 +4541,6 @@ def test_asyncpg_calls_with_untyped_parameters(schema):
         rows(schema, "UPDATE etcd_wal SET status = 'success', finished_at = now()")
         assert (await conn.fetchrow("SELECT * FROM etcd_wait($1)", change))["status"] == "success"
         assert await conn.fetchval("SELECT etcd_set($1, $2::int)", "/b", 5)
-        assert [r["key"] for r in await conn.fetch("SELECT * FROM etcd_at($1, $2)", 3, "/")] == [
-            "/a"
-        ]
         assert await conn.fetchval("SELECT etcd_expect($1, $2)", "/a", 3)
         await conn.close()
 
@@ -6180,19 +6174,13 @@ def test_etcd_goes_away_under_load(daemon, own_etcd, load, fault):
     play.finish()
 
 
-def leader_first(members: list[LocalEtcd]) -> list[LocalEtcd]:
-    """The members of a cluster, its leader first."""
-
-    def is_leader(member: LocalEtcd) -> bool:
+def test_cluster_loses_leader_endpoint_and_majority(daemon, prefix, own_cluster, load):
+    def leads(member: LocalEtcd) -> bool:
         with EtcdClient(member.endpoint) as client:
             answer = client.call(client.maintenance.Status, etcdrpc.StatusRequest())
             return bool(answer.leader == answer.header.member_id)
 
-    return sorted(members, key=is_leader, reverse=True)
-
-
-def test_cluster_loses_leader_endpoint_and_majority(daemon, prefix, own_cluster, load):
-    first, second, third = leader_first(own_cluster)
+    first, second, third = sorted(own_cluster, key=leads, reverse=True)
     hosts = ",".join(member.endpoint for member in (first, second, third))
     daemon(*FAST, etcd=etcd_dsn(hosts, prefix) + FAST_ETCD)
     play = load(third.endpoint)
@@ -6500,8 +6488,6 @@ def test_what_is_excluded_may_change(daemon, db, prefix, own_client, compacted):
     assert re.search(r"excludes \S+/secret/ now: dropped [12] row", two.log())
     assert set(live(db, prefix)) == {(prefix + key).encode() for key in "ab"}
     assert_no_trace(db, two.log())
-    two.stop()
-    daemon(**secret)
 
 
 # ─ much at once ─
@@ -6765,7 +6751,6 @@ INSERT = "INSERT INTO etcd_wal (key, value, {0}) VALUES (%s, 'mine', {1}) RETURN
     ("column", "value", "reason"),
     [
         ("ttl", "interval '300 years'", "too large lease TTL"),
-        ("ttl", "interval '-1 s'", "below zero"),
         ("ttl", "interval '-178000000 years'", "below zero"),
         ("ttl", "interval '178000000 years'", "too large lease TTL"),
         ("ts", "'infinity'", "its ts is no time"),

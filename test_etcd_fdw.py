@@ -228,7 +228,6 @@ class LocalPostgres(Breakable, etcd_fdw.LocalPostgres):
     def __init__(self, args: Sequence[str] = (), password: str | None = None) -> None:
         super().__init__(password)
         self.args = ["-cmax_connections=200", "-cmax_prepared_transactions=20", *args]
-        self.frozen: list[int] = []
         self.started.add(f"127.0.0.1:{self.port}")
 
     def start(self) -> None:
@@ -241,28 +240,6 @@ class LocalPostgres(Breakable, etcd_fdw.LocalPostgres):
                 if "is still in use" not in self.log()[log_size:]:
                     raise
                 time.sleep(0.1)
-
-    def pause(self) -> None:
-        """Freeze the server and the processes that serve its connections."""
-        with session(self.dsn()) as cur:
-            super().pause()  # first, so that no new ones appear
-            cur.execute("SELECT pid FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
-            self.frozen = [pid for (pid,) in cur]
-        self._signal_frozen(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        super().resume()
-        self._signal_frozen(signal.SIGCONT)
-        self.frozen = []
-
-    def kill(self) -> None:
-        super().kill()
-        self.resume()  # what it served ends when it sees that the server is gone
-
-    def _signal_frozen(self, signum: signal.Signals) -> None:
-        for pid in self.frozen:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signum)
 
 
 # ─ data like the world's ─
@@ -1306,8 +1283,8 @@ def lock_holders(db: str, prefix: str) -> list[int]:
 class _Half:
     """One direction of a proxied connection."""
 
-    def __init__(self, source: socket.socket, target: socket.socket, black_hole: bool) -> None:
-        self.source, self.target, self.black_hole = source, target, black_hole
+    def __init__(self, source: socket.socket, target: socket.socket) -> None:
+        self.source, self.target = source, target
         self.chunks: collections.deque[tuple[float, bytes]] = collections.deque()  # (due, data)
         self.next_send = 0.0  # the throttle's
         self.ended = False
@@ -1347,7 +1324,7 @@ class Proxy(Closing):
         host, _, port = target.rpartition(":")
         self.target = (host.strip("[]"), int(port))
         self.forwarded = 0  # bytes so far, both directions
-        self._stalled = self._black_hole = self._closing = False
+        self._stalled = self._closing = False
         self._delay_s = self._bytes_per_s = 0.0
         self._halves: list[_Half] = []
         self._servers: set[socket.socket] = set()
@@ -1378,11 +1355,6 @@ class Proxy(Closing):
         self._stalled = True
 
     @_in_its_thread
-    def black_hole(self) -> None:
-        """Accept new connections and forward nothing on them, ever; old ones go on; see resume."""
-        self._black_hole = True
-
-    @_in_its_thread
     def hold(self, last: bytes | None = None) -> None:
         """Keep back what is sent to the server on the connections that are open now.
 
@@ -1411,8 +1383,8 @@ class Proxy(Closing):
 
     @_in_its_thread
     def resume(self) -> None:
-        """End stall, black_hole (for newer connections), refuse, delay and throttle."""
-        self._stalled = self._black_hole = False
+        """End stall, refuse, delay and throttle."""
+        self._stalled = False
         self._delay_s = self._bytes_per_s = 0.0
         self._listener = self._listener or self._listen()
 
@@ -1473,7 +1445,7 @@ class Proxy(Closing):
         for half in [] if self._stalled else self._halves:
             if sum(len(data) for _, data in half.chunks) < buffer_bytes and not half.full:
                 reading.append(half.source)
-            if half.chunks and not half.black_hole and not half.held:
+            if half.chunks and not half.held:
                 due = max(half.chunks[0][0], half.next_send)
                 if due <= now:
                     writing.append(half.target)
@@ -1494,7 +1466,7 @@ class Proxy(Closing):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._servers.add(server)
         for source, target in ((client, server), (server, client)):
-            self._halves.append(_Half(source, target, self._black_hole))
+            self._halves.append(_Half(source, target))
 
     def _receive(self, half: _Half) -> None:
         try:

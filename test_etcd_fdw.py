@@ -3920,7 +3920,9 @@ def test_waiting_sleeps_until_the_daemon_commits(db, daemon, etcd, prefix):
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor())
         with frozen_mirror(db):
-            beaten, newest = ask(db, prefix + "a", revision=77), etcd.put(prefix + "a", "theirs")
+            newest = etcd.put(prefix + "a", "theirs")
+            wait_until("the daemon does not wait", lambda: daemon_waits_on(db, "relation"))
+            beaten = ask(db, prefix + "a", revision=77)
             waits = {
                 f"etcd_wait({beaten}, '90 s')": "conflict",
                 f"etcd_wait_revision({newest}, '90 s')": newest,

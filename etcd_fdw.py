@@ -785,10 +785,7 @@ def parse_address(text: str) -> tuple[str, int]:
 def parse_channel(text: str) -> str:
     """The name of a notification channel. Raises ValueError."""
     if not 0 < len(text.encode()) < 64 or text in (CHANGES_CHANNEL, OUTCOME_CHANNEL):
-        raise ValueError(
-            f"{text!r} cannot be the channel: 1 to 63 bytes, and neither {CHANGES_CHANNEL} nor"
-            f" {OUTCOME_CHANNEL}"
-        )
+        raise ValueError(f"{text!r} cannot be the channel: it is taken, or not of 1 to 63 bytes")
     return text
 
 
@@ -863,21 +860,18 @@ def parse_etcd_host(text: str) -> str:
 
 def check_files(given: Mapping[str, Any]) -> None:
     """Raises ValueError unless the files are PEM and the key is the certificate's."""
-    for name in ETCD_FILES:
-        if given.get(name) and not os.access(given[name], os.R_OK):
-            raise ValueError(f"{name}: cannot read the file {given[name]!r}")
     ca, cert, key = map(given.get, ETCD_FILES)
     if (cert is None) != (key is None):
         raise ValueError("cert and key go together")
-    context, wrong = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), f"ca: no certificate in {ca!r}"
+    context, files = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), f"ca: {ca!r}"
     try:
-        if ca:
+        if ca is not None:
             context.load_verify_locations(ca)
-        wrong = f"cert, key: no certificate in {cert!r}, or not its key in {key!r}"
-        if cert:
+        files = f"cert, key: {cert!r}, {key!r}"
+        if cert is not None:
             context.load_cert_chain(cert, key, password="")  # never ask on the terminal
-    except OSError:
-        raise ValueError(f"{wrong} (PEM, not encrypted)") from None
+    except OSError as exc:
+        raise ValueError(f"{files}: cannot be used (PEM, not encrypted): {exc.strerror}") from None
 
 
 def parse_etcd_parameters(query: str) -> dict[str, Any]:
@@ -909,10 +903,6 @@ def parse_etcd_dsn(text: str) -> EtcdTarget:
     if not match:
         raise ValueError("not a URL: it has a #, an @ behind the hosts or a tab" + UNESCAPED)
     netloc, path, query = match.groups("")
-    try:
-        urllib.parse.unquote(f"{netloc} {query}", errors="strict")
-    except UnicodeDecodeError:
-        raise ValueError("the login or a parameter is not UTF-8") from None
     login, _, hosts = netloc.rpartition("@")
     username, _, password = map(urllib.parse.unquote, login.partition(":"))
     given = parse_etcd_parameters(query)
@@ -924,9 +914,7 @@ def parse_etcd_dsn(text: str) -> EtcdTarget:
     if not is_storable(prefix):
         raise ValueError(f"the prefix is not text of up to {KEY_MAX_BYTES} bytes (UTF-8, no NUL)")
     if prefix.startswith(RESERVED):
-        raise ValueError(
-            f"the prefix is below {RESERVED.decode()}, where etcd_fdw has its own keys"
-        )
+        raise ValueError(f"the prefix is below {RESERVED.decode()}, which is etcd_fdw's own")
     given["exclude"] = tuple(sorted(set(given.get("exclude", ()))))
     for excluded in given["exclude"]:
         below = excluded.startswith(prefix.decode()) and excluded != prefix.decode()
@@ -945,7 +933,7 @@ def parse_etcd_dsn(text: str) -> EtcdTarget:
 
 
 class Option(NamedTuple):
-    """One option: flag, environment variable and key of the configuration file."""
+    """One option, and its names: key of the configuration file, flag, environment variable."""
 
     name: str
     parse: Callable[[str], Any]
@@ -957,17 +945,14 @@ class Option(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Its name in the configuration file."""
         return self.name.replace("_", "-")
 
     @property
     def flag(self) -> str:
-        """Its name on the command line."""
         return f"--{self.key}"
 
     @property
     def variable(self) -> str:
-        """Its name in the environment."""
         return f"ETCD_FDW_{self.name.upper()}"
 
 
@@ -1056,8 +1041,6 @@ class Config:
 
 
 OPTIONS = tuple(Option(item.name, **item.metadata) for item in fields(Config))
-
-
 Setting = tuple[Any, str]  # an option's text, None if it is absent, and where it came from
 
 
@@ -1233,7 +1216,8 @@ def set_up_logging(config: Config) -> None:
     logging.captureWarnings(True)
     threading.excepthook = log_unexpected
     sys.unraisablehook = log_unexpected
-    sys.excepthook = log_printed
+    # psycopg2 prints by it why a session ended within a COPY; main() lets nothing else come here
+    sys.excepthook = lambda kind, error, _: log.debug("%s", masked(one_line(error)))
     log.setLevel(config.log_level)
 
 
@@ -1241,14 +1225,6 @@ def log_unexpected(failed: Any) -> None:
     """Log an exception that nothing caught; failed: the argument of threading's and sys's hooks."""
     error = masked(one_line(failed.exc_value)) if failed.exc_value else ""
     log.error("internal error: %(type)s: %(error)s", type=failed.exc_type.__name__, error=error)
-
-
-def log_printed(kind: type[BaseException], error: BaseException, _: object) -> None:
-    """Log what a package has Python print; main() lets nothing else come here.
-
-    psycopg2 does where a session ends within a COPY, besides raising what it is about.
-    """
-    log.debug("%(type)s: %(error)s", type=kind.__name__, error=masked(one_line(error)))
 
 
 # ── waker and signals ──────────────────────────────────────────────────────────
@@ -1442,7 +1418,6 @@ class Metrics:
         self.apply_s = 0.0
 
     def count(self, news: Counters) -> None:
-        """Count what a transaction has written."""
         for name, number in vars(news).items():
             vars(self.counters)[name] += number
 
@@ -1462,7 +1437,6 @@ class Metrics:
             self.apply_s += took
 
     def note_caught_up(self, caught_up: bool) -> None:
-        """Note whether the mirror has caught up now."""
         if caught_up or self.caught_up:
             self.caught_up_at = time.monotonic()
         self.caught_up = caught_up
@@ -1487,7 +1461,6 @@ def exposition(m: Metrics) -> str:
         lines.extend(f"etcd_fdw_{name}{suffix} {+number!r}" for suffix, number in samples.items())
 
     def by(name: str, values: Mapping[str, float]) -> dict[str, float]:
-        """Samples with one label."""
         return {f'{{{name}="{value}"}}': number for value, number in values.items()}
 
     gauge, counter, c = partial(add, "gauge"), partial(add, "counter"), m.counters
@@ -5427,8 +5400,11 @@ def postgres_status(postgres: Postgres) -> dict[str, Any]:
         facts.update(keys=None, revisions=None)
         with suppress(PostgresUnavailable):  # it takes too long
             facts.update(postgres.query(SIZE_SQL)[0])
+    age_s = facts.get("heartbeat_age_s")
+    facts["alive"] = age_s is not None and age_s < HEARTBEAT_LIMIT_S
     # a standby knows of no locks of the primary
-    facts["locked"] = has_heartbeat(facts) if standby else facts["holder"] is not None
+    facts["locked"] = facts["alive"] if standby else facts["holder"] is not None
+    facts["retrying"] = facts["alive"] and bool(facts["last_error"])  # it lacks etcd
     return facts
 
 
@@ -5481,18 +5457,15 @@ def gather_status(engine: Engine) -> dict[str, Any]:
         try:
             postgres = stack.enter_context(closing(Postgres(config, engine.guard, listen=False)))
             found.update(postgres_status(postgres))
+        except EtcdFdwError as exc:
+            found["postgresql"] = failed_side(away, exc)
+        try:
             etcd = stack.enter_context(closing(engine.connect_etcd()))
             found["etcd"] = etcd_status(etcd, found.get("mirror_id"))
             if "checkpoint" in found:
                 found.update(lag(etcd, postgres, found, engine.waker))
         except EtcdFdwError as exc:
             found[exc.side] = failed_side(found[exc.side], exc)
-        if found["etcd"] is away:  # as PostgreSQL's error came first
-            try:
-                etcd = stack.enter_context(closing(engine.connect_etcd()))
-                found["etcd"] = etcd_status(etcd, None)
-            except EtcdFdwError as exc:
-                found["etcd"] = failed_side(away, exc)
     found["problems"] = list(problems_of(found))
     found["healthy"] = not found["problems"]
     return found
@@ -5531,7 +5504,7 @@ def problems_of(found: Mapping[str, Any]) -> Iterator[str]:
         return
     for command in found.get("open_views", ()):
         yield f"a view bypasses row-level security; the next start or its owner mends it: {command}"
-    if is_retrying(found):
+    if found["retrying"]:
         yield (
             f"pid {found['pid']} on {found['host']} is alive, but has been retrying for"
             f" {show_age(found['last_error_age_s'])}: {found['last_error']}"
@@ -5541,7 +5514,9 @@ def problems_of(found: Mapping[str, Any]) -> Iterator[str]:
     elif "checkpoint" not in found:
         yield "the first copy is not done"
     elif found["pid"] is None:
-        yield f"no instance is active, or one just starts: {show_holder(found)} holds the lock"
+        holder = found["holder"] or dict.fromkeys(("pid", "role", "application_name"), "?")
+        holder = "backend {pid} of role {role}, {application_name},".format_map(holder)
+        yield f"no instance is active, or one just starts: {holder} holds the lock"
     elif (found["heartbeat_age_s"] or 0) > HEARTBEAT_LIMIT_S:
         yield f"the last heartbeat was {show_age(found['heartbeat_age_s'])} ago"
     if found.get("lag_revisions"):
@@ -5557,17 +5532,6 @@ def problems_of(found: Mapping[str, Any]) -> Iterator[str]:
             f" the first is {found['outside_id']} to {found['outside_key']}: start an instance for"
             " it, or take it back with etcd_cancel"
         )
-
-
-def has_heartbeat(found: Mapping[str, Any]) -> bool:
-    """Whether an instance has told PostgreSQL of late that it is alive."""
-    age_s = found.get("heartbeat_age_s")
-    return age_s is not None and age_s < HEARTBEAT_LIMIT_S
-
-
-def is_retrying(found: Mapping[str, Any]) -> bool:
-    """Whether an instance is alive that has PostgreSQL now and then, but not etcd."""
-    return bool(found.get("last_error")) and has_heartbeat(found)
 
 
 def show_status(found: Mapping[str, Any], watch: bool) -> str:
@@ -5596,23 +5560,14 @@ def show_status(found: Mapping[str, Any], watch: bool) -> str:
     return "\n".join(text.split("\n")[: height - 1]) if watch else text
 
 
-def show_holder(found: Mapping[str, Any]) -> str:
-    """Who has the lock of the prefix, be it an instance or not."""
-    if found["holder"] is None:  # as a standby sees it
-        return "somebody"
-    return "backend {pid} of role {role}, {application_name},".format_map(found["holder"])
-
-
 def show_instances(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The lines about who is active and who stands by."""
-    if not found["locked"] and not is_retrying(found):
-        yield "active", "nobody"
-    elif found.get("pid") is None:
-        yield "active", f"nobody, or one just starts: {show_holder(found)} holds the lock"
-    else:
+    active = "nobody"
+    if found.get("pid") is not None and (found["locked"] or found["retrying"]):
         since, age = utc(found["started_at"].timestamp()), show_age(found["heartbeat_age_s"])
-        who = f"pid {found['pid']} on {found['host']}, version {found['version']}"
-        yield "active", f"{who}, since {since}, heartbeat {age} ago"
+        active = "pid {pid} on {host}, version {version}".format_map(found)
+        active += f", since {since}, heartbeat {age} ago"
+    yield "active", active
     clients = [f"{x['client']} since {utc(x['since'].timestamp())}" for x in found["standbys"]]
     yield "standbys", f"{len(clients)}: {', '.join(clients)}".removesuffix(": ")
 
@@ -5645,13 +5600,6 @@ def show_mirror(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "ever", text.format_map(found)
 
 
-def check_exit_code(found: Mapping[str, Any]) -> int:
-    """What monitoring expects: 0 healthy, 2 critical, 3 unknown, as PostgreSQL does not tell."""
-    if "schema_version" not in found:
-        return 3
-    return 0 if found["healthy"] else 2
-
-
 def status(config: Config, given: Mapping[str, Any]) -> int:
     """Show who is active, how far the mirror is, and what waits."""
     option = Option("interval", parse_positive_duration, "2s", "")
@@ -5666,14 +5614,13 @@ def status(config: Config, given: Mapping[str, Any]) -> int:
             text = printable("; ".join(found["problems"]) or "healthy")
         else:
             text = show_status(found, given["watch"]) + "\n" * given["watch"]
-        if given["watch"] and given["format"] == "text" and sys.stdout.isatty():
-            text = (
-                "\x1b[H" + text.rstrip().replace("\n", "\x1b[K\n") + "\x1b[J"
-            )  # over the last one
+        if given["watch"] and given["format"] == "text" and sys.stdout.isatty():  # over the last
+            text = "\x1b[H" + text.rstrip().replace("\n", "\x1b[K\n") + "\x1b[J"
         print(text, flush=True)
+        if given["check"] and not given["watch"]:  # what monitoring expects
+            return 3 if "schema_version" not in found else 0 if found["healthy"] else 2
         if not given["watch"]:
-            nobody = not (found["postgresql"]["reachable"] or found["etcd"]["reachable"])
-            return check_exit_code(found) if given["check"] else 2 * nobody
+            return 0 if found["postgresql"]["reachable"] or found["etcd"]["reachable"] else 2
         time.sleep(interval_s)
 
 
@@ -5816,18 +5763,14 @@ def retry_failed(config: Config) -> None:
     log.info("queued %(changes)s again", changes=describe(count, "change"))
 
 
-def confirm(question: str) -> None:
-    """Ask on the terminal. Raises ConfigurationError without one, or without a yes."""
-    if not sys.stdin.isatty():
-        raise ConfigurationError(f"{question} Add --yes")
-    if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
-        raise ConfigurationError("nothing was done")
-
-
 def sync(config: Config, given: Mapping[str, Any]) -> int:
     """Wait until both sides are in step; where no instance is active, bring them there."""
     if given["reset"] and not given["yes"]:
-        confirm("--reset drops the mirror and its history.")
+        question = "--reset drops the mirror and its history."
+        if not sys.stdin.isatty():
+            raise ConfigurationError(f"{question} Add --yes")
+        if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
+            raise ConfigurationError("nothing was done")
     if given["retry_failed"]:
         retry_failed(config)
     if given["reset"]:
@@ -5933,54 +5876,41 @@ def check_servers(config: Config) -> Iterator[Finding]:
         yield exc
     prefix = config.etcd_dsn.prefix
     try:
-        etcd = Engine(config).connect_etcd()
+        with closing(Engine(config).connect_etcd()) as etcd:
+            yield f"etcd {etcd.version} at {etcd.endpoint}, cluster {etcd.cluster_id}"
+            yield f"etcd grants reading {prefix or 'all keys'!r}"
+            if doubt := etcd.other_prefix():
+                yield UserWarning(doubt)
+            obstacles = list(write_obstacles(etcd, mirror_id))
+            text = f"changes from SQL would wait: {'; '.join(map(str, obstacles))}"
+            if not config.push:
+                yield UserWarning("--push is off: changes from SQL wait")
+            elif not obstacles:
+                yield f"etcd grants writing {prefix or 'all keys'!r}"
+                if not etcd.takes_operations(config.max_txn_ops):
+                    yield UserWarning(
+                        f"etcd takes fewer than {config.max_txn_ops} operations in one transaction:"
+                        " lower --max-txn-ops, or raise etcd's"
+                    )
+            elif len(obstacles) == 1 and mirror_id and isinstance(obstacles[0], PermissionDenied):
+                yield AccessDenied(text)
+            else:  # with neither grant it is a mirror to read from, as one may want it
+                yield UserWarning(text)
     except PermissionDenied as exc:
-        raise PermissionDenied(f"{exc}; for reading: {grant_hint(prefix)}") from exc
-    with closing(etcd):
-        yield f"etcd {etcd.version} at {etcd.endpoint}, cluster {etcd.cluster_id}"
-        yield f"etcd grants reading {prefix or 'all keys'!r}"
-        if doubt := etcd.other_prefix():
-            yield UserWarning(doubt)
-        obstacles = list(write_obstacles(etcd, mirror_id))
-        text = f"changes from SQL would wait: {'; '.join(map(str, obstacles))}"
-        if not config.push:
-            yield UserWarning("--push is off: changes from SQL wait")
-        elif not obstacles:
-            yield f"etcd grants writing {prefix or 'all keys'!r}"
-            if not etcd.takes_operations(config.max_txn_ops):
-                yield UserWarning(
-                    f"etcd takes fewer than {config.max_txn_ops} operations in one transaction:"
-                    " lower --max-txn-ops, or raise etcd's"
-                )
-        elif len(obstacles) == 1 and mirror_id and isinstance(obstacles[0], PermissionDenied):
-            yield AccessDenied(text)
-        else:  # with neither grant it is a mirror to read from, as one may want it
-            yield UserWarning(text)
+        yield PermissionDenied(f"{exc}; for reading: {grant_hint(prefix)}")
+    except EtcdFdwError as exc:
+        yield exc
 
 
-def check_options(chosen: Mapping[str, Setting]) -> Iterator[Finding]:
-    """What is wrong with each option."""
-    for option in OPTIONS:
-        try:
-            parse_setting(option, chosen[option.name])
-        except ConfigurationError as exc:
-            yield exc
-
-
-def report(findings: Iterator[Finding]) -> int:
-    """Print findings, a line for each; the error that ends them is one, too. The exit code."""
+def report(findings: Iterable[Finding]) -> int:
+    """Print findings, a line for each; returns the exit code."""
     exit_code = 0
-    while True:
-        try:
-            finding = next(findings, None)
-        except EtcdFdwError as exc:
-            finding = exc
-        if finding is None:
-            return exit_code
+    for finding in findings:
         label = "WARN" if isinstance(finding, UserWarning) else "ok"
         if isinstance(finding, EtcdFdwError):
             label, exit_code = "FAIL", exit_code or finding.exit_code
         say(f"{label:6}{finding}")
+    return exit_code
 
 
 def config_show(chosen: Mapping[str, Setting], given: Mapping[str, Any]) -> int:
@@ -6001,8 +5931,14 @@ def config_show(chosen: Mapping[str, Setting], given: Mapping[str, Any]) -> int:
 
 def config_validate(chosen: Mapping[str, Setting], given: Mapping[str, Any]) -> int:
     """Check that the settings are valid; with --connect also what start asks of both servers."""
-    if wrong := report(check_options(chosen)):
-        return wrong
+    wrong = []
+    for option in OPTIONS:
+        try:
+            parse_setting(option, chosen[option.name])
+        except ConfigurationError as exc:
+            wrong.append(exc)
+    if wrong:
+        return report(wrong)
     say("ok    every option is valid")
     config = make_config(chosen)
     report(doubts(config, chosen))
@@ -6049,8 +5985,7 @@ def find_program(name: str) -> Path:
         folders = [glob.escape(folder) for folder in sys.path]
         inside = [f"{folder}/{package}" for folder in folders for package in packages]
         for pattern in ("/usr/lib/postgresql/*/bin", *inside):
-            numbers = {p: [int(n) for n in re.findall(r"\d+", p)] for p in glob.glob(pattern)}
-            path += "".join(f":{p}" for p in sorted(numbers, key=numbers.__getitem__, reverse=True))
+            path += "".join(f":{p}" for p in sorted(glob.glob(pattern), reverse=True))
     found = shutil.which(name, path=path) or shutil.which(name, os.F_OK, path)
     if not found:
         raise LocalServerError(f"no program {name!r} found; {hint}")
@@ -6097,7 +6032,6 @@ class LocalServer:
             )
 
     def launch(self) -> None:
-        """Start on the same port and data as before."""
         self.process = self.run(self.command())
 
     def wait_ready(self) -> None:
@@ -6114,11 +6048,9 @@ class LocalServer:
         self.wait_ready()
 
     def is_running(self) -> bool:
-        """Return whether there is a process."""
         return self.process is not None and self.process.poll() is None
 
     def log(self) -> str:
-        """Return what the server has written to its log."""
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
     def close(self) -> None:
@@ -6166,7 +6098,6 @@ class LocalEtcd(LocalServer):
         return [str(self.program), *(f"--{k}={v}" for k, v in options.items())]
 
     def is_ready(self) -> bool:
-        """Return whether the server answers, be it without space."""
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # not of the environ
         url = f"{self.health_url}/health?exclude=NOSPACE"
         with suppress(OSError), opener.open(url, timeout=5):
@@ -6187,7 +6118,6 @@ class LocalPostgres(LocalServer):
             self._leave_root()
 
     def dsn(self, dbname: str = "postgres") -> str:
-        """Return the superuser's DSN."""
         login = f"postgres:{self.password}" if self.password else "postgres"
         return f"postgresql://{login}@127.0.0.1:{self.port}/{dbname}"
 
@@ -6247,7 +6177,6 @@ class LocalPostgres(LocalServer):
         self.bin_dir = copy / self.bin_dir.relative_to(package.parent)
 
     def _give(self, *paths: Path) -> None:
-        """Make the account the owner of files."""
         for path in paths if self.account else ():
             owner = self.account["user"], self.account["group"]
             os.chown(path, *owner, follow_symlinks=False)
@@ -6303,7 +6232,6 @@ class DemoStage:
     etcd: LocalEtcd
 
     def tour(self) -> None:
-        """Show what etcd_fdw does."""
         print("\n-- etcd → PostgreSQL: a put in etcd is a row in table etcd")
         self.etcdctl("put", "/config/app/timeout", "30s")
         self.wait_for("EXISTS (SELECT FROM etcd WHERE value = '30s')")
@@ -6327,7 +6255,6 @@ class DemoStage:
         self.sql("SELECT key, value, revision FROM etcd_kv")
 
     def etcdctl(self, *words: str) -> None:
-        """Run etcdctl, and show it."""
         print("$ etcdctl " + " ".join(words))
         program = [str(find_program("etcdctl")), "--endpoints", self.etcd.endpoint]
         subprocess.run([*program, *words], check=True)
@@ -6351,7 +6278,6 @@ class DemoStage:
         return rows
 
     def wait_for(self, condition: str) -> None:
-        """Wait until a condition is true, without showing it."""
         sql = f"SELECT WHERE {condition}"
         with self.connection.cursor() as cur:
             wait_until(f"not yet: {condition}", lambda: cur.execute(sql) or cur.rowcount)
@@ -6366,7 +6292,6 @@ class Parser(argparse.ArgumentParser):
     flags: ClassVar[set[str]] = set()  # of all commands
 
     def add_argument(self, *args: Any, **kwargs: Any) -> argparse.Action:
-        """As argparse has it; remembers the flags."""
         self.flags.update(args)
         return super().add_argument(*args, **kwargs)
 
@@ -6381,14 +6306,12 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"unknown option {flag}")
 
     def add_flag(self, flag: str, text: str) -> None:
-        """An option without a value."""
         self.add_argument(flag, action="store_true", help=text)
 
     def _print_message(self, message: str, file: Any = None) -> None:
         print(message, end="", file=file, flush=True)  # argparse's own hides that the disk is full
 
     def error(self, message: str) -> Any:
-        """Raises ConfigurationError."""
         raise ConfigurationError(f"{hide_dsn(message)}; see {self.prog} --help")
 
 

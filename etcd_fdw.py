@@ -2054,11 +2054,17 @@ class Etcd:
     def authenticate(self) -> None:
         """Get a new token, if there is a user name and etcd wants one."""
         target = self.target
+        if not target.username:
+            return
+
+        def log_in(request: Any, timeout: float, **_: Any) -> Any:
+            # without the token that has expired, with which etcd 3.4 refuses it
+            return self.auth.Authenticate(request, timeout=timeout)
+
         request = etcdrpc.AuthenticateRequest(name=target.username, password=target.password)
-        if target.username:
-            with suppress(Rejected):  # "authentication is not enabled"
-                token = self.call(self.auth.Authenticate, request, renew=False).token
-                self.metadata = (("hasleader", "true"), ("token", token))
+        with suppress(Rejected):  # "authentication is not enabled"
+            token = self.call(log_in, request, renew=False).token
+            self.metadata = (("hasleader", "true"), ("token", token))
 
     def close(self) -> None:
         """Close the channel; calls under way end as cancelled."""

@@ -2628,7 +2628,8 @@ def test_counter_misses_no_step(daemon, db, prefix, etcd):
 
 def test_odd_values_and_keys_from_sql(daemon, db, prefix, etcd):
     daemon()
-    changes: dict[str, bytes | str] = {key: key for key in World.KEYS}
+    longest = os.urandom((etcd_fdw.KEY_MAX_BYTES - len(prefix)) // 2).hex()  # not to be compressed
+    changes: dict[str, bytes | str] = {key: key for key in (*World.KEYS, longest)}
     for number, value in enumerate(World.values()):
         changes[f"b{number}"] = value
         if etcd_fdw.is_text(value):
@@ -3296,14 +3297,6 @@ def test_tables_refuse_contradictory_rows(schema):
         ("etcd_wal (key, value, value_bytes)", "'/a', 'a', 'a'"),
     ]:
         refused("23514", schema, f"INSERT INTO {table} VALUES ({values})")
-
-
-def test_longest_key_fits_every_index(schema):
-    noise = random.Random(1)
-    key = "".join(chr(noise.randrange(0x20, 0x7F)) for _ in range(2600))  # does not compress
-    assert rows(schema, "SELECT etcd_set(%s, '')", key) == [(1,)]
-    mirror(schema, (key, 2**62, "v"))
-    assert scalar(schema, "SELECT value FROM etcd_list(%s)", key) == "v"
 
 
 def test_outbox_records_who_and_which_transaction(schema):
@@ -7244,7 +7237,7 @@ def test_ids_used_again_after_a_failover(daemon, prefix, own_postgres, etcd, rec
         assert assert_outcomes(recorder, standby.dsn()) == {"success": 100}
 
 
-def test_comparison_sees_what_is_not_true(daemon, db, prefix, etcd, recorder, monkeypatch):
+def test_comparison_sees_what_is_not_true(daemon, db, prefix, recorder, monkeypatch):
     daemon(*FAST)
     for n in range(2):
         key = f"{prefix}{n}"
@@ -7253,7 +7246,6 @@ def test_comparison_sees_what_is_not_true(daemon, db, prefix, etcd, recorder, mo
     one, another = wal_rows(db)
     falsified: list[tuple[dict[str, Any], str]] = [
         ({"status": "conflict"}, "nobody claims"),
-        ({"result_revision": 1}, "etcd tells b'nothing' of"),
         ({"value": b"sql-other"}, "etcd tells b'sql-"),
         ({"revision": 1}, "made on 1, applied on"),
         ({"force": True, "replaced_revision": 1}, "replaced"),
@@ -7265,11 +7257,6 @@ def test_comparison_sees_what_is_not_true(daemon, db, prefix, etcd, recorder, mo
         monkeypatch.setitem(globals(), "wal_rows", lambda *_, told=told: told)
         with pytest.raises(AssertionError, match=said):
             assert_outcomes(recorder, db)
-    monkeypatch.undo()
-    etcd.delete(prefix + "0")
-    load: Any = argparse.Namespace(unsure=0, deleted=set())
-    with pytest.raises(AssertionError, match="nobody claims the deletes"):
-        assert_outcomes(recorder, db, load=load)
 
 
 KILLS = int(os.environ.get("ETCD_FDW_TEST_KILLS", "20"))

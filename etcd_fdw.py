@@ -175,7 +175,6 @@ LONG_STATEMENT_LIMIT_S = 3600.0  # applying the schema, merging a snapshot
 STEADY_S = 2.0  # a session that lasted so long was no failed attempt
 SILENCE_LIMIT_S = 30.0  # of a watch; then it is asked
 ANSWER_LIMIT_S = 15.0  # for its answer
-EVENT_LIMIT_S = 30.0  # for the watch to bring a change that etcd acknowledged
 STOP_LIMIT_S = 10.0
 LOG_LIMIT_S = 0.1  # for somebody to read on in a full log, once
 GC_THRESHOLD = 50_000  # with Python's 700 it takes a third of the time that changes take
@@ -3053,7 +3052,6 @@ class Acknowledged(NamedTuple):
     """What became of the rows of a Txn, until PostgreSQL has it."""
 
     outcomes: list[Outcome]
-    at: float  # monotonic
     revision: int = 0  # of the Txn, 0: there is none
     number: int = 0  # of its receipt
 
@@ -3383,7 +3381,7 @@ class Outbox:
     def answered(self, outcomes: list[Outcome], revision: int = 0, number: int = 0) -> None:
         """Keep outcomes until the mirror has got to their revision."""
         self.remember(outcomes)
-        self.acknowledged.append(Acknowledged(outcomes, time.monotonic(), revision, number))
+        self.acknowledged.append(Acknowledged(outcomes, revision, number))
 
     def remember(self, outcomes: list[Outcome]) -> None:
         """Know of rows that they are not to be read, and the versions of their keys after them."""
@@ -3504,10 +3502,6 @@ class Outbox:
         if outcomes.refusal and time.monotonic() >= self.warn_refusal_after:
             self.warn_refusal_after = time.monotonic() + CHORE_WARN_S
             log.warning("%(error)s", error=outcomes.refusal)
-
-    def silent_since(self) -> float | None:
-        """Since when an acknowledged change has not come back through the watch (monotonic)."""
-        return next((item.at for item in self.acknowledged if item.mirrored), None)
 
     def retire(self) -> None:
         """Send nothing any more."""
@@ -4675,7 +4669,6 @@ class Session:
         worked |= self.write()
         if worked:
             self.waker.wake()  # do not wait: push() and write() make room for each other
-        self.check_watch()
         now = time.monotonic()
         for timer in self.timers:
             if now >= timer.due_at:
@@ -4803,16 +4796,6 @@ class Session:
                 self.outbox.recorded(outcomes)
         # also if all events were at or below the checkpoint: there may be newer ones behind them
         return bool(news or batch.events)
-
-    def check_watch(self) -> None:
-        """Raises EtcdUnavailable if the event of an acknowledged change does not come."""
-        intake = self.mirror.intake
-        since = self.outbox.silent_since() if self.outbox else None
-        if intake and since and time.monotonic() > max(since, intake.heard_at) + EVENT_LIMIT_S:
-            raise EtcdUnavailable(
-                f"etcd at {self.etcd.endpoint}: the watch has been silent for"
-                f" {EVENT_LIMIT_S:.0f}s although it has something to tell"
-            )
 
     # ─ by the clock: each returns when it is due again ─
 

@@ -165,7 +165,7 @@ COMMENT ON TABLE  etcd_wal IS 'Outbox: changes that SQL wants made in etcd, with
 COMMENT ON COLUMN etcd_wal.id IS 'order of the changes; ids may become visible out of order';
 COMMENT ON COLUMN etcd_wal.ts IS 'start of the transaction that asked for it';
 COMMENT ON COLUMN etcd_wal.key IS 'at most 2600 bytes, what an index row surely takes';
-COMMENT ON COLUMN etcd_wal.value IS 'text to put; null together with value_bytes: delete';
+COMMENT ON COLUMN etcd_wal.value IS 'text to put; null, as an empty field of COPY CSV is, and no value_bytes: delete';
 COMMENT ON COLUMN etcd_wal.value_bytes IS 'bytes to put, for what text cannot hold';
 COMMENT ON COLUMN etcd_wal.revision IS 'version the change was made on; null or 0: the key must not exist';
 COMMENT ON COLUMN etcd_wal.status IS

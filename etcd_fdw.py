@@ -2318,6 +2318,7 @@ class OutboxRow(NamedTuple):
     ttl: int | None  # seconds; 0: no lease; None: the lease that the key has
     force: bool  # whatever version etcd holds
     action: str | None  # None: put or delete; or EXPECT, KEEPALIVE
+    guarded: int | None  # of the first one read of a transaction with an EXPECT: all its rows
 
     @property
     def data(self) -> bytes | None:
@@ -2377,7 +2378,10 @@ class OutboxTransaction:
         self.keys: set[str] = set()  # which no other transaction may have with it
         self.forced: set[str] = set()
         self.size = 0  # of the request in bytes, about; a forced put is there twice
+        self.guarded = 0  # if it expects something: how many rows it has in all
         for row in rows:
+            if row.guarded:
+                self.guarded = row.guarded
             self.keys.add(row.key)
             self.size += 150 + 4 * len(row.key.encode()) + row.size
             if row.force:
@@ -2391,7 +2395,7 @@ class OutboxTransaction:
     @property
     def splittable(self) -> bool:
         """Whether it may be applied change by change: it has several, and expects nothing."""
-        return len(self.rows) > 1 and all(row.action != EXPECT for row in self.rows)
+        return len(self.rows) > 1 and not self.guarded
 
     def fits(self, login: bool, max_ops: int) -> bool:
         """Whether etcd takes it in one piece."""
@@ -2993,7 +2997,11 @@ SELECT w.id, {QUEUED_AT}, w.key, CASE WHEN w.size <= {VALUE_MAX_BYTES} THEN w.va
        CASE WHEN w.ttl IS NOT NULL
             THEN pg_catalog.ceil(greatest(-1::float8, least(extract(epoch FROM w.ttl)::float8,
                                                             1e15::float8)))::bigint END,
-       w.force, w.action {columns}
+       w.force, w.action,
+       CASE WHEN w.txid_before IS DISTINCT FROM w.txid
+             AND (SELECT true FROM etcd_wal g WHERE g.txid = w.txid AND g.action = 'expect' LIMIT 1)
+            THEN (SELECT pg_catalog.count(*) FROM etcd_wal o
+                  WHERE o.txid = w.txid AND o.action IS DISTINCT FROM 'keepalive') END {columns}
 FROM {source}
 LEFT JOIN LATERAL (
     SELECT * FROM etcd_wal d WHERE d.id = w.depends_on AND d.key = w.key AND d.id < w.id
@@ -3009,7 +3017,8 @@ def pending_sql(order: str) -> str:
     return f"""
 SELECT p.id, p.ts, p.key, p.value, p.value_bytes, p.revision, p.txid, p.depends_on, p.ttl, p.force,
        p.action, {SIZE} AS size, {SIZE_READ} AS size_read,
-       pg_catalog.sum({SIZE_READ}) OVER (ORDER BY {order} ROWS UNBOUNDED PRECEDING) AS size_so_far
+       pg_catalog.sum({SIZE_READ}) OVER (ORDER BY {order} ROWS UNBOUNDED PRECEDING) AS size_so_far,
+       pg_catalog.lag(p.txid) OVER (ORDER BY {order} ROWS UNBOUNDED PRECEDING) AS txid_before
 FROM etcd_wal p WHERE {PENDING}"""
 
 
@@ -3229,9 +3238,12 @@ class Outbox:
             problems = [p for row in members if (p := row.problem(self.etcd.target))]
             if problems:
                 self.fail(transaction, Rejected(problems[0]))
-            elif len(members) > 1 and not transaction.fits(self.etcd.guarded, self.limit()):
+            elif (whole := transaction.guarded) and (
+                len(members) < whole or not transaction.fits(self.etcd.guarded, self.limit())
+            ):
                 reason = "a transaction with etcd_expect is applied whole or not at all"
-                self.fail(transaction, RequestTooLarge(f"{reason}: this one is too large"))
+                why = "this one is too large, or has keys outside this mirror"
+                self.fail(transaction, RequestTooLarge(f"{reason}: {why}"))
             else:
                 self.queue.append(transaction)
         self.queue.sort(key=lambda transaction: transaction.rows[-1].id)

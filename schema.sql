@@ -266,10 +266,11 @@ COMMENT ON COLUMN etcd_sync_event.details IS 'anything else, by operation; a key
 CREATE INDEX IF NOT EXISTS etcd_revision_ts_idx ON etcd USING brin (revision, ts)
     WITH (autosummarize = on, pages_per_range = 16);
 
--- Pending rows, and only those: in order, and the newest of a key. All rows by transaction, for etcd_wait.
+-- Pending rows, and only those: in order, and the newest of a key. All rows, and guards, by transaction.
 CREATE INDEX IF NOT EXISTS etcd_wal_pending_idx ON etcd_wal (id) WHERE status = 'pending';
 CREATE INDEX IF NOT EXISTS etcd_wal_pending_key_idx ON etcd_wal (key, id) WHERE status = 'pending';
 CREATE INDEX IF NOT EXISTS etcd_wal_txid_idx ON etcd_wal (txid, id);
+CREATE INDEX IF NOT EXISTS etcd_wal_expect_idx ON etcd_wal (txid) WHERE action = 'expect';
 
 -- Conflicts and failures; and a row is tried again once only, by a later row of the same key.
 CREATE INDEX IF NOT EXISTS etcd_wal_unresolved_idx ON etcd_wal (id) WHERE status IN ('conflict', 'failed');
@@ -865,7 +866,8 @@ COMMENT ON FUNCTION etcd_restore(text, bigint) IS 'queue what brings a prefix ba
 CREATE OR REPLACE FUNCTION etcd_expect(p_key text, p_revision bigint)
 RETURNS bigint LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 -- A guard: this transaction is applied only if the key is at this revision (0: does not exist) when etcd applies it,
--- else all of it is a conflict, forced changes, too. The key is not changed. Such a transaction is never split.
+-- else all of it is a conflict, forced changes, too. The key is not changed. Such a transaction is never split:
+-- too large, or with keys of two mirrors, it fails.
 --   errors  40001 if the key has moved on already or has a pending change, else as etcd_set
 BEGIN
     RETURN _etcd_change(p_key, NULL, NULL, p_revision, p_expect => true);
@@ -957,9 +959,7 @@ BEGIN
             RAISE EXCEPTION 'etcd_wal has no row %', coalesce('of transaction ' || txid::text, p_id::text, 'null')
                 USING ERRCODE = 'P0002', HINT = 'Was its transaction rolled back, or did housekeeping delete it?';
         ELSIF w.status <> 'pending' THEN
-            status := w.status;
-            result_revision := w.result_revision;
-            error_message := w.error_message;
+            SELECT w.status, w.result_revision, w.error_message INTO status, result_revision, error_message;
             RETURN;
         ELSIF w.txid = pg_current_xact_id_if_assigned() THEN
             RAISE EXCEPTION 'change % is not committed', w.id

@@ -4027,6 +4027,16 @@ def test_a_guard_decides_for_its_whole_transaction(db, daemon, etcd, prefix):
         ends(db, holds, put, **names)  # the mirror knows already
 
 
+def test_a_transaction_with_a_guard_must_be_within_one_mirror(db, daemon, etcd, prefix):
+    daemon(*FAST)
+    rows(db, "SELECT etcd_expect('elsewhere', 0); SELECT etcd_set(%s, 'v')", prefix + "a")
+    rows(db, "SELECT etcd_expect(%s, 0); SELECT etcd_set('elsewhere', 'v')", prefix + "b")
+    rows(db, "SELECT etcd_set(%s, 'v'); SELECT etcd_set('elsewhere', 'v')", prefix + "c")
+    for name, status in [("a", "failed"), ("b", "failed"), ("c", "success")]:
+        assert ended(db, prefix + name).status == status
+    assert [kv.key.decode() for kv in etcd.range(prefix).kvs] == [prefix + "c"]
+
+
 def test_a_keepalive_renews_without_a_revision(db, daemon, etcd, prefix):
     daemon(*FAST)
     leased, plain = prefix + "leased", prefix + "plain"
@@ -6777,7 +6787,7 @@ def test_server_with_a_lower_limit_of_operations_fails_nothing(daemon, db, prefi
 def test_transaction_that_expects_something_is_never_split(daemon, db, prefix, etcd):
     one = daemon("--max-txn-ops", "1000", *FAST)
     with others_go_on(one, db, etcd, prefix):
-        for size, status in [(60, "success"), (300, "failed"), (1200, "failed")]:
+        for size, status in [(60, "success"), (300, "failed"), (7000, "failed")]:
             with session(db, "BEGIN") as cur:
                 cur.execute("SELECT etcd_expect(%s, 0)", (f"{prefix}absent",))
                 sql = "SELECT etcd_set(%s || i, 'x') FROM generate_series(1, %s) i"

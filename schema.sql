@@ -616,27 +616,30 @@ DECLARE
     v_prefix   text;
     v_mirrors  bigint;
 BEGIN
-    v_wrong := CASE
-        WHEN p_key IS NULL THEN ARRAY['22004', 'key must not be null', 'It has 1 to 2600 bytes.']
-        WHEN p_key = '' OR pg_catalog.octet_length(p_key) > 2600 THEN ARRAY[
-            '22023', pg_catalog.format('key must have 1 to 2600 bytes, not %s', pg_catalog.octet_length(p_key)),
-            'etcd has no empty key, and PostgreSQL cannot index a longer one.']
-        WHEN p_value IS NULL AND p_value_bytes IS NULL AND NOT (p_delete OR p_expect) THEN ARRAY[
-            '22004', 'value must not be null', 'To delete a key use etcd_delete, or DELETE FROM etcd_kv.']
-        WHEN p_value IS NOT NULL AND p_value_bytes IS NOT NULL THEN ARRAY[
-            '22023', 'only one of value and value_bytes can be set',
-            'Text belongs into value, and into value_bytes what is no text.']
-        WHEN p_revision IS NULL AND p_expect THEN ARRAY[
-            '22004', 'revision must not be null', '0 means that the key must not exist.']
-        WHEN p_revision < 0 THEN ARRAY[
-            '22023', 'revision must not be negative', '0 means that the key must not exist, null any version.']
-        WHEN p_revision IS NOT NULL AND p_force THEN ARRAY[
-            '22023', 'a forced change is made on no certain revision',
-            'Give a revision to change that version only, or force => true to change any.']
-        WHEN NOT EXTRACT(epoch FROM p_ttl)::float8 BETWEEN 0::float8 AND 9000000000::float8 THEN ARRAY[
-            '22023', pg_catalog.format('ttl must be between 0 and 9000000000 seconds, not %s', p_ttl),
-            '0 takes the lease of the key off, null leaves it as it is.'] END;
-    IF v_wrong IS NOT NULL THEN
+    IF p_key IS NULL OR p_key = '' OR pg_catalog.octet_length(p_key) > 2600 OR p_revision < 0
+       OR (p_value IS NULL) = (p_value_bytes IS NULL) AND NOT (p_delete OR p_expect)
+       OR p_revision IS NOT NULL AND p_force OR p_expect AND p_revision IS NULL
+       OR NOT EXTRACT(epoch FROM p_ttl)::float8 BETWEEN 0::float8 AND 9000000000::float8 THEN
+        v_wrong := CASE
+            WHEN p_key IS NULL THEN ARRAY['22004', 'key must not be null', 'It has 1 to 2600 bytes.']
+            WHEN p_key = '' OR pg_catalog.octet_length(p_key) > 2600 THEN ARRAY[
+                '22023', pg_catalog.format('key must have 1 to 2600 bytes, not %s', pg_catalog.octet_length(p_key)),
+                'etcd has no empty key, and PostgreSQL cannot index a longer one.']
+            WHEN p_value IS NULL AND p_value_bytes IS NULL AND NOT (p_delete OR p_expect) THEN ARRAY[
+                '22004', 'value must not be null', 'To delete a key use etcd_delete, or DELETE FROM etcd_kv.']
+            WHEN p_value IS NOT NULL AND p_value_bytes IS NOT NULL THEN ARRAY[
+                '22023', 'only one of value and value_bytes can be set',
+                'Text belongs into value, and into value_bytes what is no text.']
+            WHEN p_revision IS NULL AND p_expect THEN ARRAY[
+                '22004', 'revision must not be null', '0 means that the key must not exist.']
+            WHEN p_revision < 0 THEN ARRAY[
+                '22023', 'revision must not be negative', '0 means that the key must not exist, null any version.']
+            WHEN p_revision IS NOT NULL AND p_force THEN ARRAY[
+                '22023', 'a forced change is made on no certain revision',
+                'Give a revision to change that version only, or force => true to change any.']
+            WHEN NOT EXTRACT(epoch FROM p_ttl)::float8 BETWEEN 0::float8 AND 9000000000::float8 THEN ARRAY[
+                '22023', pg_catalog.format('ttl must be between 0 and 9000000000 seconds, not %s', p_ttl),
+                '0 takes the lease of the key off, null leaves it as it is.'] END;
         RAISE EXCEPTION '%', v_wrong[2] USING ERRCODE = v_wrong[1], HINT = v_wrong[3];
     END IF;
 
@@ -673,9 +676,8 @@ BEGIN
          WHERE w.key >= p_key COLLATE "C" AND w.key <= p_key COLLATE "C"
            AND w.status = 'pending' AND w.action IS NULL
          ORDER BY w.key DESC, w.id DESC LIMIT 1;
-        SELECT CASE WHEN e.tombstone THEN 0 ELSE e.revision END INTO v_current
-          FROM etcd e WHERE e.key = p_key COLLATE "C" ORDER BY e.revision DESC LIMIT 1;
-        v_current := coalesce(v_current, 0);
+        v_current := coalesce((SELECT CASE WHEN e.tombstone THEN 0 ELSE e.revision END FROM etcd e
+                                WHERE e.key = p_key COLLATE "C" ORDER BY e.revision DESC LIMIT 1), 0);
 
         IF p_new OR p_revision IS NOT NULL THEN
             p_own := p_own AND v_pending.txid = pg_current_xact_id();
@@ -1015,8 +1017,7 @@ RETURNS bigint LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
 --   timeout     '0' just looks
 --   p_prefix    which mirror: a prefix or key within it; null: the only one
 --   result      the checkpoint: p_revision or newer
---   errors      57014 not reached yet, and 25000, as in etcd_wait; 22023 no such mirror, or several and none
---               named; 22004 without a revision
+--   errors      57014 and 25000 as in etcd_wait; 22023 no such mirror, or several and none named
 DECLARE s record;
 BEGIN
     IF p_revision IS NULL THEN
@@ -1238,8 +1239,7 @@ $$;
 -- Leave out ttl, force or action for one that must not use it: 42501 if it does. One that only reads: the first two
 -- lines, and SELECT on etcd_kv. etcd_cancel needs GRANT DELETE ON etcd_wal, and etcd_dismiss
 -- GRANT UPDATE (dismissed_at) ON etcd_wal, which lets it hide conflicts and failures from everybody.
--- Before PostgreSQL 15, who may write to etcd_kv can LOCK it, and thereby table etcd: grant only SELECT to whom you
--- do not trust, it can write by the functions.
+-- Before PostgreSQL 15, who may write to etcd_kv can LOCK table etcd by it: grant the untrusted only SELECT on it.
 -- Only keys under a prefix: row-level security. The functions obey it, the views from PostgreSQL 15 on (before, do not
 -- grant them). The daemon needs the first two policies unless it owns the tables or has BYPASSRLS; it is slower then.
 --     CREATE POLICY daemon ON etcd TO etcd_fdw USING (true);

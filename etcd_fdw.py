@@ -2998,7 +2998,7 @@ SELECT w.id, {QUEUED_AT}, w.key, CASE WHEN w.size <= {VALUE_MAX_BYTES} THEN w.va
             THEN pg_catalog.ceil(greatest(-1::float8, least(extract(epoch FROM w.ttl)::float8,
                                                             1e15::float8)))::bigint END,
        w.force, w.action,
-       CASE WHEN w.txid_before IS DISTINCT FROM w.txid
+       CASE WHEN w.action IS DISTINCT FROM 'keepalive' AND w.txid_before IS DISTINCT FROM w.txid
              AND (SELECT true FROM etcd_wal g WHERE g.txid = w.txid AND g.action = 'expect' LIMIT 1)
             THEN (SELECT pg_catalog.count(*) FROM etcd_wal o
                   WHERE o.txid = w.txid AND o.action IS DISTINCT FROM 'keepalive') END {columns}
@@ -3018,7 +3018,8 @@ def pending_sql(order: str) -> str:
 SELECT p.id, p.ts, p.key, p.value, p.value_bytes, p.revision, p.txid, p.depends_on, p.ttl, p.force,
        p.action, {SIZE} AS size, {SIZE_READ} AS size_read,
        pg_catalog.sum({SIZE_READ}) OVER (ORDER BY {order} ROWS UNBOUNDED PRECEDING) AS size_so_far,
-       pg_catalog.lag(p.txid) OVER (ORDER BY {order} ROWS UNBOUNDED PRECEDING) AS txid_before
+       pg_catalog.lag(CASE WHEN p.action IS DISTINCT FROM 'keepalive' THEN p.txid END)
+           OVER (ORDER BY {order} ROWS UNBOUNDED PRECEDING) AS txid_before
 FROM etcd_wal p WHERE {PENDING}"""
 
 

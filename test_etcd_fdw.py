@@ -4029,11 +4029,13 @@ def test_a_guard_decides_for_its_whole_transaction(db, daemon, etcd, prefix):
 
 def test_a_transaction_with_a_guard_must_be_within_one_mirror(db, daemon, etcd, prefix):
     daemon(*FAST)
-    rows(db, "SELECT etcd_expect('elsewhere', 0); SELECT etcd_set(%s, 'v')", prefix + "a")
+    sql = "SELECT etcd_keepalive(%s); SELECT etcd_expect('elsewhere', 0); SELECT etcd_set(%s, 'v')"
+    rows(db, sql, prefix + "d", prefix + "a")
     rows(db, "SELECT etcd_expect(%s, 0); SELECT etcd_set('elsewhere', 'v')", prefix + "b")
     rows(db, "SELECT etcd_set(%s, 'v'); SELECT etcd_set('elsewhere', 'v')", prefix + "c")
     for name, status in [("a", "failed"), ("b", "failed"), ("c", "success")]:
         assert ended(db, prefix + name).status == status
+    assert ended(db, prefix + "d").error_message == "the key is not there"
     assert [kv.key.decode() for kv in etcd.range(prefix).kvs] == [prefix + "c"]
 
 

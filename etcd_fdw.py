@@ -1631,6 +1631,9 @@ VALUES (%(prefix)s, %(operation)s, %(status)s, %(key)s, %(source_system)s, %(sou
 """
 psycopg2.extensions.register_adapter(dict, psycopg2.extras.Json)
 PENDING = "p.status = 'pending' AND pg_catalog.starts_with(p.key, %(prefix)s)"
+# Before all that reads etcd_wal or deletes: the mirror does not wait long for who has locked it,
+# and nobody queues for long behind what waits.
+SHORT_LOCK_SQL = "SET LOCAL lock_timeout = '1s';"
 PENDING_GAUGES_SQL = f"""
 SELECT pg_catalog.count(*) AS pending,
        coalesce(extract(epoch FROM clock_timestamp() - pg_catalog.min(p.ts))::float8, 0::float8)
@@ -2467,16 +2470,27 @@ BY_KEY_SQL = """
 SET LOCAL lock_timeout = '100ms';
 SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off
 """
+# A row that is there and was not changed is an error: a trigger or a policy of row-level security
+# has passed it over, and forgetting its outcome would send the change again.
 OUTCOMES_SQL = f"""
-UPDATE etcd_wal w
-SET status = coalesce(o.status, 'success'), error_message = o.message,
-    result_revision = o.revision, replaced_revision = o.replaced, finished_at = now()
-FROM ROWS FROM (pg_catalog.unnest(%(ids)s::bigint[]), pg_catalog.unnest(%(queued)s::bigint[]),
-                pg_catalog.unnest(%(revisions)s::bigint[]),
-                pg_catalog.unnest(%(replaced)s::bigint[]), pg_catalog.unnest(%(statuses)s::text[]),
-                pg_catalog.unnest(%(messages)s::text[]))
-     AS o (id, queued, revision, replaced, status, message)
-WHERE w.id = o.id AND w.finished_at IS NULL AND {QUEUED_AT} = o.queued
+WITH o AS MATERIALIZED (
+    SELECT * FROM ROWS FROM (
+        pg_catalog.unnest(%(ids)s::bigint[]), pg_catalog.unnest(%(queued)s::bigint[]),
+        pg_catalog.unnest(%(revisions)s::bigint[]), pg_catalog.unnest(%(replaced)s::bigint[]),
+        pg_catalog.unnest(%(statuses)s::text[]), pg_catalog.unnest(%(messages)s::text[])
+    ) AS o (id, queued, revision, replaced, status, message)
+), written AS (
+    UPDATE etcd_wal w
+    SET status = coalesce(o.status, 'success'), error_message = o.message,
+        result_revision = o.revision, replaced_revision = o.replaced, finished_at = now()
+    FROM o WHERE w.id = o.id AND w.finished_at IS NULL AND {QUEUED_AT} = o.queued
+    RETURNING w.id
+)
+SELECT CASE WHEN (SELECT pg_catalog.count(*) FROM written) < (SELECT pg_catalog.count(*) FROM o)
+       THEN (SELECT ('no UPDATE of etcd_wal ' || w.id || ': a trigger or a policy')::int
+             FROM o JOIN etcd_wal w ON w.id = o.id
+             WHERE w.finished_at IS NULL AND {QUEUED_AT} = o.queued
+               AND NOT EXISTS (SELECT FROM written r WHERE r.id = w.id) LIMIT 1) END
 """
 # Which rows have no outcome yet, and whether nobody has locked them.
 UNFINISHED_SQL = """
@@ -2556,7 +2570,8 @@ class Outcomes:
                 finish()
                 return
             except psycopg2.Error as exc:
-                self.undo(exc, cur)
+                error = self.undo(exc, cur)
+                self.refusal = None if isinstance(error, NotNow) else error
         if self.list:
             self.record_some(postgres, cur, audit)
         finish()
@@ -2566,8 +2581,10 @@ class Outcomes:
         cur.execute("SAVEPOINT outcomes")
         unfinished = {o.id: False for o in self.list}  # by id: whether it can be written
         try:
+            cur.defer(BY_KEY_SQL)
             cur.execute(UNFINISHED_SQL, {"ids": int_array(unfinished)})
             unfinished = dict(cur.fetchall())
+            cur.defer("SET LOCAL lock_timeout = %s", (postgres.lock_timeout,))
         except psycopg2.Error as exc:
             self.refusal = self.undo(exc, cur)
         self.deferred = list(self.deferred or ())
@@ -2614,9 +2631,8 @@ class Outcomes:
             "statuses": [o.status for o in refused],
             "messages": [o.message for o in refused],
         }
-        execute = postgres.planned(cur, OUTCOMES_SQL, arguments)
         cur.defer(BY_KEY_SQL)
-        cur.defer(execute, arguments)
+        cur.defer(postgres.planned(cur, OUTCOMES_SQL, arguments), arguments)
         cur.defer("SET LOCAL lock_timeout = %s", (postgres.lock_timeout,))
         if audit or refused:
             audited = int_array(ids if audit else ids[: len(refused)])
@@ -3219,7 +3235,10 @@ class Outbox:
         arguments = {"in_flight": int_array(self.ids), "limit": limit, "max_bytes": BATCH_BYTES}
         arguments["prefix"] = self.postgres.prefix
         with self.postgres.cursor() as cur:
-            cur.execute(self.postgres.planned(cur, PENDING_SQL, arguments), arguments)
+            cur.defer(SHORT_LOCK_SQL)
+            execute = self.postgres.planned(cur, PENDING_SQL, arguments)
+            cur.defer(SHORT_LOCK_SQL)
+            cur.execute(execute, arguments)
             found = cur.fetchall()
             rows = [OutboxRow(*row[:-1]) for row in found]
             self.all_read = len(rows) < limit and (not found or found[-1][-1] < BATCH_BYTES)
@@ -4522,8 +4541,6 @@ WITH due AS MATERIALIZED (
 )
 SELECT pg_catalog.count(*) AS deleted, pg_catalog.count(*) = %(limit)s AS more FROM due
 """
-# Who waits for a lock on a table holds up all that queue behind.
-CHORE_LOCK_TIMEOUT_SQL = "SET LOCAL lock_timeout = '1s';"
 CHORES = {  # by table: the option that says what is due, and what deletes it
     "etcd": ("history_retention", PRUNE_HISTORY_SQL),
     "etcd_wal": ("wal_retention", PRUNE_WAL_SQL),
@@ -4556,7 +4573,7 @@ class Chore(Timer):
         if age_s is None:
             return HOUSEKEEPING_S
         arguments = {**self.position, "limit": HOUSEKEEPING_ROWS, "age_s": age_s}
-        self.position = found = self.postgres.query(CHORE_LOCK_TIMEOUT_SQL + sql, **arguments)[0]
+        self.position = found = self.postgres.query(SHORT_LOCK_SQL + sql, **arguments)[0]
         if deleted := found["deleted"]:
             self.metrics.deleted[self.table] += deleted
             text = "housekeeping deleted %(rows)d rows of %(table)s"
@@ -4755,7 +4772,8 @@ class Session:
         if self.outbox is None:
             if not (self.dirty and self.config.push) or time.monotonic() < self.push_after:
                 return False
-            self.dirty = self.postgres.query(HAS_PENDING_SQL, in_flight="{}")[0]["found"]
+            found = self.postgres.query(SHORT_LOCK_SQL + HAS_PENDING_SQL, in_flight="{}")
+            self.dirty = found[0]["found"]
             if not self.dirty:
                 self.push_works()
                 return False
@@ -4850,13 +4868,13 @@ class Session:
     def count_pending(self) -> None:
         """Count pending changes."""
         metrics = self.metrics
-        row = self.postgres.query(PENDING_GAUGES_SQL)[0]
+        row = self.postgres.query(SHORT_LOCK_SQL + PENDING_GAUGES_SQL)[0]
         metrics.pending, metrics.oldest_pending_s = row["pending"], row["oldest_s"]
 
     def look_outside(self) -> float:
         """Warn of pending changes that no mirror will take."""
         started, metrics = time.monotonic(), self.metrics
-        found = self.postgres.query(PENDING_OUTSIDE_SQL)[0]
+        found = self.postgres.query(SHORT_LOCK_SQL + PENDING_OUTSIDE_SQL)[0]
         outside = found["pending_outside"]
         if outside > metrics.pending_outside:
             log.warning(

@@ -6928,18 +6928,33 @@ def test_change_on_top_of_one_whose_outcome_waits_is_applied(daemon, db, prefix,
     assert statuses(db) == ["success"] * 4
 
 
-def test_outcome_that_a_trigger_refuses_waits_alone(daemon, db, prefix, etcd):
+@pytest.mark.parametrize("body", ["RAISE 'not now'", "RETURN NULL"])
+def test_outcome_that_a_trigger_refuses_waits_alone(daemon, db, prefix, etcd, body):
     one = daemon(*FAST)
     refuse(db, "UPDATE", "etcd_wal", when="WHEN (NEW.value = 'refused')")
+    function = "CREATE OR REPLACE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS"
+    rows(db, f"{function} $$ BEGIN {body}; END $$")
     with others_go_on(one, db, etcd, prefix):
         with session(db, "BEGIN") as cur:
             for n, value in enumerate(["fine", "refused", "fine", "fine"]):
-                cur.execute("SELECT etcd_set(%s, %s)", (f"{prefix}{n}", value))
+                cur.execute("SELECT etcd_set(%s, %s, force => true)", (f"{prefix}{n}", value))
             cur.execute("COMMIT")
-        one.wait_log("WARN .*not now.*the outcome of change")
+        one.wait_log("WARN .*(not now|no UPDATE).*the outcome of change")
         assert [ended(db, f"{prefix}{n}").status for n in (0, 2, 3)] == ["success"] * 3
     rows(db, "DROP TRIGGER refuse ON etcd_wal")
     assert set(statuses(db)) == {"success"}
+    assert etcd.get(prefix + "1").version == 1  # it was not sent again
+
+
+def test_lock_on_the_table_of_changes_holds_up_no_mirror(daemon, db, prefix, etcd):
+    daemon(*FAST)
+    apply_change(db, prefix + "first")
+    with session(db, "BEGIN", "LOCK etcd_wal"):
+        for key in "abcd":
+            etcd.put(prefix + key, "1")
+            wait_until("the mirror stands still", arrives(db, prefix + key), 15)
+            time.sleep(1)  # for the next poll to meet the lock
+    apply_change(db, prefix + "last")
 
 
 def test_audit_that_a_trigger_refuses_holds_up_only_what_it_is_about(daemon, db, prefix, etcd):

@@ -47,7 +47,7 @@ One row's way out
   Outcomes.record  writes them, in the transaction of Mirror.write
 What an error does: class Room is the table
   a change or its lease is refused   sent again in smaller Txns until it is alone; then it is failed
-  a chore fails                      WARN, and it waits longer each time; all else goes on
+  a chore fails (in Session.chores)  WARN once an hour; it waits longer each time, all else goes on
   etcd takes no writes               changes wait, see Session.pause_push; the mirror goes on
   the watch says nothing for 30 s    it is asked; without an answer the session ends
   an answer is lost, or a server     the session ends; Engine.retry waits, and begins the next one.
@@ -64,11 +64,12 @@ Sections; none calls what stands below it
   PostgreSQL side; etcd side; outbox; row format; mirror; housekeeping; session; engine; commands;
   throw-away servers and the demo; command line
 Where to add
-  an error         a class in "errors" with its room, and a line in one of the three tables there
+  an error         a class in "errors" with its Room, and a line in one of the three tables there
   an option        a field of Config, and a row in README's table; `reloadable` if SIGHUP changes it
-  an interval      a Timer of Session.timers, or, if it may fail by itself, of Session.chores
-  a metric         of this process: Metrics and exposition(); one that PostgreSQL adds up over all
-                   processes: a field of Counters, a column of etcd_sync_state, CHECKPOINT_SQL
+  an interval      a Timer of Session.timers, or, if it may fail by itself, of Session.chores: its
+                   action reads an option and returns the pause; SIGHUP makes all of them due
+  a metric         Metrics and exposition().  If PostgreSQL adds it up over all processes: a field of
+                   Counters, a column of etcd_sync_state (and a schema version), CHECKPOINT_SQL
 
 Exit codes: 0 clean stop or success · 1 configuration · 2 PostgreSQL or etcd unreachable ·
 3 permission or authentication · 4 a person is needed · 5 differences found.
@@ -990,13 +991,15 @@ class Config:
     log_format: str = option(choice(text="text", json="json"), "text", "text or json")
     dry_run: bool = option(parse_flag, "false", "report what would be written, write nothing")
     batch_size: int = reloadable(parse_count, "5000", "most changes in one PostgreSQL transaction")
-    max_txn_ops: int = reloadable(parse_count, "100", "operations per etcd transaction")
+    max_txn_ops: int = reloadable(parse_count, "100", "operations in one etcd transaction")
     push: bool = reloadable(parse_flag, "on", "off: only mirror; changes from SQL wait")
     poll_interval: float = reloadable(
         parse_positive_duration, "30s", "look for pending changes even without a notification"
     )
-    retry_initial: float = reloadable(parse_positive_duration, "500ms", "first backoff")
-    retry_max: float = reloadable(parse_positive_duration, "30s", "longest backoff")
+    retry_initial: float = reloadable(
+        parse_positive_duration, "500ms", "first wait before it connects again"
+    )
+    retry_max: float = reloadable(parse_positive_duration, "30s", "longest wait before that")
     startup_timeout: float = option(
         parse_duration, "30s", "how long start-up may fail to connect before exit 2"
     )
@@ -5816,7 +5819,7 @@ def compare_mirror(config: Config, repair: bool = False) -> dict[str, Any]:
 
 
 def validate(config: Config, given: Mapping[str, Any]) -> int:
-    """Compare the keys and values of both sides at one revision; exit 5 if they differ."""
+    """Does the mirror hold what etcd holds? Compare every key at one revision; exit 5 if not."""
     repaired = None
     if given["fix"] and not config.dry_run:
         bring_in_step(config)
@@ -5937,7 +5940,7 @@ def config_show(chosen: Mapping[str, Setting], given: Mapping[str, Any]) -> int:
 
 
 def config_validate(chosen: Mapping[str, Setting], given: Mapping[str, Any]) -> int:
-    """Check that the settings are valid; with --connect also what start asks of both servers."""
+    """Would it start? Check the options; with --connect also what start asks of both servers."""
     wrong = []
     for option in OPTIONS:
         try:
@@ -6345,7 +6348,7 @@ def build_parser() -> Parser:
         allow_abbrev=False,
         description="Keep an etcd v3 key prefix and PostgreSQL in step, both ways.",
         epilog="Every option can also be set by an environment variable (ETCD_FDW_POSTGRES_DSN, …)"
-        " or in the file named by --config. A flag wins over the environment, that over the file.",
+        " or in the file named by --config. A flag wins over a variable, a variable over the file.",
     )
     parser.add_argument("-v", "--version", action="version", version=f"etcd_fdw {__version__}")
     parser.set_defaults(run=start)
@@ -6377,11 +6380,11 @@ def build_parser() -> Parser:
     added.add_argument("--interval", default="2s", help="pause of --watch (default: 2s)")
     added.add_flag(
         "--check",
-        "for monitoring: say in one line whether the instance is healthy; exit 0 if it is,"
-        " 2 if it is not, 3 if that cannot be known",
+        "is it healthy now? One line for monitoring; exit 0 if it is, 2 if it is not, 3 if it"
+        " cannot tell",
     )
     added = command(commands, sync, "--retry-failed", "--reset --yes")
-    added.add_flag("--retry-failed", "first queue again what was refused, on the current versions")
+    added.add_flag("--retry-failed", "first try again what was refused, on the versions of now")
     added.add_flag(
         "--reset",
         "first drop the mirror with its history, and copy anew; no instance"
@@ -6396,7 +6399,7 @@ def build_parser() -> Parser:
     actions = config.add_subparsers(metavar="{show,validate}", required=True)
     command(actions, config_show)
     added = command(actions, config_validate, "--connect")
-    added.add_flag("--connect", "also ask both servers for all that start needs of them")
+    added.add_flag("--connect", "connect, and check what start needs from both servers")
     text = "show what it does on throw-away servers, until Ctrl-C"
     commands.add_parser("demo", help=text).set_defaults(run=demo)
     return parser

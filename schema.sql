@@ -161,7 +161,7 @@ CREATE TABLE IF NOT EXISTS etcd_wal (
     autovacuum_analyze_scale_factor = 0.02, autovacuum_vacuum_cost_limit = 2000
 );
 
-COMMENT ON TABLE  etcd_wal IS 'Outbox: changes that SQL wants made in etcd, with the outcome of each.';
+COMMENT ON TABLE  etcd_wal IS 'Changes that SQL wants made in etcd, and what became of each. A transaction across two mirrors arrives as two.';
 COMMENT ON COLUMN etcd_wal.id IS 'order of the changes; ids may become visible out of order';
 COMMENT ON COLUMN etcd_wal.ts IS 'start of the transaction that asked for it';
 COMMENT ON COLUMN etcd_wal.key IS 'at most 2600 bytes, what an index row surely takes';

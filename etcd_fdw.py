@@ -68,8 +68,8 @@ Where to add
   an option        a field of Config, and a row in README's table; `reloadable` if SIGHUP changes it
   an interval      a Timer of Session.timers, or, if it may fail by itself, of Session.chores: its
                    action reads an option and returns the pause; SIGHUP makes all of them due
-  a metric         Metrics and exposition().  If PostgreSQL adds it up over all processes: a field of
-                   Counters, a column of etcd_sync_state (and a schema version), CHECKPOINT_SQL
+  a metric         Metrics and exposition().  If PostgreSQL adds it up over all processes: Counters,
+                   a column of etcd_sync_state (and with it a schema version), CHECKPOINT_SQL
 
 Exit codes: 0 clean stop or success · 1 configuration · 2 PostgreSQL or etcd unreachable ·
 3 permission or authentication · 4 a person is needed · 5 differences found.

@@ -341,7 +341,8 @@ class AnotherTimeline(EtcdFdwError):
     def __init__(self, reason: str) -> None:
         super().__init__(
             f"the mirror belongs to another etcd timeline: {reason}; nothing was changed; if etcd"
-            ' is right, drop this mirror and copy again with the command "sync --reset"'
+            " lost keys, only this mirror has them: see README.md, Rebuild etcd; if etcd is right,"
+            ' drop this mirror and copy again with the command "sync --reset"'
         )
 
 

@@ -66,8 +66,7 @@ Sections; none calls what stands below it
 Where to add
   an error         a class in "errors" with its Room, and a line in one of the three tables there
   an option        a field of Config, and a row in README's table; `reloadable` if SIGHUP changes it
-  an interval      a Timer of Session.timers, or, if it may fail by itself, of Session.chores: its
-                   action reads an option and returns the pause; SIGHUP makes all of them due
+  an interval      an option, and a Timer in Session.timers or .chores; SIGHUP makes all Timers due
   a metric         Metrics and exposition().  If PostgreSQL adds it up over all processes: Counters,
                    a column of etcd_sync_state (and with it a schema version), CHECKPOINT_SQL
 

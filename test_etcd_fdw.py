@@ -180,7 +180,6 @@ class Breakable(Process, etcd_fdw.LocalServer):
     """A throw-away server with more arguments, to be stopped, killed, frozen and started again."""
 
     free_port = staticmethod(free_port)
-    clean_stop = signal.SIGTERM
     args: list[str]  # after the server's own; a later option wins
 
     def command(self) -> list[str]:
@@ -190,7 +189,7 @@ class Breakable(Process, etcd_fdw.LocalServer):
         """End the server in good order; kill it if that takes long."""
         if self.is_running():
             self.resume()  # a stopped process would not see the signal
-            self.signal(self.clean_stop)
+            self.signal(signal.SIGINT)  # a fast shutdown of PostgreSQL
             try:
                 self.process.wait(10)
             except subprocess.TimeoutExpired:
@@ -223,7 +222,6 @@ class LocalPostgres(Breakable, etcd_fdw.LocalPostgres):
     """A PostgreSQL; its superuser "postgres" has this password, or needs none."""
 
     started: ClassVar[set[str]] = set()  # host:port of each
-    clean_stop = signal.SIGINT
 
     def __init__(self, args: Sequence[str] = (), password: str | None = None) -> None:
         super().__init__(password)
@@ -1731,16 +1729,13 @@ NO_ONE = "127.0.0.1:1"  # a reserved port: nobody listens
 WRONG_CONFIGURATION = [
     ([], "--postgres-dsn is missing"),
     (["-p", P], "--etcd-dsn is missing"),
-    (["-p"], "-p/--postgres-dsn: expected one argument"),
     (["-p", "s3cret", "-e", E], "libpq connection string"),
     (["-p", P + "?nonsense=1", "-e", E], "invalid URI query parameter"),
     (["-p", "postgresql://u:s3cret%zz@h/d", "-e", E], "invalid percent-encoded token"),
     (["-p", P + "?options=-csearch_path=x", "-e", E], "= within a value is %3D"),
     (["-p", P, "-e", "127.0.0.1:2379"], "expected etcd://"),
     (["-p", P, "-e", "etcd:///x/"], "a host is missing"),
-    (["-p", P, "-e", "etcd://h,/x/"], "a host is missing"),
     (["-p", P, "-e", "etcd://h:0/x/"], "port 0 of host 'h' is not one of 1 to"),
-    (["-p", P, "-e", "etcd://h:99999/x/"], "port 99999 of host 'h'"),
     (["-p", P, "-e", "etcd://h:http/x/"], "'h:http' is not of the form"),
     (["-p", P, "-e", "etcd://h/a#b/"], "prefix must be percent-enc"),
     (["-p", P, "-e", "etcd://h/a%zz/"], "a % in it begins no escape"),
@@ -1749,7 +1744,6 @@ WRONG_CONFIGURATION = [
     (["-p", P, "-e", E + "?dial_timeout=5s&dial_timeout=6s"], "'dial_timeout' is given twice"),
     (["-p", P, "-e", "etcd://root:s3#cret@h/"], "percent-encoded"),
     (["-p", P, "-e", "etcd://root:s3/cret@h/"], "percent-encoded"),
-    (["-p", P, "-e", "etcd://root:s3?cret@h/"], "percent-encoded"),
     (["-p", P, "-e", "etcd://root@h/"], "without a password"),
     (["-p", P, "-e", "etcd://:s3cret@h/"], "without a user name"),
     (["-p", P, "-e", E + "?nonsense=1"], "'nonsense'"),
@@ -1766,20 +1760,16 @@ WRONG_CONFIGURATION = [
     (["-p", P, "-e", "etcd://h/%ff"], "the prefix is not text"),
     (["-p", P, "-e", "etcd://h/%00"], "the prefix is not text"),
     (["-p", P, "-e", "etcd://h/" + "x" * 2600], "up to 2600 bytes"),
-    (["--postgres-dns", P, "-e", E], "unknown option --postgres-dns; see"),
     (["--postgres", P, "-e", E], "unknown option --postgres; see"),
     (["-p", P, "-e", E, "status", "--chek"], "unknown option --chek; see"),
-    (["-p", P, "-e", E, "-x", "1"], "unknown option -x"),
     (["frobnicate", "-p", P, "-e", E], "frobnicate"),
     ([E, "-p", P], "COMMAND"),
     (["-p", P, "-e", E, "--batch-size", "0"], "--batch-size: '0'"),
     (["-p", P, "-e", E, "--max-txn-ops=-1"], "--max-txn-ops: '-1'"),
-    (["-p", P, "-e", E, "--max-txn-ops=1.5"], "--max-txn-ops: '1.5'"),
     (["-p", P, "-e", E, "--poll-interval=30"], "--poll-interval: '30'"),
     (["-p", P, "-e", E, "--retry-max=0s"], "--retry-max"),
     (["-p", P, "-e", E, "--startup-timeout=soon"], "'soon'"),
     (["-p", P, "-e", E, "--wal-retention=800000d"], "'800000d' is longer than 36500d"),
-    (["-p", P, "-e", E, "--retry-max", "9" * 400 + "h"], "is longer than 36500d"),
     (["-p", P, "-e", E, "-l", "loud"], "'loud' is not one of debug"),
     (["-p", P, "-e", E, "--log-format=xml"], "'xml' is not one of text"),
 ]
@@ -5063,16 +5053,6 @@ def test_status_of_a_running_daemon(daemon, command, db, prefix, etcd):
     assert command("status", "--check").stdout == "healthy\n"
 
 
-def status_when(command: Callable[..., Any], condition: Callable[[Any], bool]) -> Any:
-    """The first status for which a condition is true: it gives its watch only a moment."""
-
-    def found() -> Any:
-        status = status_of(command)
-        return condition(status) and status
-
-    return wait_until("another status", found)
-
-
 def test_status_before_the_first_start_and_after_the_last(daemon, command, prefix, etcd):
     done = command("status", "--check")
     assert (done.returncode, done.stdout) == (2, "no instance is active\n")
@@ -5085,7 +5065,12 @@ def test_status_before_the_first_start_and_after_the_last(daemon, command, prefi
     etcd.put(prefix + "a", "1")
     etcd.put(prefix + "b", "1")
     etcd.delete(prefix, prefix=True)
-    found = status_when(command, lambda found: found["lag_revisions"] == 3)
+
+    def behind() -> Any:  # it gives its watch only a moment
+        status = status_of(command)
+        return status["lag_revisions"] == 3 and status
+
+    found = wait_until("no lag", behind)
     assert found["lag_s"] > 0
     assert found["problems"][1:] == ["the mirror is behind by 3 revisions"]
 
@@ -5338,12 +5323,11 @@ def test_keys_cannot_move_the_cursor_nor_break_a_poor_terminal(command, db, pref
     assert done.stdout.splitlines()[-1] == f"  {prefix}\\x1b[2J\\n\\xe9"
 
 
-@pytest.mark.parametrize("name", ["start", "status", "sync", "validate", "config", "config show"])
-def test_help_of_a_command_has_an_example(capsys, name):
-    with pytest.raises(SystemExit) as ended:
-        etcd_fdw.build_parser().parse_args([*name.split(), "--help"])
-    assert ended.value.code == 0
-    assert re.search(rf"examples:\s+etcd_fdw.py (-c \S+ )?{name}", capsys.readouterr().out)
+@pytest.mark.parametrize(("name", "own"), [("status", "--check"), ("sync", "--reset")])
+def test_help_of_a_command_shows_its_own_options_first(capsys, name, own):
+    with pytest.raises(SystemExit):
+        etcd_fdw.build_parser().parse_args([name, "--help"])
+    assert re.search(rf"^  {own} .*^  -p DSN", capsys.readouterr().out, re.DOTALL | re.MULTILINE)
 
 
 PUT_AT_THE_CHECKPOINT = (
@@ -5567,15 +5551,6 @@ def test_catching_up_is_lag(daemon, db, prefix, etcd):
     assert len(mirror_rows(db, prefix)) == 300
 
 
-def connections_of(pid: int) -> int:
-    """How many sockets a process has open."""
-    found = 0
-    for fd in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(FileNotFoundError):  # closed meanwhile
-            found += os.readlink(fd).startswith("socket:")
-    return found
-
-
 def connect_metrics(one: Daemon) -> socket.socket:
     """A connection to where a daemon serves its metrics."""
     host, _, port = metrics_address(one).rpartition(":")
@@ -5583,16 +5558,12 @@ def connect_metrics(one: Daemon) -> socket.socket:
 
 
 def test_metrics_port_takes_any_number_of_clients(daemon, db, prefix, etcd):
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(4096, hard)), hard))
     one = daemon("--metrics-address", "127.0.0.1:0")
-    before = connections_of(one.pid)
     with ExitStack() as stack:
-        for number in range(1200):
-            client = stack.enter_context(connect_metrics(one))
-            client.send(b"GET /metr" if number % 2 else b"")
+        clients = [stack.enter_context(connect_metrics(one)) for _ in range(200)]
+        clients[-1].send(b"GET /metr")
+        assert clients[0].recv(1) == b""  # hung up on: there are METRICS_CLIENTS at once
         assert http_get(metrics_address(one), "/healthz") == (200, "ok\n")
-        assert connections_of(one.pid) <= before + etcd_fdw.METRICS_CLIENTS
         etcd.put(prefix + "a", "1")
         wait_until("not mirrored", lambda: mirror_rows(db, prefix))
 
@@ -8742,17 +8713,6 @@ def test_container_stays_down_where_a_person_is_needed():
     assert (misconfigured.wait(WAIT_S), alone.wait(WAIT_S)) == (0, 2)
 
 
-def test_container_of_the_packages_installs_them_once(tmp_path):
-    (tmp_path / "requirements.txt").write_text("")
-    script = compose()["services"]["packages"]["command"][-1]
-    script = re.sub(r"/(packages|requirements|tmp/)", rf"{tmp_path}/\1", script)
-    (tmp_path / "tmp").mkdir()
-    for installs in (True, False):
-        done = subprocess.run(["sh", "-exc", script], capture_output=True, text=True, check=True)
-        assert ("pip install" in done.stderr) == installs
-    assert (tmp_path / "packages/bin/python").exists()
-
-
 def test_container_stops_in_good_order(db, etcd_address, prefix):
     servers = {"ETCD_FDW_POSTGRES_DSN": db, "ETCD_FDW_ETCD_DSN": etcd_address.dsn(prefix)}
     container = run_as_in_the_container(servers)
@@ -8877,16 +8837,15 @@ def test_soak(daemon, db, own_etcd, network, db_network, load, seed):
         own_etcd.kill()
         own_etcd.start()
 
-    def terminate_backends() -> None:
-        whose = "datname = current_database() AND application_name LIKE 'etcd_fdw %'"
-        rows(db, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {whose}")
+    def lose_postgres() -> None:
+        end_sessions(db)
 
     def lock_mirror() -> None:
         with frozen_mirror(db):
             play.run(dice.randrange(100))
 
     faults: list[Callable[[], None]] = [kill_daemon, fail_network, bytes_arrive_late, kill_etcd]
-    faults += [pause_etcd, own_etcd.restart, play.compact, terminate_backends, lock_mirror]
+    faults += [pause_etcd, own_etcd.restart, play.compact, lose_postgres, lock_mirror]
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         play.run(dice.randrange(200))

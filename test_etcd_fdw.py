@@ -1818,6 +1818,8 @@ def test_unreachable_server_is_exit_code_2(command, db, postgres_dsn, etcd_addre
     for postgres, etcd_, text in wrong:
         done = command("--startup-timeout=0s", "-l", "error", postgres=postgres, etcd=etcd_)
         assert_one_error_line(done, 2, text)
+    done = command("--startup-timeout=0s", "--log-format=json", etcd=f"etcd://{NO_ONE}/x/")
+    assert [json.loads(line)["level"] for line in done.stderr.splitlines()][-1] == "error"
 
 
 def set_version(db: str, version: int | str) -> None:

@@ -2490,7 +2490,7 @@ WITH o AS MATERIALIZED (
     RETURNING w.id
 )
 SELECT CASE WHEN (SELECT pg_catalog.count(*) FROM written) < (SELECT pg_catalog.count(*) FROM o)
-       THEN (SELECT ('no UPDATE of etcd_wal ' || w.id || ': a trigger or a policy')::int
+       THEN (SELECT pg_catalog.concat('no UPDATE of etcd_wal ', w.id, ': a trigger or a policy')::int
              FROM o JOIN etcd_wal w ON w.id = o.id
              WHERE w.finished_at IS NULL AND {QUEUED_AT} = o.queued
                AND NOT EXISTS (SELECT FROM written r WHERE r.id = w.id) LIMIT 1) END
@@ -3018,6 +3018,7 @@ SELECT w.id, {QUEUED_AT}, w.key, CASE WHEN w.size <= {VALUE_MAX_BYTES} THEN w.va
                                                             1e15::float8)))::bigint END,
        w.force, w.action,
        CASE WHEN w.action IS DISTINCT FROM 'keepalive' AND w.txid_before IS DISTINCT FROM w.txid
+             AND w.txid <> ALL (%(split)s::xid8[])
              AND (SELECT true FROM etcd_wal g WHERE g.txid = w.txid AND g.action = 'expect' LIMIT 1)
             THEN (SELECT pg_catalog.count(*) FROM etcd_wal o
                   WHERE o.txid = w.txid AND o.action IS DISTINCT FROM 'keepalive') END {columns}
@@ -3156,7 +3157,7 @@ class Outbox:
         """Take from the receipts what became of the rows in doubt."""
         ids = int_array(id_ for receipt in receipts for id_ in receipt.rows)
         with self.postgres.cursor() as cur:
-            cur.execute(SENT_SQL, {"ids": ids, **self.postgres.bounds})
+            cur.execute(SENT_SQL, {"ids": ids, "split": "{}", **self.postgres.bounds})
             found = {row[0]: OutboxRow(*row) for row in cur}
         known = 0
         for receipt in receipts:
@@ -3236,7 +3237,7 @@ class Outbox:
         """
         limit = self.config.batch_size
         arguments = {"in_flight": int_array(self.ids), "limit": limit, "max_bytes": BATCH_BYTES}
-        arguments["prefix"] = self.postgres.prefix
+        arguments.update(prefix=self.postgres.prefix, split=int_array(map(int, self.split)))
         with self.postgres.cursor() as cur:
             cur.defer(SHORT_LOCK_SQL)
             execute = self.postgres.planned(cur, PENDING_SQL, arguments)
@@ -3283,6 +3284,7 @@ class Outbox:
         passed: list[OutboxTransaction] = []
         if self.blocked:
             return taken
+        self.blocked = True
         keys, login, limit = set(self.busy), self.etcd.guarded, self.limit()
         rows = widest = size = looked = 0
         for transaction in self.queue:
@@ -3297,13 +3299,13 @@ class Outbox:
                 needed = operations(login, len(taken) + 1, rows + len(transaction.rows), wider)
                 full = needed > limit or size + transaction.size > TXN_MAX_BYTES
                 if taken and (full or len(taken) >= self.most):
+                    self.blocked = False
                     break
                 taken.append(transaction)
                 widest, rows, size = wider, rows + len(transaction.rows), size + transaction.size
             keys |= transaction.keys
             looked += 1
         self.queue[:looked] = passed
-        self.blocked = not taken
         for transaction in taken:
             self.busy |= transaction.keys
             transaction.resolve(self.versions)

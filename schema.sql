@@ -266,11 +266,10 @@ COMMENT ON COLUMN etcd_sync_event.details IS 'anything else, by operation; a key
 CREATE INDEX IF NOT EXISTS etcd_revision_ts_idx ON etcd USING brin (revision, ts)
     WITH (autosummarize = on, pages_per_range = 16);
 
--- Pending rows, and only those: in order, and the newest of a key. All rows, and guards, by transaction.
+-- Pending rows, and only those: in order, and the newest of a key. All rows by transaction.
 CREATE INDEX IF NOT EXISTS etcd_wal_pending_idx ON etcd_wal (id) WHERE status = 'pending';
 CREATE INDEX IF NOT EXISTS etcd_wal_pending_key_idx ON etcd_wal (key, id) WHERE status = 'pending';
 CREATE INDEX IF NOT EXISTS etcd_wal_txid_idx ON etcd_wal (txid, id);
-CREATE INDEX IF NOT EXISTS etcd_wal_expect_idx ON etcd_wal (txid) WHERE action = 'expect';
 
 -- Conflicts and failures; and a row is tried again once only, by a later row of the same key.
 CREATE INDEX IF NOT EXISTS etcd_wal_unresolved_idx ON etcd_wal (id) WHERE status IN ('conflict', 'failed');

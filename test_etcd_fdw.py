@@ -6842,12 +6842,11 @@ def test_unexpected_exception_is_a_new_session(daemon, db, prefix, etcd, tmp_pat
 def test_no_file_descriptors_are_waited_out(daemon, db, prefix, own_etcd, own_client):
     one = daemon(*FAST, etcd=own_etcd)
     usual = resource.prlimit(one.pid, resource.RLIMIT_NOFILE)
-    own_etcd.stop()
     in_use = len(list(Path(f"/proc/{one.pid}/fd").iterdir()))
-    resource.prlimit(one.pid, resource.RLIMIT_NOFILE, (in_use - 3, usual[1]))
+    resource.prlimit(one.pid, resource.RLIMIT_NOFILE, (in_use + 3, usual[1]))
+    end_sessions(db)
     one.wait_log("WARN Too many open files: raise the limit .*; retrying in")
     resource.prlimit(one.pid, resource.RLIMIT_NOFILE, usual)
-    own_etcd.start()
     own_client.put(prefix + "a", "1")
     wait_until("it did not go on", arrives(db, prefix + "a"))
 

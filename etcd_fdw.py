@@ -2490,7 +2490,7 @@ WITH o AS MATERIALIZED (
     RETURNING w.id
 )
 SELECT CASE WHEN (SELECT pg_catalog.count(*) FROM written) < (SELECT pg_catalog.count(*) FROM o)
-       THEN (SELECT pg_catalog.concat('no UPDATE of etcd_wal ', w.id, ': a trigger or a policy')::int
+       THEN (SELECT pg_catalog.concat('no UPDATE of etcd_wal ', w.id, ': a trigger, a policy')::int
              FROM o JOIN etcd_wal w ON w.id = o.id
              WHERE w.finished_at IS NULL AND {QUEUED_AT} = o.queued
                AND NOT EXISTS (SELECT FROM written r WHERE r.id = w.id) LIMIT 1) END

@@ -2414,7 +2414,7 @@ class OutboxTransaction:
         versions: of keys, after rows that etcd has answered; REFUSED if it refused them.
         """
         made_on: dict[int, int] = {}  # the versions that its own rows are made on
-        for row in self.rows:
+        for index, row in enumerate(self.rows):
             key, expected, on = row.key.encode(), row.revision or 0, row.depends_on
             if row.action == EXPECT:
                 self.expectations.append(Change(key, expected))
@@ -2423,6 +2423,10 @@ class OutboxTransaction:
                 expected = made_on[on]
             elif on is not None and (version := versions.get(on, REFUSED)) != REFUSED:
                 expected = version
+                # if it is queued again, the outbox may have forgotten the version
+                self.rows[index] = row._replace(
+                    dependency_status="success", dependency_revision=version
+                )
             elif row.dependency_status == "success":
                 expected = row.dependency_revision or 0
             made_on[row.id] = expected
@@ -2528,7 +2532,7 @@ class Outcome(NamedTuple):
     message: str | None = None
     replaced: int | None = None  # the version that it replaced
     version: int = REFUSED  # that its key has after it, 0 for none
-    read_at: float = 0.0  # monotonic: when the loop read the row; 0: in another session
+    read_at: float = 0.0  # monotonic: when the loop read the row
 
 
 class Outcomes:
@@ -2785,7 +2789,7 @@ class Receipts:
         one, PostgreSQL has lost commits in a failover; then the receipts' past is read as well.
         """
         found = {receipt.number: receipt for receipt in held}
-        while held and held[-1].settled > written:
+        while held and max(receipt.settled for receipt in held) > written:
             revision = held[0].revision - 1  # none after `settled` was deleted by then
             try:
                 held = self.held(revision)
@@ -3129,9 +3133,9 @@ class Outbox:
         self.most = config.max_txn_ops  # transactions in a Txn; fewer to find one that is refused
         self.receipts = Receipts(etcd, state.mirror_id)
         self.fence = self.receipts.fence(postgres.database)
-        self.pipeline = Pipeline(waker)
         self.renewals: collections.deque[tuple[OutboxTransaction, Future[None]]]
         self.renewals = collections.deque()  # in the order in which they are made
+        self.works = False  # etcd has taken a Txn
         self.retired = False  # nothing more is read or sent; answers are still taken
         self.split = set(state.split)
         self.queue: list[OutboxTransaction] = []  # in the order of their last rows
@@ -3143,13 +3147,16 @@ class Outbox:
         self.blocked = False  # nothing can be picked until something is read or answered
         self.acknowledged: collections.deque[Acknowledged] = collections.deque()
         self.settled = state.receipt  # the newest receipt whose outcomes are all recorded
-        self.deferred = [Outcome(*item) for item in state.deferred]  # see Outcomes
+        self.deferred = [  # see Outcomes
+            Outcome(*item)._replace(read_at=time.monotonic()) for item in state.deferred
+        ]
         self.deferred_until = 0.0  # monotonic
         self.warn_refusal_after = 0.0  # monotonic
         self.remember(self.deferred)
         receipts = self.receipts.held()
         self.number = max([state.receipt, *(r.number for r in receipts)])  # of the last Txn
         self.recover(self.receipts.unsettled(receipts, state.receipt))
+        self.pipeline = Pipeline(waker)  # last: nobody ends the thread of what was not made
 
     # ─ what another session sent ─
 
@@ -3175,9 +3182,9 @@ class Outbox:
                 versions = [self.version_at(c.key, receipt.revision - done) for c in told]
                 results.append((transaction, done, versions))
             self.acknowledge(receipt.revision, receipt.number, results)
+            # whatever is left of these transactions was not sent with the rest
+            self.split.update(row.txid for row in there)
             known += len(there)
-        # whatever is left of these transactions was not sent with the rest
-        self.split.update(row.txid for row in found.values())
         if known:
             log.info(
                 "etcd's receipts tell what became of %(changes)s sent before",
@@ -3336,6 +3343,7 @@ class Outbox:
                 owner = txn.answer.responses[0].response_range.kvs
                 raise self.receipts.fenced(owner, self.postgres.database)
             else:
+                self.works = True
                 self.most = min(2 * self.most, self.config.max_txn_ops)
                 self.free(txn.transactions)
                 self.acknowledge(txn.answer.header.revision, txn.number, txn.results())
@@ -3388,7 +3396,8 @@ class Outbox:
     def lower_limit(self, transactions: list[OutboxTransaction]) -> bool:
         """Use half of what their Txn used of --max-txn-ops; whether that is possible."""
         rows = sum(len(t.rows) for t in transactions)
-        used = self.etcd.guarded * rows + 2 + len(transactions) + max(t.width for t in transactions)
+        widest = max(t.width for t in transactions)
+        used = operations(self.etcd.guarded, len(transactions), rows, widest)
         if used // 2 < OPS_LEAST or not (len(transactions) > 1 or transactions[0].splittable):
             return False
         self.max_ops = min(self.max_ops, used // 2)
@@ -4756,7 +4765,7 @@ class Session:
             if self.dirty:
                 self.dirty = self.outbox.all_read = False
             sent = self.outbox.fill()
-            if sent:
+            if self.outbox.works:
                 self.push_works()
         except EtcdFdwError as exc:
             if exc.side != "postgresql":

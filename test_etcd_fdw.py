@@ -2128,6 +2128,27 @@ def test_rows_in_a_receipt_round_trip(queued):
     assert etcd_fdw.parse_rows(etcd_fdw.format_rows(rows)) == queued
 
 
+def test_change_that_is_queued_again_keeps_the_version_that_it_was_made_on():
+    row = outbox_row(id=2, key="k", size=0, txid="9", depends_on=1, dependency_status="pending")
+    (transaction,) = etcd_fdw.group_rows([row], False, 100, set())
+    transaction.resolve({1: 50})
+    (again,) = etcd_fdw.group_rows(transaction.rows, False, 100, set())
+    again.resolve({})  # the outbox has forgotten it
+    assert again.changes["k"].expected == 50
+
+
+def test_receipts_that_two_failovers_hide_are_found(monkeypatch):
+    """PostgreSQL is at 5 again. A sender knew of 8; the next one, which ended at once, did not."""
+
+    def receipts(*numbers: int, settled: int) -> list[etcd_fdw.Receipt]:
+        return [etcd_fdw.Receipt(100 + n, n, {}, {}, settled) for n in numbers]
+
+    monkeypatch.setattr(etcd_fdw.Receipts, "held", lambda _, at: receipts(6, 7, 8, settled=5))
+    held = receipts(9, settled=8) + receipts(10, settled=5)
+    found = etcd_fdw.Receipts.unsettled(object.__new__(etcd_fdw.Receipts), held, 5)
+    assert [receipt.number for receipt in found] == [6, 7, 8, 9, 10]
+
+
 LOG_LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (DEBUG|INFO|WARN|ERROR) .+")
 
 

@@ -5016,8 +5016,10 @@ class Engine:
                 self.established(session)
                 session.run()
             except EtcdFdwError as exc:
-                if exc.belongs_to <= Room.SESSION and not isinstance(exc, PostgresUnavailable):
-                    with suppress(EtcdFdwError):  # it may be gone as well
+                with suppress(EtcdFdwError):  # PostgreSQL may be gone as well
+                    if exc.belongs_to > Room.SESSION:
+                        postgres.query(DEACTIVATE_SQL)
+                    elif not isinstance(exc, PostgresUnavailable):
                         postgres.activate(one_line(exc))
                 raise
 
@@ -5540,6 +5542,8 @@ def problems_of(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"no instance is active, or one just starts: {holder} holds the lock"
     elif (found["heartbeat_age_s"] or 0) > HEARTBEAT_LIMIT_S:
         yield f"the last heartbeat was {show_age(found['heartbeat_age_s'])} ago"
+    if "checkpoint" in found and found["etcd"].get("revision", sys.maxsize) < found["checkpoint"]:
+        yield "etcd is behind the mirror: was it restored, or is it another one?"
     if found.get("lag_revisions"):
         yield f"the mirror is behind by {describe(found['lag_revisions'], 'revision')}"
     obstacles = found["etcd"].get("writes_wait") if found["push"] else None
@@ -5877,7 +5881,7 @@ Finding = Union[str, EtcdFdwError, UserWarning]  # of a check: good news, or wha
 
 def check_servers(config: Config) -> Iterator[Finding]:
     """Whether both servers are as start needs them, by what start itself asks and refuses."""
-    mirror_id = None
+    state = None
     try:
         with connection(config) as (_, postgres):
             version, info = postgres.version, postgres.conn.info
@@ -5891,8 +5895,8 @@ def check_servers(config: Config) -> Iterator[Finding]:
                 yield "PostgreSQL grants all that is needed"
             if 0 < found < SCHEMA_VERSION:
                 yield f"the next start applies schema version {SCHEMA_VERSION}"
-            elif found and (state := postgres.state()):
-                mirror_id = state.mirror_id
+            elif found:
+                state = postgres.state()
     except EtcdFdwError as exc:
         yield exc
     prefix = config.etcd_dsn.prefix
@@ -5902,7 +5906,9 @@ def check_servers(config: Config) -> Iterator[Finding]:
             yield f"etcd grants reading {prefix or 'all keys'!r}"
             if doubt := etcd.other_prefix():
                 yield UserWarning(doubt)
-            obstacles = list(write_obstacles(etcd, mirror_id))
+            if state:
+                check_cluster(etcd, state)
+            obstacles = list(write_obstacles(etcd, state and state.mirror_id))
             text = f"changes from SQL would wait: {'; '.join(map(str, obstacles))}"
             if not config.push:
                 yield UserWarning("--push is off: changes from SQL wait")
@@ -5913,7 +5919,7 @@ def check_servers(config: Config) -> Iterator[Finding]:
                         f"etcd takes fewer than {config.max_txn_ops} operations in one transaction:"
                         " lower --max-txn-ops, or raise etcd's"
                     )
-            elif len(obstacles) == 1 and mirror_id and isinstance(obstacles[0], PermissionDenied):
+            elif len(obstacles) == 1 and state and isinstance(obstacles[0], PermissionDenied):
                 yield AccessDenied(text)
             else:  # with neither grant it is a mirror to read from, as one may want it
                 yield UserWarning(text)

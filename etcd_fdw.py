@@ -4036,16 +4036,16 @@ FROM ROWS FROM (pg_catalog.unnest(%(keys)s::text[]), pg_catalog.unnest(%(revisio
      AS r (key, revision)
 """
 NEW_STATE_SQL = """
-INSERT INTO etcd_sync_state (prefix, cluster_id, first_revision, revision, last_revision, excluded)
-VALUES (%(prefix)s, %(cluster_id)s, %(at)s, %(at)s, %(last)s, %(excluded)s::text[])
+INSERT INTO etcd_sync_state (prefix, cluster_id, first_revision, revision, excluded)
+VALUES (%(prefix)s, %(cluster_id)s, %(at)s, %(at)s, %(excluded)s::text[])
 """
 RESYNC_STATE_SQL = """
 UPDATE etcd_sync_state s
 SET gaps = s.gaps OPERATOR(pg_catalog.||) CASE WHEN s.revision + 1 < %(at)s
         THEN ARRAY[pg_catalog.int8range(s.revision + 1, %(at)s::bigint)]
         ELSE '{}'::int8range[] END,
-    revision = %(at)s, last_revision = %(last)s, updated_at = now(), unrepaired = false
-WHERE s.prefix = %(prefix)s AND s.revision = %(old)s
+    unrepaired = false
+WHERE s.prefix = %(prefix)s
 """
 # Pages of keys that the mirror holds, by the size of their values.
 PAGES_SQL = f"""
@@ -4117,20 +4117,25 @@ class Mirror:
     def prove_timeline(self, state: SyncState) -> None:
         """Prove that etcd's history up to the checkpoint is the mirror's. Raises AnotherTimeline.
 
+        Raises Compacted where only snapshot(), which compares both sides, can tell.
         A restored backup keeps its cluster id, and may have gone past the checkpoint since.  So
         etcd must have what was mirrored last, and nothing of the prefix after that: a watch shows
         it where few revisions lie in between, and the mirror has seen each since its last copy;
         else the keys are counted.
         """
-        check_cluster(self.etcd, state)
         since = max(state.last_revision, state.copied_at)
-        with suppress(Compacted):  # the watch ends the same way, and the snapshot compares all
+        self.metrics.checkpoint = state.revision
+        try:
             proved = self.recognise(state) and state.last_revision == since
             if since < state.revision:
                 few = self.etcd.header.revision - since <= PROOF_REVISIONS
                 proved = few and self.watch_shows_nothing(state, since) and proved
             if not proved:
                 self.count_keys(state)
+        except Compacted:
+            # up to which revision, only a watch is told
+            revisions_after(self.etcd, state.revision - 1, self.waker, (), until=0)
+            raise
 
     def recognise(self, state: SyncState) -> bool:
         """Whether etcd has what the mirror says was put last; not if that was deleted since.
@@ -4246,7 +4251,10 @@ class Mirror:
             cur.execute(UNSTORABLE_SQL + NOT_RECORDED, self.postgres.bounds)
             news.unstorable = cur.rowcount
             cur.execute(DROP_STAGING_SQL)
-            self.advance(cur, staged.revision, Batch(staged.revision), Outcomes(), news)
+            self.write_state(cur, staged.revision, known=state is not None)
+            batch = Batch(staged.revision)
+            batch.last_revision = staged.last_revision
+            self.advance(cur, (state or staged).revision, batch, Outcomes(), news)
             if channel := self.config.notify_channel:
                 cur.defer(NOTIFY_SQL, (channel, f"{(old or 0) + 1}-{staged.revision}"))
         self.metrics.count(news)
@@ -4275,37 +4283,41 @@ class Mirror:
         self.check_stop()
 
     def merge_staging(self, cur: Any, staged: Staged, state: SyncState | None) -> tuple[int, int]:
-        """Bring mirror and checkpoint from the staging table to its revision.
+        """Bring the mirror to the revision of the staging table. Raises AnotherTimeline.
 
-        How many rows were put, and tombstones written.  Raises EtcdFdwError if the mirror has
-        another history, and PostgresUnavailable if somebody has moved the checkpoint.
+        How many rows were put, and tombstones written.
         """
         arguments = {
             **self.postgres.bounds,
-            "cluster_id": self.etcd.cluster_id,
             "at": staged.revision,
-            "last": staged.last_revision,
-            "excluded": list(self.etcd.target.exclude),
+            "last": (state or staged).last_revision,
+            "old": (state or staged).revision,
         }
-        if state is None:
-            # another instance may just be adding a prefix that overlaps
-            cur.execute("LOCK TABLE etcd_sync_state IN SHARE ROW EXCLUSIVE MODE")
-            for flaw in self.postgres.overlaps():
-                raise flaw
-            cur.execute(NEW_STATE_SQL, arguments)
-        else:
-            cur.execute(RESYNC_STATE_SQL, {**arguments, "old": state.revision})
-        if cur.rowcount != 1:
-            raise checkpoint_moved()
-        if state:
-            arguments.update(last=state.last_revision, old=state.revision)
-        cur.execute(CONTRADICTION_SQL, {"old": staged.revision, **arguments})
+        cur.execute(CONTRADICTION_SQL, arguments)
         if found := cur.fetchone():
             raise AnotherTimeline(f"key {found[0]} has another history in the mirror than in etcd")
         cur.execute(MERGE_SQL)
         put = cur.rowcount
         cur.execute(TOMBSTONES_SQL, arguments)
         return put, cur.rowcount
+
+    def write_state(self, cur: Any, revision: int, known: bool) -> None:
+        """Add this mirror to etcd_sync_state, or note the gap before a copy at a revision.
+
+        Raises EtcdFdwError if another instance has just added a prefix that overlaps.
+        """
+        arguments = {
+            "prefix": self.postgres.prefix,
+            "cluster_id": self.etcd.cluster_id,
+            "at": revision,
+            "excluded": list(self.etcd.target.exclude),
+        }
+        if not known:
+            # from here on all mirrors wait, so little is left to do
+            cur.execute("LOCK TABLE etcd_sync_state IN SHARE ROW EXCLUSIVE MODE")
+            for flaw in self.postgres.overlaps():
+                raise flaw
+        cur.execute(RESYNC_STATE_SQL if known else NEW_STATE_SQL, arguments)
 
     def watch(self, checkpoint: int) -> None:
         """Begin to watch at the checkpoint."""
@@ -4361,6 +4373,7 @@ class Mirror:
                 cur.execute(STAGING_SQL)
                 copy_in(cur, "etcd_unstorable", batch.unstorable)
                 cur.execute(UNSTORABLE_SQL, self.postgres.bounds)
+                cur.defer(DROP_STAGING_SQL)
             if config.audit == "all" and batch.rows:
                 keys, revisions = zip(*((key.decode(), revision) for key, revision in batch.rows))
                 arguments = {"keys": list(keys), "revisions": int_array(revisions)}
@@ -4402,18 +4415,14 @@ class Mirror:
         }
         cur.execute(CHECKPOINT_SQL, arguments)
         if cur.rowcount != 1:
-            raise checkpoint_moved()
+            text = "another writer has moved the checkpoint: starting over"
+            raise PostgresUnavailable(f"PostgreSQL: {text}")
         self.generation = cur.fetchone()[0]
 
     def close(self) -> None:
         """End the watch."""
         if self.intake:
             self.intake.watch.stop()
-
-
-def checkpoint_moved() -> PostgresUnavailable:
-    """The error for a checkpoint that is not where this session has left it."""
-    return PostgresUnavailable("PostgreSQL: another writer has moved the checkpoint: starting over")
 
 
 def check_cluster(etcd: Etcd, state: SyncState) -> None:
@@ -4648,13 +4657,14 @@ class Session:
         """Begin to mirror; resync: copy at this revision first, 0: now; proved: the timeline is."""
         mirror = self.mirror
         state = self.postgres.state()
+        if state and resync and resync <= state.revision:
+            resync = None  # meanwhile another instance was active
         if state:
-            if not proved:
+            check_cluster(self.etcd, state)
+            if resync is None and not proved:
                 mirror.prove_timeline(state)
             mirror.follow_exclusions(state)
             state = self.postgres.state() or state
-        if state and resync and resync <= state.revision:
-            resync = None  # meanwhile another instance was active
         if state is None or resync is not None or state.unrepaired:
             self.set_state(COPYING)
         if state is None or resync is not None:
@@ -5129,6 +5139,7 @@ class Engine:
         self.set_state(f"{error.side} is unavailable")
         if isinstance(error, Compacted):
             self.resync = error.revision
+            self.connected = True  # both sides have answered
             log.warning(
                 "etcd has compacted up to revision %(compacted)s, the mirror is at"
                 " %(revision)d: copying again",

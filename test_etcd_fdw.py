@@ -2245,6 +2245,8 @@ def test_unstorable_key_is_reported_and_the_rest_goes_on(daemon, command, db, pr
     assert found[0][2] == before
     wait_until("not counted", lambda: scalar(db, "SELECT unstorable FROM etcd_status") == 4)
     assert "cannot mirror 1 event whose key is not text" in first.log()
+    left = "SELECT relname FROM pg_class WHERE relpersistence = 't' AND relkind = 'r'"
+    assert rows(db, left) == []  # nobody would freeze it
     first.kill()
     etcd.compact(etcd.put(prefix + "c", "1"))
     daemon().wait_log("has compacted")
@@ -6359,6 +6361,24 @@ def test_what_a_restored_etcd_did_instead_is_found(
     assert rows(db, EVERYTHING) == before
 
 
+def test_nothing_is_sent_to_a_restored_etcd_that_compacted_the_checkpoint(
+    daemon, db, prefix, own_etcd, tmp_path
+):
+    with EtcdClient(own_etcd.endpoint) as client:
+        client.put(prefix + "a", "1")
+        client.snapshot(tmp_path / "backup")
+        revision = client.put(prefix + "a", "2")
+        daemon(etcd=own_etcd).stop()
+        ask(db, prefix + "a", revision=revision)
+        restore(own_etcd, tmp_path / "backup")
+    with EtcdClient(own_etcd.endpoint) as client:
+        assert client.put(prefix + "a", "other") == revision  # the comparison would not tell
+        client.compact(client.put("elsewhere", "1"))
+        assert daemon(*FAST, etcd=own_etcd, ready=False).wait_exit() == 4
+        assert client.get(prefix + "a").value == b"other"
+    assert scalar(db, "SELECT status FROM etcd_wal") == "pending"
+
+
 def test_timeline_is_proved_by_who_may_only_read(daemon, db, secure_etcd, tmp_path):
     reader = etcd_dsn(secure_etcd.endpoint, "/t/", "reader", "secret")
     count = altered_script(tmp_path, "etcd_fdw.PROOF_REVISIONS = 0; etcd_fdw.PROOF_BYTES = 5000")
@@ -7713,6 +7733,20 @@ def test_two_prefixes_side_by_side(daemon, db, prefix, etcd, etcd_address, recor
         rows(db, "SELECT etcd_set(%s, %s)", f"{prefix}{names[n % 2]}sql/{n}", f"sql-{n}")
     assert assert_outcomes(recorder, db) == {"success": 20}
     assert_same(recorder, db, prefix)
+
+
+def test_first_copy_holds_up_no_other_mirror(daemon, db, prefix, etcd, etcd_address):
+    daemon(etcd=etcd_address.dsn(prefix + "a/"))
+    revision = etcd.put(prefix + "b/", "1")
+    with session(db, "BEGIN") as cur:
+        sql = "INSERT INTO etcd (key, value, revision) VALUES (%s, '1', %s)"
+        cur.execute(sql, (prefix + "b/", revision))
+        daemon(etcd=etcd_address.dsn(prefix + "b/"), ready=False)
+        wait_until("nothing is merged", lambda: daemon_waits_on(db, "transactionid"))
+        etcd.put(prefix + "a/", "1")
+        wait_until("the other mirror was held up", arrives(db, prefix + "a/"), timeout=10)
+        cur.execute("ROLLBACK")
+    wait_until("not copied", arrives(db, prefix + "b/"))
 
 
 @pytest.mark.parametrize(

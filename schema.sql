@@ -722,7 +722,7 @@ BEGIN
     END IF;
 
     -- No warning for a role that may not read etcd_sync_state, nor before there is a mirror.
-    IF pg_catalog.has_table_privilege('etcd_sync_state', 'SELECT') THEN
+    IF pg_catalog.has_table_privilege('etcd_sync_state'::regclass::oid, 'SELECT'::text) THEN
         SELECT pg_catalog.max(s.prefix) FILTER (WHERE pg_catalog.starts_with(p_key COLLATE "C", s.prefix)),
                pg_catalog.count(*) INTO v_prefix, v_mirrors FROM etcd_sync_state s;
         IF v_prefix IS NULL AND v_mirrors > 0 THEN

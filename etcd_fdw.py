@@ -1208,6 +1208,20 @@ class LogHandler(logging.Handler):
         return not self.rest
 
 
+class Hourly:
+    """Lets one line in an hour through, about trouble that lasts."""
+
+    def __init__(self) -> None:
+        self.after = 0.0  # monotonic
+
+    def passes(self) -> bool:
+        """Whether a line is due now."""
+        due = time.monotonic() >= self.after
+        if due:
+            self.after = time.monotonic() + CHORE_WARN_S
+        return due
+
+
 def set_up_logging(config: Config) -> None:
     """Log to stderr as configured. Whatever a library or a thread has to say is a line, too."""
     handler = LogHandler()
@@ -1754,6 +1768,7 @@ class Postgres:
             cur.execute("LISTEN etcd_changes;" * listen + SESSION_SQL)
             pid, since, self.lock_timeout, self.schema, path, role, _ = cur.fetchone()
         self.backend: tuple[int, str] = pid, since  # this session in pg_stat_activity
+        self.hourly = Hourly()
         if self.schema is None:
             raise GrantMissing(
                 f"PostgreSQL: search_path is {path}, which names no schema that exists and that"
@@ -1953,6 +1968,21 @@ class Postgres:
         """Say in etcd_sync_state that this process is active, and which error it retries after."""
         process = {"host": socket.gethostname(), "pid": os.getpid(), "version": __version__}
         self.query(ACTIVATE_SQL, **process, started_at=STARTED_AT, error=error)
+
+    @contextmanager
+    def recording(self, cur: Any) -> Iterator[None]:
+        """For what is written to etcd_sync_event: if that is refused, all else goes on."""
+        cur.execute("SAVEPOINT event;" + SHORT_LOCK_SQL)
+        try:
+            yield
+            cur.execute("RELEASE event; SET LOCAL lock_timeout = %s", (self.lock_timeout,))
+        except psycopg2.Error as exc:
+            error = postgres_error(exc)
+            if error.belongs_to > Room.CHORE:
+                raise
+            cur.execute("ROLLBACK TO event")
+            if self.hourly.passes():
+                log.warning("not recorded in etcd_sync_event: %(error)s", error=error)
 
     def record_event(self, cur: Any, event: SynchronizationEvent) -> None:
         """Append to etcd_sync_event."""
@@ -3151,7 +3181,7 @@ class Outbox:
             Outcome(*item)._replace(read_at=time.monotonic()) for item in state.deferred
         ]
         self.deferred_until = 0.0  # monotonic
-        self.warn_refusal_after = 0.0  # monotonic
+        self.hourly = Hourly()
         self.remember(self.deferred)
         receipts = self.receipts.held()
         self.number = max([state.receipt, *(r.number for r in receipts)])  # of the last Txn
@@ -3545,8 +3575,7 @@ class Outbox:
             if outcomes.careful or len(outcomes.deferred) > len(self.deferred):
                 self.deferred_until = time.monotonic() + DEFERRED_S
             self.deferred = list(outcomes.deferred)
-        if outcomes.refusal and time.monotonic() >= self.warn_refusal_after:
-            self.warn_refusal_after = time.monotonic() + CHORE_WARN_S
+        if outcomes.refusal and self.hourly.passes():
             log.warning("%(error)s", error=outcomes.refusal)
 
     def retire(self) -> None:
@@ -3659,9 +3688,9 @@ WHERE NOT EXISTS (SELECT FROM etcd_staging s WHERE s.key = m.key)
 # time of which the mirror knows that nothing happened; one of a time that it cannot know.
 CONTRADICTION_SQL = f"""
 SELECT s.key FROM etcd_staging s JOIN etcd e ON e.key = s.key
-WHERE e.revision > s.revision AND e.revision <= %(at)s
-   OR e.revision = s.revision AND ({differ("s", "e", "value", "value_bytes", "tombstone")}
-      OR e.version IS NOT NULL AND {differ("s", "e", "create_revision", "version")})
+WHERE e.revision >= s.revision AND e.revision <= %(at)s  -- by the index, not all of the history
+  AND (e.revision > s.revision OR {differ("s", "e", "value", "value_bytes", "tombstone")}
+       OR e.version IS NOT NULL AND {differ("s", "e", "create_revision", "version")})
 UNION ALL
 SELECT s.key FROM etcd_staging s WHERE s.revision > %(last)s AND s.revision <= %(old)s
 UNION ALL
@@ -4247,9 +4276,10 @@ class Mirror:
                 duration=timedelta(seconds=time.monotonic() - started),
                 details={"keys": staged.keys, "put": put, "deleted": deleted},
             )
-            self.postgres.record_event(cur, event)
-            cur.execute(UNSTORABLE_SQL + NOT_RECORDED, self.postgres.bounds)
-            news.unstorable = cur.rowcount
+            with self.postgres.recording(cur):
+                self.postgres.record_event(cur, event)
+                cur.execute(UNSTORABLE_SQL + NOT_RECORDED, self.postgres.bounds)
+                news.unstorable = cur.rowcount
             cur.execute(DROP_STAGING_SQL)
             self.write_state(cur, staged.revision, known=state is not None)
             batch = Batch(staged.revision)
@@ -4372,12 +4402,14 @@ class Mirror:
             if batch.unstorable:
                 cur.execute(STAGING_SQL)
                 copy_in(cur, "etcd_unstorable", batch.unstorable)
-                cur.execute(UNSTORABLE_SQL, self.postgres.bounds)
+                with self.postgres.recording(cur):
+                    cur.execute(UNSTORABLE_SQL, self.postgres.bounds)
                 cur.defer(DROP_STAGING_SQL)
             if config.audit == "all" and batch.rows:
                 keys, revisions = zip(*((key.decode(), revision) for key, revision in batch.rows))
                 arguments = {"keys": list(keys), "revisions": int_array(revisions)}
-                cur.execute(AUDIT_EVENTS_SQL, {"prefix": self.postgres.prefix, **arguments})
+                with self.postgres.recording(cur):
+                    cur.execute(AUDIT_EVENTS_SQL, {"prefix": self.postgres.prefix, **arguments})
             if config.notify_channel and batch.rows:
                 (_, first), (_, last) = next(iter(batch.rows)), next(reversed(batch.rows))
                 cur.defer(NOTIFY_SQL, (config.notify_channel, f"{first}-{last}"))
@@ -4465,7 +4497,7 @@ class Timer:
         self.name = action.__name__.replace("_", " ")
         self.due_at = time.monotonic() + due_in
         self.failures = 0  # in a row
-        self.warn_after = 0.0  # monotonic
+        self.hourly = Hourly()
 
     def run(self) -> None:
         """Do it."""
@@ -4474,11 +4506,9 @@ class Timer:
 
     def failed(self, error: EtcdFdwError) -> None:
         """Wait longer each time; say so once an hour."""
-        now = time.monotonic()
         self.failures += 1
-        self.due_at = now + min(HOUSEKEEPING_S * 2**self.failures, CHORE_WARN_S)
-        if now >= self.warn_after:
-            self.warn_after = now + CHORE_WARN_S
+        self.due_at = time.monotonic() + min(HOUSEKEEPING_S * 2**self.failures, CHORE_WARN_S)
+        if self.hourly.passes():
             log.warning("%(chore)s waits: %(error)s", chore=self.name, error=error)
 
 
@@ -4690,11 +4720,8 @@ class Session:
         event = SynchronizationEvent(
             "takeover", "done", details={"from_host": state.host, "from_pid": state.pid}
         )
-        try:
-            with self.postgres.transaction() as cur:
-                self.postgres.record_event(cur, event)
-        except StatementRefused as exc:
-            log.warning("the takeover is not recorded: %(error)s", error=exc)
+        with self.postgres.transaction() as cur, self.postgres.recording(cur):
+            self.postgres.record_event(cur, event)
         log.info("took over from pid %(pid)d on %(host)s", pid=state.pid, host=state.host)
 
     def finished(self) -> bool:

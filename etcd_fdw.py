@@ -4205,13 +4205,15 @@ class Mirror:
         """
         hidden = (RESERVED.decode(), *self.etcd.target.exclude, *state.excluded)
         arguments = {"at": state.revision, "hidden": list(hidden), "bytes": PROOF_BYTES}
-        pages = self.postgres.query(PAGES_SQL, **arguments)
+        with self.postgres.cursor(LONG_STATEMENT_LIMIT_S) as cur:  # it reads the whole history
+            cur.execute(PAGES_SQL, {**self.postgres.bounds, **arguments})
+            pages = cur.fetchall() or [("", 0)]
         rows = self.postgres.query(LAST_KEYS_SQL, last=state.last_revision)
         last = {row["key"].encode() for row in rows}
-        starts = [self.etcd.key, *(page["key"].encode() for page in pages[1:])]
+        starts = [self.etcd.key, *(key.encode() for key, _ in pages[1:])]
         ends = [*starts[1:], self.etcd.range_end]
         options: dict[str, Any] = {"min_mod_revision": state.last_revision, "keys_only": True}
-        for start, end, page in zip(starts, ends, pages or [{"keys": 0}]):
+        for start, end, (first, count) in zip(starts, ends, pages):
             self.check_stop()
             held = 0
             for segment in segments(self.postgres.prefix, hidden):
@@ -4225,8 +4227,8 @@ class Mirror:
                             key = kv.key.decode(errors="replace")
                             text = f"it lacks what key {key} had at revision {kv.mod_revision}"
                             raise AnotherTimeline(text)
-            if held < page["keys"]:
-                text = f"of {page['keys']} keys from {page['key']} on etcd then had only {held}"
+            if held < count:
+                text = f"of {count} keys from {first} on etcd then had only {held}"
                 raise AnotherTimeline(text)
 
     def follow_exclusions(self, state: SyncState) -> None:
@@ -4478,7 +4480,7 @@ def warn_of_unstorable(count: int, revision: int) -> None:
     """Report how many events the mirror could not hold, the last one at a revision."""
     if count:
         log.warning(
-            "cannot mirror %(events)s whose key is not text of up to %(bytes)d bytes: recorded in"
+            "cannot mirror %(events)s whose key is not text of up to %(bytes)d bytes: see"
             " etcd_sync_event, revision %(revision)d",
             events=describe(count, "event"),
             bytes=KEY_MAX_BYTES,

@@ -2465,7 +2465,7 @@ def refuse(db: str, event: str, table: str, sqlstate: str = "P0001", when: str =
     )
 
 
-@pytest.mark.parametrize("place", ["etcd", "etcd_sync_state", "etcd_sync_event", "resync"])
+@pytest.mark.parametrize("place", ["etcd", "etcd_sync_state", "resync"])
 def test_whatever_keeps_the_mirror_from_writing_is_waited_out(
     daemon, db, prefix, own_client, place
 ):
@@ -2483,6 +2483,18 @@ def test_whatever_keeps_the_mirror_from_writing_is_waited_out(
         one.wait_log(rf"(WARN|ERROR) PostgreSQL: not now \({sqlstate}\).*retrying", after=mark)
         rows(db, f"DROP TRIGGER refuse ON {table}")
         wait_equal(db, own_client, prefix)
+
+
+def test_event_that_cannot_be_recorded_holds_up_no_mirror(daemon, db, prefix, etcd):
+    one = daemon("--audit", "all", *FAST)
+    for sqlstate in REFUSALS.split():
+        refuse(db, "INSERT", "etcd_sync_event", sqlstate)
+        etcd.put(prefix + sqlstate, "1")
+        wait_equal(db, etcd, prefix)
+        rows(db, "DROP TRIGGER refuse ON etcd_sync_event")
+    assert re.findall("(?:WARN|ERROR) .*", one.log()) == [
+        "WARN not recorded in etcd_sync_event: PostgreSQL: not now (22003)"
+    ]
 
 
 def test_first_copy_of_what_cannot_be_stored_takes_little_memory(daemon, db, prefix, own_client):

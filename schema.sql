@@ -613,7 +613,6 @@ DECLARE
     v_current  bigint;  -- 0: the key does not exist
     v_id       bigint;
     v_prefix   text;
-    v_mirrors  bigint;
 BEGIN
     IF p_key IS NULL OR p_key = '' OR pg_catalog.octet_length(p_key) > 2600 OR p_revision < 0
        OR (p_value IS NULL) = (p_value_bytes IS NULL) AND NOT (p_delete OR p_expect)
@@ -723,17 +722,19 @@ BEGIN
 
     -- No warning for a role that may not read etcd_sync_state, nor before there is a mirror.
     IF pg_catalog.has_table_privilege('etcd_sync_state'::regclass::oid, 'SELECT'::text) THEN
-        SELECT pg_catalog.max(s.prefix) FILTER (WHERE pg_catalog.starts_with(p_key COLLATE "C", s.prefix)),
-               pg_catalog.count(*) INTO v_prefix, v_mirrors FROM etcd_sync_state s;
-        IF v_prefix IS NULL AND v_mirrors > 0 THEN
-            RAISE WARNING 'key "%" is outside every mirrored prefix', p_key
-                USING HINT = pg_catalog.format(
-                    'Row %s of etcd_wal stays pending until an etcd_fdw that mirrors this key runs.', v_id);
-        ELSIF v_mirrors > 1 THEN
-            IF pg_catalog.current_setting('etcd_fdw.prefix', true) NOT IN ('', v_prefix) THEN
+        SELECT s.prefix INTO v_prefix FROM etcd_sync_state s
+         WHERE pg_catalog.starts_with(p_key COLLATE "C", s.prefix) ORDER BY s.prefix DESC LIMIT 1;
+        IF v_prefix IS NULL THEN
+            IF EXISTS (SELECT FROM etcd_sync_state) THEN
+                RAISE WARNING 'key "%" is outside every mirrored prefix', p_key
+                    USING HINT = pg_catalog.format(
+                        'Row %s of etcd_wal stays pending until an etcd_fdw that mirrors this key runs.', v_id);
+            END IF;
+        ELSIF pg_catalog.current_setting('etcd_fdw.prefix', true) IS DISTINCT FROM v_prefix THEN
+            IF pg_catalog.current_setting('etcd_fdw.prefix', true) <> '' THEN
                 RAISE WARNING 'this transaction changes keys of two mirrors: it arrives in etcd as two';
             END IF;
-            PERFORM pg_catalog.set_config('etcd_fdw.prefix', v_prefix, true);  -- of this transaction's last change
+            v_prefix := pg_catalog.set_config('etcd_fdw.prefix', v_prefix, true);  -- of this transaction's last change
         END IF;
     END IF;
     RETURN v_id;
